@@ -1,0 +1,11 @@
+"""Entry point of ``python -m lit_align``."""
+
+import os
+
+# Before torch is imported: threads that spin while they wait make a busy CPU several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from lit_align.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Stable Diffusion 1.x and 2.x, and every other pipeline folder of that format (the bundled Shapes model among them)."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from lit_align.backbones.base import POLICY, REFERENCE, Conditioning, DiffusionBackbone, SamplerFactory
+from lit_align.errors import ConfigError
+from lit_align.pretrained import loading, resolve
+from lit_align.samplers import Sampler
+from lit_align.shapes import PIPELINE
+
+
+@dataclass
+class LoRA:
+    """Low-rank adapters of the denoiser.
+
+    Args:
+        rank: Rank of each update ``B A``. 4 in ddpo-pytorch and in TRL's DDPOTrainer.
+        alpha: The update is scaled by ``alpha / rank``; TRL's DDPOTrainer has ``alpha = rank``.
+        target_modules: Ends of the names of the layers that get an adapter. The default is all projections of attention, as in
+            ddpo-pytorch.
+    """
+
+    rank: int = 4
+    alpha: float = 4.0
+    target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+
+
+class StableDiffusionBackbone(DiffusionBackbone):
+    """A ``StableDiffusionPipeline`` with named weight sets of its UNet.
+
+    With LoRA every set is an adapter over shared frozen weights, and the reference is the model without one. Without LoRA the policy is
+    the UNet itself and every other set a frozen copy of it.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "shapes",
+        lora: LoRA | None = LoRA(),
+        checkpointing: bool = False,
+        decode_batch: int = 16,
+        prompt_cache: int = 1024,
+    ) -> None:
+        """Load the pipeline.
+
+        Args:
+            pretrained: ``shapes`` for the bundled model, a folder in diffusers' format, or a hub id.
+            lora: The adapter that is trained, or null to train all weights of the UNet.
+            checkpointing: Recompute each prediction in the backward pass instead of keeping its activations.
+            decode_batch: Pictures decoded at once; bounds the memory of the autoencoder.
+            prompt_cache: Number of prompts whose embeddings are remembered.
+
+        Raises:
+            ConfigError: The model cannot be loaded, or no layer matches ``lora.target_modules``.
+        """
+        super().__init__()
+        with loading(pretrained):
+            pipeline: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
+                resolve(pretrained, PIPELINE),
+                torch_dtype=torch.float32,
+                use_safetensors=True,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
+        pipeline.set_progress_bar_config(disable=True)
+        self.pipeline = pipeline
+        self.checkpointing = checkpointing
+        self.decode_batch = decode_batch
+        self.text_encoder: nn.Module = pipeline.text_encoder
+        self.vae: nn.Module = pipeline.vae
+        self.unets = nn.ModuleDict({POLICY: pipeline.unet})
+        self.requires_grad_(False)
+        self._lora = lora
+        self._sets = [POLICY, REFERENCE]
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._cache_size = prompt_cache
+        if lora is None:
+            self.unets[REFERENCE] = deepcopy(pipeline.unet)
+            pipeline.unet.requires_grad_(True)
+        else:
+            self._add_adapter(POLICY)
+            self._parameters_of(POLICY, requires_grad=True)
+        self.eval()
+
+    @property
+    def unet(self) -> nn.Module:
+        """The UNet that holds the policy."""
+        return self.unets[POLICY]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        size = self.pipeline.unet.config.sample_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return self.pipeline.unet.config.in_channels, height, width
+
+    @property
+    def weight_sets(self) -> tuple[str, ...]:
+        return tuple(self._sets)
+
+    def train(self, mode: bool = True) -> "StableDiffusionBackbone":
+        """Stay in evaluation mode: replaying a step must be the same function as sampling it was."""
+        del mode
+        super().train(False)
+        return self
+
+    # ---- weight sets
+
+    def add_weights(self, name: str) -> None:
+        assert name not in self._sets, f"the weight set {name!r} exists already"
+        if self._lora is None:
+            self.unets[name] = deepcopy(self.unet).requires_grad_(False)
+        else:
+            self._add_adapter(name)
+        self._sets.append(name)
+        self.copy_weights(POLICY, name)
+
+    def copy_weights(self, source: str, target: str) -> None:
+        assert target not in (POLICY, REFERENCE), f"{target!r} is not a set to overwrite"
+        with torch.no_grad():
+            for old, new in zip(self._parameters_of(target), self._parameters_of(source), strict=True):
+                old.copy_(new)
+
+    def _parameters_of(self, name: str, requires_grad: bool | None = None) -> list[nn.Parameter]:
+        """The parameters that belong to one set alone; optionally decides, once, whether they are trained."""
+        if self._lora is None:
+            found = list(self.unets[name].parameters())
+        else:
+            found = [p for n, p in self.unet.named_parameters() if f".{name}." in n and ".lora_" in n]
+        if requires_grad is not None:
+            for parameter in found:
+                parameter.requires_grad_(requires_grad)
+        return found
+
+    def _add_adapter(self, name: str) -> None:
+        """Inject an adapter; peft would also choose it and make it trainable, which is undone here."""
+        assert self._lora is not None
+        config = LoraConfig(
+            r=self._lora.rank, lora_alpha=self._lora.alpha, target_modules=list(self._lora.target_modules)
+        )
+        trained = {p for p in self.unet.parameters() if p.requires_grad}
+        try:
+            self.pipeline.unet.add_adapter(config, adapter_name=name)
+        except ValueError as error:
+            raise ConfigError(
+                f"lora.target_modules {self._lora.target_modules} match no layer of the UNet; "
+                "give ends of layer names, such as [to_q, to_k, to_v, to_out.0]"
+            ) from error
+        for parameter in self.unet.parameters():
+            parameter.requires_grad_(parameter in trained)
+        # Kept, because peft's own set_adapter walks all modules and flips requires_grad at every switch.
+        self._tuners = [m for m in self.unet.modules() if isinstance(m, BaseTunerLayer)]
+
+    def _choose(self, name: str) -> nn.Module:
+        """The UNet with one weight set switched on; only what the next forward computes is changed."""
+        assert name in self._sets, f"no weight set {name!r} among {self._sets}"
+        if self._lora is None:
+            return self.unets[name]
+        for layer in self._tuners:
+            layer._disable_adapters = name == REFERENCE
+            layer._active_adapter = [name]
+        return self.unet
+
+    # ---- the model's parts
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        device = next(self.text_encoder.parameters()).device
+        missing = [p for p in dict.fromkeys(["", *prompts]) if p not in self._cache]
+        if missing:
+            with torch.no_grad():
+                states, _ = self.pipeline.encode_prompt(missing, device, 1, do_classifier_free_guidance=False)
+            self._cache.update(zip(missing, states.cpu().unbind(), strict=True))
+        for prompt in ["", *prompts]:
+            self._cache.move_to_end(prompt)
+        cond = Conditioning(
+            torch.stack([self._cache[p] for p in prompts]).to(device), self._cache[""][None].to(device)
+        )
+        while len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
+        return cond
+
+    def predict(
+        self, x: Tensor, t: int | Tensor, cond: Conditioning, guidance: float = 1.0, weights: str = POLICY
+    ) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            # The choice of the weight set is inside what is recomputed: outside, the backward pass would use whichever set is active then.
+            prediction: Tensor = checkpoint(
+                self._predict, x, t, cond, guidance, weights, use_reentrant=False, preserve_rng_state=False
+            )
+            return prediction
+        return self._predict(x, t, cond, guidance, weights)
+
+    def _predict(self, x: Tensor, t: int | Tensor, cond: Conditioning, guidance: float, weights: str) -> Tensor:
+        unet = self._choose(weights)
+        t = torch.as_tensor(t, device=x.device).expand(len(x))
+        if guidance == 1.0:
+            return unet(x, t, encoder_hidden_states=cond.embeds, return_dict=False)[0]
+        states = torch.cat([cond.null.expand_as(cond.embeds), cond.embeds])
+        both = unet(torch.cat([x, x]), torch.cat([t, t]), encoder_hidden_states=states, return_dict=False)[0]
+        null, conditional = both.chunk(2)
+        return null + guidance * (conditional - null)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        scaled = latents / self.pipeline.vae.config.scaling_factor
+        chunks = [self.pipeline.vae.decode(z, return_dict=False)[0] for z in scaled.split(self.decode_batch)]
+        return (torch.cat(chunks).float() / 2 + 0.5).clamp(0, 1)
+
+    def latents(self, images: Tensor) -> Tensor:
+        chunks = [self.pipeline.vae.encode(x).latent_dist.mode() for x in (2 * images - 1).split(self.decode_batch)]
+        return torch.cat(chunks) * self.pipeline.vae.config.scaling_factor
+
+    def make_sampler(self, factory: SamplerFactory) -> Sampler:
+        return factory(dict(self.pipeline.scheduler.config))
+
+    # ---- files and scale
+
+    def save_weights(self, folder: Path, weights: str = POLICY) -> None:
+        if self._lora is None:
+            self.pipeline.save_pretrained(folder)
+            return
+        layers = get_peft_model_state_dict(self.unet, adapter_name=weights)
+        StableDiffusionPipeline.save_lora_weights(
+            folder,
+            unet_lora_layers=convert_state_dict_to_diffusers(layers),
+            unet_lora_adapter_metadata=self.pipeline.unet.peft_config[weights].to_dict(),
+        )
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        for unet in self.unets.values():
+            for block in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:
+                fully_shard(block, mesh=mesh)
+            fully_shard(unet, mesh=mesh)

@@ -1,0 +1,27 @@
+"""Prompts and preference data, and the one batch that carries them."""
+
+from lit_align.data.batch import Batch
+from lit_align.data.prompts import PromptDataModule
+from lit_align.data.sources import (
+    CSVPrompts,
+    HubPrompts,
+    JSONLPrompts,
+    ParquetPrompts,
+    PromptSource,
+    ShapesPrompts,
+    TablePrompts,
+    TextPrompts,
+)
+
+__all__ = [
+    "Batch",
+    "CSVPrompts",
+    "HubPrompts",
+    "JSONLPrompts",
+    "ParquetPrompts",
+    "PromptDataModule",
+    "PromptSource",
+    "ShapesPrompts",
+    "TablePrompts",
+    "TextPrompts",
+]

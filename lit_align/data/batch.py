@@ -1,0 +1,63 @@
+"""The one batch that every method, reward and callback sees."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts for ``B`` images, with the numbers that place them in the run.
+
+    The tensors are counters for generators and group statistics: they stay on the CPU.
+
+    Attributes:
+        prompts: One per image, length ``B``.
+        groups: ``(B,)`` long. Images with the same number belong to the same prompt; numbers are global over
+            ranks.
+        columns: The data's other columns, one entry per image.
+        task: Name of the task that the prompts belong to; empty where there is only one.
+        index: ``(B,)`` long. Global image number: unique over the run in training, ``0 .. N - 1`` in
+            validation, test and predict.
+    """
+
+    prompts: list[str]
+    groups: Tensor
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    task: str = ""
+    index: Tensor = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        parts = (self.prompts, self.groups, self.index, *self.columns.values())
+        lengths = {len(part) for part in parts}
+        assert len(lengths) == 1, f"prompts, groups, index and columns differ in length: {sorted(lengths)}"
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def repeat_prompts(
+    prompts: Sequence[str], columns: Sequence[Mapping[str, Any]], first_group: int, images_per_prompt: int
+) -> Batch:
+    """A batch with each prompt repeated ``images_per_prompt`` times, images of a prompt next to each other.
+
+    Prompt ``n`` becomes group ``first_group + n``; image ``j`` of group ``g`` has the index ``g *
+    images_per_prompt + j``.
+
+    Args:
+        prompts: The distinct prompts of the batch, in their global order.
+        columns: The extra columns of each prompt, with the same names for every prompt.
+        first_group: Global number of the first prompt.
+        images_per_prompt: Images that share a prompt.
+    """
+    copies = range(images_per_prompt)
+    last_group = first_group + len(prompts)
+    return Batch(
+        prompts=[prompt for prompt in prompts for _ in copies],
+        groups=torch.arange(first_group, last_group).repeat_interleave(images_per_prompt),
+        columns={name: [row[name] for row in columns for _ in copies] for name in columns[0]},
+        index=torch.arange(first_group * images_per_prompt, last_group * images_per_prompt),
+    )

@@ -1,0 +1,166 @@
+"""The loaders: collections of prompts for training, fixed prompts for everything else."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_align.data.batch import Batch
+from lit_align.data.splits import Permutation, PromptSet
+from lit_align.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Place of a process among those that share the data.
+
+    Attributes:
+        number: ``0 .. world - 1``.
+        world: How many processes share the data.
+    """
+
+    number: int = 0
+    world: int = 1
+
+    def share(self, rows: Sequence[int]) -> tuple[int, Sequence[int]]:
+        """This rank's contiguous part of ``rows``, whose number divides by ``world``, and where it starts."""
+        size, rest = divmod(len(rows), self.world)
+        assert rest == 0, f"{len(rows)} prompts do not divide by {self.world} ranks"
+        return self.number * size, rows[self.number * size : (self.number + 1) * size]
+
+
+class CollectionLoader:
+    """The train loader: one batch is this rank's part of one global collection.
+
+    Its position counts the collections that were handed out and goes on over the ends of epochs, so an epoch
+    that is cut short (``limit_train_batches``) repeats nothing. Lightning saves and restores
+    :meth:`state_dict`. A state that is saved while a batch is being worked on counts that batch as done; a
+    resume is exact from checkpoints taken at batch ends.
+
+    Each pass over the prompts has its own order. What is left at the end of a pass and does not fill a
+    collection is dropped.
+
+    Args:
+        prompts: The training prompts.
+        prompts_per_collection: Over all ranks.
+        images_per_prompt: Images that share a prompt.
+        collections_per_epoch: Length of the loader.
+        seed: Seed of the order.
+        rank: This process.
+    """
+
+    def __init__(
+        self,
+        prompts: PromptSet,
+        prompts_per_collection: int,
+        images_per_prompt: int,
+        collections_per_epoch: int,
+        seed: int = 0,
+        rank: Rank = Rank(),
+    ) -> None:
+        self.prompts = prompts
+        self.collections_per_epoch = collections_per_epoch
+        self.rank = rank
+        self._settings = {
+            "prompts_per_collection": prompts_per_collection,
+            "images_per_prompt": images_per_prompt,
+            "seed": seed,
+        }
+        self._pass = 0
+        self._cursor = 0
+        self._collections = 0
+
+    def __len__(self) -> int:
+        return self.collections_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        for _ in range(self.collections_per_epoch):
+            slots = self._settings["prompts_per_collection"]
+            offset, rows = self.rank.share(self._advance(slots))
+            first_group = self._collections * slots + offset
+            self._collections += 1
+            yield self.prompts.batch(rows, first_group, self._settings["images_per_prompt"])
+
+    def _advance(self, wanted: int) -> list[int]:
+        """The rows of the next collection; moves the cursor behind them."""
+        while True:
+            order = Permutation(
+                len(self.prompts.rows), self._settings["seed"], self._pass, purpose="training order"
+            )
+            rows: list[int] = []
+            for position, row in self.prompts.walk(order, self._cursor):
+                rows.append(row)
+                if len(rows) == wanted:
+                    self._cursor = position
+                    return rows
+            if self._cursor == 0:
+                raise ConfigError(
+                    f"data.prompts_per_collection is {wanted}, but {self.prompts.source} has only {len(rows)} "
+                    "training prompts: lower it or give more prompts"
+                )
+            self._pass += 1
+            self._cursor = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Position and the settings that give it its meaning, as plain integers."""
+        position = {"pass": self._pass, "cursor": self._cursor, "collections": self._collections}
+        return {**position, **self._settings, "rows": len(self.prompts.rows)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to a saved position.
+
+        Raises:
+            ConfigError: The state was saved with another seed, number of prompts per collection or of images
+                per prompt.
+        """
+        for name, value in self._settings.items():
+            if state[name] != value:
+                raise ConfigError(
+                    f"data.{name} is {value}, but the checkpoint was written with {state[name]}: "
+                    "set it back to resume this run, or start a new run without ckpt_path"
+                )
+        if state["rows"] != len(self.prompts.rows):
+            rank_zero_warn(
+                f"{self.prompts.source} has {len(self.prompts.rows)} usable prompts, {state['rows']} when the "
+                "checkpoint was written: training goes on, but the prompts of this pass may repeat"
+            )
+        self._pass, self._cursor, self._collections = state["pass"], state["cursor"], state["collections"]
+
+
+class FixedLoader:
+    """The same prompts in the same order every time: for validation, test and predict.
+
+    Every rank gets the same number of batches of the same sizes, so collective calls match, and no prompt is
+    padded or repeated. The first ``m`` batches of all ranks together are the first prompts of the order,
+    whatever the number of ranks.
+
+    Args:
+        prompts: Where the rows come from.
+        rows: The rows to hand out, as many as ``rank.world`` divides.
+        images_per_prompt: Images that share a prompt.
+        prompts_per_batch: Largest number of prompts in a batch of one rank.
+        rank: This process.
+    """
+
+    def __init__(
+        self,
+        prompts: PromptSet,
+        rows: Sequence[int],
+        images_per_prompt: int,
+        prompts_per_batch: int,
+        rank: Rank = Rank(),
+    ) -> None:
+        self.prompts = prompts
+        self.rows = rows
+        self.images_per_prompt = images_per_prompt
+        self.rank = rank
+        self._stride = prompts_per_batch * rank.world
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self._stride)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.rows), self._stride):
+            offset, rows = self.rank.share(self.rows[start : start + self._stride])
+            yield self.prompts.batch(rows, start + offset, self.images_per_prompt)

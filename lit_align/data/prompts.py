@@ -1,0 +1,237 @@
+"""The data of the methods that make their own images: prompts, split and handed out in collections."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lit_align.data.batch import Batch
+from lit_align.data.loaders import CollectionLoader, FixedLoader, Rank
+from lit_align.data.sources import PromptSource
+from lit_align.data.splits import PromptSet, place, usable_rows
+from lit_align.errors import ConfigError
+
+COUNTED = 50_000
+"""Of larger sources of distinct prompts, a split's expected size is used instead of counting its prompts."""
+
+
+class PromptDataModule(LightningDataModule):
+    """Prompts in collections for training, and fixed prompts for validation, test and predict.
+
+    A prompt belongs to a split by a hash of its text, so splits are disjoint, and stay what they are when
+    rows are added or moved. Empty and repeated prompts are dropped. Sizes are global: they do not depend on
+    the number of processes.
+
+    Args:
+        source: The prompts.
+        images_per_prompt: Images of one prompt in a collection, kept together on one rank.
+        prompts_per_collection: Prompts of one training batch, over all ranks; the number of ranks must divide
+            it.
+        collections_per_epoch: Training batches of an epoch; one pass over the training prompts if not given.
+            An epoch is only a
+            length: the next one goes on where it ended.
+        validation_fraction: Share of the source's prompts that is kept for validation; unused with
+            ``validation_source``.
+        test_fraction: Share of the source's prompts that is kept for the test; unused with ``test_source``.
+        validation_source: Validate on these prompts; training and the test split skip them.
+        test_source: Test on these prompts; training and the validation split skip them. (Of a source of
+            distinct prompts, which may hold millions, only those in use are skipped.)
+        validation_prompts: How many prompts to validate on; the same ones every time.
+        validation_images_per_prompt: Images of each.
+        test_prompts: How many prompts to test on; the same ones every time, whatever the seed.
+        test_images_per_prompt: Images of each; also for predict.
+        eval_batch: Images in a batch of one rank in validation, test and predict, at most; prompts are kept
+            whole.
+        predict_source: Predict on all of these, in their order; on the test prompts if not given.
+        seed: Seed of the training order alone. It is apart from the module's seed, so that runs with
+            different noise can share their data, and the other way round.
+
+    Raises:
+        ConfigError: For a size or fraction that cannot work, here or, where the data is needed, in
+            :meth:`setup` and the loaders.
+    """
+
+    def __init__(
+        self,
+        source: PromptSource,
+        images_per_prompt: int = 8,
+        prompts_per_collection: int = 16,
+        collections_per_epoch: int | None = None,
+        validation_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        validation_source: PromptSource | None = None,
+        test_source: PromptSource | None = None,
+        validation_prompts: int = 64,
+        validation_images_per_prompt: int = 4,
+        test_prompts: int = 128,
+        test_images_per_prompt: int = 4,
+        eval_batch: int = 64,
+        predict_source: PromptSource | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.source = source
+        self.images_per_prompt = images_per_prompt
+        self.prompts_per_collection = prompts_per_collection
+        self.collections_per_epoch = collections_per_epoch
+        self.validation_fraction = 0.0 if validation_source else validation_fraction
+        self.test_fraction = 0.0 if test_source else test_fraction
+        self.validation_source = validation_source
+        self.test_source = test_source
+        self.validation_prompts = validation_prompts
+        self.validation_images_per_prompt = validation_images_per_prompt
+        self.test_prompts = test_prompts
+        self.test_images_per_prompt = test_images_per_prompt
+        self.eval_batch = eval_batch
+        self.predict_source = predict_source
+        self.seed = seed
+        self._sets: dict[str, PromptSet] = {}
+        self._train_loader: CollectionLoader | None = None
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        sizes = ("images_per_prompt", "prompts_per_collection", "collections_per_epoch")
+        for name in (*sizes, "validation_prompts", "test_prompts"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"data.{name} is {value}: give at least 1")
+        for name in ("validation_images_per_prompt", "test_images_per_prompt"):
+            if not 1 <= (value := getattr(self, name)) <= self.eval_batch:
+                raise ConfigError(
+                    f"data.{name} is {value}: give 1 to data.eval_batch, which is {self.eval_batch}"
+                )
+        for name in ("validation_fraction", "test_fraction"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ConfigError(f"data.{name} is {value}: give a share from 0 to below 1")
+        if (held_out := self.validation_fraction + self.test_fraction) >= 1:
+            raise ConfigError(
+                f"data.validation_fraction + data.test_fraction is {held_out}: leave some for training"
+            )
+
+    def setup(self, stage: str | None = None) -> None:
+        """Index the prompts, once; for "fit", check that they can fill a collection on every rank."""
+        if not self._sets:
+            self._sets = self._split()
+        if stage in ("fit", None):
+            self._train_loader = self._make_train_loader()
+
+    def _split(self) -> dict[str, PromptSet]:
+        rows = usable_rows(self.source)
+        sets: dict[str, PromptSet] = {}
+        foreign: dict[str, frozenset[str]] = {}
+        for name, source, wanted in (
+            ("validation", self.validation_source, self.validation_prompts),
+            ("test", self.test_source, self.test_prompts),
+        ):
+            if source is not None:
+                sets[name] = PromptSet(source, usable_rows(source), lambda prompt: True)
+                skipped = sets[name].first(wanted) if source.distinct else sets[name].rows
+                foreign[name] = frozenset(source.prompt(row).strip() for row in skipped)
+        held_out = frozenset[str]().union(*foreign.values())
+        # Shares of [0, 1): test from below, validation from above, so that a change of one fraction leaves
+        # the other split alone.
+        low, high = self.test_fraction, 1 - self.validation_fraction
+        for name, start, end in (("test", 0.0, low), ("train", low, high), ("validation", high, 1.0)):
+            if name not in sets:
+                inside = _membership(start, end, held_out)
+                sets[name] = PromptSet(self.source, rows if start < end else (), inside)
+        if foreign:
+            self._report_overlap(rows, held_out)
+        return sets
+
+    def _report_overlap(self, rows: Sequence[int], held_out: frozenset[str]) -> None:
+        if self.source.distinct and len(rows) > COUNTED:
+            rank_zero_info(
+                f"{self.source}: skips {len(held_out)} prompts of validation_source and test_source"
+            )
+            return
+        shared = sum(self.source.prompt(row).strip() in held_out for row in rows)
+        rank_zero_info(
+            f"{self.source}: {shared} prompts removed, which validation_source or test_source has too"
+        )
+
+    def _make_train_loader(self) -> CollectionLoader:
+        wanted, rank, train = self.prompts_per_collection, self._rank(), self._sets["train"]
+        if wanted % rank.world:
+            raise ConfigError(
+                f"data.prompts_per_collection is {wanted}, which {rank.world} ranks cannot share equally: "
+                f"give a multiple of {rank.world}"
+            )
+        count = self._count_training(train)
+        if wanted > count:
+            raise ConfigError(
+                f"data.prompts_per_collection is {wanted}, but {self.source} has only {count} training "
+                "prompts: lower it, give more prompts, or lower validation_fraction and test_fraction"
+            )
+        length = self.collections_per_epoch or count // wanted
+        return CollectionLoader(train, wanted, self.images_per_prompt, length, self.seed, rank)
+
+    def _count_training(self, train: PromptSet) -> int:
+        if self.source.distinct and len(train.rows) > COUNTED:
+            return int(len(train.rows) * (1 - self.validation_fraction - self.test_fraction))
+        return sum(train.accepts(self.source.prompt(row).strip()) for row in train.rows)
+
+    def train_dataloader(self) -> CollectionLoader:
+        """The train loader: one object a fit, whose position survives a reload between epochs."""
+        assert self._train_loader is not None, "setup('fit') comes first"
+        return self._train_loader
+
+    def val_dataloader(self) -> FixedLoader:
+        """The validation prompts."""
+        return self._fixed("validation", self.validation_prompts, self.validation_images_per_prompt)
+
+    def test_dataloader(self) -> FixedLoader:
+        """The test prompts."""
+        return self._fixed("test", self.test_prompts, self.test_images_per_prompt)
+
+    def predict_dataloader(self) -> FixedLoader:
+        """All prompts of ``predict_source``, or the test prompts."""
+        if self.predict_source is None:
+            return self.test_dataloader()
+        rank, rows = self._rank(), usable_rows(self.predict_source)
+        if len(rows) % rank.world:
+            raise ConfigError(
+                f"data.predict_source has {len(rows)} prompts, which {rank.world} ranks cannot share "
+                "equally: predict on one device, or give a multiple"
+            )
+        prompts, images = (
+            PromptSet(self.predict_source, rows, lambda prompt: True),
+            self.test_images_per_prompt,
+        )
+        return FixedLoader(prompts, rows, images, self.eval_batch // images, rank)
+
+    def _fixed(self, split: str, wanted: int, images_per_prompt: int) -> FixedLoader:
+        prompts, rank = self._sets[split], self._rank()
+        if wanted % rank.world:
+            raise ConfigError(
+                f"data.{split}_prompts is {wanted}, which {rank.world} ranks cannot share equally: "
+                f"give a multiple of {rank.world}"
+            )
+        rows = prompts.first(wanted)
+        usable = len(rows) - len(rows) % rank.world
+        if usable == 0:
+            raise ConfigError(
+                f"{prompts.source} has {len(rows)} {split} prompts for {rank.world} ranks: "
+                f"raise data.{split}_fraction, or give data.{split}_source"
+            )
+        if usable < wanted:
+            rank_zero_warn(
+                f"data.{split}_prompts is {wanted}, but {prompts.source} has {len(rows)}: {usable} are used"
+            )
+        return FixedLoader(
+            prompts, rows[:usable], images_per_prompt, self.eval_batch // images_per_prompt, rank
+        )
+
+    def _rank(self) -> Rank:
+        # Not the plain world size: ranks that hold shards of one replica must see the same data.
+        place: dict[str, Any] | None = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        return Rank(place["rank"], place["num_replicas"]) if place else Rank()
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Leave the batch on the CPU: its tensors count images and are read by the host."""
+        return batch
+
+
+def _membership(start: float, end: float, held_out: frozenset[str]) -> Callable[[str], bool]:
+    return lambda prompt: start <= place(prompt) < end and prompt not in held_out

@@ -1,0 +1,73 @@
+"""Paired comparison: two models on the same prompts and the same noise."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a paired comparison found.
+
+    Attributes:
+        before: Mean score of the first model.
+        after: Mean score of the second model.
+        difference: Mean of the paired differences, ``after - before``.
+        standard_error: Standard error of ``difference``.
+        win_rate: Share of the pairs where the second model scores higher; ties count half.
+        num_pairs: Pairs in which both have a score.
+    """
+
+    before: float
+    after: float
+    difference: float
+    standard_error: float
+    win_rate: float
+    num_pairs: int
+
+    def __str__(self) -> str:
+        change = f"{self.difference:+.4f} ± {self.standard_error:.4f}"
+        return f"{self.before:.4f} -> {self.after:.4f}  ({change}, {self.num_pairs} pairs)"
+
+
+def compare(before: Tensor, after: Tensor) -> Comparison:
+    """Compare two models on the same (prompt, noise) pairs.
+
+    Args:
+        before: Scores of the first model, ``(N,)``; NaN where there is none.
+        after: Scores of the second model on the same pairs, ``(N,)``.
+
+    Returns:
+        The comparison over the pairs in which both have a score. With fewer than two of them the standard error is NaN.
+    """
+    assert before.shape == after.shape and before.ndim == 1
+    both = before.isfinite() & after.isfinite()
+    before, after = before[both].double(), after[both].double()
+    difference = after - before
+    count = len(difference)
+    error = difference.std().item() / math.sqrt(count) if count > 1 else math.nan
+    wins = (difference > 0).double() + 0.5 * (difference == 0).double()
+    mean = [x.mean().item() if count else math.nan for x in (before, after, difference, wins)]
+    return Comparison(mean[0], mean[1], mean[2], error, mean[3], count)
+
+
+def diversity(images: Tensor, groups: Tensor, side: int = 16) -> Tensor:
+    """Distance of each picture to the others of its prompt: the root mean square difference of pixels, averaged over the others.
+
+    Pictures are first averaged down to ``side`` pixels, so that layout and colour count and fine texture does not. In units of the pixel
+    range: 0 for identical pictures; two independent noise pictures without averaging would be at 0.41.
+
+    Args:
+        images: ``(B, 3, H, W)`` in [0, 1].
+        groups: ``(B,)``; pictures with the same number belong to the same prompt.
+
+    Returns:
+        ``(B,)``; NaN for a picture that is the only one of its prompt.
+    """
+    small = torch.nn.functional.adaptive_avg_pool2d(images.float(), side).flatten(1)
+    distance = torch.cdist(small, small, compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(small.shape[1])
+    same = (groups[:, None] == groups[None, :]).to(distance.device)
+    others = same.sum(1) - 1
+    return torch.where(others > 0, (distance * same).sum(1) / others.clamp(min=1), math.nan)

@@ -1,0 +1,294 @@
+"""What all methods share: sampling with counted randomness, the one optimisation step, validation, and what a checkpoint holds.
+
+Shapes: ``B`` images, ``T`` steps. Sampling is the same function for training, validation and prediction: only the purpose of the
+random draws differs.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lit_align.backbones import POLICY, REFERENCE, DiffusionBackbone
+from lit_align.backbones.base import SamplerFactory
+from lit_align.data import Batch
+from lit_align.errors import ConfigError
+from lit_align.evaluation import diversity
+from lit_align.gaussian import GaussianStep
+from lit_align.randomness import generator
+from lit_align.rewards import RewardBank
+from lit_align.rollout import Trajectory, rollout
+
+MAX_SKIPPED = 10
+"""Updates with a non-finite gradient that may follow each other before a run is given up."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures that were sampled for a batch, and how.
+
+    Attributes:
+        trajectory: The chain of each picture.
+        images: ``(B, 3, H, W)`` in [0, 1].
+    """
+
+    trajectory: Trajectory
+    images: Tensor
+
+
+class AlignmentModule(LightningModule):
+    """Base of all methods. A method implements ``training_step`` on :meth:`sample`, :meth:`score` and :meth:`update`.
+
+    One batch of the training loader is one *collection*: its prompts, their pictures and all updates that are made on them.
+    Optimisation is manual in every method, so ``Trainer``'s ``gradient_clip_val`` and ``accumulate_grad_batches`` are replaced by
+    ``clip_norm`` and each method's micro-batch.
+    """
+
+    def __init__(
+        self,
+        backbone: DiffusionBackbone,
+        sampler: SamplerFactory,
+        rewards: RewardBank,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        guidance: float,
+        clip_norm: float,
+        rollout_batch: int,
+        seed: int,
+    ) -> None:
+        """Wire the parts; the arguments are documented where a method gives them defaults."""
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # a checkpoint holds what is trained, not the frozen models
+        self.backbone = backbone
+        self.sampler = backbone.make_sampler(sampler)
+        self.rewards = rewards
+        self.guidance = guidance
+        self.clip_norm = clip_norm
+        self.rollout_batch = rollout_batch
+        self.seed = seed
+        self.images = 0
+        self.reward_queries = 0
+        self.baseline: dict[str, Tensor] = {}
+        self.latest: dict[str, Tensor] = {}
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+        self.gradient_norm = torch.zeros(())
+        self._skipped = 0
+        self._evaluated: list[dict[str, Tensor]] = []
+
+    # ---- sampling
+
+    def sample(self, batch: Batch, purpose: str, weights: str = POLICY) -> Samples:
+        """Sample one picture for each row of ``batch``, in chunks of ``rollout_batch``.
+
+        Picture ``i`` is a pure function of the weights, its prompt, (seed, purpose) and its global number ``batch.index[i]``: it depends
+        neither on its batch nor on its rank or device.
+        """
+        policy = self.backbone.policy(self.sampler, self.backbone.encode(batch.prompts), self.guidance, weights)
+        chunks: list[Samples] = []
+        for rows in torch.arange(len(batch)).split(self.rollout_batch):
+            draws = [generator(self.seed, purpose, i) for i in batch.index[rows].tolist()]
+            noise = torch.stack([torch.randn(self.backbone.latent_shape, generator=draw) for draw in draws])
+            trajectory = rollout(policy[rows], noise.to(self.device), self.sampler.num_steps, draws)
+            chunks.append(Samples(trajectory, self.backbone.decode(trajectory.states[-1])))
+        parts = [(c.trajectory.states, c.trajectory.means, c.trajectory.log_probs) for c in chunks]
+        states, means, log_probs = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        return Samples(Trajectory(states, means, log_probs), torch.cat([c.images for c in chunks]))
+
+    def score(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Total and parts of the reward on the CPU, ``{"reward": (B,), "reward/<name>": (B,)}``."""
+        output = self.rewards(images, batch.prompts, batch.groups, batch.columns)
+        parts = {f"reward/{name}": part.detach().float().cpu() for name, part in output.parts.items()}
+        return {"reward": output.total.detach().float().cpu()} | parts
+
+    def trajectory_kl(self, batch: Batch, trajectory: Trajectory) -> Tensor:
+        """KL of the policy's chains to the reference's, summed over steps, in nats per picture, ``(B,)``, along the given chains."""
+        reference = self.backbone.policy(
+            self.sampler, self.backbone.encode(batch.prompts), self.guidance, REFERENCE
+        )
+        totals = []
+        for rows in torch.arange(len(batch)).split(self.rollout_batch):
+            total = torch.zeros(len(rows), device=self.device)
+            for k in range(self.sampler.num_steps):
+                step = reference[rows](trajectory.states[k, rows], k)
+                total += GaussianStep(trajectory.means[k, rows], step.std).kl(step)
+            totals.append(total)
+        return torch.cat(totals)
+
+    # ---- optimisation
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            self.backbone.shard(self.device_mesh["data_parallel"])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self._optimizer([p for p in self.parameters() if p.requires_grad])
+        if self._lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
+
+    def update(self, losses: Sequence[Callable[[], Tensor]], scale: float = 1.0) -> None:
+        """One optimiser step on the sum of the losses, each computed and differentiated in turn, so that memory is that of one.
+
+        Over several ranks gradients are averaged, once, at the last loss; every rank must bring the same number of losses.
+
+        Args:
+            losses: Each returns a scalar with a gradient.
+            scale: Factor on the learning rate of this step alone.
+        """
+        for i, loss in enumerate(losses):
+            strategy = self.trainer.strategy
+            accumulate = i < len(losses) - 1 and isinstance(strategy, ParallelStrategy)
+            with strategy.block_backward_sync() if accumulate else nullcontext():
+                self.manual_backward(loss())
+        optimizer = self.optimizers()
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] *= scale
+        optimizer.step()
+        optimizer.zero_grad()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        if (scheduler := self.lr_schedulers()) is not None:
+            scheduler.step()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip, and drop an update whose gradient is not finite; here fp16 gradients are unscaled and all ranks agree."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.gradient_norm.isfinite():
+            self._skipped = 0
+            return
+        optimizer.zero_grad()  # sets gradients to None, which the optimiser passes over
+        self._skipped += 1
+        rank_zero_warn(f"an update was skipped: its gradient norm is {self.gradient_norm.item()}")
+        if self._skipped == MAX_SKIPPED:
+            raise ConfigError(
+                f"the last {MAX_SKIPPED} updates had non-finite gradients and were skipped; lower the learning rate, "
+                "or use precision bf16-mixed or 32-true"
+            )
+
+    def log_collection(
+        self, batch: Batch, scores: dict[str, Tensor], sampling: float, total: float, figures: dict[str, list[Tensor]]
+    ) -> None:
+        """Count and log one collection.
+
+        Args:
+            batch: The rank's batch.
+            scores: What :meth:`score` gave.
+            sampling: Seconds for sampling and scoring.
+            total: Seconds for everything.
+            figures: What the updates measured, in pieces; the mean over all of them is logged as ``train/<name>``.
+        """
+        own = {name: torch.cat(pieces).double().cpu() for name, pieces in figures.items()}
+        ranks = self.gather((scores, own))
+        scores, measured = ({n: torch.cat([r[i][n] for r in ranks]) for n in ranks[0][i]} for i in range(2))
+        count = len(scores["reward"])
+        self.images += count
+        self.reward_queries += count
+        logged = {f"train/{name}": values.nanmean() for name, values in scores.items()}
+        logged["train/reward_std"] = scores["reward"][scores["reward"].isfinite()].std()
+        logged |= {f"train/{name}": values.mean() for name, values in measured.items()}
+        logged |= {"progress/images": float(self.images), "progress/reward_queries": float(self.reward_queries)}
+        logged |= {"perf/sampling_fraction": sampling / total, "perf/images_per_second": count / total}
+        shown = ("train/reward", "perf/images_per_second")
+        self.log_dict({name: value for name, value in logged.items() if name not in shown}, batch_size=count)
+        self.log_dict({name: logged[name] for name in shown}, prog_bar=True, batch_size=count)
+
+    # ---- validation and test
+
+    def on_train_start(self) -> None:
+        """Validate before the first update, so that every curve has a point at 0 images."""
+        if self.images == 0:
+            self.trainer.validating = True
+            self.trainer.fit_loop.epoch_loop.val_loop.run()
+            self.trainer.training = True
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """A rollout on held-out prompts with noise that is the same at every validation; returns the pictures."""
+        samples = self.sample(batch, "validation")
+        self._evaluated.append(self._measure(batch, samples))
+        return samples.images
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The policy and the reference on the same prompts and the same noise; returns the policy's pictures."""
+        samples, before = self.sample(batch, "test"), self.sample(batch, "test", REFERENCE)
+        earlier = {f"base/{name}": value for name, value in self._measure(batch, before, with_kl=False).items()}
+        self._evaluated.append(self._measure(batch, samples) | earlier)
+        return samples.images
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pictures ``(B, 3, H, W)`` and their rewards."""
+        images = self.sample(batch, "predict").images
+        return images, self.score(images, batch)
+
+    def _measure(self, batch: Batch, samples: Samples, with_kl: bool = True) -> dict[str, Tensor]:
+        """Everything that is reported of a picture, each ``(B,)`` on the CPU."""
+        measured = self.score(samples.images, batch)
+        measured["diversity"] = diversity(samples.images, batch.groups).cpu()
+        if with_kl:
+            measured["kl"] = self.trajectory_kl(batch, samples.trajectory).cpu()
+        if "reward/truth" in measured:
+            measured["truth"] = measured["reward/truth"]
+        return measured | {"index": batch.index}
+
+    def on_validation_epoch_end(self) -> None:
+        self.latest = self._report("val")
+        if not self.images:
+            self.baseline = self.latest
+
+    def on_test_epoch_end(self) -> None:
+        self.latest = self._report("test")
+        self.baseline = {n[5:]: v for n, v in self.latest.items() if n.startswith("base/")}
+
+    def _report(self, stage: str) -> dict[str, Tensor]:
+        """Gather the pictures of all ranks in their global order, and log the mean of each figure."""
+        parts = [part for rank in self.gather(self._evaluated) for part in rank]
+        self._evaluated = []
+        merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        order = merged.pop("index").argsort()
+        merged = {name: values[order] for name, values in merged.items()}
+        self.log_dict({f"{stage}/{name}": values.nanmean() for name, values in merged.items()})
+        return merged
+
+    # ---- ranks and checkpoints
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """A batch holds prompts and counters, which are used on the CPU."""
+        del device, dataloader_idx
+        return batch
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in rank order; every rank must call it."""
+        if self.trainer.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is trained and every counter; the frozen models come from their own files."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n in trained}
+        checkpoint["progress"] = {
+            "images": self.images,
+            "reward_queries": self.reward_queries,
+            "skipped": self._skipped,
+            "baseline": self.baseline,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        progress = checkpoint["progress"]
+        self.images, self.reward_queries = progress["images"], progress["reward_queries"]
+        self._skipped, self.baseline = progress["skipped"], progress["baseline"]

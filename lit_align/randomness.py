@@ -1,0 +1,26 @@
+"""Counter-based randomness: every draw is a pure function of a seed, a purpose and counters.
+
+Nothing here has a state, so a run that is interrupted needs to remember only its counters, and a picture depends neither on the batch
+that it was made in, nor on the rank, nor on the device.
+"""
+
+import hashlib
+
+import torch
+
+
+def derive_seed(seed: int, purpose: str, *counters: int) -> int:
+    """Hash a seed, a purpose and counters into a seed of 63 bits.
+
+    Args:
+        seed: The run's seed.
+        purpose: What the draws are for ("rollout", "steps", ...): two purposes never share a stream.
+        counters: Collection number, global image number and the like.
+    """
+    text = ":".join([str(seed), purpose, *(str(counter) for counter in counters)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
+    """A CPU generator that is a pure function of its arguments (see :func:`derive_seed`)."""
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, *counters))

@@ -1,0 +1,24 @@
+"""Rewards: what makes a picture good, as numbers. One file per family."""
+
+from lit_align.rewards.bank import RewardBank, RewardOutput
+from lit_align.rewards.base import PictureReward, Reward, Scope
+from lit_align.rewards.clip import CLIPScore, PickScore
+from lit_align.rewards.colour import Brightness, ColourFraction, Redness
+from lit_align.rewards.compression import JPEGCompressibility, JPEGIncompressibility
+from lit_align.rewards.shapes import ShapesTruth
+
+__all__ = [
+    "Brightness",
+    "CLIPScore",
+    "ColourFraction",
+    "JPEGCompressibility",
+    "JPEGIncompressibility",
+    "PickScore",
+    "PictureReward",
+    "Redness",
+    "Reward",
+    "RewardBank",
+    "RewardOutput",
+    "Scope",
+    "ShapesTruth",
+]

@@ -1,0 +1,132 @@
+"""Several rewards under one roof: those with a weight are trained on, the others are only watched."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_align.errors import ConfigError
+from lit_align.rewards.base import Reward, Scope
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """What a bank says about B pictures.
+
+    Attributes:
+        total: ``(B,)`` weighted sum of the trained rewards; NaN where one of them is. Carries gradient for differentiable rewards.
+        parts: Every reward's own score by name, ``(B,)`` each, unweighted and detached: for reports.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class RewardBank(nn.Module):
+    """Weighs rewards and keeps watched ones out of training.
+
+    A reward without a weight, or with weight 0, is *watched*: it is computed without gradient and reported, and never touches the
+    total, not even by a NaN. Watch what you do not train on: it shows when the trained reward is being exploited.
+
+    By convention the reward named ``truth`` is the one that knows what a picture really shows (for Shapes, its judge); methods log it
+    as ``val/truth`` besides ``val/reward/truth``.
+
+    Scores are computed outside autocast: they must not change with the trainer's precision.
+
+    Args:
+        rewards: The rewards by name. Names become TensorBoard tags and columns: letters, digits, ``_`` and ``-``.
+        weights: Weight by reward name; at least one must be positive. A negative weight makes a penalty.
+
+    Raises:
+        ConfigError: No reward, a bad name, a weight that is not finite or has no reward, or no positive weight.
+    """
+
+    def __init__(self, rewards: dict[str, Reward], weights: dict[str, float]) -> None:
+        super().__init__()
+        _check(rewards, weights)
+        self.names = tuple(rewards)
+        self.weights = {name: float(weights[name]) for name in rewards if weights.get(name, 0) != 0}
+        # A list: a ModuleDict refuses names like "type" or "keys".
+        self._rewards = nn.ModuleList(reward.freeze() for reward in rewards.values())
+
+    @property
+    def rewards(self) -> dict[str, Reward]:
+        """All rewards by name."""
+        return dict(zip(self.names, self._rewards, strict=True))  # type: ignore[arg-type]
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the rewards that the total is made of."""
+        return tuple(self.weights)
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """Names of the rewards that are only reported."""
+        return tuple(name for name in self.names if name not in self.weights)
+
+    @property
+    def black_box(self) -> tuple[str, ...]:
+        """Names of the trained rewards that have no gradient."""
+        return tuple(name for name in self.trained if not self.rewards[name].differentiable)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether every trained reward has a gradient."""
+        return not self.black_box
+
+    def with_scope(self, scope: Scope) -> tuple[str, ...]:
+        """Names of the trained rewards of this scope."""
+        return tuple(name for name in self.trained if self.rewards[name].scope == scope)
+
+    def forward(
+        self,
+        images: Tensor,
+        prompts: list[str],
+        groups: Tensor | None = None,
+        columns: dict[str, list[Any]] | None = None,
+    ) -> RewardOutput:
+        """Score pictures with every reward; arguments as in :meth:`Reward.forward`."""
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        total = images.new_zeros(len(images))
+        parts: dict[str, Tensor] = {}
+        with torch.autocast(images.device.type, enabled=False):
+            for name, reward in self.rewards.items():
+                attach = torch.is_grad_enabled() and name in self.weights and reward.differentiable
+                with torch.set_grad_enabled(attach):
+                    score = reward(images, prompts, groups, columns)
+                if score.shape != total.shape:
+                    raise ConfigError(
+                        f"The reward '{name}' ({type(reward).__name__}) returned the shape {tuple(score.shape)} for "
+                        f"{len(images)} pictures; its forward must return one number per picture, shape ({len(images)},)."
+                    )
+                if name in self.weights:
+                    total = total + self.weights[name] * score
+                parts[name] = score.detach()
+        return RewardOutput(total, parts)
+
+
+def _check(rewards: dict[str, Reward], weights: dict[str, float]) -> None:
+    """Refuse a bank that cannot work, and say what would."""
+    there = ", ".join(rewards)
+    if not rewards:
+        raise ConfigError("rewards is empty; give the bank at least one reward, by name.")
+    for name in rewards:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ConfigError(
+                f"The reward name {name!r} in rewards cannot be used as a tag; use letters, digits, '_' and '-' only."
+            )
+    for name, weight in weights.items():
+        if name not in rewards:
+            raise ConfigError(
+                f"weights names '{name}', but there is no such reward; the rewards there are: {there}."
+            )
+        if not math.isfinite(weight):
+            raise ConfigError(f"The weight of '{name}' in weights is {weight}; give a finite number.")
+    if not any(weight > 0 for weight in weights.values()):
+        raise ConfigError(
+            f"weights {weights} has no positive weight, so there is nothing to train on; "
+            f"give one of these rewards a positive weight: {there}."
+        )

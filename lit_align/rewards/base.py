@@ -1,0 +1,86 @@
+"""What a reward is: a frozen module that turns pictures and prompts into one number per picture."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+Scope = Literal["sample", "group", "batch"]
+
+
+class Reward(nn.Module, ABC):
+    """A score of pictures, higher is better.
+
+    A subclass declares two facts, on which the methods rely (and which a test proves for every class of this package):
+
+    - ``differentiable``: the score has a useful gradient with respect to the pixels (AlignProp needs one).
+    - ``scope``: what a picture's score may depend on: the picture and its prompt alone (``"sample"``), the pictures of its prompt
+      group (``"group"``), or the whole batch (``"batch"``).
+
+    A reward is a module so that the trainer moves it between devices; it never learns. Call :meth:`freeze` at the end of a constructor
+    that makes parameters (the bank calls it once more, for those who forget).
+    """
+
+    differentiable: ClassVar[bool]
+    scope: ClassVar[Scope]
+
+    @abstractmethod
+    def forward(
+        self,
+        images: Tensor,
+        prompts: list[str],
+        groups: Tensor | None = None,
+        columns: dict[str, list[Any]] | None = None,
+    ) -> Tensor:
+        """Score pictures.
+
+        Args:
+            images: ``(B, 3, H, W)`` float32 in [0, 1].
+            prompts: The B prompts.
+            groups: ``(B,)`` long, the same number for the pictures of one prompt group.
+            columns: The data's extra columns, a list of B entries each.
+
+        Returns:
+            ``(B,)`` float32; NaN means that there is no score for that picture.
+        """
+
+    def freeze(self) -> Self:
+        """Take every parameter out of training and switch to evaluation mode."""
+        self.requires_grad_(False)
+        return self.train(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode: a trainer switches all its modules to training, and dropout would make a score random."""
+        return super().train(False)
+
+
+class PictureReward(Reward):
+    """A reward that looks at one ordinary 8-bit picture at a time, without gradient: a subclass only writes :meth:`score`."""
+
+    differentiable: ClassVar[bool] = False
+    scope: ClassVar[Scope] = "sample"
+
+    @abstractmethod
+    def score(self, picture: NDArray[np.uint8], prompt: str) -> float:
+        """Score one picture, ``(H, W, 3)`` uint8."""
+
+    def forward(
+        self,
+        images: Tensor,
+        prompts: list[str],
+        groups: Tensor | None = None,
+        columns: dict[str, list[Any]] | None = None,
+    ) -> Tensor:
+        """Round to 8 bits and score one by one; a picture with a pixel that is not finite has no score (see :class:`Reward`)."""
+        images = images.detach()
+        # The sum is finite exactly where all pixels are, and much cheaper than a mask of the picture's size.
+        finite = images.flatten(1).sum(dim=1).isfinite().tolist()
+        pictures = images.clamp(0, 1).mul_(255).round_().to(torch.uint8).cpu()
+        scores = [
+            self.score(picture.permute(1, 2, 0).contiguous().numpy(), prompt) if ok else float("nan")
+            for picture, prompt, ok in zip(pictures, prompts, finite, strict=True)
+        ]
+        return torch.tensor(scores, dtype=torch.float32, device=images.device)

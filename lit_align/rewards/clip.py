@@ -1,0 +1,220 @@
+"""Rewards that compare the CLIP embeddings of a picture and of its prompt, with a gradient down to the pixels."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, ClassVar, Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPModel, ImageProcessingMixin, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from lit_align.errors import ConfigError
+from lit_align.pretrained import loading, resolve
+from lit_align.rewards.base import Reward, Scope
+from lit_align.shapes import CLIP as SHAPES_CLIP
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Pixel statistics of CLIP's training pictures (Radford et al. 2021, their released code)."""
+
+
+class CLIPCosine(nn.Module):
+    """Cosine between pictures and prompts in a CLIP model's space.
+
+    Args:
+        pretrained: ``"shapes"``, a folder with a transformers ``CLIPModel``, or a hub id. Safetensors only.
+        processor: The same for the tokenizer and the pixel statistics; the model's own by default.
+
+    Raises:
+        ConfigError: The model or the tokenizer cannot be loaded whole.
+    """
+
+    CACHED_PROMPTS = 4096
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, pretrained: str, processor: str | None = None) -> None:
+        super().__init__()
+        processor = pretrained if processor is None else processor
+        self.model = _load_model(pretrained)
+        self.tokenizer = _load_tokenizer(processor)
+        config: Any = self.model.config
+        self.side: int = config.vision_config.image_size
+        self.positions: int = config.text_config.max_position_embeddings
+        mean, std = _pixel_statistics(processor)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self._texts: OrderedDict[str, Tensor] = OrderedDict()
+
+    @property
+    def logit_scale(self) -> float:
+        """What the model learnt to multiply cosines by (about 100 for trained CLIPs)."""
+        return float(self.model.logit_scale.detach().double().exp())
+
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Cosines ``(B,)`` in [-1, 1] of ``(B, 3, H, W)`` pictures in [0, 1] with their prompts."""
+        features = _pooled(self.model.get_image_features(pixel_values=self.preprocess(images)))
+        return (_unit(features) * self.embed(prompts)).sum(dim=-1)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Shorter side to the model's picture size (bicubic, antialiased), centre crop, normalise: CLIP's own steps without 8 bits."""
+        side, (height, width) = self.side, images.shape[-2:]
+        size = [side * length // min(height, width) for length in (height, width)]
+        pixels = images.to(self.mean.dtype)
+        if size != [height, width]:
+            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
+        top, left = (size[0] - side) // 2, (size[1] - side) // 2
+        return (pixels[..., top : top + side, left : left + side] - self.mean) / self.std
+
+    def embed(self, prompts: list[str]) -> Tensor:
+        """Unit text embeddings ``(B, D)``; the last ``CACHED_PROMPTS`` prompts are remembered."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        if missing:
+            self._texts.update(zip(missing, self._encode(missing), strict=True))
+        for prompt in prompts:
+            self._texts.move_to_end(prompt)
+        texts = torch.stack([self._texts[prompt] for prompt in prompts])
+        while len(self._texts) > self.CACHED_PROMPTS:
+            self._texts.popitem(last=False)
+        return texts
+
+    # A tensor made in inference mode (Lightning's validation) must not enter a graph later, and the cache outlives the validation.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> list[Tensor]:
+        tokens = self.tokenizer(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=self.positions,
+            return_tensors="pt",
+        ).to(self.mean.device)
+        features = self.model.get_text_features(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+        )
+        return [row.clone() for row in _unit(_pooled(features))]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Forget the prompts' embeddings when the module moves to another device or precision."""
+        self._texts.clear()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class CLIPScore(Reward):
+    """``scale`` times the cosine between picture and prompt (Hessel et al. 2021, arXiv:2104.08718, equation 1).
+
+    The paper reports ``2.5 * max(cos, 0)`` and torchmetrics ``100 * max(cos, 0)``: give 2.5 or 100 to read those numbers. The cut at 0 is
+    left out, since a picture below it would have no gradient.
+
+    Args:
+        pretrained: ``"shapes"``, a folder with a transformers ``CLIPModel``, or a hub id such as ``openai/clip-vit-large-patch14``.
+        scale: Factor of the cosine; 1 by default, a reward in [-1, 1].
+
+    Raises:
+        ConfigError: The model cannot be loaded.
+    """
+
+    differentiable: ClassVar[bool] = True
+    scope: ClassVar[Scope] = "sample"
+
+    def __init__(self, pretrained: str = "shapes", scale: float = 1.0) -> None:
+        super().__init__()
+        self.clip = CLIPCosine(pretrained)
+        self.scale = scale
+        self.freeze()
+
+    def forward(
+        self,
+        images: Tensor,
+        prompts: list[str],
+        groups: Tensor | None = None,
+        columns: dict[str, list[Any]] | None = None,
+    ) -> Tensor:
+        """Score ``(B, 3, H, W)`` pictures (see :class:`Reward`)."""
+        scores: Tensor = self.scale * self.clip(images, prompts)
+        return scores
+
+
+class PickScore(Reward):
+    """Human preference in the format of PickScore: the learnt logit scale times the cosine (Kirstain et al. 2023, arXiv:2305.01569).
+
+    The published model: ``pretrained="yuvalkirstain/PickScore_v1"``, ``processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"``; its scores of
+    ordinary pictures lie around 20.
+
+    Args:
+        pretrained: ``"shapes"``, a folder with a transformers ``CLIPModel``, or a hub id.
+        processor: Where the tokenizer and the pixel statistics come from, if not from ``pretrained``.
+
+    Raises:
+        ConfigError: The model or the tokenizer cannot be loaded.
+    """
+
+    differentiable: ClassVar[bool] = True
+    scope: ClassVar[Scope] = "sample"
+
+    def __init__(self, pretrained: str = "shapes", processor: str | None = None) -> None:
+        super().__init__()
+        self.clip = CLIPCosine(pretrained, processor)
+        self.scale = self.clip.logit_scale  # read once: in bfloat16 100 would become 98.9
+        self.freeze()
+
+    def forward(
+        self,
+        images: Tensor,
+        prompts: list[str],
+        groups: Tensor | None = None,
+        columns: dict[str, list[Any]] | None = None,
+    ) -> Tensor:
+        """Score ``(B, 3, H, W)`` pictures (see :class:`Reward`)."""
+        scores: Tensor = self.scale * self.clip(images, prompts)
+        return scores
+
+
+def _load_model(pretrained: str) -> CLIPModel:
+    """Load in float32; weights that the file lacks would be random, so they are an error."""
+    folder, load = (
+        resolve(pretrained, SHAPES_CLIP),
+        cast(Callable[..., tuple[CLIPModel, Any]], CLIPModel.from_pretrained),
+    )
+    with loading(pretrained):
+        model, info = load(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    if missing := info["missing_keys"]:
+        raise ConfigError(
+            f"pretrained: {pretrained!r} is no complete CLIP model: {len(missing)} of its weights are missing, such as "
+            f"{min(missing)}; give a folder or hub id that was saved from a transformers CLIPModel."
+        )
+    return model
+
+
+def _load_tokenizer(processor: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; transformers makes one without words where the files are missing, so that is an error."""
+    with loading(processor):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(processor, SHAPES_CLIP))
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ConfigError(
+            f"There is no tokenizer in {processor!r}; save one there with save_pretrained, or name under 'processor' where it is."
+        )
+    return tokenizer
+
+
+def _pixel_statistics(processor: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation that the pixels are normalised with: those of the processor's configuration, else CLIP's."""
+    try:
+        config, _ = ImageProcessingMixin.get_image_processor_dict(resolve(processor, SHAPES_CLIP))
+    except OSError:
+        config = {}
+    return list(config.get("image_mean", MEAN)), list(config.get("image_std", STD))
+
+
+def _pooled(features: Tensor | BaseModelOutputWithPooling) -> Tensor:
+    """The projected embedding ``(B, D)``: transformers 4 returned the tensor itself, transformers 5 wraps it."""
+    pooled = features if isinstance(features, Tensor) else features.pooler_output
+    assert pooled is not None
+    return pooled
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Length 1, at least in float32."""
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)

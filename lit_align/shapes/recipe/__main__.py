@@ -1,0 +1,166 @@
+"""Make the Shapes weights: ``python -m lit_align.shapes.recipe --out DIR [--stage NAME] [--minutes M]``.
+
+Without ``--stage`` all stages run in order. A stage whose result lies in DIR is not made again; delete its folder to repeat it.
+"""
+
+import os
+
+# Two threads that spin for each other's sake are several times slower on a busy machine; read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL
+from jsonargparse import CLI
+from lightning import seed_everything
+from transformers import CLIPModel, CLIPTokenizer
+
+from lit_align.errors import ConfigError
+from lit_align.shapes.recipe.clip import CLIPStage, tokenize
+from lit_align.shapes.recipe.pictures import Pictures, draw_pictures, words
+from lit_align.shapes.recipe.pipeline import replace_folder, save_clip, save_pipeline
+from lit_align.shapes.recipe.quality import measure
+from lit_align.shapes.recipe.tokenizer import make_tokenizer
+from lit_align.shapes.recipe.training import Batches, Budget, fit
+from lit_align.shapes.recipe.unet import Export, UNetStage
+from lit_align.shapes.recipe.vae import VAEStage, encode, whiten
+
+StageName = Literal["pictures", "tokenizer", "clip", "vae", "unet", "quality"]
+MINUTES: dict[str, float] = {"clip": 15.0, "vae": 15.0, "unet": 45.0}
+
+
+class Recipe:
+    """All stages, over one folder: working files beside ``pipeline`` and ``clip``, the two folders that ship.
+
+    Args:
+        out: The folder.
+        minutes: Wall-clock budget of each trained stage; None takes the shipped weights' (15, 15 and 45).
+        steps: Budget of each trained stage in optimiser steps.
+        num_pictures: Training pictures.
+        precision: "bf16-mixed" is faster on CPUs that have bfloat16 units, "32-true" on others.
+        export_every: Minutes between two exports of the denoiser while it trains.
+        num_samples: Pictures per cell of the quality table.
+        seed: Of everything.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        minutes: float | None,
+        steps: int,
+        num_pictures: int,
+        precision: Literal["bf16-mixed", "32-true"],
+        export_every: float,
+        num_samples: int,
+        seed: int,
+    ) -> None:
+        self.out, self.minutes, self.steps, self.num_pictures = out, minutes, steps, num_pictures
+        self.precision, self.export_every, self.num_samples, self.seed = precision, export_every, num_samples, seed
+
+    def budget(self, stage: str) -> Budget:
+        """The budget of a trained stage."""
+        return Budget(MINUTES[stage] if self.minutes is None else self.minutes, self.steps)
+
+    def found(self, *names: str) -> Path:
+        """A file of an earlier stage.
+
+        Raises:
+            ConfigError: if it is not there.
+        """
+        path = self.out.joinpath(*names)
+        if not path.exists():
+            raise ConfigError(f"'{path}' is missing; run the stage that makes it first, or leave --stage out.")
+        return path
+
+    def train(self, stage: Any, batch_size: int, name: str, *callbacks: Any) -> None:
+        """Fit one stage on index batches."""
+        batches = Batches(self.num_pictures, min(batch_size, self.num_pictures), self.seed)
+        fit(stage, batches, self.out / "logs" / name, self.precision, list(callbacks))
+
+    def pictures(self) -> None:
+        """Draw the training pictures."""
+        if not (self.out / "pictures" / "captions.txt").exists():
+            draw_pictures(self.out / "pictures", self.num_pictures, self.seed)
+
+    def tokenizer(self) -> None:
+        """Make the tokenizer."""
+        if not (self.out / "tokenizer").exists():
+            replace_folder(self.out / "tokenizer", make_tokenizer(words()).save_pretrained)
+
+    def clip(self) -> None:
+        """Train CLIP."""
+        if (self.out / "clip").exists():
+            return
+        tokenizer = CLIPTokenizer.from_pretrained(self.found("tokenizer"))
+        stage = CLIPStage(Pictures(self.found("pictures"), self.seed), tokenizer, self.budget("clip"))
+        self.train(stage, 128, "clip")
+        save_clip(self.out / "clip", tokenizer, stage.average)
+
+    def vae(self) -> None:
+        """Train the autoencoder, whiten its latent and keep the latents of all pictures."""
+        if (self.out / "latents.pt").exists():
+            return
+        pictures = Pictures(self.found("pictures"), self.seed)
+        stage = VAEStage(pictures, self.budget("vae"))
+        self.train(stage, 16, "vae")
+        latents = encode(stage.average, pictures)
+        whiten(stage.average, latents)
+        replace_folder(self.out / "vae", stage.average.save_pretrained)
+        torch.save(encode(stage.average, pictures), self.out / "latents.pt")
+
+    def unet(self) -> None:
+        """Train the denoiser and the text tower that it reads."""
+        if (self.out / "unet_done").exists():
+            return
+        tokenizer = CLIPTokenizer.from_pretrained(self.found("tokenizer"))
+        vae = AutoencoderKL.from_pretrained(self.found("vae"))
+        text = CLIPModel.from_pretrained(self.found("clip"), attn_implementation="eager", dtype=torch.float32).text_model
+        captions = Pictures(self.found("pictures"), self.seed).captions
+        tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])[0]
+
+        def write(average: torch.nn.ModuleDict) -> None:
+            save_pipeline(self.out / "pipeline", tokenizer, average["text"], vae, average["unet"])
+
+        stage = UNetStage(text, torch.load(self.found("latents.pt")), tokens, empty, self.budget("unet"))
+        self.train(stage, 64, "unet", Export(self.export_every, write))
+        write(stage.average)
+        (self.out / "unet_done").touch()
+
+    def quality(self) -> None:
+        """Measure the two folders."""
+        measure(self.found("pipeline"), self.found("clip"), self.out / "quality", self.num_samples, self.seed + 1)
+
+
+def main(
+    out: Path,
+    stage: StageName | None = None,
+    minutes: float | None = None,
+    steps: int = 1_000_000,
+    num_pictures: int = 100_000,
+    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed",
+    export_every: float = 10.0,
+    num_samples: int = 256,
+    seed: int = 0,
+) -> None:
+    """Run one stage or all; see :class:`Recipe` for the arguments."""
+    out.mkdir(parents=True, exist_ok=True)
+    recipe = Recipe(out, minutes, steps, num_pictures, precision, export_every, num_samples, seed)
+    stages: dict[str, Callable[[], None]] = {
+        "pictures": recipe.pictures,
+        "tokenizer": recipe.tokenizer,
+        "clip": recipe.clip,
+        "vae": recipe.vae,
+        "unet": recipe.unet,
+        "quality": recipe.quality,
+    }
+    for name, run in stages.items():
+        if stage in (None, name):
+            seed_everything(seed, verbose=False)
+            run()
+
+
+if __name__ == "__main__":
+    CLI(main, as_positional=False)

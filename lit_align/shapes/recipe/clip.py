@@ -1,0 +1,67 @@
+"""CLIP for the world: who says what a picture shows, and how close another caption comes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from lit_align.shapes.recipe.pictures import Pictures, mutate
+from lit_align.shapes.recipe.tokenizer import POSITIONS
+from lit_align.shapes.recipe.training import Budget, Stage
+
+WIDTH = 128
+MEAN = STD = (0.5, 0.5, 0.5)
+"""Normalisation of the pictures; it is written into the folder's ``preprocessor_config.json`` as well."""
+
+
+def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """An untrained CLIP: text tower of 3 layers, vision transformer of 4 with patches of 8, both of width 128."""
+    tower = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {**tower, **special, "num_hidden_layers": 3, "vocab_size": len(tokenizer), "max_position_embeddings": POSITIONS}
+    vision = {**tower, "num_hidden_layers": 4, "image_size": 64, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH)
+    config._attn_implementation = "eager"  # the fastest backward pass in bfloat16 on a CPU
+    return CLIPModel(config)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Token ids ``(N, POSITIONS)``."""
+    ids: Tensor = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return ids
+
+
+def embed_texts(model: CLIPModel, ids: Tensor) -> Tensor:
+    """Unit text embeddings ``(N, WIDTH)``."""
+    return F.normalize(model.get_text_features(input_ids=ids).pooler_output.float(), dim=-1)
+
+
+def embed_images(model: CLIPModel, images: Tensor) -> Tensor:
+    """Unit image embeddings ``(N, WIDTH)`` of pictures in [0, 1]."""
+    pixels = (images - images.new_tensor(MEAN)[:, None, None]) / images.new_tensor(STD)[:, None, None]
+    return F.normalize(model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
+
+
+class CLIPStage(Stage):
+    """Contrastive training; every caption also appears with one attribute changed, as a wrong answer for all pictures of the batch."""
+
+    def __init__(self, pictures: Pictures, tokenizer: CLIPTokenizer, budget: Budget) -> None:
+        super().__init__(make_clip(tokenizer), peak=1.5e-3, budget=budget, decay=0.995)
+        self.pictures, self.tokenizer = pictures, tokenizer
+        self.rng = pictures.rng("mutations")
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """One batch of picture numbers ``(B,)``."""
+        captions = [self.pictures.captions[number] for number in batch.tolist()]
+        wrong = [mutate(caption, self.rng) for caption in captions]
+        texts = embed_texts(self.model, tokenize(self.tokenizer, captions + wrong))
+        images = embed_images(self.model, self.pictures.images(batch))
+        scale = self.model.logit_scale.clamp(max=4.6).exp()
+        logits, own = scale * images @ texts.T, torch.arange(len(batch))
+        pair = torch.stack([logits[own, own], logits[own, own + len(batch)]], dim=1)
+        hard = F.cross_entropy(pair, torch.zeros_like(own))
+        to_text, to_image = F.cross_entropy(logits, own), F.cross_entropy(logits[:, : len(batch)].T, own)
+        loss: Tensor = to_text + to_image + hard
+        right = (pair[:, 0] > pair[:, 1]).float().mean()
+        self.log_dict({"loss": loss, "R@1": (logits.argmax(1) == own).float().mean(), "hard": right}, prog_bar=True)
+        return loss

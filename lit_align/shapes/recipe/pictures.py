@@ -1,0 +1,138 @@
+"""Training pictures with their captions, drawn once and kept in a folder, and captions that are wrong by one fact."""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_align.errors import ConfigError
+from lit_align.shapes.world import (
+    COLOURS,
+    COUNTS,
+    PICTURE,
+    RADII,
+    RELATIONS,
+    SHAPES,
+    Caption,
+    Group,
+    parse,
+    render,
+    sample_caption,
+    sample_scene,
+)
+
+
+def numpy_rng(seed: int, purpose: str) -> np.random.Generator:
+    """A numpy generator for one purpose of one run."""
+    return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
+
+
+def words() -> list[str]:
+    """Every word of the world's captions, sorted."""
+    plurals = [str(Group(2, None, None, shape)) for shape in SHAPES]
+    return sorted(set(" ".join([*COUNTS, *RADII, *COLOURS, *SHAPES, *plurals, *RELATIONS, "and on background"]).split()))
+
+
+class Pictures:
+    """Pictures and captions in memory-mapped files.
+
+    Args:
+        folder: Holds ``pictures.npy`` and ``captions.txt``.
+        seed: Of whatever is drawn about them later.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.pixels = np.load(folder / "pictures.npy", mmap_mode="r")
+        self.captions = (folder / "captions.txt").read_text().splitlines()
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def images(self, numbers: Tensor | Sequence[int]) -> Tensor:
+        """Pictures ``(B, 3, 64, 64)`` float32 in [0, 1]."""
+        return torch.from_numpy(self.pixels[np.asarray(numbers)]).permute(0, 3, 1, 2).float() / 255
+
+    def rng(self, purpose: str) -> np.random.Generator:
+        """A numpy generator for one purpose."""
+        return numpy_rng(self.seed, purpose)
+
+
+def draw_pictures(folder: Path, num_pictures: int, seed: int) -> None:
+    """Draw pictures from the training distribution into ``folder``.
+
+    Args:
+        folder: Made if need be; ``captions.txt`` is written last, so its presence means that the folder is whole.
+        num_pictures: How many.
+        seed: Of captions and scenes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = numpy_rng(seed, "pictures")
+    shape = (num_pictures, PICTURE, PICTURE, 3)
+    pixels = np.lib.format.open_memmap(folder / "pictures.npy", mode="w+", dtype=np.uint8, shape=shape)
+    captions = []
+    for number in range(num_pictures):
+        caption = sample_caption(rng)
+        pixels[number] = render(sample_scene(caption, rng))
+        captions.append(str(caption))
+    pixels.flush()
+    (folder / "captions.txt").write_text("\n".join(captions) + "\n")
+
+
+def mutate(prompt: str, rng: np.random.Generator) -> str:
+    """A caption that differs from ``prompt`` in one fact, so that a picture of ``prompt`` does not fit it.
+
+    One of: a count, a size, a colour, a shape, the relation, the background, or two groups' colours exchanged. Only what is said changes.
+    """
+    caption = parse(prompt)
+    changes: list[Callable[[], Caption]] = [lambda: _new_group(caption, rng)] * (2 * len(caption.groups))
+    if caption.background:
+        changes.append(lambda: replace(caption, background=_other(COLOURS, caption.background, rng)))
+    if caption.relation:
+        changes += [lambda: replace(caption, relation=_other(RELATIONS, caption.relation, rng))] * 2
+    if len(caption.groups) == 2:
+        changes.append(lambda: _exchange(caption))
+    while True:
+        try:
+            wrong = changes[rng.integers(len(changes))]()
+        except ConfigError:  # no picture could fit it, so it would be too easy
+            continue
+        if wrong.groups != caption.groups or wrong.relation != caption.relation or wrong.background != caption.background:
+            if not _says_the_same(wrong, caption):
+                return str(wrong)
+
+
+def _other(choices: Sequence[str] | dict[str, tuple[int, ...]], value: str | None, rng: np.random.Generator) -> str:
+    rest = [choice for choice in choices if choice != value]
+    return rest[rng.integers(len(rest))]
+
+
+def _new_group(caption: Caption, rng: np.random.Generator) -> Caption:
+    """Change one said attribute of one group."""
+    groups = list(caption.groups)
+    place = int(rng.integers(len(groups)))
+    group = groups[place]
+    count = [other for other in range(1, len(COUNTS) + 1) if other != group.count]
+    changed = [
+        replace(group, count=count[rng.integers(len(count))]),
+        replace(group, shape=_other(SHAPES, group.shape, rng)),
+        *([replace(group, size=_other(RADII, group.size, rng))] if group.size else []),
+        *([replace(group, colour=_other(COLOURS, group.colour, rng))] if group.colour else []),
+    ]
+    groups[place] = changed[rng.integers(len(changed))]
+    return replace(caption, groups=tuple(groups))
+
+
+def _exchange(caption: Caption) -> Caption:
+    """Give each of two groups the other's colour."""
+    first, second = caption.groups
+    return replace(caption, groups=(replace(first, colour=second.colour), replace(second, colour=first.colour)))
+
+
+def _says_the_same(one: Caption, other: Caption) -> bool:
+    """Whether two captions joined by "and" are the same but for the order of their groups."""
+    return one.relation is None and one.background == other.background and set(one.groups) == set(other.groups)

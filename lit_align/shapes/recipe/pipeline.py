@@ -1,0 +1,76 @@
+"""Writing the folders that ship: half precision, and never half-written."""
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from lit_align.shapes.recipe.unet import make_scheduler
+
+
+def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a folder beside ``folder``, then put it in its place.
+
+    Args:
+        folder: What is replaced.
+        write: Called with the path of the new folder.
+    """
+    fresh, old = (folder.with_name(f".{folder.name}.{name}") for name in ("new", "old"))
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write(fresh)
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_pipeline(
+    folder: Path, tokenizer: CLIPTokenizer, text: CLIPTextModel, vae: AutoencoderKL, unet: UNet2DConditionModel
+) -> None:
+    """Write a ``StableDiffusionPipeline`` in float16; the models given stay as they are."""
+    text, vae, unet = (_half(model) for model in (text, vae, unet))
+    unet.set_attn_processor(AttnProcessor2_0())
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,  # type: ignore[arg-type]
+        requires_safety_checker=False,
+    )
+
+    def write(fresh: Path) -> None:
+        pipeline.save_pretrained(fresh)
+        _load_as_float32(fresh / "text_encoder" / "config.json")
+
+    replace_folder(folder, write)
+
+
+def save_clip(folder: Path, tokenizer: CLIPTokenizer, clip: CLIPModel) -> None:
+    """Write CLIP and its tokenizer in float16; the model given stays as it is."""
+
+    def write(fresh: Path) -> None:
+        _half(clip).save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        _load_as_float32(fresh / "config.json")
+
+    replace_folder(folder, write)
+
+
+def _half(model: Any) -> Any:
+    """A copy in float16."""
+    return copy.deepcopy(model).half().eval()
+
+
+def _load_as_float32(config: Path) -> None:
+    """Let transformers convert at loading: its default is the type that the config names, diffusers' is float32."""
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))

@@ -1,0 +1,117 @@
+"""What the three trained stages share: a budget, a learning rate that follows it, and an average of the weights."""
+
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a stage trains: until the minutes or the steps are used up, whichever comes first.
+
+    Attributes:
+        minutes: Wall-clock minutes.
+        steps: Optimiser steps.
+    """
+
+    minutes: float
+    steps: int = 1_000_000
+
+
+class Batches:
+    """An endless stream of shuffled index batches, a pure function of its seed."""
+
+    def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
+        self.num_items, self.batch_size, self.seed = num_items, batch_size, seed
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield ``(batch_size,)`` long tensors; an epoch's remainder is dropped."""
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            order = torch.randperm(self.num_items, generator=generator)
+            yield from order[: len(order) // self.batch_size * self.batch_size].split(self.batch_size)
+
+
+class Stage(L.LightningModule):
+    """A model trained under a budget, with warm-up, linear decay to 0 and an exponential moving average of its weights.
+
+    The learning rate follows the share of the budget that is used up, so that it reaches 0 on a machine of any speed.
+
+    Args:
+        model: What is trained.
+        peak: Highest learning rate of AdamW.
+        budget: How long to train.
+        decay: Of the moving average.
+        warmup: Steps of linear warm-up.
+    """
+
+    def __init__(self, model: nn.Module, peak: float, budget: Budget, decay: float, warmup: int = 100) -> None:
+        super().__init__()
+        self.model, self.average = model, copy.deepcopy(model).requires_grad_(False)
+        self.peak, self.budget, self.decay, self.warmup = peak, budget, decay, warmup
+        self.started = time.monotonic()
+
+    def progress(self) -> float:
+        """Share of the budget that is used up, 0 to 1."""
+        elapsed = (time.monotonic() - self.started) / 60 / self.budget.minutes
+        return min(1.0, max(elapsed, self.global_step / self.budget.steps))
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        """Parameters for the optimiser; ``scale`` multiplies the learning rate."""
+        return [{"params": list(self.model.parameters()), "scale": 1.0}]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW without weight decay to speak of: the world is endless, so nothing overfits."""
+        return torch.optim.AdamW(self.parameter_groups(), lr=self.peak, betas=(0.9, 0.98), weight_decay=1e-3)
+
+    def on_train_start(self) -> None:
+        """Start the clock once the data is there."""
+        self.started = time.monotonic()
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        """Set this step's learning rate."""
+        rate = self.peak * min(1.0, (self.global_step + 1) / self.warmup) * (1 - self.progress())
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = rate * group["scale"]
+
+    def on_train_batch_end(self, outputs: object, batch: Tensor, batch_idx: int) -> None:
+        """Move the average; stop when the budget is used up."""
+        decay = min(self.decay, (1 + self.global_step) / (10 + self.global_step))
+        averages, weights = list(self.average.parameters()), list(self.model.parameters())
+        torch._foreach_lerp_(averages, [weight.detach() for weight in weights], 1 - decay)
+        if self.progress() >= 1.0:
+            self.trainer.should_stop = True
+
+
+def fit(stage: Stage, batches: Batches, folder: Path, precision: str, callbacks: list[L.Callback] | None = None) -> None:
+    """Train a stage with Lightning and leave the log in ``folder / "log"``.
+
+    Args:
+        stage: The module.
+        batches: Index batches; the module holds the data.
+        folder: The stage's working folder.
+        precision: Lightning's precision ("32-true" or "bf16-mixed").
+        callbacks: Besides the progress bar.
+    """
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision=precision,  # type: ignore[arg-type]
+        max_epochs=1,
+        gradient_clip_val=1.0,
+        log_every_n_steps=20,
+        logger=CSVLogger(folder, name="", version="log"),
+        callbacks=[RichProgressBar(refresh_rate=20), *(callbacks or [])],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(stage, train_dataloaders=batches)
+    print(f"{folder.name}: {stage.global_step} steps in {(time.monotonic() - stage.started) / 60:.1f} minutes", flush=True)

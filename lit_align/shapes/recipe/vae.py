@@ -1,0 +1,84 @@
+"""The autoencoder: 64x64 pictures to an 8x8 latent of 8 channels, every channel with mean 0 and variance 1."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from lit_align.shapes.recipe.pictures import Pictures
+from lit_align.shapes.recipe.training import Budget, Stage
+
+CROP_SHARE = 0.4
+"""Share of the budget that is spent on crops, which cost a quarter of a picture."""
+
+
+def make_vae() -> AutoencoderKL:
+    """An untrained autoencoder in Stable Diffusion's format."""
+    channels = (16, 32, 64, 96)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=8,
+        mid_block_add_attention=False,
+        sample_size=64,
+        scaling_factor=1.0,
+    )
+
+
+def edges(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of neighbouring pixels, horizontal and vertical."""
+    return images[..., :, 1:] - images[..., :, :-1], images[..., 1:, :] - images[..., :-1, :]
+
+
+class VAEStage(Stage):
+    """L1 + 2 L2 + 0.5 L1 of the edges + a small KL, on crops of 32 first and on whole pictures later."""
+
+    def __init__(self, pictures: Pictures, budget: Budget) -> None:
+        super().__init__(make_vae(), peak=2e-3, budget=budget, decay=0.995)
+        self.pictures = pictures
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """One batch of picture numbers ``(B,)``."""
+        images = self.pictures.images(batch) * 2 - 1
+        if self.progress() < CROP_SHARE:
+            top, left = (8 * torch.randint(5, (2,))).tolist()
+            images = images[..., top : top + 32, left : left + 32]
+        posterior = self.model.encode(images).latent_dist
+        output = self.model.decode(posterior.sample()).sample.float()
+        error = output - images
+        edge = sum(F.l1_loss(ours, theirs) for ours, theirs in zip(edges(output), edges(images), strict=True))
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss: Any = error.abs().mean() + 2 * error.square().mean() + 0.5 * edge + 3e-4 * kl
+        decibels = -10 * (error.detach() / 2).square().mean().log10()
+        self.log_dict({"loss": loss, "dB": decibels, "kl": kl}, prog_bar=True)
+        return loss
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: Pictures, batch_size: int = 250) -> Tensor:
+    """Latent means of all pictures, ``(N, 8, 8, 8)`` float16."""
+    numbers = torch.arange(len(pictures)).split(batch_size)
+    return torch.cat([vae.encode(pictures.images(part) * 2 - 1).latent_dist.mean.half() for part in numbers])
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
+    """Fold the channels' mean and standard deviation into the convolutions next to the latent, which leaves reconstructions as they are.
+
+    Args:
+        vae: Changed in place.
+        latents: ``(N, C, H, W)``, as the autoencoder gives them now.
+    """
+    count = latents.shape[1]
+    mean, std = latents.float().mean((0, 2, 3)), latents.float().std((0, 2, 3))
+    into, back = vae.quant_conv, vae.post_quant_conv
+    into.weight[:count] /= std[:, None, None, None]
+    into.bias[:count] = (into.bias[:count] - mean) / std
+    into.bias[count:] -= 2 * std.log()  # the other half of the channels is the log-variance
+    back.bias += (back.weight[:, :, 0, 0] * mean).sum(1)
+    back.weight *= std[None, :, None, None]

@@ -1,0 +1,42 @@
+"""A CLIP of a few thousand weights with a tokenizer of twenty words, saved as the real ones are."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+WORDS = ["a", "red", "blue", "circle", "square", "and", "on", "the"]
+MEAN, STD = [0.3, 0.4, 0.5], [0.2, 0.25, 0.3]
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("clip")
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    characters = sorted(set("".join(WORDS)))
+    tokens = special + characters + [f"{c}</w>" for c in characters]
+    tokenizer = CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=8
+    )
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {
+        **tower,
+        "vocab_size": len(tokens),
+        "max_position_embeddings": 8,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    vision = {**tower, "image_size": 8, "patch_size": 4}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8, logit_scale_init_value=3.0)
+    config.text_config.attention_dropout = config.vision_config.attention_dropout = 0.5  # must never be felt
+    torch.manual_seed(0)
+    model = CLIPModel(config)
+    for weight in model.parameters():  # the default start is so small that all pictures look alike
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+    return folder

@@ -1,0 +1,110 @@
+"""What every reward class declares is true; classes are found by walking the subclasses, so none is forgotten."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_align import rewards
+from lit_align.rewards import PickScore, Reward, RewardBank
+
+MAKE: dict[str, Callable[[Path], Reward]] = {
+    "Brightness": lambda folder: rewards.Brightness(),
+    "CLIPScore": lambda folder: rewards.CLIPScore(str(folder)),
+    "ColourFraction": lambda folder: rewards.ColourFraction("teal"),
+    "JPEGCompressibility": lambda folder: rewards.JPEGCompressibility(),
+    "JPEGIncompressibility": lambda folder: rewards.JPEGIncompressibility(),
+    "PickScore": lambda folder: PickScore(str(folder)),
+    "Redness": lambda folder: rewards.Redness(),
+    "ShapesTruth": lambda folder: rewards.ShapesTruth(),
+}
+"""One way to make each reward; a new class without a line here fails by name."""
+
+PROMPTS = ["a red circle", "two blue squares", "a red circle", "a circle and a square"]
+
+
+def concrete(base: type[Reward]) -> Iterator[type[Reward]]:
+    for cls in base.__subclasses__():
+        if not inspect.isabstract(cls) and cls.__module__.startswith("lit_align."):
+            yield cls
+        yield from concrete(cls)
+
+
+def names() -> list[str]:
+    return sorted({cls.__name__ for cls in concrete(Reward)})
+
+
+@pytest.fixture(params=names())
+def reward(request: pytest.FixtureRequest, clip_folder: Path) -> Reward:
+    assert request.param in MAKE, f"tell tests/rewards/test_declared.py how to make {request.param}"
+    return MAKE[request.param](clip_folder)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def test_every_class_is_exported() -> None:
+    assert set(names()) <= set(rewards.__all__)
+    assert set(names()) == set(MAKE)
+
+
+def test_contract(reward: Reward, images: Tensor) -> None:
+    scores = reward(images, PROMPTS)
+    assert scores.shape == (4,) and scores.dtype == torch.float32
+    assert torch.equal(scores, reward(images, PROMPTS))
+
+
+def test_differentiable_as_declared(reward: Reward) -> None:
+    pixels = torch.rand(2, 3, 12, 10, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    if not reward.differentiable:
+        pixels = torch.rand(2, 3, 64, 64)
+        assert not reward(pixels.requires_grad_(), PROMPTS[:2]).requires_grad
+        return
+    reward = reward.double()
+    pixels.requires_grad_()
+    score = reward(pixels, PROMPTS[:2])
+    assert score.requires_grad
+    (gradient,) = torch.autograd.grad(score.sum(), pixels)
+    assert (gradient.flatten(1).norm(dim=1) > 1e-6).all()
+    assert torch.autograd.gradcheck(lambda x: reward(x, PROMPTS[:2]), (pixels,), fast_mode=True)
+
+
+def test_scope_as_declared(reward: Reward, images: Tensor) -> None:
+    if reward.scope != "sample":
+        pytest.skip(f"{type(reward).__name__} may look at the other pictures")
+    scores = reward(images, PROMPTS)
+    order = [2, 0, 3, 1]
+    permuted = reward(images[order], [PROMPTS[i] for i in order])
+    torch.testing.assert_close(permuted, scores[order], rtol=1e-5, atol=1e-5)
+    alone = torch.cat([reward(images[i : i + 1], [PROMPTS[i]]) for i in range(4)])
+    torch.testing.assert_close(alone, scores, rtol=1e-5, atol=1e-5)
+    assert len(set(scores.tolist())) > 1 or type(reward).__name__ == "ShapesTruth"
+
+
+def test_a_broken_picture_has_no_score(reward: Reward, images: Tensor) -> None:
+    scores = reward(images, PROMPTS)
+    images[1, 0, 3, 3] = float("nan")
+    broken = reward(images, PROMPTS)
+    assert broken.isnan().tolist() == [False, True, False, False]
+    torch.testing.assert_close(broken[[0, 2, 3]], scores[[0, 2, 3]])
+
+
+def test_frozen_and_never_in_training_mode(reward: Reward, images: Tensor) -> None:
+    assert not any(weight.requires_grad for weight in reward.parameters())
+    before = reward(images, PROMPTS)
+    bank = RewardBank({"it": reward}, {"it": 1.0})
+    torch.nn.ModuleList([bank]).train()
+    assert not any(module.training for module in reward.modules())
+    assert torch.equal(reward(images, PROMPTS), before)
+
+
+def test_no_gradient_reaches_a_weight(reward: Reward, images: Tensor) -> None:
+    if reward.differentiable:
+        reward(images.requires_grad_(), PROMPTS).sum().backward()
+        assert images.grad is not None
+    assert all(weight.grad is None for weight in reward.parameters())
