@@ -1,11 +1,15 @@
 """The command line: ``python -m lit_align {fit,validate,test,predict} --config configs/<method>.yaml``."""
 
+import difflib
+import importlib
+import inspect
+import re
 import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
@@ -35,15 +39,18 @@ class AlignCLI(LightningCLI):
         logger = config.trainer.logger
         if config.ckpt_path == "last":
             config.ckpt_path = str(_last_checkpoint(_run_folders(logger)))
+        elif config.ckpt_path and not Path(config.ckpt_path).exists():
+            raise ConfigError(f"ckpt_path: there is no {config.ckpt_path}; give a checkpoint, or 'last'")
         if config.ckpt_path and Path(config.ckpt_path).parent.name == "checkpoints" and logger:
             run = Path(config.ckpt_path).absolute().parent.parent
-            logger.init_args.update({"save_dir": str(run.parent.parent), "name": run.parent.name, "version": run.name})
+            logger.init_args.save_dir, logger.init_args.name = str(run.parent.parent), run.parent.name
+            logger.init_args.version = run.name
         self.trainer_defaults["callbacks"] = _callbacks(config.trainer)
 
 
 def _run_folders(logger: Any) -> Path:
     """The folder that holds the runs of this method."""
-    if not logger or not isinstance(logger.get("init_args"), object) or "save_dir" not in logger.init_args:
+    if not isinstance(logger, Namespace) or not logger.init_args.get("save_dir"):
         raise ConfigError("ckpt_path: 'last' needs a logger with save_dir and name; give the path of a checkpoint")
     return Path(logger.init_args.save_dir) / logger.init_args.name
 
@@ -73,14 +80,34 @@ def _callbacks(trainer: Any) -> list[Any]:
     return [callback for callback in callbacks if type(callback).__name__ not in given]
 
 
-def _user_error(error: BaseException) -> ConfigError | None:
-    """Our own message inside what jsonargparse or Lightning wrapped around it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, ConfigError):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return None
+def _sentence(error: BaseException) -> str | None:
+    """What to tell the user: our own message inside whatever a library wrapped around it, or the parser's, shortened."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, ConfigError):
+            return str(inner)
+        inner = inner.__cause__ or inner.__context__
+    if not isinstance(error, ArgumentError):
+        return None
+    noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = " ".join(line.removeprefix("- ") for line in lines if line and not line.startswith(noise))
+    return told + _suggestion(told)
+
+
+def _suggestion(told: str) -> str:
+    """The accepted names that come nearest to one that was refused."""
+    if unknown := re.search(r"Expected a dot import path string: (\w+)", told):
+        parts = (lit_align.advantages, lit_align.backbones, lit_align.data, lit_align.rewards, lit_align.samplers)
+        names = [name for part in parts for name in vars(part) if name[0].isupper()]
+        near = difflib.get_close_matches(unknown[1], names, n=2)
+        return f"; did you mean {' or '.join(near)}?" if near else "; no class of that name is known: give its import path"
+    refused, owners = re.search(r"Option '(\w+)' is not accepted", told), re.findall(r"class_path '([\w.]+)'", told)
+    if not refused or not owners:
+        return ""
+    module, _, name = owners[-1].rpartition(".")
+    names = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    return f"; accepted: {', '.join(difflib.get_close_matches(refused[1], names, n=2) or names)}"
 
 
 def main(args: list[str] | None = None) -> None:
@@ -98,9 +125,11 @@ def main(args: list[str] | None = None) -> None:
             auto_configure_optimizers=False,
             save_config_callback=RunConfig,
             seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False},
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
             args=args,
         )
-    except (ConfigError, ArgumentError) as error:
-        print(f"lit_align: {_user_error(error) or error}", file=sys.stderr)
+    except (ValueError, ArgumentError) as error:
+        if (told := _sentence(error)) is None:
+            raise
+        print(f"lit_align: {told}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -15,19 +15,22 @@ def resolve(pretrained: str, shapes: Path) -> str:
     """Turn what the user wrote under ``pretrained`` into something that ``from_pretrained`` takes.
 
     Args:
-        pretrained: ``"shapes"`` for the weights that ship with the package, a folder, or an id on the Hugging Face hub.
+        pretrained: ``"shapes"`` for the weights that ship with the package, a folder, or an id on the Hugging
+            Face hub.
         shapes: The shipped folder that ``"shapes"`` stands for here.
 
     Returns:
         A folder that exists, or a hub id.
 
     Raises:
-        ConfigError: The value is written as a path and there is no such folder, or the shipped weights are missing.
+        ConfigError: The value is written as a path and there is no such folder, or the shipped weights are
+            missing.
     """
     if pretrained == SHAPES:
         if not shapes.is_dir():
             raise ConfigError(
-                f"pretrained: shapes needs the shipped weights in {shapes}, which is missing; reinstall lit_align."
+                f"pretrained: shapes needs the shipped weights in {shapes}, which is missing; "
+                "reinstall lit_align."
             )
         return str(shapes)
     folder = Path(pretrained).expanduser()
@@ -35,33 +38,37 @@ def resolve(pretrained: str, shapes: Path) -> str:
         return str(folder)
     if pretrained.startswith((".", "~", "/")) or pretrained.count("/") != 1:
         raise ConfigError(
-            f"pretrained: {pretrained!r} is no folder; give a folder that exists (the working directory is {Path.cwd()}), "
-            f"an id on the Hugging Face hub (owner/name), or 'shapes' for the weights that ship with lit_align."
+            f"pretrained: {pretrained!r} is no folder; give a folder that exists (the working directory is "
+            f"{Path.cwd()}), an id on the Hugging Face hub (owner/name), or 'shapes' for the weights that "
+            "ship with lit_align."
         )
     return pretrained
 
 
 @contextmanager
 def loading(pretrained: str) -> Iterator[None]:
-    """Turn what can go wrong while the model that the user calls ``pretrained`` is read into a :class:`ConfigError`."""
+    """Turn what can go wrong while the model called ``pretrained`` is read into a :class:`ConfigError`."""
     try:
         yield
     except ConfigError:
         raise
     except SafetensorError as error:
         raise ConfigError(
-            f"pretrained: the weights of {pretrained!r} are corrupt ({error}); delete them and download them again."
+            f"pretrained: the weights of {pretrained!r} are corrupt ({error}); "
+            "delete them and download them again."
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if pretrained == SHAPES:
             remedy = "reinstall lit_align, whose weights they are"
         elif Path(pretrained).expanduser().is_dir():
-            remedy = "check that the folder holds the whole model: its configuration, safetensors weights that fit it, and its tokenizer"
+            remedy = (
+                "check that the folder holds the whole model: its configuration, fitting safetensors weights "
+                "and its tokenizer"
+            )
         else:
             remedy = (
                 "check the id and the network; without a network, download it elsewhere and give the folder"
             )
-        raise ConfigError(
-            f"pretrained: cannot load {pretrained!r} ({lines[0].rstrip('.')}); {remedy}."
-        ) from error
+        reason = lines[0].rstrip(".")
+        raise ConfigError(f"pretrained: cannot load {pretrained!r} ({reason}); {remedy}.") from error

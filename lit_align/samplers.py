@@ -45,7 +45,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def add_noise(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
-        """The forward process: ``x0`` at timestep ``t`` (int or ``(B,)``), given standard normal ``noise``."""
+        """The forward process: ``x0`` at timestep ``t`` (int or ``(B,)``), with standard normal ``noise``."""
 
     @abstractmethod
     def predict_x0(self, x: Tensor, prediction: Tensor, t: int | Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class StableDiffusionBackbone(DiffusionBackbone):
         with loading(pretrained):
             pipeline: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
                 resolve(pretrained, PIPELINE),
-                torch_dtype=torch.float32,
+                dtype=torch.float32,
                 use_safetensors=True,
                 safety_checker=None,
                 feature_extractor=None,
@@ -139,7 +139,8 @@ class StableDiffusionBackbone(DiffusionBackbone):
         if self._lora is None:
             found = list(self.unets[name].parameters())
         else:
-            found = [p for n, p in self.unet.named_parameters() if f".{name}." in n and ".lora_" in n]
+            own = (f".lora_A.{name}.", f".lora_B.{name}.")
+            found = [p for n, p in self.unet.named_parameters() if any(part in n for part in own)]
         if requires_grad is not None:
             for parameter in found:
                 parameter.requires_grad_(requires_grad)
@@ -178,19 +179,18 @@ class StableDiffusionBackbone(DiffusionBackbone):
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         device = next(self.text_encoder.parameters()).device
-        missing = [p for p in dict.fromkeys(["", *prompts]) if p not in self._cache]
-        if missing:
-            with torch.no_grad():
-                states, _ = self.pipeline.encode_prompt(missing, device, 1, do_classifier_free_guidance=False)
-            self._cache.update(zip(missing, states.cpu().unbind(), strict=True))
-        for prompt in ["", *prompts]:
+        states: dict[str, Tensor] = {}
+        for prompt in dict.fromkeys(["", *prompts]):
+            if prompt not in self._cache:
+                # One by one: a row of a batch is rounded differently in another batch, and a resumed run has an empty cache.
+                with torch.no_grad():
+                    state, _ = self.pipeline.encode_prompt(prompt, device, 1, do_classifier_free_guidance=False)
+                self._cache[prompt] = state[0].cpu()
             self._cache.move_to_end(prompt)
-        cond = Conditioning(
-            torch.stack([self._cache[p] for p in prompts]).to(device), self._cache[""][None].to(device)
-        )
+            states[prompt] = self._cache[prompt].to(device)
         while len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
-        return cond
+        return Conditioning(torch.stack([states[prompt] for prompt in prompts]), states[""][None])
 
     def predict(
         self, x: Tensor, t: int | Tensor, cond: Conditioning, guidance: float = 1.0, weights: str = POLICY

@@ -31,8 +31,7 @@ class Batch:
     index: Tensor = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        parts = (self.prompts, self.groups, self.index, *self.columns.values())
-        lengths = {len(part) for part in parts}
+        lengths = {len(self.prompts), len(self.groups), len(self.index), *map(len, self.columns.values())}
         assert len(lengths) == 1, f"prompts, groups, index and columns differ in length: {sorted(lengths)}"
 
     def __len__(self) -> int:
@@ -40,24 +39,25 @@ class Batch:
 
 
 def repeat_prompts(
-    prompts: Sequence[str], columns: Sequence[Mapping[str, Any]], first_group: int, images_per_prompt: int
+    prompts: Sequence[str],
+    columns: Sequence[Mapping[str, Any]],
+    groups: Sequence[int],
+    images_per_prompt: int,
 ) -> Batch:
     """A batch with each prompt repeated ``images_per_prompt`` times, images of a prompt next to each other.
 
-    Prompt ``n`` becomes group ``first_group + n``; image ``j`` of group ``g`` has the index ``g *
-    images_per_prompt + j``.
+    Image ``j`` of group ``g`` has the index ``g * images_per_prompt + j``.
 
     Args:
         prompts: The distinct prompts of the batch, in their global order.
         columns: The extra columns of each prompt, with the same names for every prompt.
-        first_group: Global number of the first prompt.
+        groups: The global number of each prompt.
         images_per_prompt: Images that share a prompt.
     """
     copies = range(images_per_prompt)
-    last_group = first_group + len(prompts)
     return Batch(
         prompts=[prompt for prompt in prompts for _ in copies],
-        groups=torch.arange(first_group, last_group).repeat_interleave(images_per_prompt),
+        groups=torch.tensor(groups).repeat_interleave(images_per_prompt),
         columns={name: [row[name] for row in columns for _ in copies] for name in columns[0]},
-        index=torch.arange(first_group * images_per_prompt, last_group * images_per_prompt),
+        index=torch.tensor([group * images_per_prompt + copy for group in groups for copy in copies]),
     )

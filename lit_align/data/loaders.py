@@ -23,11 +23,14 @@ class Rank:
     number: int = 0
     world: int = 1
 
-    def share(self, rows: Sequence[int]) -> tuple[int, Sequence[int]]:
-        """This rank's contiguous part of ``rows``, whose number divides by ``world``, and where it starts."""
-        size, rest = divmod(len(rows), self.world)
-        assert rest == 0, f"{len(rows)} prompts do not divide by {self.world} ranks"
-        return self.number * size, rows[self.number * size : (self.number + 1) * size]
+    def share(self, rows: Sequence[int]) -> tuple[range, Sequence[int]]:
+        """Every ``world``-th of ``rows``, whose number ``world`` divides: the positions and the rows.
+
+        Dealt like cards, so that any run of ``world * n`` neighbours is spread evenly: the first half of every rank's
+        prompts is the first half of the collection.
+        """
+        assert len(rows) % self.world == 0, f"{len(rows)} prompts do not divide by {self.world} ranks"
+        return range(self.number, len(rows), self.world), rows[self.number :: self.world]
 
 
 class CollectionLoader:
@@ -77,10 +80,10 @@ class CollectionLoader:
     def __iter__(self) -> Iterator[Batch]:
         for _ in range(self.collections_per_epoch):
             slots = self._settings["prompts_per_collection"]
-            offset, rows = self.rank.share(self._advance(slots))
-            first_group = self._collections * slots + offset
+            places, rows = self.rank.share(self._advance(slots))
+            groups = [self._collections * slots + place for place in places]
             self._collections += 1
-            yield self.prompts.batch(rows, first_group, self._settings["images_per_prompt"])
+            yield self.prompts.batch(rows, groups, self._settings["images_per_prompt"])
 
     def _advance(self, wanted: int) -> list[int]:
         """The rows of the next collection; moves the cursor behind them."""
@@ -96,8 +99,8 @@ class CollectionLoader:
                     return rows
             if self._cursor == 0:
                 raise ConfigError(
-                    f"data.prompts_per_collection is {wanted}, but {self.prompts.source} has only {len(rows)} "
-                    "training prompts: lower it or give more prompts"
+                    f"data.prompts_per_collection is {wanted}, but {self.prompts.source} has only "
+                    f"{len(rows)} training prompts: lower it or give more prompts"
                 )
             self._pass += 1
             self._cursor = 0
@@ -122,8 +125,8 @@ class CollectionLoader:
                 )
         if state["rows"] != len(self.prompts.rows):
             rank_zero_warn(
-                f"{self.prompts.source} has {len(self.prompts.rows)} usable prompts, {state['rows']} when the "
-                "checkpoint was written: training goes on, but the prompts of this pass may repeat"
+                f"{self.prompts.source} has {len(self.prompts.rows)} usable prompts, {state['rows']} when "
+                "the checkpoint was written: training goes on, but the prompts of this pass may repeat"
             )
         self._pass, self._cursor, self._collections = state["pass"], state["cursor"], state["collections"]
 
@@ -162,5 +165,5 @@ class FixedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self.rows), self._stride):
-            offset, rows = self.rank.share(self.rows[start : start + self._stride])
-            yield self.prompts.batch(rows, start + offset, self.images_per_prompt)
+            places, rows = self.rank.share(self.rows[start : start + self._stride])
+            yield self.prompts.batch(rows, [start + place for place in places], self.images_per_prompt)

@@ -1,4 +1,4 @@
-"""Where prompts come from: text, CSV, JSON lines and Parquet files, the Hugging Face hub, the Shapes world."""
+"""Where prompts come from: text, CSV, JSON lines and Parquet files, the hub, or the Shapes world."""
 
 import difflib
 import io
@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
+from pyarrow import csv, json, parquet
 
 from lit_align.errors import ConfigError
 from lit_align.shapes.world import Kind, PromptSpace
@@ -124,10 +122,10 @@ class CSVPrompts(TablePrompts):
 
     def __init__(self, path: str, column: str = "prompt") -> None:
         data = _read_utf8(path).encode()
-        parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-        convert = pyarrow.csv.ConvertOptions(column_types={column: pa.string()})
+        parse = csv.ParseOptions(newlines_in_values=True)
+        convert = csv.ConvertOptions(column_types={column: pa.string()})
         try:
-            table = pyarrow.csv.read_csv(io.BytesIO(data), parse_options=parse, convert_options=convert)
+            table = csv.read_csv(io.BytesIO(data), parse_options=parse, convert_options=convert)
         except pa.ArrowException as error:
             raise _unreadable(path, "CSV with a header line", error) from error
         super().__init__(table, column, path)
@@ -146,10 +144,9 @@ class JSONLPrompts(TablePrompts):
 
     def __init__(self, path: str, column: str = "prompt") -> None:
         data = _read_utf8(path).encode()
-        # One block: a line that is longer than a block is an error.
-        one_block = pyarrow.json.ReadOptions(block_size=len(data) + 1)
+        one_block = json.ReadOptions(block_size=len(data) + 1)  # a line must fit into a block
         try:
-            table = pyarrow.json.read_json(io.BytesIO(data), read_options=one_block)
+            table = json.read_json(io.BytesIO(data), read_options=one_block)
         except pa.ArrowException as error:
             raise _unreadable(path, "JSON lines", error) from error
         super().__init__(table, column, path)
@@ -168,7 +165,7 @@ class ParquetPrompts(TablePrompts):
 
     def __init__(self, path: str, column: str = "prompt") -> None:
         try:
-            table = pyarrow.parquet.ParquetFile(_check_file(path)).read()
+            table = parquet.ParquetFile(_check_file(path)).read()
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, "Parquet", error) from error
         super().__init__(table, column, path)
@@ -192,10 +189,8 @@ class HubPrompts(TablePrompts):
         try:
             rows = datasets.load_dataset(name, split=split)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise ConfigError(
-                f"cannot load split '{split}' of dataset '{name}' ({_first_line(error)}): check the name, "
-                "or download the dataset and give a local file"
-            ) from error
+            what = f"cannot load split '{split}' of dataset '{name}' ({_first_line(error)})"
+            raise ConfigError(f"{what}: check the name, or download it and give a local file") from error
         super().__init__(rows.with_format("arrow")[:], column, f"dataset {name} ({split})")
 
 

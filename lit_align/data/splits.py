@@ -91,11 +91,11 @@ class PromptSet:
         order = Permutation(len(self.rows), 0, purpose="evaluation order")
         return [row for _, row in islice(self.walk(order), wanted)]
 
-    def batch(self, rows: Sequence[int], first_group: int, images_per_prompt: int) -> Batch:
-        """The batch of some rows (see :func:`repeat_prompts`)."""
+    def batch(self, rows: Sequence[int], groups: Sequence[int], images_per_prompt: int) -> Batch:
+        """The batch of some rows with their group numbers (see :func:`repeat_prompts`)."""
         prompts = [self.source.prompt(row).strip() for row in rows]
         columns = [self.source.columns(row) for row in rows]
-        return repeat_prompts(prompts, columns, first_group, images_per_prompt)
+        return repeat_prompts(prompts, columns, groups, images_per_prompt)
 
 
 def place(prompt: str) -> float:

@@ -263,11 +263,6 @@ class AlignmentModule(LightningModule):
 
     # ---- ranks and checkpoints
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """A batch holds prompts and counters, which are used on the CPU."""
-        del device, dataloader_idx
-        return batch
-
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in rank order; every rank must call it."""
         if self.trainer.world_size == 1:

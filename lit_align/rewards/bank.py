@@ -17,7 +17,8 @@ class RewardOutput:
     """What a bank says about B pictures.
 
     Attributes:
-        total: ``(B,)`` weighted sum of the trained rewards; NaN where one of them is. Carries gradient for differentiable rewards.
+        total: ``(B,)`` weighted sum of the trained rewards; NaN where one of them is. Carries gradient for
+            differentiable rewards.
         parts: Every reward's own score by name, ``(B,)`` each, unweighted and detached: for reports.
     """
 
@@ -28,20 +29,23 @@ class RewardOutput:
 class RewardBank(nn.Module):
     """Weighs rewards and keeps watched ones out of training.
 
-    A reward without a weight, or with weight 0, is *watched*: it is computed without gradient and reported, and never touches the
-    total, not even by a NaN. Watch what you do not train on: it shows when the trained reward is being exploited.
+    A reward without a weight, or with weight 0, is *watched*: it is computed without gradient and reported,
+    and never touches the total, not even by a NaN. Watch what you do not train on: it shows when the trained
+    reward is being exploited.
 
-    By convention the reward named ``truth`` is the one that knows what a picture really shows (for Shapes, its judge); methods log it
-    as ``val/truth`` besides ``val/reward/truth``.
+    By convention the reward named ``truth`` is the one that knows what a picture really shows (for Shapes,
+    its judge); methods log it as ``val/truth`` besides ``val/reward/truth``.
 
     Scores are computed outside autocast: they must not change with the trainer's precision.
 
     Args:
-        rewards: The rewards by name. Names become TensorBoard tags and columns: letters, digits, ``_`` and ``-``.
+        rewards: The rewards by name. Names become TensorBoard tags and columns: letters, digits, ``_`` and
+            ``-``.
         weights: Weight by reward name; at least one must be positive. A negative weight makes a penalty.
 
     Raises:
-        ConfigError: No reward, a bad name, a weight that is not finite or has no reward, or no positive weight.
+        ConfigError: No reward, a bad name, a weight that is not finite or has no reward, or no positive
+            weight.
     """
 
     def __init__(self, rewards: dict[str, Reward], weights: dict[str, float]) -> None:
@@ -99,8 +103,10 @@ class RewardBank(nn.Module):
                     score = reward(images, prompts, groups, columns)
                 if score.shape != total.shape:
                     raise ConfigError(
-                        f"The reward '{name}' ({type(reward).__name__}) returned the shape {tuple(score.shape)} for "
-                        f"{len(images)} pictures; its forward must return one number per picture, shape ({len(images)},)."
+                        f"The reward '{name}' ({type(reward).__name__}) returned the shape "
+                        f"{tuple(score.shape)} for {len(images)} pictures; "
+                        "its forward must return one number per picture, "
+                        f"shape ({len(images)},)."
                     )
                 if name in self.weights:
                     total = total + self.weights[name] * score
@@ -116,7 +122,8 @@ def _check(rewards: dict[str, Reward], weights: dict[str, float]) -> None:
     for name in rewards:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise ConfigError(
-                f"The reward name {name!r} in rewards cannot be used as a tag; use letters, digits, '_' and '-' only."
+                f"The reward name {name!r} in rewards cannot be used as a tag; "
+                "use letters, digits, '_' and '-' only."
             )
     for name, weight in weights.items():
         if name not in rewards:

@@ -14,14 +14,15 @@ Scope = Literal["sample", "group", "batch"]
 class Reward(nn.Module, ABC):
     """A score of pictures, higher is better.
 
-    A subclass declares two facts, on which the methods rely (and which a test proves for every class of this package):
+    A subclass declares two facts, on which the methods rely (and which a test proves for every class of this
+    package):
 
     - ``differentiable``: the score has a useful gradient with respect to the pixels (AlignProp needs one).
-    - ``scope``: what a picture's score may depend on: the picture and its prompt alone (``"sample"``), the pictures of its prompt
-      group (``"group"``), or the whole batch (``"batch"``).
+    - ``scope``: what a picture's score may depend on: the picture and its prompt alone (``"sample"``), the
+      pictures of its prompt group (``"group"``), or the whole batch (``"batch"``).
 
-    A reward is a module so that the trainer moves it between devices; it never learns. Call :meth:`freeze` at the end of a constructor
-    that makes parameters (the bank calls it once more, for those who forget).
+    A reward is a module so that the trainer moves it between devices; it never learns. Call :meth:`freeze` at
+    the end of a constructor that makes parameters (the bank calls it once more, for those who forget).
     """
 
     differentiable: ClassVar[bool]
@@ -53,12 +54,12 @@ class Reward(nn.Module, ABC):
         return self.train(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode: a trainer switches all its modules to training, and dropout would make a score random."""
+        """Stay in evaluation mode: trainers switch modules to training, and dropout would blur scores."""
         return super().train(False)
 
 
 class PictureReward(Reward):
-    """A reward that looks at one ordinary 8-bit picture at a time, without gradient: a subclass only writes :meth:`score`."""
+    """A reward that looks at 8-bit pictures one by one, without gradient: a subclass writes :meth:`score`."""
 
     differentiable: ClassVar[bool] = False
     scope: ClassVar[Scope] = "sample"
@@ -74,7 +75,7 @@ class PictureReward(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Round to 8 bits and score one by one; a picture with a pixel that is not finite has no score (see :class:`Reward`)."""
+        """Round to 8 bits and score one by one; a picture with a pixel that is not finite has no score."""
         images = images.detach()
         # The sum is finite exactly where all pixels are, and much cheaper than a mask of the picture's size.
         finite = images.flatten(1).sum(dim=1).isfinite().tolist()

@@ -1,4 +1,4 @@
-"""Rewards that compare the CLIP embeddings of a picture and of its prompt, with a gradient down to the pixels."""
+"""Rewards that compare the CLIP embeddings of a picture and its prompt, with a gradient to the pixels."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -59,7 +59,7 @@ class CLIPCosine(nn.Module):
         return (_unit(features) * self.embed(prompts)).sum(dim=-1)
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Shorter side to the model's picture size (bicubic, antialiased), centre crop, normalise: CLIP's own steps without 8 bits."""
+        """Antialiased bicubic resize of the shorter side, centre crop, normalise: CLIP's, unrounded."""
         side, (height, width) = self.side, images.shape[-2:]
         size = [side * length // min(height, width) for length in (height, width)]
         pixels = images.to(self.mean.dtype)
@@ -75,13 +75,13 @@ class CLIPCosine(nn.Module):
             self._texts.update(zip(missing, self._encode(missing), strict=True))
         for prompt in prompts:
             self._texts.move_to_end(prompt)
+        # Stacking copies: a row remembered from inference mode (Lightning's validation) could not enter a
+        # graph itself.
         texts = torch.stack([self._texts[prompt] for prompt in prompts])
         while len(self._texts) > self.CACHED_PROMPTS:
             self._texts.popitem(last=False)
         return texts
 
-    # A tensor made in inference mode (Lightning's validation) must not enter a graph later, and the cache outlives the validation.
-    @torch.inference_mode(False)
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> list[Tensor]:
         tokens = self.tokenizer(
@@ -103,13 +103,14 @@ class CLIPCosine(nn.Module):
 
 
 class CLIPScore(Reward):
-    """``scale`` times the cosine between picture and prompt (Hessel et al. 2021, arXiv:2104.08718, equation 1).
+    """``scale`` times the cosine between picture and prompt (Hessel et al. 2021, arXiv:2104.08718).
 
-    The paper reports ``2.5 * max(cos, 0)`` and torchmetrics ``100 * max(cos, 0)``: give 2.5 or 100 to read those numbers. The cut at 0 is
-    left out, since a picture below it would have no gradient.
+    The paper reports ``2.5 * max(cos, 0)`` and torchmetrics ``100 * max(cos, 0)``: give 2.5 or 100 to read
+    those numbers. The cut at 0 is left out, since a picture below it would have no gradient.
 
     Args:
-        pretrained: ``"shapes"``, a folder with a transformers ``CLIPModel``, or a hub id such as ``openai/clip-vit-large-patch14``.
+        pretrained: ``"shapes"``, a folder with a transformers ``CLIPModel``, or a hub id such as
+            ``openai/clip-vit-large-patch14``.
         scale: Factor of the cosine; 1 by default, a reward in [-1, 1].
 
     Raises:
@@ -138,10 +139,10 @@ class CLIPScore(Reward):
 
 
 class PickScore(Reward):
-    """Human preference in the format of PickScore: the learnt logit scale times the cosine (Kirstain et al. 2023, arXiv:2305.01569).
+    """Human preference as PickScore: learnt scale times cosine (Kirstain et al. 2023, arXiv:2305.01569).
 
-    The published model: ``pretrained="yuvalkirstain/PickScore_v1"``, ``processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"``; its scores of
-    ordinary pictures lie around 20.
+    The published model: ``pretrained="yuvalkirstain/PickScore_v1"``,
+    ``processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"``.
 
     Args:
         pretrained: ``"shapes"``, a folder with a transformers ``CLIPModel``, or a hub id.
@@ -182,25 +183,26 @@ def _load_model(pretrained: str) -> CLIPModel:
         model, info = load(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     if missing := info["missing_keys"]:
         raise ConfigError(
-            f"pretrained: {pretrained!r} is no complete CLIP model: {len(missing)} of its weights are missing, such as "
-            f"{min(missing)}; give a folder or hub id that was saved from a transformers CLIPModel."
+            f"pretrained: {pretrained!r} is no complete CLIP model: {len(missing)} weights are missing, "
+            f"such as {min(missing)}; give a folder or hub id that was saved from a transformers CLIPModel."
         )
     return model
 
 
 def _load_tokenizer(processor: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; transformers makes one without words where the files are missing, so that is an error."""
+    """Load the tokenizer; where its files are missing transformers makes one without words: an error here."""
     with loading(processor):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(processor, SHAPES_CLIP))
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(
-            f"There is no tokenizer in {processor!r}; save one there with save_pretrained, or name under 'processor' where it is."
+            f"There is no tokenizer in {processor!r}; save one there with save_pretrained, "
+            "or name under 'processor' where it is."
         )
     return tokenizer
 
 
 def _pixel_statistics(processor: str) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation that the pixels are normalised with: those of the processor's configuration, else CLIP's."""
+    """Mean and standard deviation of the pixels: those of the processor's configuration, else CLIP's."""
     try:
         config, _ = ImageProcessingMixin.get_image_processor_dict(resolve(processor, SHAPES_CLIP))
     except OSError:
@@ -209,7 +211,7 @@ def _pixel_statistics(processor: str) -> tuple[list[float], list[float]]:
 
 
 def _pooled(features: Tensor | BaseModelOutputWithPooling) -> Tensor:
-    """The projected embedding ``(B, D)``: transformers 4 returned the tensor itself, transformers 5 wraps it."""
+    """The projected embedding ``(B, D)``: a tensor in transformers 4, the pooler output in transformers 5."""
     pooled = features if isinstance(features, Tensor) else features.pooler_output
     assert pooled is not None
     return pooled

@@ -29,7 +29,7 @@ class Redness(Reward):
 
 
 class Brightness(Reward):
-    """Mean luma of the pixels as they are stored (weights of ITU-R BT.601, those of JPEG): 0 for black, 1 for white."""
+    """Mean luma of the stored pixels (weights of ITU-R BT.601, those of JPEG): 0 for black, 1 for white."""
 
     differentiable: ClassVar[bool] = True
     scope: ClassVar[Scope] = "sample"
@@ -47,9 +47,10 @@ class Brightness(Reward):
 
 
 class ColourFraction(Reward):
-    """Soft share of pixels that have a colour: mean of ``1 / (1 + d² / width²)``, ``d`` the RGB distance of a pixel to the colour.
+    """Soft share of pixels that have a colour: mean of ``1 / (1 + d² / width²)``.
 
-    1 when every pixel is exactly that colour. The tail is heavy on purpose: a pixel of another colour still feels the pull.
+    ``d`` is the RGB distance of a pixel to the colour. 1 when every pixel is exactly that colour. The tail is
+    heavy on purpose: a pixel of another colour still feels the pull.
 
     Args:
         colour: A CSS name (``red``), ``#rrggbb`` or ``rgb(r,g,b)``.
@@ -71,7 +72,8 @@ class ColourFraction(Reward):
             rgb = ImageColor.getrgb(colour)[:3]
         except ValueError as error:
             raise ConfigError(
-                f"ColourFraction: cannot read the colour {colour!r}; give a CSS name such as 'red', or '#rrggbb'."
+                f"ColourFraction: cannot read the colour {colour!r}; "
+                "give a CSS name such as 'red', or '#rrggbb'."
             ) from error
         self.width = width
         self.register_buffer("target", torch.tensor(rgb).view(1, 3, 1, 1) / 255, persistent=False)

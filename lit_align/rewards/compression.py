@@ -10,7 +10,7 @@ from lit_align.rewards.base import PictureReward
 
 
 class JPEGIncompressibility(PictureReward):
-    """Size of the JPEG file in kB (1000 bytes): rich texture is rewarded (Black et al. 2023, arXiv:2305.13301, section 5.1).
+    """Size of the JPEG file in kB (1000 bytes): rewards texture (Black et al. 2023, arXiv:2305.13301).
 
     Args:
         quality: JPEG quality; the paper's code uses 95, with PIL's other defaults.

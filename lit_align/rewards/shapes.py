@@ -11,7 +11,7 @@ from lit_align.shapes.world import PICTURE, Caption, judge, parse
 
 
 class ShapesTruth(PictureReward):
-    """What the judge of the Shapes world says: the share of the prompt's facts that the picture really shows, in [0, 1].
+    """The judge of the Shapes world: the share of the prompt's facts that the picture shows, in [0, 1].
 
     Args:
         whole: Score 1 if every fact holds and 0 otherwise, instead of the share.
@@ -28,8 +28,9 @@ class ShapesTruth(PictureReward):
         """Judge one picture, ``(H, W, 3)`` uint8, by its prompt."""
         if picture.shape != (PICTURE, PICTURE, 3):
             raise ConfigError(
-                f"ShapesTruth judges pictures of {PICTURE} x {PICTURE} pixels, and was given {picture.shape[1]} x {picture.shape[0]}; "
-                f"use it with the Shapes pipeline, or take this reward out of the bank."
+                f"ShapesTruth judges pictures of {PICTURE} x {PICTURE} pixels, and was given "
+                f"{picture.shape[1]} x {picture.shape[0]}; use it with the Shapes pipeline, "
+                "or take it out of the bank."
             )
         verdict = judge(picture, _caption(prompt))
         return float(all(verdict.facts.values())) if self.whole else verdict.score

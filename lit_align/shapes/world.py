@@ -520,7 +520,7 @@ def _clear_colour(offsets: Floats, tone: Floats, ground: Floats) -> str | None:
     return list(COLOURS)[int(distances.argmin())] if clear else None
 
 
-def _best_shape(cover: Floats, dx: Doubles, dy: Doubles) -> tuple[int, bool]:
+def _best_shape(cover: Doubles, dx: Doubles, dy: Doubles) -> tuple[int, bool]:
     """Best template for the cover (n,) of pixels at (dx, dy) / sqrt(area) from the centre; is it close?"""
     area = max(float(cover.sum()), 1.0)
     columns, rows = (np.clip((d / _SPAN + 0.5) * _CELLS, 0, _CELLS - 1).astype(np.int64) for d in (dx, dy))

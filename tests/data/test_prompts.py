@@ -1,4 +1,4 @@
-"""Prompts: where they come from, which split they belong to, in which order and with which numbers they go out."""
+"""Prompts: where they come from, their splits, and the order and numbers with which they are handed out."""
 
 import json
 from collections import Counter
@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
 
 from lit_align.data import (
     Batch,
@@ -201,7 +202,8 @@ def test_fewer_prompts_than_asked_for_is_a_warning() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 1000, 1024, 4097])
 def test_a_permutation_reaches_every_number_once(size: int) -> None:
-    assert sorted(Permutation(size, 7, 3, purpose="test")) == list(range(size))
+    order = Permutation(size, 7, 3, purpose="test")
+    assert sorted(order[position] for position in range(size)) == list(range(size))
 
 
 def test_permutations_of_different_keys_are_uniform() -> None:
@@ -241,14 +243,14 @@ def test_the_order_depends_on_the_seed_alone() -> None:
     assert order(0) == order(0) != order(1)
 
 
-def joined(parts: list[Batch]) -> tuple[list[str], list[int], list[int], list[Any]]:
-    prompts = [prompt for part in parts for prompt in part.prompts]
-    numbers = [number for part in parts for number in part.columns["number"]]
-    return (
-        prompts,
-        torch.cat([p.index for p in parts]).tolist(),
-        torch.cat([p.groups for p in parts]).tolist(),
-        numbers,
+def joined(parts: list[Batch]) -> list[tuple[int, int, str, Any]]:
+    """The images of all parts in their global order."""
+    return sorted(
+        row
+        for part in parts
+        for row in zip(
+            part.index.tolist(), part.groups.tolist(), part.prompts, part.columns["number"], strict=True
+        )
     )
 
 
@@ -320,6 +322,7 @@ class Recorder(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         self.seen.append((self.current_epoch, tuple(batch.prompts), tuple(batch.index.tolist())))
         optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
         self.manual_backward(((self.weight - batch.index.float().mean()) ** 2).sum())
         optimizer.step()

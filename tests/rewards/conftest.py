@@ -20,7 +20,13 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = CLIPTokenizer(
         vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=8
     )
-    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower: dict[str, float] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    tower["attention_dropout"] = 0.5  # must never be felt
     text = {
         **tower,
         "vocab_size": len(tokens),
@@ -30,7 +36,6 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     vision = {**tower, "image_size": 8, "patch_size": 4}
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8, logit_scale_init_value=3.0)
-    config.text_config.attention_dropout = config.vision_config.attention_dropout = 0.5  # must never be felt
     torch.manual_seed(0)
     model = CLIPModel(config)
     for weight in model.parameters():  # the default start is so small that all pictures look alike

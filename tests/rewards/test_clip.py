@@ -32,7 +32,7 @@ def encodings(cosine: CLIPCosine) -> list[int]:
 
 def direct(folder: Path, images: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and logits by transformers' own forward pass, with normalisation written out."""
-    model = CLIPModel.from_pretrained(folder).eval()
+    model = CLIPModel.from_pretrained(folder)
     tokens = AutoTokenizer.from_pretrained(folder)(
         PROMPTS, padding=True, truncation=True, max_length=8, return_tensors="pt"
     )

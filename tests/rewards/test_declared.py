@@ -1,4 +1,4 @@
-"""What every reward class declares is true; classes are found by walking the subclasses, so none is forgotten."""
+"""What every reward class declares is true; classes are found by a walk, so none is forgotten."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -26,8 +26,9 @@ MAKE: dict[str, Callable[[Path], Reward]] = {
 PROMPTS = ["a red circle", "two blue squares", "a red circle", "a circle and a square"]
 
 
-def concrete(base: type[Reward]) -> Iterator[type[Reward]]:
-    for cls in base.__subclasses__():
+def concrete(base: type) -> Iterator[type]:
+    subclasses: list[type] = base.__subclasses__()
+    for cls in subclasses:
         if not inspect.isabstract(cls) and cls.__module__.startswith("lit_align."):
             yield cls
         yield from concrete(cls)

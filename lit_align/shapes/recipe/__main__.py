@@ -16,10 +16,10 @@ import torch
 from diffusers import AutoencoderKL
 from jsonargparse import CLI
 from lightning import seed_everything
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from lit_align.errors import ConfigError
-from lit_align.shapes.recipe.clip import CLIPStage, tokenize
+from lit_align.shapes.recipe.clip import CLIPStage, load_clip, make_clip, tokenize
 from lit_align.shapes.recipe.pictures import Pictures, draw_pictures, words
 from lit_align.shapes.recipe.pipeline import replace_folder, save_clip, save_pipeline
 from lit_align.shapes.recipe.quality import measure
@@ -40,10 +40,13 @@ class Recipe:
         minutes: Wall-clock budget of each trained stage; None takes the shipped weights' (15, 15 and 45).
         steps: Budget of each trained stage in optimiser steps.
         num_pictures: Training pictures.
+        num_latents: How many of them the denoiser sees.
         precision: "bf16-mixed" is faster on CPUs that have bfloat16 units, "32-true" on others.
         export_every: Minutes between two exports of the denoiser while it trains.
         num_samples: Pictures per cell of the quality table.
         seed: Of everything.
+        further: Train a finished CLIP for another round.
+        num_processes: Processes that train the denoiser, one thread each (set OMP_NUM_THREADS=1).
     """
 
     def __init__(
@@ -52,13 +55,18 @@ class Recipe:
         minutes: float | None,
         steps: int,
         num_pictures: int,
+        num_latents: int,
         precision: Literal["bf16-mixed", "32-true"],
         export_every: float,
         num_samples: int,
         seed: int,
+        further: bool,
+        num_processes: int,
     ) -> None:
-        self.out, self.minutes, self.steps, self.num_pictures = out, minutes, steps, num_pictures
+        self.out, self.minutes, self.steps = out, minutes, steps
+        self.num_pictures, self.num_latents = num_pictures, num_latents
         self.precision, self.export_every, self.num_samples, self.seed = precision, export_every, num_samples, seed
+        self.further, self.num_processes = further, num_processes
 
     def budget(self, stage: str) -> Budget:
         """The budget of a trained stage."""
@@ -75,10 +83,11 @@ class Recipe:
             raise ConfigError(f"'{path}' is missing; run the stage that makes it first, or leave --stage out.")
         return path
 
-    def train(self, stage: Any, batch_size: int, name: str, *callbacks: Any) -> None:
-        """Fit one stage on index batches."""
-        batches = Batches(self.num_pictures, min(batch_size, self.num_pictures), self.seed)
-        fit(stage, batches, self.out / "logs" / name, self.precision, list(callbacks))
+    def train(self, stage: Any, num_items: int, batch_size: int, name: str, *callbacks: Any) -> None:
+        """Fit one stage on batches of item numbers."""
+        batches = Batches(num_items, min(batch_size, num_items), self.seed)
+        num_processes = self.num_processes if name == "unet" else 1
+        fit(stage, batches, self.out / "logs" / name, self.precision, num_processes, callbacks)
 
     def pictures(self) -> None:
         """Draw the training pictures."""
@@ -91,12 +100,15 @@ class Recipe:
             replace_folder(self.out / "tokenizer", make_tokenizer(words()).save_pretrained)
 
     def clip(self) -> None:
-        """Train CLIP."""
-        if (self.out / "clip").exists():
-            return
+        """Train CLIP, in several rounds if asked to: each begins with the last one's weights and a fresh learning rate."""
         tokenizer = CLIPTokenizer.from_pretrained(self.found("tokenizer"))
-        stage = CLIPStage(Pictures(self.found("pictures"), self.seed), tokenizer, self.budget("clip"))
-        self.train(stage, 128, "clip")
+        model = make_clip(tokenizer)
+        if (self.out / "clip").exists():
+            if not self.further:
+                return
+            model.load_state_dict(load_clip(self.out / "clip").state_dict())
+        stage = CLIPStage(model, Pictures(self.found("pictures"), self.seed), tokenizer, self.budget("clip"))
+        self.train(stage, len(stage.pictures), 128, "clip")
         save_clip(self.out / "clip", tokenizer, stage.average)
 
     def vae(self) -> None:
@@ -104,12 +116,13 @@ class Recipe:
         if (self.out / "latents.pt").exists():
             return
         pictures = Pictures(self.found("pictures"), self.seed)
-        stage = VAEStage(pictures, self.budget("vae"))
-        self.train(stage, 16, "vae")
-        latents = encode(stage.average, pictures)
-        whiten(stage.average, latents)
-        replace_folder(self.out / "vae", stage.average.save_pretrained)
-        torch.save(encode(stage.average, pictures), self.out / "latents.pt")
+        if not (self.out / "vae").exists():
+            stage = VAEStage(pictures, self.budget("vae"))
+            self.train(stage, len(pictures), 16, "vae")
+            whiten(stage.average, encode(stage.average, pictures, torch.arange(min(4000, len(pictures)))))
+            replace_folder(self.out / "vae", stage.average.save_pretrained)
+        vae = AutoencoderKL.from_pretrained(self.out / "vae")
+        torch.save(encode(vae, pictures, torch.arange(min(self.num_latents, len(pictures)))), self.out / "latents.pt")
 
     def unet(self) -> None:
         """Train the denoiser and the text tower that it reads."""
@@ -117,15 +130,18 @@ class Recipe:
             return
         tokenizer = CLIPTokenizer.from_pretrained(self.found("tokenizer"))
         vae = AutoencoderKL.from_pretrained(self.found("vae"))
-        text = CLIPModel.from_pretrained(self.found("clip"), attn_implementation="eager", dtype=torch.float32).text_model
-        captions = Pictures(self.found("pictures"), self.seed).captions
+        text = load_clip(self.found("clip")).text_model
+        latents = torch.load(self.found("latents.pt"))
+        captions = Pictures(self.found("pictures"), self.seed).captions[: len(latents)]
         tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])[0]
 
         def write(average: torch.nn.ModuleDict) -> None:
             save_pipeline(self.out / "pipeline", tokenizer, average["text"], vae, average["unet"])
 
-        stage = UNetStage(text, torch.load(self.found("latents.pt")), tokens, empty, self.budget("unet"))
-        self.train(stage, 64, "unet", Export(self.export_every, write))
+        stage = UNetStage(text, latents, tokens, empty, self.budget("unet"))
+        self.train(stage, len(latents), 64 // self.num_processes, "unet", Export(self.export_every, write))
+        if stage.global_rank > 0:
+            raise SystemExit(0)  # the helpers' work is done
         write(stage.average)
         (self.out / "unet_done").touch()
 
@@ -140,14 +156,17 @@ def main(
     minutes: float | None = None,
     steps: int = 1_000_000,
     num_pictures: int = 100_000,
+    num_latents: int = 60_000,
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed",
     export_every: float = 10.0,
     num_samples: int = 256,
     seed: int = 0,
+    further: bool = False,
+    num_processes: int = 2,
 ) -> None:
     """Run one stage or all; see :class:`Recipe` for the arguments."""
     out.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(out, minutes, steps, num_pictures, precision, export_every, num_samples, seed)
+    recipe = Recipe(out, minutes, steps, num_pictures, num_latents, precision, export_every, num_samples, seed, further, num_processes)
     stages: dict[str, Callable[[], None]] = {
         "pictures": recipe.pictures,
         "tokenizer": recipe.tokenizer,

@@ -1,5 +1,7 @@
 """CLIP for the world: who says what a picture shows, and how close another caption comes."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +27,11 @@ def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(config)
 
 
+def load_clip(folder: Path) -> CLIPModel:
+    """A trained CLIP in float32."""
+    return CLIPModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+
+
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """Token ids ``(N, POSITIONS)``."""
     ids: Tensor = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -45,8 +52,8 @@ def embed_images(model: CLIPModel, images: Tensor) -> Tensor:
 class CLIPStage(Stage):
     """Contrastive training; every caption also appears with one attribute changed, as a wrong answer for all pictures of the batch."""
 
-    def __init__(self, pictures: Pictures, tokenizer: CLIPTokenizer, budget: Budget) -> None:
-        super().__init__(make_clip(tokenizer), peak=1.5e-3, budget=budget, decay=0.995)
+    def __init__(self, model: CLIPModel, pictures: Pictures, tokenizer: CLIPTokenizer, budget: Budget) -> None:
+        super().__init__(model, peak=1.5e-3, budget=budget, decay=0.995)
         self.pictures, self.tokenizer = pictures, tokenizer
         self.rng = pictures.rng("mutations")
 
@@ -54,7 +61,9 @@ class CLIPStage(Stage):
         """One batch of picture numbers ``(B,)``."""
         captions = [self.pictures.captions[number] for number in batch.tolist()]
         wrong = [mutate(caption, self.rng) for caption in captions]
-        texts = embed_texts(self.model, tokenize(self.tokenizer, captions + wrong))
+        # Padded to the longest only: what follows the end of a text changes nothing, the tower being causal.
+        ids: Tensor = self.tokenizer(captions + wrong, padding=True, return_tensors="pt").input_ids
+        texts = embed_texts(self.model, ids)
         images = embed_images(self.model, self.pictures.images(batch))
         scale = self.model.logit_scale.clamp(max=4.6).exp()
         logits, own = scale * images @ texts.T, torch.arange(len(batch))

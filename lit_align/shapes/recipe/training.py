@@ -2,12 +2,13 @@
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -27,14 +28,15 @@ class Budget:
 
 
 class Batches:
-    """An endless stream of shuffled index batches, a pure function of its seed."""
+    """An endless stream of shuffled index batches, a pure function of its seed and the process's rank."""
 
     def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
         self.num_items, self.batch_size, self.seed = num_items, batch_size, seed
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield ``(batch_size,)`` long tensors; an epoch's remainder is dropped."""
-        generator = torch.Generator().manual_seed(self.seed)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        generator = torch.Generator().manual_seed(self.seed + rank)
         while True:
             order = torch.randperm(self.num_items, generator=generator)
             yield from order[: len(order) // self.batch_size * self.batch_size].split(self.batch_size)
@@ -57,12 +59,12 @@ class Stage(L.LightningModule):
         super().__init__()
         self.model, self.average = model, copy.deepcopy(model).requires_grad_(False)
         self.peak, self.budget, self.decay, self.warmup = peak, budget, decay, warmup
-        self.started = time.monotonic()
+        self.started, self.spent = time.monotonic(), 0.0
 
     def progress(self) -> float:
-        """Share of the budget that is used up, 0 to 1."""
+        """Share of the budget that is used up, 0 to 1; every process takes the first one's word for it."""
         elapsed = (time.monotonic() - self.started) / 60 / self.budget.minutes
-        return min(1.0, max(elapsed, self.global_step / self.budget.steps))
+        return float(self.trainer.strategy.broadcast(min(1.0, max(elapsed, self.global_step / self.budget.steps))))
 
     def parameter_groups(self) -> list[dict[str, object]]:
         """Parameters for the optimiser; ``scale`` multiplies the learning rate."""
@@ -73,12 +75,14 @@ class Stage(L.LightningModule):
         return torch.optim.AdamW(self.parameter_groups(), lr=self.peak, betas=(0.9, 0.98), weight_decay=1e-3)
 
     def on_train_start(self) -> None:
-        """Start the clock once the data is there."""
+        """Start the clock once the data is there, and give every process noise of its own."""
         self.started = time.monotonic()
+        torch.manual_seed(torch.initial_seed() + self.global_rank)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Set this step's learning rate."""
-        rate = self.peak * min(1.0, (self.global_step + 1) / self.warmup) * (1 - self.progress())
+        self.spent = self.progress()
+        rate = self.peak * min(1.0, (self.global_step + 1) / self.warmup) * (1 - self.spent)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate * group["scale"]
 
@@ -87,11 +91,13 @@ class Stage(L.LightningModule):
         decay = min(self.decay, (1 + self.global_step) / (10 + self.global_step))
         averages, weights = list(self.average.parameters()), list(self.model.parameters())
         torch._foreach_lerp_(averages, [weight.detach() for weight in weights], 1 - decay)
-        if self.progress() >= 1.0:
+        if self.spent >= 1.0:
             self.trainer.should_stop = True
 
 
-def fit(stage: Stage, batches: Batches, folder: Path, precision: str, callbacks: list[L.Callback] | None = None) -> None:
+def fit(
+    stage: Stage, batches: Batches, folder: Path, precision: str, num_processes: int = 1, callbacks: Sequence[L.Callback] = ()
+) -> None:
     """Train a stage with Lightning and leave the log in ``folder / "log"``.
 
     Args:
@@ -99,19 +105,23 @@ def fit(stage: Stage, batches: Batches, folder: Path, precision: str, callbacks:
         batches: Index batches; the module holds the data.
         folder: The stage's working folder.
         precision: Lightning's precision ("32-true" or "bf16-mixed").
+        num_processes: Processes that share the work; each takes whole batches.
         callbacks: Besides the progress bar.
     """
     trainer = L.Trainer(
         accelerator="cpu",
+        devices=num_processes,
+        strategy="ddp" if num_processes > 1 else "auto",
         precision=precision,  # type: ignore[arg-type]
         max_epochs=1,
         gradient_clip_val=1.0,
         log_every_n_steps=20,
         logger=CSVLogger(folder, name="", version="log"),
-        callbacks=[RichProgressBar(refresh_rate=20), *(callbacks or [])],
+        callbacks=[RichProgressBar(refresh_rate=20), *callbacks],
         enable_checkpointing=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
     trainer.fit(stage, train_dataloaders=batches)
-    print(f"{folder.name}: {stage.global_step} steps in {(time.monotonic() - stage.started) / 60:.1f} minutes", flush=True)
+    if stage.global_rank == 0:
+        print(f"{folder.name}: {stage.global_step} steps in {(time.monotonic() - stage.started) / 60:.1f} minutes", flush=True)

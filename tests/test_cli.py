@@ -1,0 +1,281 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_align.cli import main
+from lit_align.methods import DDPOModule
+from lit_align.shapes import PIPELINE
+
+ROOT = Path(__file__).parents[1]
+DDPO = ROOT / "configs" / "ddpo.yaml"
+METHODS = sorted(ROOT.glob("configs/*.yaml"))
+VARIANTS = sorted(ROOT.glob("configs/variant/*.yaml"))
+SMALL = [
+    "--trainer.max_epochs=2",
+    "--trainer.limit_train_batches=3",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_model_summary=false",
+    "--trainer.enable_progress_bar=false",
+    "--data.init_args.images_per_prompt=2",
+    "--data.init_args.prompts_per_collection=4",
+    "--data.init_args.validation_prompts=4",
+    "--data.init_args.validation_images_per_prompt=2",
+    "--data.init_args.test_prompts=4",
+    "--data.init_args.test_images_per_prompt=2",
+    "--data.init_args.eval_batch=4",
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lit_align"])
+
+
+@pytest.fixture
+def small(tiny: Path) -> list[str]:
+    """Arguments that make the shipped configuration small; the model is a tiny one of the same format."""
+    return ["--config", str(DDPO), *SMALL, f"--model.init_args.backbone.init_args.pretrained={tiny}"]
+
+
+def without_judge() -> list[str]:
+    """A tiny model's pictures are not of Shapes' size, which its judge refuses."""
+    rewards = {"brightness": {"class_path": "Brightness"}, "redness": {"class_path": "Redness"}}
+    return [
+        f"--model.init_args.rewards.init_args.rewards={json.dumps(rewards)}",
+        '--model.init_args.rewards.init_args.weights={"brightness": 1.0}',
+    ]
+
+
+def scalars(run: Path) -> EventAccumulator:
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return events
+
+
+@pytest.mark.parametrize("config", METHODS + VARIANTS, ids=lambda path: path.stem)
+def test_every_shipped_config_trains_through_the_real_entry_point(config: Path):
+    overlay = [] if config in METHODS else ["--config", str(DDPO)]
+    main(["fit", *overlay, "--config", str(config), *SMALL, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"])
+    (run,) = Path("logs").glob("*/version_0")
+    names = scalars(run).Tags()["scalars"]
+    assert {"train/loss", "train/reward", "val/reward", "val/kl", "val/diversity", "val/truth"} <= set(names)
+    assert (run / "adapter" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_run_leaves_what_it_promises(capsys):
+    main(["fit", "--config", str(DDPO), *SMALL, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"])
+    run = Path("logs/ddpo/version_0")
+    events = scalars(run)
+    first = events.Scalars("val/reward")[0]
+    assert first.step == 0
+    assert [point.value for point in events.Scalars("progress/images")][-1] == 16
+    assert "validation" in events.Tags()["images"]
+    wanted = {"train/clip_fraction", "train/kl", "train/ratio_deviation", "train/grad_norm", "perf/images_per_second"}
+    wanted |= {"perf/sampling_fraction", "progress/reward_queries", "train/reward/truth", "val/reward/clip"}
+    assert wanted <= set(events.Tags()["scalars"])
+    assert [path.name for path in sorted((run / "pictures").iterdir())] == [
+        "validation_00000000.png",
+        "validation_00000016.png",
+    ]
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all(".lora_" in name for name in checkpoint["state_dict"])
+    assert (run / "checkpoints" / "last.ckpt").stat().st_size < 20e6
+    report = json.loads((run / "validation.json").read_text())
+    assert report["figures"]["reward"]["num_pairs"] == 8
+    printed = capsys.readouterr().out
+    assert "before" in printed
+    assert "adapter" in printed
+    pipeline = StableDiffusionPipeline.from_pretrained(PIPELINE)
+    pipeline.load_lora_weights(run / "adapter")
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["model"]["class_path"].endswith("DDPOModule")
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, collection: int) -> None:
+    """The process dies in the middle of a collection, after its rollout and before its end."""
+    adapt, calls = DDPOModule._adapt, []
+
+    def dying(self: DDPOModule, *arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == collection:
+            raise KeyboardInterrupt
+        adapt(self, *arguments)
+
+    monkeypatch.setattr(DDPOModule, "_adapt", dying)
+
+
+@pytest.mark.parametrize("crash", [2, 5, 6], ids=["mid-epoch", "second-epoch", "last"])
+@pytest.mark.parametrize("advantages", ["GroupAdvantages", "PerPromptAdvantages"])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(small, monkeypatch, crash, advantages):
+    options = [
+        *small,
+        *without_judge(),
+        f"--model.init_args.advantages={advantages}",
+        "--model.init_args.kl_target=1e-3",
+        "--model.init_args.lr_scheduler=torch.optim.lr_scheduler.LinearLR",
+        "--model.init_args.lr_scheduler.init_args.total_iters=8",
+        "--data.init_args.source.init_args.kinds=[open]",
+    ]
+    main(["fit", *options, "--trainer.logger.init_args.name=whole"])
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
+        crash_at(patch, crash)
+        main(["fit", *options, "--trainer.logger.init_args.name=cut"])
+    main(["fit", *options, "--trainer.logger.init_args.name=cut", "--ckpt_path=last"])
+    assert [path.name for path in Path("logs/cut").iterdir()] == ["version_0"]
+    states = [
+        torch.load(f"logs/{name}/version_0/checkpoints/last.ckpt", weights_only=True) for name in ("whole", "cut")
+    ]
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "progress", "ddpo"):
+        assert_equal(states[0][part], states[1][part])
+    assert states[0]["global_step"] == states[1]["global_step"]
+    loaders = [state["loops"]["fit_loop"]["state_dict"]["combined_loader"] for state in states]
+    assert loaders[0] == loaders[1]
+    curves = [scalars(Path(f"logs/{name}/version_0")).Scalars("train/reward") for name in ("whole", "cut")]
+    assert [p.value for p in curves[0]] == [p.value for p in curves[1]]
+    assert len(curves[0]) == 6
+    baselines = [scalars(Path(f"logs/{name}/version_0")).Scalars("val/reward") for name in ("whole", "cut")]
+    assert [p.value for p in baselines[0]] == [p.value for p in baselines[1]]
+    configs = {path.name for path in Path("logs/cut/version_0").glob("config*.yaml")}
+    assert configs == {"config.yaml", "config-2.yaml"}
+
+
+def assert_equal(one: Any, two: Any) -> None:
+    """Equality to the bit through nested lists and dicts."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, two)
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_equal(one[key], two[key])
+    elif isinstance(one, list):
+        assert len(one) == len(two)
+        for first, second in zip(one, two, strict=True):
+            assert_equal(first, second)
+    else:
+        assert one == two or (one != one and two != two)
+
+
+def test_validate_test_and_predict_of_a_trained_run(small):
+    main(["fit", *small, *without_judge(), "--trainer.max_epochs=1"])
+    run = Path("logs/ddpo/version_0")
+    main(["test", *small, *without_judge(), "--ckpt_path=last"])
+    report = json.loads((run / "test.json").read_text())
+    assert report["figures"]["reward"]["num_pairs"] == 8
+    assert report["figures"]["reward"]["difference"] != 0
+    main(["validate", *small, *without_judge(), "--ckpt_path=last"])
+    main(["predict", *small, *without_judge(), f"--ckpt_path={run}/checkpoints/last.ckpt"])
+    rows = [json.loads(line) for line in (run / "predictions" / "metadata.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(8))
+    assert {"file_name", "prompt", "seed", "reward", "reward/redness"} <= set(rows[0])
+    assert all(Image.open(run / "predictions" / row["file_name"]).size == (16, 16) for row in rows)
+    main(["predict", *small, *without_judge(), "--ckpt_path=last"])
+    assert (run / "predictions-2" / "metadata.jsonl").exists()
+    assert [path.name for path in Path("logs/ddpo").iterdir()] == ["version_0"]
+
+
+def test_full_fine_tuning_leaves_a_pipeline(small):
+    main(["fit", *small, *without_judge(), "--trainer.max_epochs=1", "--model.init_args.backbone.init_args.lora=null"])
+    folder = Path("logs/ddpo/version_0/adapter")
+    base = load_file(next(Path(small[-1].partition("=")[2]).glob("unet/*.safetensors")))
+    trained = load_file(next(folder.glob("unet/*.safetensors")))
+    assert any(not torch.equal(base[name], trained[name]) for name in base)
+    StableDiffusionPipeline.from_pretrained(folder)
+
+
+def test_print_config_runs_again_and_a_saved_config_too(small, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main(["fit", *small, *without_judge(), "--trainer.max_epochs=1", "--print_config"])
+    assert exited.value.code == 0
+    Path("printed.yaml").write_text(capsys.readouterr().out)
+    main(["fit", "--config=printed.yaml"])
+    main(["fit", "--config=logs/ddpo/version_0/config.yaml"])
+    curves = [scalars(Path(f"logs/ddpo/version_{i}")).Scalars("train/reward") for i in range(2)]
+    assert [p.value for p in curves[0]] == [p.value for p in curves[1]]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed"])
+def test_mixed_precision_trains(small, precision):
+    main(["fit", *small, *without_judge(), "--trainer.max_epochs=1", f"--trainer.precision={precision}"])
+    assert all(p.value == p.value for p in scalars(Path("logs/ddpo/version_0")).Scalars("train/loss"))
+
+
+def mistakes(tmp_path: Path, tiny: Path) -> dict[str, tuple[list[str], str]]:
+    """Wrong arguments by what is wrong, with what the message must name."""
+    empty, table = tmp_path / "empty.txt", tmp_path / "table.csv"
+    empty.write_text("\n")
+    table.write_text("prompt,style\na star,x\n")
+    broken = tmp_path / "broken"
+    subprocess.run(["cp", "-r", str(tiny), str(broken)], check=True)
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    source = "--data.init_args.source"
+    pretrained = "--model.init_args.backbone.init_args.pretrained"
+    return {
+        "unknown key": (["--model.init_args.learning_rate=1"], "learning_rate"),
+        "unknown trainer key": (["--trainer.max_epoch=1"], "max_epoch"),
+        "unknown reward": (['--model.init_args.rewards.init_args.rewards={"x": {"class_path": "Nothing"}}'], "Nothing"),
+        "weight without reward": (['--model.init_args.rewards.init_args.weights={"beauty": 1}'], "beauty"),
+        "missing prompts": ([f"{source}=TextPrompts", f"{source}.init_args.path=nowhere.txt"], "nowhere.txt"),
+        "empty prompts": ([f"{source}=TextPrompts", f"{source}.init_args.path={empty}"], "empty.txt"),
+        "wrong column": (
+            [f"{source}=CSVPrompts", f"{source}.init_args.path={table}", f"{source}.init_args.column=promt"],
+            "promt",
+        ),
+        "unreachable hub id": ([f"{pretrained}=someone/nothing"], "someone/nothing"),
+        "corrupt weights": ([f"{pretrained}={broken}"], "broken"),
+        "eta 0": (["--model.init_args.sampler.init_args.eta=0"], "eta"),
+        "one image per prompt": (["--data.init_args.images_per_prompt=1"], "images_per_prompt"),
+        "no checkpoint": (["--ckpt_path=last"], "last"),
+        "no such checkpoint": (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+        "config of nothing": (["--config=nowhere.yaml"], "nowhere.yaml"),
+    }
+
+
+NAMES = [
+    "unknown key",
+    "unknown trainer key",
+    "unknown reward",
+    "weight without reward",
+    "missing prompts",
+    "empty prompts",
+    "wrong column",
+    "unreachable hub id",
+    "corrupt weights",
+    "eta 0",
+    "one image per prompt",
+    "no checkpoint",
+    "no such checkpoint",
+    "config of nothing",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mistake_is_one_clear_message(name, small, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments, named = mistakes(tmp_path, tiny)[name]
+    with pytest.raises(SystemExit) as exited:
+        main(["fit", *small, *arguments])
+    assert exited.value.code == 2
+    message = capsys.readouterr().err
+    told = message[message.rindex("lit_align:") :]
+    assert named in told
+    assert "Traceback" not in message
+    assert len(told.splitlines()) <= 4, told
+
+
+def test_python_m_lit_align_starts():
+    done = subprocess.run(
+        [sys.executable, "-m", "lit_align", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert "fit" in done.stdout
