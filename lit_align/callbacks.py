@@ -74,7 +74,7 @@ def picture_grid(images: Tensor, prompts: Sequence[str], columns: int = 8, side:
 
 
 class CollectionCheckpoint(Checkpoint):
-    """Writes ``checkpoints/last.ckpt`` at the end of collections, so that an interrupt loses at most the one in hand.
+    """Writes ``checkpoints/last.ckpt`` at the end of collections: an interrupt loses at most the one in hand.
 
     Args:
         every: Collections between two checkpoints.
@@ -92,7 +92,7 @@ class CollectionCheckpoint(Checkpoint):
 
 
 class AdapterExport(Callback):
-    """Writes the trained weights to ``adapter/`` in diffusers' format, after each validation and at the end."""
+    """Writes the trained weights to ``adapter/``, for diffusers, after each validation and at the end."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.state.fn == "fit" and pl_module.images:
@@ -116,7 +116,9 @@ class AdapterExport(Callback):
 
 
 class PictureGrids(Callback):
-    """Shows the first validation pictures, always of the same prompts and noise, in TensorBoard and as PNG files in ``pictures/``.
+    """Shows the first validation pictures, always of the same prompts and noise.
+
+    They go to TensorBoard, and as PNG files to ``pictures/``.
 
     Args:
         count: Pictures in a grid, from the first rank.
@@ -128,7 +130,13 @@ class PictureGrids(Callback):
         self._prompts: list[str] = []
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         wanted = self.count - len(self._prompts)
         if wanted > 0 and trainer.is_global_zero:
@@ -188,7 +196,7 @@ class RunSummary(Callback):
 
 
 class PictureWriter(Callback):
-    """``predict`` writes each picture as a PNG, and a row of ``metadata.jsonl`` with its prompt, seed and rewards."""
+    """``predict`` writes PNG files, and ``metadata.jsonl`` with each one's prompt, seed and rewards."""
 
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._folder = _unused(run_folder(trainer) / "predictions")
@@ -196,13 +204,24 @@ class PictureWriter(Callback):
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         images, scores = outputs
         rows = []
         for i, pixels in enumerate(_uint8(images)):
             number = int(batch.index[i])
-            row = {"file_name": f"{number:06d}.png", "prompt": batch.prompts[i], "seed": pl_module.seed, "index": number}
+            row = {
+                "file_name": f"{number:06d}.png",
+                "prompt": batch.prompts[i],
+                "seed": pl_module.seed,
+                "index": number,
+            }
             Image.fromarray(pixels).save(self._folder / str(row["file_name"]))
             rows.append(row | {name: float(values[i]) for name, values in scores.items()})
         ranks = pl_module.gather(rows)
@@ -216,7 +235,7 @@ class PictureWriter(Callback):
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes the whole configuration to ``config.yaml``; that of a resumed run stands beside the first, not over it."""
+    """Writes the whole configuration to ``config.yaml``; a resumed run's stands beside the first."""
 
     def __init__(self, parser: Any, config: Any) -> None:
         super().__init__(parser, config, save_to_log_dir=False)

@@ -18,7 +18,7 @@ import lit_align.advantages
 import lit_align.backbones
 import lit_align.data
 import lit_align.rewards
-import lit_align.samplers  # noqa: F401  (imported so that YAML may use short class names)
+import lit_align.samplers
 from lit_align.callbacks import (
     AdapterExport,
     CollectionCheckpoint,
@@ -51,13 +51,19 @@ class AlignCLI(LightningCLI):
 def _run_folders(logger: Any) -> Path:
     """The folder that holds the runs of this method."""
     if not isinstance(logger, Namespace) or not logger.init_args.get("save_dir"):
-        raise ConfigError("ckpt_path: 'last' needs a logger with save_dir and name; give the path of a checkpoint")
+        raise ConfigError(
+            "ckpt_path: 'last' needs a logger with save_dir and name; give the path of a checkpoint"
+        )
     return Path(logger.init_args.save_dir) / logger.init_args.name
 
 
 def _last_checkpoint(runs: Path) -> Path:
     """The newest checkpoint, whole, of the newest run that has one."""
-    found = [path for path in runs.glob("version_*/checkpoints/*.ckpt") if path.is_dir() or zipfile.is_zipfile(path)]
+    found = [
+        path
+        for path in runs.glob("version_*/checkpoints/*.ckpt")
+        if path.is_dir() or zipfile.is_zipfile(path)
+    ]
     if not found:
         raise ConfigError(f"ckpt_path: 'last' finds no checkpoint under {runs}; start without --ckpt_path")
 
@@ -73,7 +79,11 @@ def _callbacks(trainer: Any) -> list[Any]:
     callbacks = [PictureGrids(), AdapterExport(), PictureWriter()]
     if trainer.enable_checkpointing is not False:
         best = ModelCheckpoint(
-            monitor="val/reward", mode="max", filename="best", enable_version_counter=False, save_on_train_epoch_end=False
+            monitor="val/reward",
+            mode="max",
+            filename="best",
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
         )
         callbacks += [CollectionCheckpoint(), best]
     callbacks.append(RunSummary())
@@ -81,7 +91,7 @@ def _callbacks(trainer: Any) -> list[Any]:
 
 
 def _sentence(error: BaseException) -> str | None:
-    """What to tell the user: our own message inside whatever a library wrapped around it, or the parser's, shortened."""
+    """What to tell the user: our own message, whatever is wrapped around it, or the parser's, shortened."""
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, ConfigError):
@@ -98,11 +108,24 @@ def _sentence(error: BaseException) -> str | None:
 def _suggestion(told: str) -> str:
     """The accepted names that come nearest to one that was refused."""
     if unknown := re.search(r"Expected a dot import path string: (\w+)", told):
-        parts = (lit_align.advantages, lit_align.backbones, lit_align.data, lit_align.rewards, lit_align.samplers)
+        parts = (
+            lit_align.advantages,
+            lit_align.backbones,
+            lit_align.data,
+            lit_align.rewards,
+            lit_align.samplers,
+        )
         names = [name for part in parts for name in vars(part) if name[0].isupper()]
         near = difflib.get_close_matches(unknown[1], names, n=2)
-        return f"; did you mean {' or '.join(near)}?" if near else "; no class of that name is known: give its import path"
-    refused, owners = re.search(r"Option '(\w+)' is not accepted", told), re.findall(r"class_path '([\w.]+)'", told)
+        return (
+            f"; did you mean {' or '.join(near)}?"
+            if near
+            else "; no class of that name is known: give its import path"
+        )
+    refused, owners = (
+        re.search(r"Option '(\w+)' is not accepted", told),
+        re.findall(r"class_path '([\w.]+)'", told),
+    )
     if not refused or not owners:
         return ""
     module, _, name = owners[-1].rpartition(".")

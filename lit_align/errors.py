@@ -4,5 +4,6 @@
 class ConfigError(ValueError):
     """A value that the user gave cannot work.
 
-    The message names the value, the place where it was given and the remedy; ``cli.py`` prints it alone and exits with status 2.
+    The message names the value, the place where it was given and the remedy; ``cli.py`` prints it alone and
+    exits with status 2.
     """

@@ -40,9 +40,10 @@ def compare(before: Tensor, after: Tensor) -> Comparison:
         after: Scores of the second model on the same pairs, ``(N,)``.
 
     Returns:
-        The comparison over the pairs in which both have a score. With fewer than two of them the standard error is NaN.
+        The comparison over the pairs in which both have a score. With fewer than two of them the standard
+        error is NaN.
     """
-    assert before.shape == after.shape and before.ndim == 1
+    assert before.shape == after.shape == (len(before),)
     both = before.isfinite() & after.isfinite()
     before, after = before[both].double(), after[both].double()
     difference = after - before
@@ -54,20 +55,24 @@ def compare(before: Tensor, after: Tensor) -> Comparison:
 
 
 def diversity(images: Tensor, groups: Tensor, side: int = 16) -> Tensor:
-    """Distance of each picture to the others of its prompt: the root mean square difference of pixels, averaged over the others.
+    """Distance of each picture to the others of its prompt.
 
-    Pictures are first averaged down to ``side`` pixels, so that layout and colour count and fine texture does not. In units of the pixel
+    It is the root mean square difference of pixels, averaged over the others. Pictures are first averaged
+    down to ``side`` pixels, so that layout and colour count and fine texture does not. In units of the pixel
     range: 0 for identical pictures; two independent noise pictures without averaging would be at 0.41.
 
     Args:
         images: ``(B, 3, H, W)`` in [0, 1].
         groups: ``(B,)``; pictures with the same number belong to the same prompt.
+        side: Pixels a side of the averaged pictures.
 
     Returns:
         ``(B,)``; NaN for a picture that is the only one of its prompt.
     """
     small = torch.nn.functional.adaptive_avg_pool2d(images.float(), side).flatten(1)
-    distance = torch.cdist(small, small, compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(small.shape[1])
+    distance = torch.cdist(small, small, compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(
+        small.shape[1]
+    )
     same = (groups[:, None] == groups[None, :]).to(distance.device)
     others = same.sum(1) - 1
     return torch.where(others > 0, (distance * same).sum(1) / others.clamp(min=1), math.nan)

@@ -1,7 +1,7 @@
 """Counter-based randomness: every draw is a pure function of a seed, a purpose and counters.
 
-Nothing here has a state, so a run that is interrupted needs to remember only its counters, and a picture depends neither on the batch
-that it was made in, nor on the rank, nor on the device.
+Nothing here has a state, so a run that is interrupted needs to remember only its counters, and a picture
+depends neither on the batch that it was made in, nor on the rank, nor on the device.
 """
 
 import hashlib

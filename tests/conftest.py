@@ -6,14 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from lit_align.shapes import PIPELINE
 
 
 def make_pipeline(scheduler: DDIMScheduler | PNDMScheduler, sample_size: int = 8) -> StableDiffusionPipeline:
-    """A Stable Diffusion of the usual architecture with random weights, small enough for float64 and finite differences."""
+    """A Stable Diffusion of the usual architecture with random weights, small enough for a CPU."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(PIPELINE / "tokenizer")
     text = CLIPTextConfig(

@@ -1,6 +1,7 @@
 """What a method may ask of a text-to-image diffusion model, whatever its architecture.
 
-Shapes: ``B`` images, ``L`` tokens, ``C H W``. ``k`` is a step index in sampling order, ``t`` a timestep value.
+Shapes: ``B`` images, ``L`` tokens, ``C H W``. ``k`` is a step index in sampling order, ``t`` a timestep
+value.
 """
 
 from abc import ABC, abstractmethod
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -50,8 +50,9 @@ class Conditioning:
 class DiffusionBackbone(nn.Module, ABC):
     """A denoiser with its text encoder and its image autoencoder, and *named weight sets* of the denoiser.
 
-    ``"policy"`` is trained, ``"reference"`` is the pretrained model, further sets (an opponent, an expert) are frozen. Which parameters
-    require gradients is decided once, at construction; choosing a set for a prediction changes nothing but what is computed.
+    ``"policy"`` is trained, ``"reference"`` is the pretrained model, further sets (an opponent, an expert)
+    are frozen. Which parameters require gradients is decided once, at construction; choosing a set for a
+    prediction changes nothing but what is computed.
     """
 
     @property
@@ -86,7 +87,8 @@ class DiffusionBackbone(nn.Module, ABC):
             x: Noisy latents, ``(B, C, H, W)``.
             t: A timestep value for all, or one each, ``(B,)``.
             cond: Conditioning of the same ``B`` images.
-            guidance: Scale ``w`` of classifier-free guidance, ``null + w (cond - null)``; 1 computes the conditional half only.
+            guidance: Scale ``w`` of classifier-free guidance, ``null + w (cond - null)``; 1 computes the
+                conditional half only.
             weights: Name of the weight set.
         """
 

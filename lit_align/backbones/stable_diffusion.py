@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x, and every other pipeline folder of that format (the bundled Shapes model among them)."""
+"""Stable Diffusion 1.x and 2.x, and every other pipeline folder of that format, such as the bundled one."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ class LoRA:
     Args:
         rank: Rank of each update ``B A``. 4 in ddpo-pytorch and in TRL's DDPOTrainer.
         alpha: The update is scaled by ``alpha / rank``; TRL's DDPOTrainer has ``alpha = rank``.
-        target_modules: Ends of the names of the layers that get an adapter. The default is all projections of attention, as in
-            ddpo-pytorch.
+        target_modules: Ends of the names of the layers that get an adapter. The default is all projections of
+            attention, as in ddpo-pytorch.
     """
 
     rank: int = 4
@@ -42,8 +42,8 @@ class LoRA:
 class StableDiffusionBackbone(DiffusionBackbone):
     """A ``StableDiffusionPipeline`` with named weight sets of its UNet.
 
-    With LoRA every set is an adapter over shared frozen weights, and the reference is the model without one. Without LoRA the policy is
-    the UNet itself and every other set a frozen copy of it.
+    With LoRA every set is an adapter over shared frozen weights, and the reference is the model without one.
+    Without LoRA the policy is the UNet itself and every other set a frozen copy of it.
     """
 
     def __init__(
@@ -182,9 +182,12 @@ class StableDiffusionBackbone(DiffusionBackbone):
         states: dict[str, Tensor] = {}
         for prompt in dict.fromkeys(["", *prompts]):
             if prompt not in self._cache:
-                # One by one: a row of a batch is rounded differently in another batch, and a resumed run has an empty cache.
+                # One by one: a row of a batch is rounded differently in another batch, and a resumed run has
+                # an empty cache.
                 with torch.no_grad():
-                    state, _ = self.pipeline.encode_prompt(prompt, device, 1, do_classifier_free_guidance=False)
+                    state, _ = self.pipeline.encode_prompt(
+                        prompt, device, 1, do_classifier_free_guidance=False
+                    )
                 self._cache[prompt] = state[0].cpu()
             self._cache.move_to_end(prompt)
             states[prompt] = self._cache[prompt].to(device)
@@ -196,14 +199,17 @@ class StableDiffusionBackbone(DiffusionBackbone):
         self, x: Tensor, t: int | Tensor, cond: Conditioning, guidance: float = 1.0, weights: str = POLICY
     ) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            # The choice of the weight set is inside what is recomputed: outside, the backward pass would use whichever set is active then.
+            # The choice of the weight set is inside what is recomputed: outside, the backward pass would use
+            # whichever set is active then.
             prediction: Tensor = checkpoint(
                 self._predict, x, t, cond, guidance, weights, use_reentrant=False, preserve_rng_state=False
             )
             return prediction
         return self._predict(x, t, cond, guidance, weights)
 
-    def _predict(self, x: Tensor, t: int | Tensor, cond: Conditioning, guidance: float, weights: str) -> Tensor:
+    def _predict(
+        self, x: Tensor, t: int | Tensor, cond: Conditioning, guidance: float, weights: str
+    ) -> Tensor:
         unet = self._choose(weights)
         t = torch.as_tensor(t, device=x.device).expand(len(x))
         if guidance == 1.0:
@@ -219,7 +225,9 @@ class StableDiffusionBackbone(DiffusionBackbone):
         return (torch.cat(chunks).float() / 2 + 0.5).clamp(0, 1)
 
     def latents(self, images: Tensor) -> Tensor:
-        chunks = [self.pipeline.vae.encode(x).latent_dist.mode() for x in (2 * images - 1).split(self.decode_batch)]
+        chunks = [
+            self.pipeline.vae.encode(x).latent_dist.mode() for x in (2 * images - 1).split(self.decode_batch)
+        ]
         return torch.cat(chunks) * self.pipeline.vae.config.scaling_factor
 
     def make_sampler(self, factory: SamplerFactory) -> Sampler:
@@ -240,6 +248,7 @@ class StableDiffusionBackbone(DiffusionBackbone):
 
     def shard(self, mesh: DeviceMesh) -> None:
         for unet in self.unets.values():
-            for block in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:
+            blocks: list[nn.Module] = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]  # type: ignore[misc, list-item]
+            for block in blocks:
                 fully_shard(block, mesh=mesh)
             fully_shard(unet, mesh=mesh)

@@ -1,7 +1,7 @@
-"""What all methods share: sampling with counted randomness, the one optimisation step, validation, and what a checkpoint holds.
+"""What all methods share: sampling, the one optimisation step, validation, and what a checkpoint holds.
 
-Shapes: ``B`` images, ``T`` steps. Sampling is the same function for training, validation and prediction: only the purpose of the
-random draws differs.
+Shapes: ``B`` images, ``T`` steps. Sampling is the same function for training, validation and prediction: only
+the purpose of the random draws differs.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from lit_align.backbones import POLICY, REFERENCE, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
@@ -45,11 +47,11 @@ class Samples:
 
 
 class AlignmentModule(LightningModule):
-    """Base of all methods. A method implements ``training_step`` on :meth:`sample`, :meth:`score` and :meth:`update`.
+    """Base of all methods: they implement ``training_step`` on :meth:`sample`, :meth:`score`, :meth:`update`.
 
-    One batch of the training loader is one *collection*: its prompts, their pictures and all updates that are made on them.
-    Optimisation is manual in every method, so ``Trainer``'s ``gradient_clip_val`` and ``accumulate_grad_batches`` are replaced by
-    ``clip_norm`` and each method's micro-batch.
+    One batch of the training loader is one *collection*: its prompts, their pictures and all updates that are
+    made on them. Optimisation is manual in every method, so ``Trainer``'s ``gradient_clip_val`` and
+    ``accumulate_grad_batches`` are replaced by ``clip_norm`` and each method's micro-batch.
     """
 
     def __init__(
@@ -90,10 +92,12 @@ class AlignmentModule(LightningModule):
     def sample(self, batch: Batch, purpose: str, weights: str = POLICY) -> Samples:
         """Sample one picture for each row of ``batch``, in chunks of ``rollout_batch``.
 
-        Picture ``i`` is a pure function of the weights, its prompt, (seed, purpose) and its global number ``batch.index[i]``: it depends
-        neither on its batch nor on its rank or device.
+        Picture ``i`` is a pure function of the weights, its prompt, (seed, purpose) and its global number
+        ``batch.index[i]``: it depends neither on its batch nor on its rank or device.
         """
-        policy = self.backbone.policy(self.sampler, self.backbone.encode(batch.prompts), self.guidance, weights)
+        policy = self.backbone.policy(
+            self.sampler, self.backbone.encode(batch.prompts), self.guidance, weights
+        )
         chunks: list[Samples] = []
         for rows in torch.arange(len(batch)).split(self.rollout_batch):
             draws = [generator(self.seed, purpose, i) for i in batch.index[rows].tolist()]
@@ -111,7 +115,7 @@ class AlignmentModule(LightningModule):
         return {"reward": output.total.detach().float().cpu()} | parts
 
     def trajectory_kl(self, batch: Batch, trajectory: Trajectory) -> Tensor:
-        """KL of the policy's chains to the reference's, summed over steps, in nats per picture, ``(B,)``, along the given chains."""
+        """KL of the policy to the reference along chains, summed over steps: nats per picture, ``(B,)``."""
         reference = self.backbone.policy(
             self.sampler, self.backbone.encode(batch.prompts), self.guidance, REFERENCE
         )
@@ -137,9 +141,10 @@ class AlignmentModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
 
     def update(self, losses: Sequence[Callable[[], Tensor]], scale: float = 1.0) -> None:
-        """One optimiser step on the sum of the losses, each computed and differentiated in turn, so that memory is that of one.
+        """One optimiser step on the sum of the losses.
 
-        Over several ranks gradients are averaged, once, at the last loss; every rank must bring the same number of losses.
+        Each is computed and differentiated in turn, so that memory is that of one. Over several ranks
+        gradients are averaged, once, at the last loss; every rank must bring the same number of losses.
 
         Args:
             losses: Each returns a scalar with a gradient.
@@ -147,10 +152,15 @@ class AlignmentModule(LightningModule):
         """
         for i, loss in enumerate(losses):
             strategy = self.trainer.strategy
-            accumulate = i < len(losses) - 1 and isinstance(strategy, ParallelStrategy)
-            with strategy.block_backward_sync() if accumulate else nullcontext():
+            more = i < len(losses) - 1
+            with (
+                strategy.block_backward_sync()
+                if more and isinstance(strategy, ParallelStrategy)
+                else nullcontext()
+            ):
                 self.manual_backward(loss())
-        optimizer = self.optimizers()
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        assert isinstance(optimizer, LightningOptimizer), "one optimiser a method"
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] *= scale
@@ -158,11 +168,11 @@ class AlignmentModule(LightningModule):
         optimizer.zero_grad()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        if (scheduler := self.lr_schedulers()) is not None:
+        if isinstance(scheduler, LRScheduler):
             scheduler.step()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip, and drop an update whose gradient is not finite; here fp16 gradients are unscaled and all ranks agree."""
+        """Clip, and drop an update that is not finite; here fp16 gradients are unscaled and ranks agree."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -174,12 +184,17 @@ class AlignmentModule(LightningModule):
         rank_zero_warn(f"an update was skipped: its gradient norm is {self.gradient_norm.item()}")
         if self._skipped == MAX_SKIPPED:
             raise ConfigError(
-                f"the last {MAX_SKIPPED} updates had non-finite gradients and were skipped; lower the learning rate, "
-                "or use precision bf16-mixed or 32-true"
+                f"the last {MAX_SKIPPED} updates had non-finite gradients and were skipped; lower the "
+                "learning rate, or use precision bf16-mixed or 32-true"
             )
 
     def log_collection(
-        self, batch: Batch, scores: dict[str, Tensor], sampling: float, total: float, figures: dict[str, list[Tensor]]
+        self,
+        batch: Batch,
+        scores: dict[str, Tensor],
+        sampling: float,
+        total: float,
+        figures: dict[str, list[Tensor]],
     ) -> None:
         """Count and log one collection.
 
@@ -188,7 +203,8 @@ class AlignmentModule(LightningModule):
             scores: What :meth:`score` gave.
             sampling: Seconds for sampling and scoring.
             total: Seconds for everything.
-            figures: What the updates measured, in pieces; the mean over all of them is logged as ``train/<name>``.
+            figures: What the updates measured, in pieces; the mean over all of them is logged as
+                ``train/<name>``.
         """
         own = {name: torch.cat(pieces).double().cpu() for name, pieces in figures.items()}
         ranks = self.gather((scores, own))
@@ -196,10 +212,15 @@ class AlignmentModule(LightningModule):
         count = len(scores["reward"])
         self.images += count
         self.reward_queries += count
-        logged = {f"train/{name}": values.nanmean() for name, values in scores.items()}
+        logged: dict[str, Tensor | float] = {
+            f"train/{name}": values.nanmean() for name, values in scores.items()
+        }
         logged["train/reward_std"] = scores["reward"][scores["reward"].isfinite()].std()
         logged |= {f"train/{name}": values.mean() for name, values in measured.items()}
-        logged |= {"progress/images": float(self.images), "progress/reward_queries": float(self.reward_queries)}
+        logged |= {
+            "progress/images": float(self.images),
+            "progress/reward_queries": float(self.reward_queries),
+        }
         logged |= {"perf/sampling_fraction": sampling / total, "perf/images_per_second": count / total}
         shown = ("train/reward", "perf/images_per_second")
         self.log_dict({name: value for name, value in logged.items() if name not in shown}, batch_size=count)
@@ -215,16 +236,18 @@ class AlignmentModule(LightningModule):
             self.trainer.training = True
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """A rollout on held-out prompts with noise that is the same at every validation; returns the pictures."""
+        """A rollout on held-out prompts with the same noise every time; returns the pictures."""
         samples = self.sample(batch, "validation")
-        self._evaluated.append(self._measure(batch, samples))
+        self._evaluated.append(self._measure(batch, samples) | {"index": batch.index})
         return samples.images
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The policy and the reference on the same prompts and the same noise; returns the policy's pictures."""
+        """Policy and reference on the same prompts and noise; returns the policy's pictures."""
         samples, before = self.sample(batch, "test"), self.sample(batch, "test", REFERENCE)
-        earlier = {f"base/{name}": value for name, value in self._measure(batch, before, with_kl=False).items()}
-        self._evaluated.append(self._measure(batch, samples) | earlier)
+        earlier = {
+            f"base/{name}": value for name, value in self._measure(batch, before, with_kl=False).items()
+        }
+        self._evaluated.append(self._measure(batch, samples) | earlier | {"index": batch.index})
         return samples.images
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -240,7 +263,7 @@ class AlignmentModule(LightningModule):
             measured["kl"] = self.trajectory_kl(batch, samples.trajectory).cpu()
         if "reward/truth" in measured:
             measured["truth"] = measured["reward/truth"]
-        return measured | {"index": batch.index}
+        return measured
 
     def on_validation_epoch_end(self) -> None:
         self.latest = self._report("val")
@@ -270,7 +293,6 @@ class AlignmentModule(LightningModule):
         gathered: list[Any] = [None] * self.trainer.world_size
         torch.distributed.all_gather_object(gathered, value)
         return gathered
-
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained and every counter; the frozen models come from their own files."""

@@ -1,11 +1,13 @@
-"""DDPO: policy gradient on the denoising chain (Black et al. 2023, arXiv 2305.13301), with DPOK's penalty (Fan et al. 2023, 2305.16381).
+"""DDPO: policy gradient on the denoising chain (Black et al. 2023, arXiv 2305.13301).
 
-The chain is a Markov decision process: the state is ``(prompt, t, x_t)``, the action is the next latent, the reward comes once, for the
+With the penalty of DPOK (Fan et al. 2023, arXiv 2305.16381) as an option. The chain is a Markov decision
+process: the state is ``(prompt, t, x_t)``, the action is the next latent, the reward comes once, for the
 picture. Shapes: ``B`` images, ``N`` (image, step) pairs, ``D`` latent elements.
 """
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,10 +40,10 @@ def score_function_loss(log_ratio: Tensor, advantages: Tensor) -> Tensor:
 
 
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """DDPO-IS, equation 4, in the clipped form of PPO (appendix D.5): ``max(-A w, -A clip(w, 1 - e, 1 + e))``.
+    """DDPO-IS, equation 4, in PPO's clipped form: ``max(-A w, -A clip(w, 1 - e, 1 + e))``.
 
-    The gradient is 0 where the ratio has left the range in the direction that the advantage asks for, and alive where it has left it in
-    the other.
+    The gradient is 0 where the ratio has left the range in the direction that the advantage asks for, and
+    alive where it has left it in the other.
 
     Args:
         log_ratio: Log of the importance ratio ``w``, ``(N,)``.
@@ -124,19 +126,24 @@ class DDPOModule(AlignmentModule):
             backbone: The diffusion model.
             sampler: How it is sampled; at least one step must be stochastic (eta above 0).
             rewards: What is maximised and what is watched.
-            advantages: How rewards become advantages. The paper normalises with running statistics of each prompt.
-            optimizer: Of the trained weights. The paper: AdamW, lr 1e-5 for all weights (table D.5); ddpo-pytorch: 3e-4 for LoRA.
+            advantages: How rewards become advantages. The paper normalises with running statistics of each
+                prompt.
+            optimizer: Of the trained weights. The paper: AdamW, lr 1e-5 for all weights (table D.5);
+                ddpo-pytorch: 3e-4 for LoRA.
             lr_scheduler: Stepped once per update, for a warm-up or a decay.
-            clip_range: PPO's clip of the ratio, null for the score-function form. As in all published code the ratio is that of the *mean*
-                over latent elements, so ``e`` is about ``e * D`` nats of a step: 1e-4 (table D.5) belongs to D = 16384, 1.6 nats.
-            updates: Optimiser steps per pass over a collection; each takes whole prompts. 4 in table D.5, 1 for the score function.
+            clip_range: PPO's clip of the ratio, null for the score-function form. As in all published code
+                the ratio is that of the *mean* over latent elements, so ``e`` is about ``e * D`` nats of a
+                step: 1e-4 (table D.5) belongs to D = 16384, 1.6 nats.
+            updates: Optimiser steps per pass over a collection; each takes whole prompts. 4 in table D.5, 1
+                for the score function.
             inner_epochs: Passes over a collection; each draws its own timesteps. 1 in ddpo-pytorch.
-            timestep_fraction: Share of the stochastic steps, at random for each image, that is replayed. 1 in ddpo-pytorch.
-            kl_weight: Weight of the KL of each step to the reference, DPOK's penalty, as a mean over latent elements. Exact, where
-                DPOK's code drops the factor of the schedule.
-            kl_target: KL by which one collection should move the policy, in nats per step; the learning rate is scaled towards it. Own
-                addition, after the adaptive penalty of PPO (Schulman et al. 2017, section 4): the useful range of learning rates is
-                narrow and moves during a run.
+            timestep_fraction: Share of the stochastic steps, at random for each image, that is replayed. 1 in
+                ddpo-pytorch.
+            kl_weight: Weight of the KL of each step to the reference, DPOK's penalty, as a mean over latent
+                elements. Exact, where DPOK's code drops the factor of the schedule.
+            kl_target: KL by which one collection should move the policy, in nats per step; the learning rate
+                is scaled towards it. Own addition, after the adaptive penalty of PPO (Schulman et al. 2017,
+                section 4): the useful range of learning rates is narrow and moves during a run.
             guidance: Scale of classifier-free guidance, in sampling and in training. 5 in table D.5.
             clip_norm: Largest norm of the gradient. 1 in table D.5.
             micro_batch: (image, step) pairs in one backward pass. Bounds memory and changes no result.
@@ -152,12 +159,13 @@ class DDPOModule(AlignmentModule):
         self.stochastic_steps = self.sampler.stochastic.nonzero().flatten()
         if not len(self.stochastic_steps):
             raise ConfigError(
-                "sampler: DDPO needs noise in the steps, and eta is 0, which has no density; set sampler.init_args.eta to 1"
+                "sampler: DDPO needs noise in the steps, and eta is 0, which has no density; "
+                "set sampler.init_args.eta to 1"
             )
         if clip_range is None and updates * inner_epochs > 1:
             raise ConfigError(
-                f"clip_range: the score-function form (null) allows one update per collection, but updates is {updates} and "
-                f"inner_epochs {inner_epochs}; set both to 1, or set clip_range"
+                "clip_range: the score-function form (null) allows one update per collection, but updates is "
+                f"{updates} and inner_epochs {inner_epochs}; set both to 1, or set clip_range"
             )
         if not 0 < timestep_fraction <= 1:
             raise ConfigError(f"timestep_fraction: {timestep_fraction} is not in (0, 1]")
@@ -175,20 +183,23 @@ class DDPOModule(AlignmentModule):
         """Check what depends on the data.
 
         Raises:
-            ConfigError: The advantages need several images per prompt, or the prompts of a collection do not divide into the updates.
+            ConfigError: The advantages need several images per prompt, or the prompts of a collection do not
+                divide into the updates.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage != "fit" or not isinstance(data, PromptDataModule):
             return
         if self.advantages.needs_groups and data.images_per_prompt < 2:
             raise ConfigError(
-                f"images_per_prompt: {type(self.advantages).__name__} compares the images of a prompt, and there is "
-                f"{data.images_per_prompt} of each; set data.images_per_prompt to 2 or more, or use BatchAdvantages"
+                f"images_per_prompt: {type(self.advantages).__name__} compares the images of a prompt, and "
+                f"there is {data.images_per_prompt} of each; set data.images_per_prompt to 2 or more, or use "
+                "BatchAdvantages"
             )
         if data.prompts_per_collection % (self.updates * self.trainer.world_size):
             raise ConfigError(
-                f"updates: the {data.prompts_per_collection} prompts of a collection do not divide into {self.updates} updates on "
-                f"{self.trainer.world_size} processes; change model.updates or data.prompts_per_collection"
+                f"updates: the {data.prompts_per_collection} prompts of a collection do not divide into "
+                f"{self.updates} updates on {self.trainer.world_size} processes; change model.updates or "
+                "data.prompts_per_collection"
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -212,7 +223,9 @@ class DDPOModule(AlignmentModule):
         ranks = self.gather((batch.index, scores["reward"], batch.groups, batch.prompts))
         index, rewards, groups = (torch.cat([rank[part] for rank in ranks]) for part in range(3))
         prompts = [prompt for rank in ranks for prompt in rank[3]]
-        order = index.argsort()  # the global order: statistics must not depend on how images were dealt to ranks
+        order = (
+            index.argsort()
+        )  # the global order: statistics must not depend on how images were dealt to ranks
         ordered = self.advantages(rewards[order], groups[order], [prompts[i] for i in order.tolist()])
         return ordered[torch.searchsorted(index[order], batch.index)]
 
@@ -221,18 +234,18 @@ class DDPOModule(AlignmentModule):
         figures: dict[str, list[Tensor]] = {}
         for epoch in range(self.inner_epochs):
             pairs = self._draw_pairs(batch, epoch)
-            for part in pairs.split(len(pairs.rows) // self.updates):
-                count = len(part.rows)
-                micro_batches = part.split(self.micro_batch)
-                self.update(
-                    [lambda m=micro: self._loss(replay, m, figures) / count for micro in micro_batches],
-                    self.step_scale,
-                )
+            size = len(pairs.rows) // self.updates
+            for part in pairs.split(size):
+                losses = [
+                    partial(self._loss, replay, micro, size, figures)
+                    for micro in part.split(self.micro_batch)
+                ]
+                self.update(losses, self.step_scale)
                 figures.setdefault("grad_norm", []).append(self.gradient_norm.detach()[None])
         return figures
 
     def _draw_pairs(self, batch: Batch, epoch: int) -> Pairs:
-        """For each image its share of the stochastic steps, at random without replacement; images in order."""
+        """For each image its share of the stochastic steps, at random; images in order."""
         steps = [
             self.stochastic_steps[
                 torch.randperm(len(self.stochastic_steps), generator=generator(self.seed, "steps", i, epoch))
@@ -242,10 +255,12 @@ class DDPOModule(AlignmentModule):
         rows = torch.arange(len(batch)).repeat_interleave(self.steps_per_image)
         return Pairs(rows, torch.cat(steps))
 
-    def _loss(self, replay: Replay, pairs: Pairs, figures: dict[str, list[Tensor]]) -> Tensor:
-        """The sum of the loss over some pairs."""
+    def _loss(self, replay: Replay, pairs: Pairs, size: int, figures: dict[str, list[Tensor]]) -> Tensor:
+        """The part of some pairs in the mean loss of an update of ``size`` pairs."""
         now, then, drawn = replay.step(pairs)
-        log_ratio = now.log_ratio(then, drawn) / drawn[0].numel()  # the mean over D: the convention of published clip ranges
+        log_ratio = (
+            now.log_ratio(then, drawn) / drawn[0].numel()
+        )  # the mean over D: the convention of published clip ranges
         advantages = replay.advantages[pairs.rows.to(self.device)]
         if self.clip_range is None:
             loss = score_function_loss(log_ratio, advantages)
@@ -254,20 +269,26 @@ class DDPOModule(AlignmentModule):
             outside = (log_ratio.detach().exp() - 1).abs() > self.clip_range
             figures.setdefault("clip_fraction", []).append(outside.float())
         figures.setdefault("loss", []).append(loss.detach())
-        if "grad_norm" not in figures:  # the first update: the weights are those that sampled, so this is rounding alone
+        if (
+            "grad_norm" not in figures
+        ):  # the first update: the weights are those that sampled, so this is rounding alone
             figures.setdefault("ratio_deviation", []).append(log_ratio.detach().expm1().abs())
         if self.kl_weight:
             with torch.no_grad():
-                reference = replay.reference[pairs.rows](replay.trajectory.states[pairs.steps, pairs.rows], pairs.steps)
+                reference = replay.reference[pairs.rows](
+                    replay.trajectory.states[pairs.steps, pairs.rows], pairs.steps
+                )
             penalty = now.kl(reference) / drawn[0].numel()
             figures.setdefault("kl_penalty", []).append(penalty.detach())
             loss = loss + self.kl_weight * penalty
-        return loss.sum()
+        return loss.sum() / size
 
     def _adapt(self, replay: Replay, batch: Batch, figures: dict[str, list[Tensor]]) -> None:
-        """Measure how far the collection moved the policy, and scale the next one's steps towards ``kl_target``."""
+        """Measure how far the collection moved the policy; scale the next one's steps to ``kl_target``."""
         pairs = self._draw_pairs(batch, self.inner_epochs)
-        spread = torch.arange(0, len(pairs.rows), max(1, len(pairs.rows) // self.micro_batch))[: self.micro_batch]
+        spread = torch.arange(0, len(pairs.rows), max(1, len(pairs.rows) // self.micro_batch))[
+            : self.micro_batch
+        ]
         with torch.no_grad():
             now, then, _ = replay.step(Pairs(pairs.rows[spread], pairs.steps[spread]))
         kl = torch.stack(self.gather(then.kl(now).mean().cpu())).mean()

@@ -2,8 +2,9 @@
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class RewardBank(nn.Module):
     @property
     def rewards(self) -> dict[str, Reward]:
         """All rewards by name."""
-        return dict(zip(self.names, self._rewards, strict=True))  # type: ignore[arg-type]
+        return dict(zip(self.names, cast(Iterable[Reward], self._rewards), strict=True))
 
     @property
     def trained(self) -> tuple[str, ...]:

@@ -99,7 +99,7 @@ class CLIPCosine(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Forget the prompts' embeddings when the module moves to another device or precision."""
         self._texts.clear()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+        return super()._apply(fn, recurse)
 
 
 class CLIPScore(Reward):

@@ -1,4 +1,4 @@
-"""Shapes: a small procedural world of captioned pictures, where what a picture shows can be judged exactly."""
+"""Shapes: a small procedural world of captioned pictures, in which a picture can be judged exactly."""
 
 from pathlib import Path
 

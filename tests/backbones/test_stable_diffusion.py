@@ -41,7 +41,9 @@ def test_deterministic_rollout_draws_the_picture_that_diffusers_draws(folder, gu
     with torch.no_grad():
         policy = backbone.policy(sampler, backbone.encode(PROMPTS), guidance)
         ours = backbone.decode(rollout(policy, x_T, 5).states[-1])
-    pipeline = StableDiffusionPipeline.from_pretrained(path, safety_checker=None, requires_safety_checker=False)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        path, safety_checker=None, requires_safety_checker=False
+    )
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
@@ -79,7 +81,8 @@ def test_the_policy_starts_as_the_reference_and_only_the_policy_is_trained(tiny,
     assert torch.equal(predict(backbone, REFERENCE), before)
     predict(backbone).sum().backward()
     trained = [p for p in backbone.parameters() if p.requires_grad]
-    assert trained and all(p.grad is not None for p in trained)
+    assert trained
+    assert all(p.grad is not None for p in trained)
     assert not predict(backbone, REFERENCE).requires_grad
 
 
@@ -164,7 +167,9 @@ def test_the_adapter_folder_loads_in_diffusers_and_draws_the_live_picture(tiny, 
     with torch.no_grad():
         policy = backbone.policy(sampler, backbone.encode(PROMPTS), 2.0)
         live = backbone.decode(rollout(policy, x_T, 4).states[-1])
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None, requires_safety_checker=False)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        tiny, safety_checker=None, requires_safety_checker=False
+    )
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     arguments = {"latents": x_T, "num_inference_steps": 4, "guidance_scale": 2.0, "output_type": "pt"}

@@ -63,7 +63,9 @@ class RecordToFile(Recorder):
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            torch.save({"gradients": self.gradients, "rewards": [f["train/reward"] for f in self.logged]}, self.path)
+            torch.save(
+                {"gradients": self.gradients, "rewards": [f["train/reward"] for f in self.logged]}, self.path
+            )
 
 
 class NoScore(Reward):
@@ -79,10 +81,20 @@ class NoScore(Reward):
 
 
 def module(
-    folder: Path, reward: Reward | None = None, lora: LoRA | None = LoRA(), lr: float = 1e-3, eta: float = 1.0, **options: Any
+    folder: Path,
+    reward: Reward | None = None,
+    lora: LoRA | None = LoRA(),
+    lr: float = 1e-3,
+    eta: float = 1.0,
+    **options: Any,
 ) -> DDPOModule:
     torch.manual_seed(0)
-    settings: dict[str, Any] = {"advantages": GroupAdvantages(), "guidance": 1.0, "clip_range": 1e-2, "micro_batch": 16} | options
+    settings: dict[str, Any] = {
+        "advantages": GroupAdvantages(),
+        "guidance": 1.0,
+        "clip_range": 1e-2,
+        "micro_batch": 16,
+    } | options
     return DDPOModule(
         StableDiffusionBackbone(str(folder), lora=lora),
         sampler=partial(DDIM, num_steps=4, eta=eta),
@@ -104,7 +116,11 @@ def data(prompts: int = 4, images: int = 4, **options: Any) -> PromptDataModule:
 
 
 def trainer(tmp_path: Path, collections: int, *callbacks: Callback, **options: Any) -> Trainer:
-    settings: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "num_sanity_val_steps": 0} | options
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "num_sanity_val_steps": 0,
+    } | options
     return Trainer(
         max_epochs=1,
         limit_train_batches=collections,
@@ -221,7 +237,9 @@ def test_two_processes_give_the_gradient_of_one(tiny, tmp_path, updates):
         strategy = "ddp_spawn" if devices == 2 else "auto"
         lit = trainer(tmp_path, 3, RecordToFile(path), devices=devices, strategy=strategy)
         # The penalty evaluates the reference between the forward and the backward pass of the policy.
-        aligned = module(tiny, lr=1e-3, kl_weight=1.0, updates=updates, clip_norm=1e9, advantages=GroupAdvantages("batch"))
+        aligned = module(
+            tiny, lr=1e-3, kl_weight=1.0, updates=updates, clip_norm=1e9, advantages=GroupAdvantages("batch")
+        )
         lit.fit(aligned, data())
         found[devices] = torch.load(path)
     for one, two in zip(found[1]["gradients"], found[2]["gradients"], strict=True):
@@ -252,7 +270,9 @@ def test_score_function_allows_one_update(tiny):
 
 
 def test_lasting_non_finite_gradients_end_the_run(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(Advantages, "__call__", lambda self, rewards, groups, prompts: torch.full_like(rewards, math.nan))
+    monkeypatch.setattr(
+        Advantages, "__call__", lambda self, rewards, groups, prompts: torch.full_like(rewards, math.nan)
+    )
     learner = module(tiny)
     before = [p.clone() for p in learner.parameters() if p.requires_grad]
     with pytest.raises(ConfigError, match="non-finite"):

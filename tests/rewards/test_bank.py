@@ -25,7 +25,8 @@ class Column(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        assert columns is not None and groups is not None
+        assert columns is not None
+        assert groups is not None
         return torch.tensor(columns["score"]) + 10 * groups
 
 
@@ -72,7 +73,8 @@ def test_total_is_the_weighted_sum_of_the_trained_ones(images: Tensor) -> None:
     )
     assert list(out.parts) == ["red", "light", "jpeg", "zero"]
     torch.testing.assert_close(out.parts["jpeg"], JPEGIncompressibility()(images, PROMPTS))
-    assert bank.trained == ("red", "light") and bank.watched == ("jpeg", "zero")
+    assert bank.trained == ("red", "light")
+    assert bank.watched == ("jpeg", "zero")
 
 
 def test_groups_and_columns_reach_the_rewards(images: Tensor) -> None:
@@ -111,16 +113,21 @@ def test_a_bank_respects_no_grad_and_half_precision(images: Tensor) -> None:
 def test_capabilities(images: Tensor) -> None:
     rewards: dict[str, Reward] = {"red": Redness(), "jpeg": JPEGIncompressibility(), "column": Column()}
     mixed = RewardBank(rewards, {"red": 1.0, "jpeg": 1.0, "column": 1.0})
-    assert not mixed.differentiable and mixed.black_box == ("jpeg", "column")
-    assert mixed.with_scope("group") == ("column",) and mixed.with_scope("sample") == ("red", "jpeg")
+    assert not mixed.differentiable
+    assert mixed.black_box == ("jpeg", "column")
+    assert mixed.with_scope("group") == ("column",)
+    assert mixed.with_scope("sample") == ("red", "jpeg")
     watching = RewardBank(rewards, {"red": 1.0})
-    assert watching.differentiable and watching.black_box == () and watching.with_scope("group") == ()
+    assert watching.differentiable
+    assert watching.black_box == ()
+    assert watching.with_scope("group") == ()
 
 
 @pytest.mark.parametrize("name", ["type", "keys", "forward", "a-b_9"])
 def test_names_that_collide_with_nothing(name: str, images: Tensor) -> None:
     bank = RewardBank({name: Redness()}, {name: 1.0})
-    assert list(bank(images, PROMPTS).parts) == [name] and isinstance(bank.rewards[name], Redness)
+    assert list(bank(images, PROMPTS).parts) == [name]
+    assert isinstance(bank.rewards[name], Redness)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,8 @@ def test_embeddings_cached_in_inference_mode_serve_training(clip_folder: Path, i
         validation = bank(images, PROMPTS).total
     training = bank(images.requires_grad_(), PROMPTS).total
     training.sum().backward()
-    assert images.grad is not None and torch.equal(training.detach(), validation.clone())
+    assert images.grad is not None
+    assert torch.equal(training.detach(), validation.clone())
 
 
 def test_scores_do_not_change_under_autocast(clip_folder: Path, images: Tensor) -> None:
@@ -113,7 +114,8 @@ def test_bfloat16_weights_keep_the_logit_scale(clip_folder: Path, images: Tensor
     pick = PickScore(str(clip_folder))
     full = pick(images, PROMPTS)
     low = pick.bfloat16()(images, PROMPTS)
-    assert low.dtype == torch.float32 and pick.scale == pytest.approx(20.0855, rel=1e-4)
+    assert low.dtype == torch.float32
+    assert pick.scale == pytest.approx(20.0855, rel=1e-4)
     torch.testing.assert_close(low, full, rtol=0, atol=1.0)
 
 
@@ -126,7 +128,7 @@ def test_long_prompts_are_truncated(clip_folder: Path) -> None:
 
 def test_another_place_for_the_tokenizer(clip_folder: Path, images: Tensor, tmp_path: Path) -> None:
     CLIPModel.from_pretrained(clip_folder).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="no tokenizer in .*'processor'"):
+    with pytest.raises(ConfigError, match=r"no tokenizer in .*'processor'"):
         PickScore(str(tmp_path))
     whole, split = PickScore(str(clip_folder)), PickScore(str(tmp_path), processor=str(clip_folder))
     assert torch.equal(whole(images, PROMPTS), split(images, PROMPTS))
@@ -183,7 +185,7 @@ def test_broken_folders(how: str, said: str, clip_folder: Path, tmp_path: Path) 
     "pretrained", ["./nowhere", "/no/such/folder", "nowhere", "a/b/c", "~/no-such-folder"]
 )
 def test_missing_folders(pretrained: str) -> None:
-    with pytest.raises(ConfigError, match="is no folder.*'shapes'") as caught:
+    with pytest.raises(ConfigError, match=r"is no folder.*'shapes'") as caught:
         CLIPScore(pretrained)
     assert repr(pretrained) in str(caught.value)
 
@@ -191,6 +193,6 @@ def test_missing_folders(pretrained: str) -> None:
 def test_a_hub_id_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ConfigError, match="'nobody-here/no-such-model'.*download it elsewhere and give the folder"
+        ConfigError, match=r"'nobody-here/no-such-model'.*download it elsewhere and give the folder"
     ):
         CLIPScore("nobody-here/no-such-model")

@@ -41,7 +41,8 @@ def test_pixels_are_rounded_and_clamped() -> None:
     file = BytesIO()
     Image.new("RGB", (64, 64), (128, 128, 128)).save(file, "JPEG", quality=95)
     assert size(127.6 / 255) == pytest.approx(file.tell() / 1000)
-    assert size(1.7) == size(1.0) and size(-0.2) == size(0.0)
+    assert size(1.7) == size(1.0)
+    assert size(-0.2) == size(0.0)
 
 
 def picture(*rgb: float) -> torch.Tensor:
@@ -91,7 +92,7 @@ def test_truth_knows_right_from_wrong() -> None:
 
 
 def test_truth_refuses_other_prompts() -> None:
-    with pytest.raises(ConfigError, match="only knows prompts of the Shapes world.*'a photo of a dog'"):
+    with pytest.raises(ConfigError, match=r"only knows prompts of the Shapes world.*'a photo of a dog'"):
         ShapesTruth()(torch.rand(1, 3, 64, 64), ["a photo of a dog"])
 
 

@@ -56,7 +56,8 @@ def test_every_class_is_exported() -> None:
 
 def test_contract(reward: Reward, images: Tensor) -> None:
     scores = reward(images, PROMPTS)
-    assert scores.shape == (4,) and scores.dtype == torch.float32
+    assert scores.shape == (4,)
+    assert scores.dtype == torch.float32
     assert torch.equal(scores, reward(images, PROMPTS))
 
 

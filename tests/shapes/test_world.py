@@ -138,7 +138,8 @@ def test_scenes_keep_their_distances_and_the_relation() -> None:
         assert scene.background not in {item.colour for item in scene.objects}
         for i, item in enumerate(scene.objects):
             reach = item.radius + BORDER - 1e-4
-            assert reach <= min(item.x, item.y) and max(item.x, item.y) <= 64 - reach
+            assert reach <= min(item.x, item.y)
+            assert max(item.x, item.y) <= 64 - reach
             for other in scene.objects[:i]:
                 gap = max(abs(item.x - other.x), abs(item.y - other.y))
                 assert gap >= item.radius + other.radius + MARGIN - 1e-4
@@ -154,7 +155,8 @@ def test_all_counts_and_unsaid_attributes_are_frequent() -> None:
     totals = (
         np.bincount([sum(group.count for group in caption.groups) for caption in sample], minlength=5) / 4000
     )
-    assert totals[1] > 0.07 and min(totals[2:]) > 0.15
+    assert totals[1] > 0.07
+    assert min(totals[2:]) > 0.15
     assert 0.15 < np.mean([group.size is None for group in groups]) < 0.3
     assert 0.12 < np.mean([group.colour is None for group in groups]) < 0.25
     assert 0.15 < np.mean([caption.background is None for caption in sample]) < 0.25
@@ -170,7 +172,8 @@ def test_unsaid_colour_is_mostly_the_favourite() -> None:
     others = [drawn.count(name) for name in COLOURS if name not in ("red", "green")]
     assert min(others) > 0.5 * max(others)
     on_red = [sample_scene(parse("two stars on a red background"), rng).objects[0].colour for _ in range(100)]
-    assert "red" not in on_red and len(set(on_red)) == 7
+    assert "red" not in on_red
+    assert len(set(on_red)) == 7
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -181,7 +184,8 @@ def test_observe_reads_a_single_object(shape: str, size: str) -> None:
     assert seen.background == "black"
     (thing,) = seen.objects
     assert (thing.colour, thing.shape, thing.size) == ("pink", shape, size)
-    assert abs(thing.x - 30.3) < 0.3 and abs(thing.y - 35.6) < 0.3
+    assert abs(thing.x - 30.3) < 0.3
+    assert abs(thing.y - 35.6) < 0.3
 
 
 def test_truth_is_recognised() -> None:
@@ -239,7 +243,8 @@ def judged(prompt: str, *items: Item, background: str = "white") -> Verdict:
 def test_attributes_belong_to_their_objects() -> None:
     swapped = (Item(16, 20, 9, "blue", "circle"), Item(46, 44, 9, "red", "star"))
     verdict = judged("a red circle and a blue star on a white background", *swapped)
-    assert verdict.score < 1 and not (verdict.facts["colours"] and verdict.facts["shapes"])
+    assert verdict.score < 1
+    assert not (verdict.facts["colours"] and verdict.facts["shapes"])
     assert judged("a red star and a blue circle on a white background", *swapped).score == 1
 
 
@@ -266,7 +271,8 @@ def test_an_object_too_many_or_too_few_fails_the_count() -> None:
 
 def test_unsaid_attributes_assert_nothing() -> None:
     verdict = judged("a circle", Item(20, 20, 6, "cyan", "circle"), background="black")
-    assert verdict.facts == {"count": True, "shapes": True} and verdict.score == 1
+    assert verdict.facts == {"count": True, "shapes": True}
+    assert verdict.score == 1
 
 
 def test_unclear_pictures_are_not_believed() -> None:

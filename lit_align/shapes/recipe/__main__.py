@@ -26,10 +26,10 @@ from lit_align.shapes.recipe.quality import measure
 from lit_align.shapes.recipe.tokenizer import make_tokenizer
 from lit_align.shapes.recipe.training import Batches, Budget, fit
 from lit_align.shapes.recipe.unet import Export, UNetStage
-from lit_align.shapes.recipe.vae import VAEStage, encode, whiten
+from lit_align.shapes.recipe.vae import VAEStage, encode, make_vae, whiten
 
-StageName = Literal["pictures", "tokenizer", "clip", "vae", "unet", "quality"]
-MINUTES: dict[str, float] = {"clip": 15.0, "vae": 15.0, "unet": 45.0}
+StageName = Literal["pictures", "tokenizer", "clip", "vae", "decoder", "unet", "quality"]
+MINUTES: dict[str, float] = {"clip": 15.0, "vae": 15.0, "decoder": 10.0, "unet": 45.0}
 
 
 class Recipe:
@@ -117,19 +117,28 @@ class Recipe:
             return
         pictures = Pictures(self.found("pictures"), self.seed)
         if not (self.out / "vae").exists():
-            stage = VAEStage(pictures, self.budget("vae"))
+            stage = VAEStage(make_vae(), pictures, self.budget("vae"))
             self.train(stage, len(pictures), 16, "vae")
             whiten(stage.average, encode(stage.average, pictures, torch.arange(min(4000, len(pictures)))))
             replace_folder(self.out / "vae", stage.average.save_pretrained)
         vae = AutoencoderKL.from_pretrained(self.out / "vae")
         torch.save(encode(vae, pictures, torch.arange(min(self.num_latents, len(pictures)))), self.out / "latents.pt")
 
+    def decoder(self) -> None:
+        """Train the decoder for longer on the latents as they are; the denoiser does not notice."""
+        if (self.out / "vae_final").exists():
+            return
+        vae = AutoencoderKL.from_pretrained(self.found("vae"))
+        stage = VAEStage(vae, Pictures(self.found("pictures"), self.seed), self.budget("decoder"), decoder_only=True)
+        self.train(stage, len(stage.pictures), 16, "decoder")
+        replace_folder(self.out / "vae_final", stage.average.save_pretrained)
+
     def unet(self) -> None:
         """Train the denoiser and the text tower that it reads."""
         if (self.out / "unet_done").exists():
             return
         tokenizer = CLIPTokenizer.from_pretrained(self.found("tokenizer"))
-        vae = AutoencoderKL.from_pretrained(self.found("vae"))
+        vae = AutoencoderKL.from_pretrained(self.found("vae_final"))
         text = load_clip(self.found("clip")).text_model
         latents = torch.load(self.found("latents.pt"))
         captions = Pictures(self.found("pictures"), self.seed).captions[: len(latents)]
@@ -165,6 +174,8 @@ def main(
     num_processes: int = 2,
 ) -> None:
     """Run one stage or all; see :class:`Recipe` for the arguments."""
+    if further and stage != "clip":
+        raise ConfigError("--further true trains CLIP for another round; give --stage clip with it.")
     out.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(out, minutes, steps, num_pictures, num_latents, precision, export_every, num_samples, seed, further, num_processes)
     stages: dict[str, Callable[[], None]] = {
@@ -172,6 +183,7 @@ def main(
         "tokenizer": recipe.tokenizer,
         "clip": recipe.clip,
         "vae": recipe.vae,
+        "decoder": recipe.decoder,
         "unet": recipe.unet,
         "quality": recipe.quality,
     }

@@ -25,6 +25,8 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     write(fresh)
+    for file in fresh.rglob("*.safetensors"):
+        file.chmod(0o644)  # transformers leaves them to their owner alone
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)

@@ -36,16 +36,28 @@ def edges(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class VAEStage(Stage):
-    """L1 + 2 L2 + 0.5 L1 of the edges + a small KL, on crops of 32 first and on whole pictures later."""
+    """L1 + 2 L2 + 0.5 L1 of the edges + a small KL, on crops of 32 first and on whole pictures later.
 
-    def __init__(self, pictures: Pictures, budget: Budget) -> None:
-        super().__init__(make_vae(), peak=2e-3, budget=budget, decay=0.995)
-        self.pictures = pictures
+    Args:
+        model: What is trained.
+        decoder_only: Leave the encoder, and with it every latent, as it is; no crops.
+    """
+
+    def __init__(self, model: AutoencoderKL, pictures: Pictures, budget: Budget, decoder_only: bool = False) -> None:
+        super().__init__(model, peak=1e-3 if decoder_only else 2e-3, budget=budget, decay=0.995)
+        self.pictures, self.crop_share = pictures, 0.0 if decoder_only else CROP_SHARE
+        if decoder_only:
+            model.encoder.requires_grad_(False)
+            model.quant_conv.requires_grad_(False)
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        """Whatever is not frozen."""
+        return [{"params": [weight for weight in self.model.parameters() if weight.requires_grad], "scale": 1.0}]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """One batch of picture numbers ``(B,)``."""
         images = self.pictures.images(batch) * 2 - 1
-        if self.spent < CROP_SHARE:
+        if self.spent < self.crop_share:
             top, left = (8 * torch.randint(5, (2,))).tolist()
             images = images[..., top : top + 32, left : left + 32]
         posterior = self.model.encode(images).latent_dist
