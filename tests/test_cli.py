@@ -118,6 +118,27 @@ def test_a_run_leaves_what_it_promises(capsys):
     assert saved["model"]["class_path"].endswith("DDPOModule")
 
 
+@pytest.mark.parametrize(("overlays", "model"), [(["sd15"], "tiny"), (["sd15", "sd21"], "tiny_v")])
+def test_overlays_for_real_models_train_one_batch(overlays, model, request, tmp_path):
+    """Only the pretrained models, the data and sizes are replaced."""
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a star number {i}" for i in range(200)))
+    local = {"class_path": "PickScore", "init_args": {"pretrained": "shapes", "processor": None}}
+    rewards = {"preference": local, "jpeg": {"class_path": "JPEGIncompressibility"}}
+    configs = [f"--config={ROOT}/configs/backbone/{name}.yaml" for name in overlays]
+    arguments = [
+        f"--config={DDPO}",
+        *configs,
+        *SMALL,
+        "--trainer.limit_train_batches=1",
+        "--trainer.max_epochs=1",
+        f"--model.init_args.backbone.init_args.pretrained={request.getfixturevalue(model)}",
+        "--model.init_args.sampler.init_args.num_steps=3",
+        f"--model.init_args.rewards.init_args.rewards={json.dumps(rewards)}",
+    ]
+    main(["fit", *arguments])
+    assert {"train/reward/preference", "val/reward/jpeg"} <= set(scalars(Path("logs/ddpo/version_0")).Tags()["scalars"])
+
+
 def crash_at(monkeypatch: pytest.MonkeyPatch, collection: int) -> None:
     """The process dies in the middle of a collection, after its rollout and before its end."""
     adapt, calls = DDPOModule._adapt, []

@@ -26,8 +26,8 @@ class Rank:
     def share(self, rows: Sequence[int]) -> tuple[range, Sequence[int]]:
         """Every ``world``-th of ``rows``, whose number ``world`` divides: the positions and the rows.
 
-        Dealt like cards, so that any run of ``world * n`` neighbours is spread evenly: the first half of every
-        rank's prompts is the first half of the collection.
+        Dealt like cards, so that any run of ``world * n`` neighbours is spread evenly: the first half of
+        every rank's prompts is the first half of the collection.
         """
         assert len(rows) % self.world == 0, f"{len(rows)} prompts do not divide by {self.world} ranks"
         return range(self.number, len(rows), self.world), rows[self.number :: self.world]

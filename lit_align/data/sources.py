@@ -14,9 +14,7 @@ from lit_align.shapes.world import Kind, PromptSpace
 
 
 class PromptSource(ABC):
-    """Numbered prompts with optional further columns.
-
-    A subclass of yours can be named in YAML like those below.
+    """Numbered prompts with optional further columns; a subclass of yours can be named in YAML too.
 
     Attributes:
         distinct: Promises that no prompt is empty or there twice, so that the source is never read as a

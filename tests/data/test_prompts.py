@@ -367,7 +367,7 @@ def fit(folder: Path, num_epochs: int, *callbacks: Callback, **settings: Any) ->
         **settings,
     )
     crashes = any(isinstance(callback, Crash) for callback in callbacks)
-    with pytest.raises(RuntimeError, match="^killed$") if crashes else nullcontext():
+    with pytest.raises(RuntimeError, match=r"^killed$") if crashes else nullcontext():
         trainer.fit(recorder, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return recorder
 
