@@ -5,7 +5,7 @@ import os
 # Before torch is imported: threads that spin while they wait make a busy CPU several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from lit_align.cli import main  # noqa: E402
+from lit_align.cli import main
 
 if __name__ == "__main__":
     main()

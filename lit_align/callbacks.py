@@ -1,6 +1,7 @@
 """What a run leaves behind: checkpoints, adapters, picture grids, predictions, and a summary at its end."""
 
 import json
+import math
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -11,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
@@ -25,8 +26,18 @@ from lit_align.methods import AlignmentModule
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Where a run writes: the logger's folder, or ``default_root_dir`` where there is no logger."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """Where a run writes: the logger's folder, or without a logger ``lit_align`` in ``default_root_dir``.
+
+    Unlike ``Trainer.log_dir`` this is no collective call, so that one rank may ask alone.
+    """
+    if isinstance(trainer.logger, TensorBoardLogger | CSVLogger):
+        return Path(trainer.logger.log_dir)
+    return Path(trainer.default_root_dir) / "lit_align"
+
+
+def _writes(trainer: Trainer) -> bool:
+    """Whether this rank writes files; a ``fast_dev_run`` leaves none."""
+    return trainer.is_global_zero and not trainer.fast_dev_run
 
 
 def _unused(path: Path) -> Path:
@@ -44,6 +55,11 @@ def _write(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(text)
     draft.replace(path)
+
+
+def _finite(figures: dict[str, float]) -> dict[str, float | None]:
+    """JSON knows no NaN: what has no value is null."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def _uint8(images: Tensor) -> np.ndarray:
@@ -76,8 +92,11 @@ def picture_grid(images: Tensor, prompts: Sequence[str], columns: int = 8, side:
 class CollectionCheckpoint(Checkpoint):
     """Writes ``checkpoints/last.ckpt`` at the end of collections: an interrupt loses at most the one in hand.
 
+    The last collection of an epoch counts as ended when the epoch's validation is done, so that a run that is
+    killed in its validation repeats it.
+
     Args:
-        every: Collections between two checkpoints.
+        every: Collections between two checkpoints; the end of an epoch always gets one.
     """
 
     def __init__(self, every: int = 1) -> None:
@@ -87,8 +106,40 @@ class CollectionCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % self.every == 0:
-            trainer.save_checkpoint(run_folder(trainer) / "checkpoints" / "last.ckpt")
+        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if not last and (trainer.fit_loop.total_batch_idx + 1) % self.every == 0:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if not trainer.fast_dev_run:
+            path = run_folder(trainer) / "checkpoints" / "last.ckpt"
+            trainer.save_checkpoint(trainer.strategy.broadcast(path))
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps ``checkpoints/best.ckpt``, of the validation with the highest ``val/reward``."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            monitor="val/reward",
+            mode="max",
+            filename="best",
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the best score also where the run's folder is now written differently, or was moved."""
+
+        def here(path: str) -> str:
+            return str(Path(self.dirpath or "") / Path(path).name) if path else path
+
+        paths = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path")}
+        scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": scores})
 
 
 class AdapterExport(Callback):
@@ -102,7 +153,7 @@ class AdapterExport(Callback):
         self._export(trainer, pl_module)
 
     def _export(self, trainer: Trainer, module: AlignmentModule) -> None:
-        if not trainer.is_global_zero:
+        if not _writes(trainer):
             return
         folder = run_folder(trainer) / "adapter"
         draft, old = folder.with_name(".adapter.draft"), folder.with_name(".adapter.old")
@@ -144,7 +195,7 @@ class PictureGrids(Callback):
             self._prompts.extend(batch.prompts[:wanted])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if not self._prompts:
+        if not self._prompts or not _writes(trainer):
             return
         grid = picture_grid(torch.cat(self._images), self._prompts)
         self._images, self._prompts = [], []
@@ -166,15 +217,22 @@ class RunSummary(Callback):
         self._report(trainer, pl_module, "test")
 
     def _report(self, trainer: Trainer, module: AlignmentModule, split: str) -> None:
-        if not trainer.is_global_zero or not module.baseline or not module.latest:
+        if not _writes(trainer):
             return
-        found = {name: compare(before, module.latest[name]) for name, before in module.baseline.items()}
+        groups = module.prompt_groups
+        found = {
+            name: compare(before, module.latest[name], groups)
+            for name, before in module.baseline.items()
+            if name in module.latest and len(before) == len(groups)
+        }
+        if not found:
+            return
         folder = run_folder(trainer)
         result = {
             "split": split,
             "images": module.images,
             "reward_queries": module.reward_queries,
-            "figures": {name: asdict(comparison) for name, comparison in found.items()},
+            "figures": {name: _finite(asdict(comparison)) for name, comparison in found.items()},
         }
         _write(folder / f"{split}.json", json.dumps(result, indent=2))
         self._print(found, folder, split)
@@ -223,7 +281,7 @@ class PictureWriter(Callback):
                 "index": number,
             }
             Image.fromarray(pixels).save(self._folder / str(row["file_name"]))
-            rows.append(row | {name: float(values[i]) for name, values in scores.items()})
+            rows.append(row | _finite({name: float(values[i]) for name, values in scores.items()}))
         ranks = pl_module.gather(rows)
         if trainer.is_global_zero:
             with (self._folder / "metadata.jsonl").open("a") as file:

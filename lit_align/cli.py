@@ -11,8 +11,8 @@ from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
 from lightning import LightningDataModule
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
 
 import lit_align.advantages
 import lit_align.backbones
@@ -21,6 +21,7 @@ import lit_align.rewards
 import lit_align.samplers
 from lit_align.callbacks import (
     AdapterExport,
+    BestCheckpoint,
     CollectionCheckpoint,
     PictureGrids,
     PictureWriter,
@@ -41,18 +42,30 @@ class AlignCLI(LightningCLI):
             config.ckpt_path = str(_last_checkpoint(_run_folders(logger)))
         elif config.ckpt_path and not Path(config.ckpt_path).exists():
             raise ConfigError(f"ckpt_path: there is no {config.ckpt_path}; give a checkpoint, or 'last'")
-        if config.ckpt_path and Path(config.ckpt_path).parent.name == "checkpoints" and logger:
+        if config.ckpt_path and Path(config.ckpt_path).parent.name == "checkpoints" and _numbers_runs(logger):
             run = Path(config.ckpt_path).absolute().parent.parent
             logger.init_args.save_dir, logger.init_args.name = str(run.parent.parent), run.parent.name
             logger.init_args.version = run.name
+        if self.subcommand == "predict":
+            config.return_predictions = False  # they are on disk; kept, they would fill the memory
+        if self.subcommand != "fit" and not config.ckpt_path:
+            rank_zero_warn(
+                "no --ckpt_path: this is the pretrained model; --ckpt_path last takes the newest run"
+            )
         self.trainer_defaults["callbacks"] = _callbacks(config.trainer)
+
+
+def _numbers_runs(logger: Any) -> bool:
+    """Whether the logger is one that writes to save_dir/name/version."""
+    names = ("TensorBoardLogger", "CSVLogger")
+    return isinstance(logger, Namespace) and logger.class_path.rpartition(".")[2] in names
 
 
 def _run_folders(logger: Any) -> Path:
     """The folder that holds the runs of this method."""
-    if not isinstance(logger, Namespace) or not logger.init_args.get("save_dir"):
+    if not _numbers_runs(logger):
         raise ConfigError(
-            "ckpt_path: 'last' needs a logger with save_dir and name; give the path of a checkpoint"
+            "ckpt_path: 'last' needs a TensorBoardLogger or CSVLogger; give a checkpoint's path"
         )
     return Path(logger.init_args.save_dir) / logger.init_args.name
 
@@ -61,7 +74,7 @@ def _last_checkpoint(runs: Path) -> Path:
     """The newest checkpoint, whole, of the newest run that has one."""
     found = [
         path
-        for path in runs.glob("version_*/checkpoints/*.ckpt")
+        for path in runs.glob("version_[0-9]*/checkpoints/*.ckpt")
         if path.is_dir() or zipfile.is_zipfile(path)
     ]
     if not found:
@@ -74,20 +87,14 @@ def _last_checkpoint(runs: Path) -> Path:
 
 
 def _callbacks(trainer: Any) -> list[Any]:
-    """What every run has, but for what the user gives with settings of his own."""
-    given = {callback.class_path.rpartition(".")[2] for callback in trainer.callbacks or []}
+    """What every run has, but for what the user gives with settings of their own."""
+    given = trainer.callbacks or []
+    names = {c.class_path.rpartition(".")[2] for c in (given if isinstance(given, list) else [given])}
     callbacks = [PictureGrids(), AdapterExport(), PictureWriter()]
     if trainer.enable_checkpointing is not False:
-        best = ModelCheckpoint(
-            monitor="val/reward",
-            mode="max",
-            filename="best",
-            enable_version_counter=False,
-            save_on_train_epoch_end=False,
-        )
-        callbacks += [CollectionCheckpoint(), best]
+        callbacks += [CollectionCheckpoint(), BestCheckpoint()]
     callbacks.append(RunSummary())
-    return [callback for callback in callbacks if type(callback).__name__ not in given]
+    return [callback for callback in callbacks if type(callback).__name__ not in names]
 
 
 def _sentence(error: BaseException) -> str | None:

@@ -32,23 +32,30 @@ class Comparison:
         return f"{self.before:.4f} -> {self.after:.4f}  ({change}, {self.num_pairs} pairs)"
 
 
-def compare(before: Tensor, after: Tensor) -> Comparison:
+def compare(before: Tensor, after: Tensor, groups: Tensor) -> Comparison:
     """Compare two models on the same (prompt, noise) pairs.
 
     Args:
         before: Scores of the first model, ``(N,)``; NaN where there is none.
         after: Scores of the second model on the same pairs, ``(N,)``.
+        groups: ``(N,)`` prompt numbers. Pictures of one prompt are not independent, so the standard error is
+            that of the prompts' sums of differences around their expectation (clustered by prompt).
 
     Returns:
-        The comparison over the pairs in which both have a score. With fewer than two of them the standard
+        The comparison over the pairs in which both have a score. With fewer than two prompts the standard
         error is NaN.
     """
     assert before.shape == after.shape == (len(before),)
     both = before.isfinite() & after.isfinite()
-    before, after = before[both].double(), after[both].double()
+    before, after, groups = before[both].double(), after[both].double(), groups[both]
     difference = after - before
     count = len(difference)
-    error = difference.std().item() / math.sqrt(count) if count > 1 else math.nan
+    prompts, which = groups.unique(return_inverse=True)
+    sums = torch.zeros(len(prompts), dtype=torch.float64).index_add(0, which, difference - difference.mean())
+    clusters = len(prompts)
+    error = math.nan
+    if clusters > 1:
+        error = math.sqrt(clusters / (clusters - 1) * sums.square().sum().item()) / count
     wins = (difference > 0).double() + 0.5 * (difference == 0).double()
     mean = [x.mean().item() if count else math.nan for x in (before, after, difference, wins)]
     return Comparison(mean[0], mean[1], mean[2], error, mean[3], count)
@@ -75,4 +82,4 @@ def diversity(images: Tensor, groups: Tensor, side: int = 16) -> Tensor:
     )
     same = (groups[:, None] == groups[None, :]).to(distance.device)
     others = same.sum(1) - 1
-    return torch.where(others > 0, (distance * same).sum(1) / others.clamp(min=1), math.nan)
+    return torch.where(others > 0, torch.where(same, distance, 0.0).sum(1) / others.clamp(min=1), math.nan)

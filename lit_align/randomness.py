@@ -5,8 +5,14 @@ depends neither on the batch that it was made in, nor on the rank, nor on the de
 """
 
 import hashlib
+import os
 
 import torch
+
+
+def run_seed(seed: int | None) -> int:
+    """A seed that was given, or else that of ``seed_everything`` (0 where nothing was seeded)."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
 
 
 def derive_seed(seed: int, purpose: str, *counters: int) -> int:

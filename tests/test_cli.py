@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,7 +137,9 @@ def test_overlays_for_real_models_train_one_batch(overlays, model, request, tmp_
         f"--model.init_args.rewards.init_args.rewards={json.dumps(rewards)}",
     ]
     main(["fit", *arguments])
-    assert {"train/reward/preference", "val/reward/jpeg"} <= set(scalars(Path("logs/ddpo/version_0")).Tags()["scalars"])
+    assert {"train/reward/preference", "val/reward/jpeg"} <= set(
+        scalars(Path("logs/ddpo/version_0")).Tags()["scalars"]
+    )
 
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, collection: int) -> None:
@@ -152,12 +155,17 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, collection: int) -> None:
     monkeypatch.setattr(DDPOModule, "_adapt", dying)
 
 
-@pytest.mark.parametrize("crash", [2, 5, 6], ids=["mid-epoch", "second-epoch", "last"])
-@pytest.mark.parametrize("advantages", ["GroupAdvantages", "PerPromptAdvantages"])
+@pytest.mark.parametrize(
+    ("crash", "advantages"),
+    [(2, "GroupAdvantages"), (4, "PerPromptAdvantages"), (5, "PerPromptAdvantages"), (6, "GroupAdvantages")],
+    ids=["mid-epoch", "first-of-epoch", "mid-second-epoch", "last"],
+)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(small, monkeypatch, crash, advantages):
+    rewards = {"clip": {"class_path": "CLIPScore"}, "redness": {"class_path": "Redness"}}
     options = [
         *small,
-        *without_judge(),
+        f"--model.init_args.rewards.init_args.rewards={json.dumps(rewards)}",
+        '--model.init_args.rewards.init_args.weights={"clip": 1.0}',
         f"--model.init_args.advantages={advantages}",
         "--model.init_args.kl_target=1e-3",
         "--model.init_args.lr_scheduler=torch.optim.lr_scheduler.LinearLR",
@@ -178,6 +186,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(small, monkeypat
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "progress", "ddpo"):
         assert_equal(states[0][part], states[1][part])
     assert states[0]["global_step"] == states[1]["global_step"]
+    best = [
+        next(value for name, value in state["callbacks"].items() if "BestCheckpoint" in name)[
+            "best_model_score"
+        ]
+        for state in states
+    ]
+    assert torch.equal(*best)
     loaders = [state["loops"]["fit_loop"]["state_dict"]["combined_loader"] for state in states]
     assert loaders[0] == loaders[1]
     curves = [scalars(Path(f"logs/{name}/version_0")).Scalars("train/reward") for name in ("whole", "cut")]
@@ -187,6 +202,62 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(small, monkeypat
     assert [p.value for p in baselines[0]] == [p.value for p in baselines[1]]
     configs = {path.name for path in Path("logs/cut/version_0").glob("config*.yaml")}
     assert configs == {"config.yaml", "config-2.yaml"}
+
+
+def test_a_run_that_dies_in_its_validation_repeats_it(small, monkeypatch):
+    options = [*small, *without_judge()]
+    main(["fit", *options, "--trainer.logger.init_args.name=whole"])
+    with monkeypatch.context() as patch:
+        measure, calls = DDPOModule._measure, []
+
+        def dying(self: DDPOModule, *arguments: Any, **named: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 4:  # two batches before the first update, two after the first epoch
+                raise KeyboardInterrupt
+            return measure(self, *arguments, **named)
+
+        patch.setattr(DDPOModule, "_measure", dying)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            main(["fit", *options, "--trainer.logger.init_args.name=cut"])
+    main(["fit", *options, "--trainer.logger.init_args.name=cut", "--ckpt_path=last"])
+    curves = [scalars(Path(f"logs/{name}/version_0")).Scalars("val/reward") for name in ("whole", "cut")]
+    assert [(p.step, p.value) for p in curves[0]] == [(p.step, p.value) for p in curves[1]]
+
+
+def test_two_processes_from_the_command_line_leave_what_one_leaves(small):
+    arguments = [*small, *without_judge(), "--trainer.max_epochs=1"]
+    main(["fit", *arguments, "--trainer.logger.init_args.name=one"])
+    command = [sys.executable, "-m", "lit_align", "fit", *arguments, "--trainer.devices=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, "--trainer.logger.init_args.name=two"],
+        check=True,
+        timeout=240,
+        env=environment,
+        capture_output=True,
+    )
+    files = [
+        {str(path.relative_to(run)) for path in run.rglob("*") if "events" not in path.name}
+        for run in (Path("logs/one/version_0"), Path("logs/two/version_0"))
+    ]
+    assert files[0] == files[1]
+    for tag in ("val/reward", "train/reward", "train/kl", "progress/images"):
+        curves = [scalars(Path(f"logs/{name}/version_0")).Scalars(tag) for name in ("one", "two")]
+        assert [p.value for p in curves[0]] == pytest.approx([p.value for p in curves[1]], rel=1e-2, abs=1e-5)
+
+
+def test_weights_of_another_kind_are_refused(small, capsys):
+    main(["fit", *small, *without_judge(), "--trainer.max_epochs=1"])
+    overlay = ROOT / "configs" / "backbone" / "full.yaml"
+    with pytest.raises(SystemExit):
+        main(["test", *small, *without_judge(), f"--config={overlay}", "--ckpt_path=last"])
+    assert "other trained weights" in capsys.readouterr().err
+
+
+def test_a_fast_dev_run_leaves_no_files(small, tmp_path):
+    before = set(tmp_path.rglob("*"))
+    main(["fit", *small, *without_judge(), "--trainer.fast_dev_run=true"])
+    assert set(tmp_path.rglob("*")) == before
 
 
 def assert_equal(one: Any, two: Any) -> None:

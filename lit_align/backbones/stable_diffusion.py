@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from lit_align.backbones.base import POLICY, REFERENCE, Conditioning, DiffusionBackbone, SamplerFactory
@@ -60,6 +60,8 @@ class StableDiffusionBackbone(DiffusionBackbone):
             pretrained: ``shapes`` for the bundled model, a folder in diffusers' format, or a hub id.
             lora: The adapter that is trained, or null to train all weights of the UNet.
             checkpointing: Recompute each prediction in the backward pass instead of keeping its activations.
+                Saves memory where a loss holds several predictions at once; where it holds one, as in DDPO,
+                lower the method's ``micro_batch`` instead.
             decode_batch: Pictures decoded at once; bounds the memory of the autoencoder.
             prompt_cache: Number of prompts whose embeddings are remembered.
 
@@ -248,6 +250,8 @@ class StableDiffusionBackbone(DiffusionBackbone):
 
     def shard(self, mesh: DeviceMesh) -> None:
         for unet in self.unets.values():
+            if isinstance(unet, FSDPModule):  # a second fit of the same objects
+                continue
             blocks: list[nn.Module] = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]  # type: ignore[misc, list-item]
             for block in blocks:
                 fully_shard(block, mesh=mesh)

@@ -12,6 +12,7 @@ from lit_align.data.loaders import CollectionLoader, FixedLoader, Rank
 from lit_align.data.sources import PromptSource
 from lit_align.data.splits import PromptSet, place, usable_rows
 from lit_align.errors import ConfigError
+from lit_align.randomness import run_seed
 
 COUNTED = 50_000
 """Of larger sources of distinct prompts, a split's expected size is used instead of counting its prompts."""
@@ -45,8 +46,7 @@ class PromptDataModule(LightningDataModule):
         eval_batch: Images in a batch of one rank in validation, test and predict, at most; prompts are kept
             whole.
         predict_source: Predict on all of these, in their order; on the test prompts if not given.
-        seed: Seed of the training order alone. It is apart from the module's seed, so that runs with
-            different noise can share their data, and the other way round.
+        seed: Seed of the training order alone; that of ``seed_everything`` if not given.
 
     Raises:
         ConfigError: For a size or fraction that cannot work, here or, where the data is needed, in
@@ -69,7 +69,7 @@ class PromptDataModule(LightningDataModule):
         test_images_per_prompt: int = 4,
         eval_batch: int = 64,
         predict_source: PromptSource | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.source = source
@@ -86,7 +86,7 @@ class PromptDataModule(LightningDataModule):
         self.test_images_per_prompt = test_images_per_prompt
         self.eval_batch = eval_batch
         self.predict_source = predict_source
-        self.seed = seed
+        self.seed = run_seed(seed)
         self._sets: dict[str, PromptSet] = {}
         self._train_loader: CollectionLoader | None = None
         self._check_arguments()

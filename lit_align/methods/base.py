@@ -25,7 +25,7 @@ from lit_align.data import Batch
 from lit_align.errors import ConfigError
 from lit_align.evaluation import diversity
 from lit_align.gaussian import GaussianStep
-from lit_align.randomness import generator
+from lit_align.randomness import generator, run_seed
 from lit_align.rewards import RewardBank
 from lit_align.rollout import Trajectory, rollout
 
@@ -64,10 +64,13 @@ class AlignmentModule(LightningModule):
         guidance: float,
         clip_norm: float,
         rollout_batch: int,
-        seed: int,
+        seed: int | None,
     ) -> None:
         """Wire the parts; the arguments are documented where a method gives them defaults."""
         super().__init__()
+        for name, value in {"clip_norm": clip_norm, "rollout_batch": rollout_batch}.items():
+            if not value > 0:
+                raise ConfigError(f"{name}: {value} must be positive")
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds what is trained, not the frozen models
         self.backbone = backbone
@@ -76,11 +79,12 @@ class AlignmentModule(LightningModule):
         self.guidance = guidance
         self.clip_norm = clip_norm
         self.rollout_batch = rollout_batch
-        self.seed = seed
+        self.seed = run_seed(seed)
         self.images = 0
         self.reward_queries = 0
         self.baseline: dict[str, Tensor] = {}
         self.latest: dict[str, Tensor] = {}
+        self.prompt_groups = torch.zeros(0)
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self.gradient_norm = torch.zeros(())
@@ -129,6 +133,18 @@ class AlignmentModule(LightningModule):
         return torch.cat(totals)
 
     # ---- optimisation
+
+    def setup(self, stage: str) -> None:
+        """Check what depends on the Trainer.
+
+        Raises:
+            ConfigError: The precision would round the states of the chains.
+        """
+        if self.trainer.precision not in ("32-true", "16-mixed", "bf16-mixed"):
+            raise ConfigError(
+                f"trainer.precision: {self.trainer.precision} would round the stored chains; "
+                "use 32-true, bf16-mixed or 16-mixed"
+            )
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
@@ -189,48 +205,41 @@ class AlignmentModule(LightningModule):
             )
 
     def log_collection(
-        self,
-        batch: Batch,
-        scores: dict[str, Tensor],
-        sampling: float,
-        total: float,
-        figures: dict[str, list[Tensor]],
+        self, scores: dict[str, Tensor], figures: dict[str, list[Tensor]], sampling: float, total: float
     ) -> None:
         """Count and log one collection.
 
         Args:
-            batch: The rank's batch.
-            scores: What :meth:`score` gave.
+            scores: What :meth:`score` gave on this rank.
+            figures: What the updates measured, in pieces; the mean over all pieces is ``train/<name>``.
             sampling: Seconds for sampling and scoring.
             total: Seconds for everything.
-            figures: What the updates measured, in pieces; the mean over all of them is logged as
-                ``train/<name>``.
         """
-        own = {name: torch.cat(pieces).double().cpu() for name, pieces in figures.items()}
+        own = {name: torch.cat(pieces).cpu().double() for name, pieces in figures.items()}
         ranks = self.gather((scores, own))
         scores, measured = ({n: torch.cat([r[i][n] for r in ranks]) for n in ranks[0][i]} for i in range(2))
         count = len(scores["reward"])
         self.images += count
         self.reward_queries += count
-        logged: dict[str, Tensor | float] = {
-            f"train/{name}": values.nanmean() for name, values in scores.items()
-        }
-        logged["train/reward_std"] = scores["reward"][scores["reward"].isfinite()].std()
-        logged |= {f"train/{name}": values.mean() for name, values in measured.items()}
+        logged: dict[str, Tensor | float] = {f"train/{n}": values.nanmean() for n, values in scores.items()}
+        logged |= {f"train/{n}": values.mean() for n, values in measured.items()}
         logged |= {
+            "train/reward_std": scores["reward"][scores["reward"].isfinite()].std(),
+            "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
             "progress/images": float(self.images),
             "progress/reward_queries": float(self.reward_queries),
+            "perf/sampling_fraction": sampling / total,
+            "perf/images_per_second": count / total,
         }
-        logged |= {"perf/sampling_fraction": sampling / total, "perf/images_per_second": count / total}
-        shown = ("train/reward", "perf/images_per_second")
-        self.log_dict({name: value for name, value in logged.items() if name not in shown}, batch_size=count)
-        self.log_dict({name: logged[name] for name in shown}, prog_bar=True, batch_size=count)
+        self.log_dict(logged, batch_size=count)
+        bar = {"reward": logged["train/reward"], "images/s": logged["perf/images_per_second"]}
+        self.log_dict(bar, prog_bar=True, logger=False, batch_size=count)
 
     # ---- validation and test
 
     def on_train_start(self) -> None:
         """Validate before the first update, so that every curve has a point at 0 images."""
-        if self.images == 0:
+        if self.images == 0 and self.trainer.enable_validation:
             self.trainer.validating = True
             self.trainer.fit_loop.epoch_loop.val_loop.run()
             self.trainer.training = True
@@ -238,16 +247,15 @@ class AlignmentModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """A rollout on held-out prompts with the same noise every time; returns the pictures."""
         samples = self.sample(batch, "validation")
-        self._evaluated.append(self._measure(batch, samples) | {"index": batch.index})
+        self._evaluated.append(self._measure(batch, samples))
         return samples.images
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Policy and reference on the same prompts and noise; returns the policy's pictures."""
         samples, before = self.sample(batch, "test"), self.sample(batch, "test", REFERENCE)
-        earlier = {
-            f"base/{name}": value for name, value in self._measure(batch, before, with_kl=False).items()
-        }
-        self._evaluated.append(self._measure(batch, samples) | earlier | {"index": batch.index})
+        base = self._measure(batch, before, with_kl=False)
+        earlier = {f"base/{n}": value for n, value in base.items() if n not in ("index", "group")}
+        self._evaluated.append(earlier | self._measure(batch, samples))
         return samples.images
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -263,7 +271,7 @@ class AlignmentModule(LightningModule):
             measured["kl"] = self.trajectory_kl(batch, samples.trajectory).cpu()
         if "reward/truth" in measured:
             measured["truth"] = measured["reward/truth"]
-        return measured
+        return measured | {"index": batch.index, "group": batch.groups}
 
     def on_validation_epoch_end(self) -> None:
         self.latest = self._report("val")
@@ -281,7 +289,10 @@ class AlignmentModule(LightningModule):
         merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         order = merged.pop("index").argsort()
         merged = {name: values[order] for name, values in merged.items()}
-        self.log_dict({f"{stage}/{name}": values.nanmean() for name, values in merged.items()})
+        self.prompt_groups = merged.pop("group")
+        self.log_dict(
+            {f"{stage}/{name}": values.nanmean() for name, values in merged.items()}, sync_dist=True
+        )
         return merged
 
     # ---- ranks and checkpoints
@@ -306,6 +317,18 @@ class AlignmentModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the counters.
+
+        Raises:
+            ConfigError: The checkpoint holds other trained weights than this configuration has.
+        """
+        own = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
+        saved = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        if "progress" not in checkpoint or own != saved:
+            raise ConfigError(
+                f"ckpt_path: the checkpoint holds other trained weights ({len(saved)} tensors) than this "
+                f"configuration ({len(own)}); give the config.yaml of its run, or the same lora settings"
+            )
         progress = checkpoint["progress"]
         self.images, self.reward_queries = progress["images"], progress["reward_queries"]
         self._skipped, self.baseline = progress["skipped"], progress["baseline"]

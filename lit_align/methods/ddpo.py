@@ -118,7 +118,7 @@ class DDPOModule(AlignmentModule):
         clip_norm: float = 1.0,
         micro_batch: int = 8,
         rollout_batch: int = 8,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         """Wire the parts.
 
@@ -148,7 +148,7 @@ class DDPOModule(AlignmentModule):
             clip_norm: Largest norm of the gradient. 1 in table D.5.
             micro_batch: (image, step) pairs in one backward pass. Bounds memory and changes no result.
             rollout_batch: Images sampled at once. Bounds memory and changes no result.
-            seed: Seed of all noise and of the choice of timesteps.
+            seed: Seed of all noise and of the choice of timesteps; that of ``seed_everything`` if not given.
 
         Raises:
             ConfigError: The sampler is deterministic, or the options exclude each other.
@@ -167,8 +167,13 @@ class DDPOModule(AlignmentModule):
                 "clip_range: the score-function form (null) allows one update per collection, but updates is "
                 f"{updates} and inner_epochs {inner_epochs}; set both to 1, or set clip_range"
             )
-        if not 0 < timestep_fraction <= 1:
-            raise ConfigError(f"timestep_fraction: {timestep_fraction} is not in (0, 1]")
+        counts = {"updates": updates, "inner_epochs": inner_epochs, "micro_batch": micro_batch}
+        sizes = {"timestep_fraction": timestep_fraction, "clip_range": clip_range, "kl_target": kl_target}
+        for name, value in (counts | sizes).items():
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name}: {value} must be positive")
+        if timestep_fraction > 1:
+            raise ConfigError(f"timestep_fraction: {timestep_fraction} is more than 1, all of the steps")
         self.advantages = advantages
         self.clip_range = clip_range
         self.updates = updates
@@ -186,6 +191,7 @@ class DDPOModule(AlignmentModule):
             ConfigError: The advantages need several images per prompt, or the prompts of a collection do not
                 divide into the updates.
         """
+        super().setup(stage)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage != "fit" or not isinstance(data, PromptDataModule):
             return
@@ -216,7 +222,7 @@ class DDPOModule(AlignmentModule):
         )
         figures = self._learn(replay, batch)
         self._adapt(replay, batch, figures)
-        self.log_collection(batch, scores, sampled - started, time.perf_counter() - started, figures)
+        self.log_collection(scores, figures, sampled - started, time.perf_counter() - started)
 
     def _advantages(self, batch: Batch, scores: dict[str, Tensor]) -> Tensor:
         """Advantages of this rank's images, normalised with the images of all ranks."""
@@ -285,25 +291,40 @@ class DDPOModule(AlignmentModule):
 
     def _adapt(self, replay: Replay, batch: Batch, figures: dict[str, list[Tensor]]) -> None:
         """Measure how far the collection moved the policy; scale the next one's steps to ``kl_target``."""
-        pairs = self._draw_pairs(batch, self.inner_epochs)
-        spread = torch.arange(0, len(pairs.rows), max(1, len(pairs.rows) // self.micro_batch))[
-            : self.micro_batch
-        ]
+        # On each prompt's first image: little work, and the same pairs whatever micro-batch and ranks.
+        first = torch.cat([torch.tensor([True]), batch.groups[1:] != batch.groups[:-1]])
+        drawn = self._draw_pairs(batch, self.inner_epochs)
+        chosen = first[drawn.rows]
+        kls: list[Tensor] = []
         with torch.no_grad():
-            now, then, _ = replay.step(Pairs(pairs.rows[spread], pairs.steps[spread]))
-        kl = torch.stack(self.gather(then.kl(now).mean().cpu())).mean()
+            for pairs in Pairs(drawn.rows[chosen], drawn.steps[chosen]).split(self.micro_batch):
+                now, then, _ = replay.step(pairs)
+                kls.append(then.kl(now).cpu())
+        kl = torch.cat(self.gather(torch.cat(kls))).mean()
         figures["kl"] = [kl[None]]
         if self.kl_target is not None:
-            # KL grows with the square of the step; bounded, since it is measured on one micro-batch.
+            # KL grows with the square of the step; bounded, since it is measured on few pairs.
             wanted = (self.kl_target / kl.clamp(min=1e-12)).sqrt().clamp(0.5, 1.5).item()
             self.step_scale = min(max(self.step_scale * wanted, 1e-3), 1e3)
             figures["step_scale"] = [torch.tensor([self.step_scale])]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["ddpo"] = {"advantages": self.advantages.state_dict(), "step_scale": self.step_scale}
+        checkpoint["ddpo"] = {
+            "advantages": self.advantages.state_dict(),
+            "normaliser": type(self.advantages).__name__,
+            "step_scale": self.step_scale,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.advantages.load_state_dict(checkpoint["ddpo"]["advantages"])
-        self.step_scale = checkpoint["ddpo"]["step_scale"]
+        state = checkpoint.get("ddpo")
+        if self.trainer.state.fn != "fit":
+            return  # the weights are all that test and predict need
+        own = type(self.advantages).__name__
+        if state is None or state["normaliser"] != own:
+            raise ConfigError(
+                f"ckpt_path: the checkpoint is not of DDPO with {own}; resume with the config.yaml of its run"
+            )
+        self.advantages.load_state_dict(state["advantages"])
+        self.step_scale = state["step_scale"]

@@ -32,6 +32,7 @@ class CLIPCosine(nn.Module):
     """
 
     CACHED_PROMPTS = 4096
+    IMAGES_AT_ONCE = 64
     mean: Tensor
     std: Tensor
 
@@ -55,7 +56,8 @@ class CLIPCosine(nn.Module):
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Cosines ``(B,)`` in [-1, 1] of ``(B, 3, H, W)`` pictures in [0, 1] with their prompts."""
-        features = _pooled(self.model.get_image_features(pixel_values=self.preprocess(images)))
+        chunks = [self.preprocess(chunk) for chunk in images.split(self.IMAGES_AT_ONCE)]
+        features = torch.cat([_pooled(self.model.get_image_features(pixel_values=chunk)) for chunk in chunks])
         return (_unit(features) * self.embed(prompts)).sum(dim=-1)
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -70,10 +72,10 @@ class CLIPCosine(nn.Module):
 
     def embed(self, prompts: list[str]) -> Tensor:
         """Unit text embeddings ``(B, D)``; the last ``CACHED_PROMPTS`` prompts are remembered."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
-        if missing:
-            self._texts.update(zip(missing, self._encode(missing), strict=True))
         for prompt in prompts:
+            if prompt not in self._texts:
+                # One by one: a row is rounded differently in another batch, and a resumed run remembers none.
+                self._texts[prompt] = self._encode(prompt)
             self._texts.move_to_end(prompt)
         # Stacking copies: a row remembered from inference mode (Lightning's validation) could not enter a
         # graph itself.
@@ -83,9 +85,9 @@ class CLIPCosine(nn.Module):
         return texts
 
     @torch.no_grad()
-    def _encode(self, prompts: list[str]) -> list[Tensor]:
+    def _encode(self, prompt: str) -> Tensor:
         tokens = self.tokenizer(
-            prompts,
+            [prompt],
             padding="max_length",
             truncation=True,
             max_length=self.positions,
@@ -94,7 +96,7 @@ class CLIPCosine(nn.Module):
         features = self.model.get_text_features(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
         )
-        return [row.clone() for row in _unit(_pooled(features))]
+        return _unit(_pooled(features))[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Forget the prompts' embeddings when the module moves to another device or precision."""

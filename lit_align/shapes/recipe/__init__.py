@@ -1,4 +1,5 @@
 """How the shipped Shapes weights were made: ``python -m lit_align.shapes.recipe --out DIR``.
 
-Stages, each in its own file and resumable by its output folder: ``pictures``, ``tokenizer``, ``clip``, ``vae``, ``unet``, ``quality``.
+Stages, each in its own file and resumable by its output folder: ``pictures``, ``tokenizer``, ``clip``,
+``vae``, ``decoder``, ``unet``, ``quality``.
 """

@@ -1,11 +1,13 @@
 """Make the Shapes weights: ``python -m lit_align.shapes.recipe --out DIR [--stage NAME] [--minutes M]``.
 
-Without ``--stage`` all stages run in order. A stage whose result lies in DIR is not made again; delete its folder to repeat it.
+Without ``--stage`` all stages run in order. A stage whose result lies in DIR is not made again; delete its
+folder to repeat it.
 """
 
 import os
 
-# Two threads that spin for each other's sake are several times slower on a busy machine; read when torch is imported.
+# Two threads that spin for each other's sake are several times slower on a busy machine; read when torch is
+# imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from jsonargparse import CLI
 from lightning import seed_everything
 from transformers import CLIPTokenizer
@@ -25,7 +27,7 @@ from lit_align.shapes.recipe.pipeline import replace_folder, save_clip, save_pip
 from lit_align.shapes.recipe.quality import measure
 from lit_align.shapes.recipe.tokenizer import make_tokenizer
 from lit_align.shapes.recipe.training import Batches, Budget, fit
-from lit_align.shapes.recipe.unet import Export, UNetStage
+from lit_align.shapes.recipe.unet import Export, UNetStage, make_unet
 from lit_align.shapes.recipe.vae import VAEStage, encode, make_vae, whiten
 
 StageName = Literal["pictures", "tokenizer", "clip", "vae", "decoder", "unet", "quality"]
@@ -45,7 +47,7 @@ class Recipe:
         export_every: Minutes between two exports of the denoiser while it trains.
         num_samples: Pictures per cell of the quality table.
         seed: Of everything.
-        further: Train a finished CLIP for another round.
+        further: Train what the stage made (``clip`` or ``unet``) for another round.
         num_processes: Processes that train the denoiser, one thread each (set OMP_NUM_THREADS=1).
     """
 
@@ -65,7 +67,12 @@ class Recipe:
     ) -> None:
         self.out, self.minutes, self.steps = out, minutes, steps
         self.num_pictures, self.num_latents = num_pictures, num_latents
-        self.precision, self.export_every, self.num_samples, self.seed = precision, export_every, num_samples, seed
+        self.precision, self.export_every, self.num_samples, self.seed = (
+            precision,
+            export_every,
+            num_samples,
+            seed,
+        )
         self.further, self.num_processes = further, num_processes
 
     def budget(self, stage: str) -> Budget:
@@ -80,7 +87,9 @@ class Recipe:
         """
         path = self.out.joinpath(*names)
         if not path.exists():
-            raise ConfigError(f"'{path}' is missing; run the stage that makes it first, or leave --stage out.")
+            raise ConfigError(
+                f"'{path}' is missing; run the stage that makes it first, or leave --stage out."
+            )
         return path
 
     def train(self, stage: Any, num_items: int, batch_size: int, name: str, *callbacks: Any) -> None:
@@ -100,7 +109,7 @@ class Recipe:
             replace_folder(self.out / "tokenizer", make_tokenizer(words()).save_pretrained)
 
     def clip(self) -> None:
-        """Train CLIP, in several rounds if asked to: each begins with the last one's weights and a fresh learning rate."""
+        """Train CLIP; a further round begins with the last one's weights and a fresh learning rate."""
         tokenizer = CLIPTokenizer.from_pretrained(self.found("tokenizer"))
         model = make_clip(tokenizer)
         if (self.out / "clip").exists():
@@ -122,24 +131,34 @@ class Recipe:
             whiten(stage.average, encode(stage.average, pictures, torch.arange(min(4000, len(pictures)))))
             replace_folder(self.out / "vae", stage.average.save_pretrained)
         vae = AutoencoderKL.from_pretrained(self.out / "vae")
-        torch.save(encode(vae, pictures, torch.arange(min(self.num_latents, len(pictures)))), self.out / "latents.pt")
+        torch.save(
+            encode(vae, pictures, torch.arange(min(self.num_latents, len(pictures)))), self.out / "latents.pt"
+        )
 
     def decoder(self) -> None:
         """Train the decoder for longer on the latents as they are; the denoiser does not notice."""
         if (self.out / "vae_final").exists():
             return
         vae = AutoencoderKL.from_pretrained(self.found("vae"))
-        stage = VAEStage(vae, Pictures(self.found("pictures"), self.seed), self.budget("decoder"), decoder_only=True)
+        stage = VAEStage(
+            vae, Pictures(self.found("pictures"), self.seed), self.budget("decoder"), decoder_only=True
+        )
         self.train(stage, len(stage.pictures), 16, "decoder")
         replace_folder(self.out / "vae_final", stage.average.save_pretrained)
 
     def unet(self) -> None:
         """Train the denoiser and the text tower that it reads."""
-        if (self.out / "unet_done").exists():
+        if (self.out / "unet_done").exists() and not self.further:
             return
         tokenizer = CLIPTokenizer.from_pretrained(self.found("tokenizer"))
-        vae = AutoencoderKL.from_pretrained(self.found("vae_final"))
-        text = load_clip(self.found("clip")).text_model
+        vae = AutoencoderKL.from_pretrained(
+            self.found("vae" if not (self.out / "vae_final").exists() else "vae_final")
+        )
+        text, unet = load_clip(self.found("clip")).text_model, make_unet()
+        if self.further:
+            last = StableDiffusionPipeline.from_pretrained(self.found("pipeline"))
+            text.load_state_dict(last.text_encoder.state_dict())
+            unet.load_state_dict(last.unet.state_dict())
         latents = torch.load(self.found("latents.pt"))
         captions = Pictures(self.found("pictures"), self.seed).captions[: len(latents)]
         tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])[0]
@@ -147,7 +166,7 @@ class Recipe:
         def write(average: torch.nn.ModuleDict) -> None:
             save_pipeline(self.out / "pipeline", tokenizer, average["text"], vae, average["unet"])
 
-        stage = UNetStage(text, latents, tokens, empty, self.budget("unet"))
+        stage = UNetStage(text, unet, latents, tokens, empty, self.budget("unet"))
         self.train(stage, len(latents), 64 // self.num_processes, "unet", Export(self.export_every, write))
         if stage.global_rank > 0:
             raise SystemExit(0)  # the helpers' work is done
@@ -156,7 +175,9 @@ class Recipe:
 
     def quality(self) -> None:
         """Measure the two folders."""
-        measure(self.found("pipeline"), self.found("clip"), self.out / "quality", self.num_samples, self.seed + 1)
+        measure(
+            self.found("pipeline"), self.found("clip"), self.out / "quality", self.num_samples, self.seed + 1
+        )
 
 
 def main(
@@ -174,10 +195,24 @@ def main(
     num_processes: int = 2,
 ) -> None:
     """Run one stage or all; see :class:`Recipe` for the arguments."""
-    if further and stage != "clip":
-        raise ConfigError("--further true trains CLIP for another round; give --stage clip with it.")
+    if further and stage not in ("clip", "unet"):
+        raise ConfigError(
+            "--further true trains one stage for another round; give --stage clip or --stage unet with it."
+        )
     out.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(out, minutes, steps, num_pictures, num_latents, precision, export_every, num_samples, seed, further, num_processes)
+    recipe = Recipe(
+        out,
+        minutes,
+        steps,
+        num_pictures,
+        num_latents,
+        precision,
+        export_every,
+        num_samples,
+        seed,
+        further,
+        num_processes,
+    )
     stages: dict[str, Callable[[], None]] = {
         "pictures": recipe.pictures,
         "tokenizer": recipe.tokenizer,

@@ -17,10 +17,21 @@ MEAN = STD = (0.5, 0.5, 0.5)
 
 
 def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """An untrained CLIP: text tower of 3 layers, vision transformer of 4 with patches of 8, both of width 128."""
-    tower = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
+    """An untrained CLIP: a text tower of 3 layers and a vision transformer of 4, both of width 128."""
+    tower = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_attention_heads": 4,
+        "projection_dim": WIDTH,
+    }
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = {**tower, **special, "num_hidden_layers": 3, "vocab_size": len(tokenizer), "max_position_embeddings": POSITIONS}
+    text = {
+        **tower,
+        **special,
+        "num_hidden_layers": 3,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": POSITIONS,
+    }
     vision = {**tower, "num_hidden_layers": 4, "image_size": 64, "patch_size": 8}
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH)
     config._attn_implementation = "eager"  # the fastest backward pass in bfloat16 on a CPU
@@ -50,9 +61,11 @@ def embed_images(model: CLIPModel, images: Tensor) -> Tensor:
 
 
 class CLIPStage(Stage):
-    """Contrastive training; every caption also appears with one attribute changed, as a wrong answer for all pictures of the batch."""
+    """Contrastive training, with every caption also there as a wrong answer: one of its facts changed."""
 
-    def __init__(self, model: CLIPModel, pictures: Pictures, tokenizer: CLIPTokenizer, budget: Budget) -> None:
+    def __init__(
+        self, model: CLIPModel, pictures: Pictures, tokenizer: CLIPTokenizer, budget: Budget
+    ) -> None:
         super().__init__(model, peak=1.5e-3, budget=budget, decay=0.995)
         self.pictures, self.tokenizer = pictures, tokenizer
         self.rng = pictures.rng("mutations")
@@ -72,5 +85,7 @@ class CLIPStage(Stage):
         to_text, to_image = F.cross_entropy(logits, own), F.cross_entropy(logits[:, : len(batch)].T, own)
         loss: Tensor = to_text + to_image + hard
         right = (pair[:, 0] > pair[:, 1]).float().mean()
-        self.log_dict({"loss": loss, "R@1": (logits.argmax(1) == own).float().mean(), "hard": right}, prog_bar=True)
+        self.log_dict(
+            {"loss": loss, "R@1": (logits.argmax(1) == own).float().mean(), "hard": right}, prog_bar=True
+        )
         return loss

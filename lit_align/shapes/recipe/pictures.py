@@ -1,7 +1,7 @@
-"""Training pictures with their captions, drawn once and kept in a folder, and captions that are wrong by one fact."""
+"""Training pictures with their captions, drawn once, and captions that are wrong by one fact."""
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +34,9 @@ def numpy_rng(seed: int, purpose: str) -> np.random.Generator:
 def words() -> list[str]:
     """Every word of the world's captions, sorted."""
     plurals = [str(Group(2, None, None, shape)) for shape in SHAPES]
-    return sorted(set(" ".join([*COUNTS, *RADII, *COLOURS, *SHAPES, *plurals, *RELATIONS, "and on background"]).split()))
+    return sorted(
+        set(" ".join([*COUNTS, *RADII, *COLOURS, *SHAPES, *plurals, *RELATIONS, "and on background"]).split())
+    )
 
 
 class Pictures:
@@ -66,7 +68,8 @@ def draw_pictures(folder: Path, num_pictures: int, seed: int) -> None:
     """Draw pictures from the training distribution into ``folder``.
 
     Args:
-        folder: Made if need be; ``captions.txt`` is written last, so its presence means that the folder is whole.
+        folder: Made if need be; ``captions.txt`` is written last, so its presence means that the folder is
+            whole.
         num_pictures: How many.
         seed: Of captions and scenes.
     """
@@ -86,7 +89,8 @@ def draw_pictures(folder: Path, num_pictures: int, seed: int) -> None:
 def mutate(prompt: str, rng: np.random.Generator) -> str:
     """A caption that differs from ``prompt`` in one fact, so that a picture of ``prompt`` does not fit it.
 
-    One of: a count, a size, a colour, a shape, the relation, the background, or two groups' colours exchanged. Only what is said changes.
+    One of: a count, a size, a colour, a shape, the relation, the background, or two groups' colours
+    exchanged. Only what is said changes.
     """
     caption = parse(prompt)
     changes: list[Callable[[], Caption]] = [lambda: _new_group(caption, rng)] * (2 * len(caption.groups))
@@ -101,12 +105,11 @@ def mutate(prompt: str, rng: np.random.Generator) -> str:
             wrong = changes[rng.integers(len(changes))]()
         except ConfigError:  # no picture could fit it, so it would be too easy
             continue
-        if wrong.groups != caption.groups or wrong.relation != caption.relation or wrong.background != caption.background:
-            if not _says_the_same(wrong, caption):
-                return str(wrong)
+        if wrong != caption and not _says_the_same(wrong, caption):
+            return str(wrong)
 
 
-def _other(choices: Sequence[str] | dict[str, tuple[int, ...]], value: str | None, rng: np.random.Generator) -> str:
+def _other(choices: Iterable[str], value: str | None, rng: np.random.Generator) -> str:
     rest = [choice for choice in choices if choice != value]
     return rest[rng.integers(len(rest))]
 
@@ -130,9 +133,13 @@ def _new_group(caption: Caption, rng: np.random.Generator) -> Caption:
 def _exchange(caption: Caption) -> Caption:
     """Give each of two groups the other's colour."""
     first, second = caption.groups
-    return replace(caption, groups=(replace(first, colour=second.colour), replace(second, colour=first.colour)))
+    return replace(
+        caption, groups=(replace(first, colour=second.colour), replace(second, colour=first.colour))
+    )
 
 
 def _says_the_same(one: Caption, other: Caption) -> bool:
     """Whether two captions joined by "and" are the same but for the order of their groups."""
-    return one.relation is None and one.background == other.background and set(one.groups) == set(other.groups)
+    return (
+        one.relation is None and one.background == other.background and set(one.groups) == set(other.groups)
+    )

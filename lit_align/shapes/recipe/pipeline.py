@@ -1,6 +1,7 @@
 """Writing the folders that ship: half precision, and never half-written."""
 
 import copy
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,11 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
 
 
 def save_pipeline(
-    folder: Path, tokenizer: CLIPTokenizer, text: CLIPTextModel, vae: AutoencoderKL, unet: UNet2DConditionModel
+    folder: Path,
+    tokenizer: CLIPTokenizer,
+    text: CLIPTextModel,
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
 ) -> None:
     """Write a ``StableDiffusionPipeline`` in float16; the models given stay as they are."""
     text, vae, unet = (_half(model) for model in (text, vae, unet))
@@ -52,7 +57,8 @@ def save_pipeline(
 
     def write(fresh: Path) -> None:
         pipeline.save_pretrained(fresh)
-        _load_as_float32(fresh / "text_encoder" / "config.json")
+        for part in ("text_encoder", "vae", "unet"):
+            _tidy(fresh / part / "config.json")
 
     replace_folder(folder, write)
 
@@ -63,7 +69,7 @@ def save_clip(folder: Path, tokenizer: CLIPTokenizer, clip: CLIPModel) -> None:
     def write(fresh: Path) -> None:
         _half(clip).save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
-        _load_as_float32(fresh / "config.json")
+        _tidy(fresh / "config.json")
 
     replace_folder(folder, write)
 
@@ -73,6 +79,13 @@ def _half(model: Any) -> Any:
     return copy.deepcopy(model).half().eval()
 
 
-def _load_as_float32(config: Path) -> None:
-    """Let transformers convert at loading: its default is the type that the config names, diffusers' is float32."""
-    config.write_text(config.read_text().replace('"float16"', '"float32"'))
+def _tidy(config: Path) -> None:
+    """Forget the working folder; let transformers load float32, as diffusers does."""
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    if "dtype" in values:
+        values["dtype"] = "float32"
+    for part in ("text_config", "vision_config"):
+        if "dtype" in values.get(part, {}):
+            values[part]["dtype"] = "float32"
+    config.write_text(json.dumps(values, indent=2) + "\n")

@@ -18,7 +18,9 @@ def write_table(path: Path, report: dict[str, Any]) -> None:
     names = ("steps", "eta", "guidance", *COLUMNS, *KINDS, "CPU-seconds of 64")
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for cell in report["samples"]:
-        values = [f"{cell[name]:g}" for name in names[:3]] + [f"{cell.get(name, float('nan')):.2f}" for name in names[3:-1]]
+        values = [f"{cell[name]:g}" for name in names[:3]] + [
+            f"{cell.get(name, float('nan')):.2f}" for name in names[3:-1]
+        ]
         lines.append("| " + " | ".join([*values, f"{cell[names[-1]]:.1f}"]) + " |")
     for part in ("vae", "clip"):
         lines += ["", f"| {part} | |", "|---|---|"]
@@ -27,7 +29,9 @@ def write_table(path: Path, report: dict[str, Any]) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def write_grid(path: Path, images: Tensor, captions: Sequence[str], columns: int = 8, rows: int = 5, scale: int = 2) -> None:
+def write_grid(
+    path: Path, images: Tensor, captions: Sequence[str], columns: int = 8, rows: int = 5, scale: int = 2
+) -> None:
     """The first pictures, enlarged, with their prompts below.
 
     Args:

@@ -1,10 +1,11 @@
-"""What the three trained stages share: a budget, a learning rate that follows it, and an average of the weights."""
+"""What the trained stages share: a budget, a learning rate that follows it, an average of the weights."""
 
 import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -43,9 +44,10 @@ class Batches:
 
 
 class Stage(L.LightningModule):
-    """A model trained under a budget, with warm-up, linear decay to 0 and an exponential moving average of its weights.
+    """A model trained under a budget, with warm-up, linear decay to 0 and a moving average of its weights.
 
-    The learning rate follows the share of the budget that is used up, so that it reaches 0 on a machine of any speed.
+    The learning rate follows the share of the budget that is used up, so that it reaches 0 on a machine of
+    any speed.
 
     Args:
         model: What is trained.
@@ -55,7 +57,12 @@ class Stage(L.LightningModule):
         warmup: Steps of linear warm-up.
     """
 
-    def __init__(self, model: nn.Module, peak: float, budget: Budget, decay: float, warmup: int = 100) -> None:
+    model: Any
+    average: Any
+
+    def __init__(
+        self, model: nn.Module, peak: float, budget: Budget, decay: float, warmup: int = 100
+    ) -> None:
         super().__init__()
         self.model, self.average = model, copy.deepcopy(model).requires_grad_(False)
         self.peak, self.budget, self.decay, self.warmup = peak, budget, decay, warmup
@@ -64,7 +71,9 @@ class Stage(L.LightningModule):
     def progress(self) -> float:
         """Share of the budget that is used up, 0 to 1; every process takes the first one's word for it."""
         elapsed = (time.monotonic() - self.started) / 60 / self.budget.minutes
-        return float(self.trainer.strategy.broadcast(min(1.0, max(elapsed, self.global_step / self.budget.steps))))
+        return float(
+            self.trainer.strategy.broadcast(min(1.0, max(elapsed, self.global_step / self.budget.steps)))
+        )
 
     def parameter_groups(self) -> list[dict[str, object]]:
         """Parameters for the optimiser; ``scale`` multiplies the learning rate."""
@@ -89,14 +98,19 @@ class Stage(L.LightningModule):
     def on_train_batch_end(self, outputs: object, batch: Tensor, batch_idx: int) -> None:
         """Move the average; stop when the budget is used up."""
         decay = min(self.decay, (1 + self.global_step) / (10 + self.global_step))
-        averages, weights = list(self.average.parameters()), list(self.model.parameters())
+        averages, weights = [*self.average.parameters()], [*self.model.parameters()]
         torch._foreach_lerp_(averages, [weight.detach() for weight in weights], 1 - decay)
         if self.spent >= 1.0:
             self.trainer.should_stop = True
 
 
 def fit(
-    stage: Stage, batches: Batches, folder: Path, precision: str, num_processes: int = 1, callbacks: Sequence[L.Callback] = ()
+    stage: Stage,
+    batches: Batches,
+    folder: Path,
+    precision: str,
+    num_processes: int = 1,
+    callbacks: Sequence[L.Callback] = (),
 ) -> None:
     """Train a stage with Lightning and leave the log in ``folder / "log"``.
 
@@ -124,4 +138,5 @@ def fit(
     )
     trainer.fit(stage, train_dataloaders=batches)
     if stage.global_rank == 0:
-        print(f"{folder.name}: {stage.global_step} steps in {(time.monotonic() - stage.started) / 60:.1f} minutes", flush=True)
+        minutes = (time.monotonic() - stage.started) / 60
+        print(f"{folder.name}: {stage.global_step} steps in {minutes:.1f} minutes", flush=True)

@@ -1,4 +1,4 @@
-"""The autoencoder: 64x64 pictures to a 16x16 latent of 4 channels, every channel with mean 0 and variance 1."""
+"""The autoencoder: 64x64 pictures to 16x16 latents of 4 channels, each of mean 0 and variance 1."""
 
 from typing import Any
 
@@ -43,7 +43,9 @@ class VAEStage(Stage):
         decoder_only: Leave the encoder, and with it every latent, as it is; no crops.
     """
 
-    def __init__(self, model: AutoencoderKL, pictures: Pictures, budget: Budget, decoder_only: bool = False) -> None:
+    def __init__(
+        self, model: AutoencoderKL, pictures: Pictures, budget: Budget, decoder_only: bool = False
+    ) -> None:
         super().__init__(model, peak=1e-3 if decoder_only else 2e-3, budget=budget, decay=0.995)
         self.pictures, self.crop_share = pictures, 0.0 if decoder_only else CROP_SHARE
         if decoder_only:
@@ -52,7 +54,9 @@ class VAEStage(Stage):
 
     def parameter_groups(self) -> list[dict[str, object]]:
         """Whatever is not frozen."""
-        return [{"params": [weight for weight in self.model.parameters() if weight.requires_grad], "scale": 1.0}]
+        return [
+            {"params": [weight for weight in self.model.parameters() if weight.requires_grad], "scale": 1.0}
+        ]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """One batch of picture numbers ``(B,)``."""
@@ -83,7 +87,7 @@ def encode(vae: AutoencoderKL, pictures: Pictures, numbers: Tensor, batch_size: 
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
-    """Fold the channels' mean and standard deviation into the convolutions next to the latent, which leaves reconstructions as they are.
+    """Fold the channels' mean and deviation into the convolutions beside the latent: same reconstructions.
 
     Args:
         vae: Changed in place.
