@@ -57,8 +57,8 @@ def test_words_outside_the_world_fall_back_to_pieces() -> None:
 
 def test_reconstructions(pipeline: StableDiffusionPipeline) -> None:
     quality = vae_quality(pipeline.vae, 32, 3)
-    assert quality["dB"] > 31
-    assert quality["whole"] > 0.75
+    assert quality["dB"] > 33
+    assert quality["whole"] > 0.8
     assert quality["score"] > 0.94
 
 
@@ -81,7 +81,7 @@ def test_samples_follow_their_prompts(pipeline: StableDiffusionPipeline) -> None
     assert shares["background"] > 0.8
     assert shares["colours"] > 0.5
     assert shares["count"] > 0.3
-    assert shares["whole"] > 0.08
+    assert shares["score"] > 0.42
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from lit_align.shapes.recipe.unet import Export, UNetStage, make_unet
 from lit_align.shapes.recipe.vae import VAEStage, encode, make_vae, whiten
 
 StageName = Literal["pictures", "tokenizer", "clip", "vae", "decoder", "unet", "quality"]
-MINUTES: dict[str, float] = {"clip": 15.0, "vae": 15.0, "decoder": 10.0, "unet": 45.0}
+MINUTES: dict[str, float] = {"clip": 30.0, "vae": 14.0, "decoder": 12.0, "unet": 43.0}
 
 
 class Recipe:
@@ -39,7 +39,7 @@ class Recipe:
 
     Args:
         out: The folder.
-        minutes: Wall-clock budget of each trained stage; None takes the shipped weights' (15, 15 and 45).
+        minutes: Wall-clock budget of each trained stage; None takes the shipped weights'.
         steps: Budget of each trained stage in optimiser steps.
         num_pictures: Training pictures.
         num_latents: How many of them the denoiser sees.
@@ -186,7 +186,7 @@ def main(
     minutes: float | None = None,
     steps: int = 1_000_000,
     num_pictures: int = 100_000,
-    num_latents: int = 60_000,
+    num_latents: int = 50_000,
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed",
     export_every: float = 10.0,
     num_samples: int = 256,
