@@ -71,13 +71,22 @@ class DDIM(Sampler):
         scheduler_config: A diffusers scheduler config; given by the backbone, never in YAML.
         num_steps: Number of sampling steps.
         eta: Noise of the steps, from 0 (none) to 1 (DDPM's).
+        noisy_steps: Only the first so many steps draw noise, the others are deterministic (eta 0); all of
+            them if not given. A policy gradient then spends neither work nor KL on the last steps, whose
+            noise decides little of a picture; mixed ODE-SDE sampling, as in MixGRPO.
 
     Raises:
         ConfigError: The config clips or thresholds predictions, is of another family, or does not allow these
             arguments.
     """
 
-    def __init__(self, scheduler_config: Mapping[str, Any], num_steps: int = 50, eta: float = 1.0) -> None:
+    def __init__(
+        self,
+        scheduler_config: Mapping[str, Any],
+        num_steps: int = 50,
+        eta: float = 1.0,
+        noisy_steps: int | None = None,
+    ) -> None:
         _check_config(scheduler_config)
         scheduler: Any = DDIMScheduler.from_config(dict(scheduler_config))
         num_train_timesteps: int = scheduler.config.num_train_timesteps
@@ -85,6 +94,8 @@ class DDIM(Sampler):
             raise ConfigError(
                 f"DDIM: num_steps is {num_steps}; choose 1 to {num_train_timesteps}, the steps of training."
             )
+        if noisy_steps is not None and not 0 <= noisy_steps <= num_steps:
+            raise ConfigError(f"DDIM: noisy_steps is {noisy_steps}; choose from 0 to num_steps, {num_steps}.")
         if not eta >= 0:
             raise ConfigError(f"DDIM: eta is {eta}; choose 0 (deterministic) to 1 (DDPM).")
         scheduler.set_timesteps(num_steps)
@@ -98,9 +109,12 @@ class DDIM(Sampler):
                 f"{scheduler.config.steps_offset}); take fewer steps."
             )
         levels, final_level = scheduler.alphas_cumprod.double(), scheduler.final_alpha_cumprod.double()
-        self._tabulate(levels, final_level, scheduler.config.prediction_type, eta)
+        # The noise of each step: eta in the first ones, none in the others.
+        etas = torch.zeros(num_steps, dtype=torch.float64)
+        etas[:noisy_steps] = eta
+        self._tabulate(levels, final_level, scheduler.config.prediction_type, etas)
 
-    def _tabulate(self, levels: Tensor, final_level: Tensor, prediction_type: str, eta: float) -> None:
+    def _tabulate(self, levels: Tensor, final_level: Tensor, prediction_type: str, etas: Tensor) -> None:
         previous = self.timesteps - len(levels) // self.num_steps
         before = levels[self.timesteps]
         after = torch.where(previous >= 0, levels[previous.clamp(min=0)], final_level)
@@ -109,10 +123,12 @@ class DDIM(Sampler):
                 "DDIM: the scheduler config's rescale_betas_zero_snr starts from pure noise, where an "
                 "epsilon prediction says nothing; use a model with prediction_type v_prediction."
             )
-        variance = eta**2 * (1 - after) / (1 - before) * (1 - before / after)
+        variance = etas**2 * (1 - after) / (1 - before) * (1 - before / after)
         rest = 1 - after - variance
         if bool((rest < -1e-9).any()):
-            raise ConfigError(f"DDIM: eta {eta} asks for more noise than the schedule has; take at most 1.")
+            raise ConfigError(
+                f"DDIM: eta {float(etas.max())} asks for more noise than the schedule has; take at most 1."
+            )
         # Two rows each: the weight of the state, the weight of the prediction.
         self._x0_weights = _x0_weights(levels, prediction_type)
         x0_weights = torch.stack(self._x0_weights)[:, self.timesteps]

@@ -133,6 +133,19 @@ def test_which_steps_draw_noise() -> None:
     torch.testing.assert_close(last.mean, to_one.predict_x0(draw(1), draw(2), int(to_one.timesteps[19])))
 
 
+def test_noisy_steps_are_those_of_eta_and_the_others_those_of_eta_zero() -> None:
+    mixed, noisy, still = DDIM(SD, 6, 1.0, noisy_steps=4), DDIM(SD, 6, 1.0), DDIM(SD, 6, 0.0)
+    assert mixed.stochastic.tolist() == [True] * 4 + [False] * 2
+    x, prediction = draw(0), draw(1)
+    for k in range(6):
+        step, same = mixed.step(x, prediction, k), (noisy if k < 4 else still).step(x, prediction, k)
+        assert torch.equal(step.mean, same.mean)
+        assert torch.equal(step.std, same.std)
+    assert not DDIM(SD, 6, 1.0, noisy_steps=0).stochastic.any()
+    with pytest.raises(ConfigError, match="noisy_steps is 7"):
+        DDIM(SD, 6, 1.0, noisy_steps=7)
+
+
 def test_half_precision_is_promoted() -> None:
     sampler, x, prediction = DDIM(SD, num_steps=10), draw(1).bfloat16(), draw(2).bfloat16()
     step = sampler.step(x, prediction, 9)

@@ -208,6 +208,24 @@ def test_the_step_is_scaled_to_the_kl_target_from_below_and_from_above(tiny, tmp
     assert abs(math.log(found[target] / target)) < 0.5 * abs(math.log(found[None] / target))
 
 
+def test_steps_without_noise_are_not_replayed(tiny, tmp_path):
+    recorder = Recorder()
+    aligned = module(tiny)
+    aligned = DDPOModule(
+        aligned.backbone,
+        sampler=partial(DDIM, num_steps=4, noisy_steps=2),
+        rewards=aligned.rewards,
+        advantages=GroupAdvantages(),
+        guidance=1.0,
+        micro_batch=16,
+    )
+    assert aligned.stochastic_steps.tolist() == [0, 1]
+    assert aligned.steps_per_image == 2
+    trainer(tmp_path, 2, recorder).fit(aligned, data())
+    assert all(gradient.isfinite().all() for gradient in recorder.gradients[0])
+    assert recorder.logged[0]["train/ratio_deviation"] < 1e-6
+
+
 def test_pictures_without_a_score_give_no_gradient_and_no_nan(tiny, tmp_path):
     recorder = Recorder()
     trainer(tmp_path, 1, recorder).fit(module(tiny, reward=NoScore()), data())
