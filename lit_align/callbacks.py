@@ -37,7 +37,7 @@ def run_folder(trainer: Trainer) -> Path:
 
 def _writes(trainer: Trainer) -> bool:
     """Whether this rank writes files; a ``fast_dev_run`` leaves none."""
-    return trainer.is_global_zero and not trainer.fast_dev_run
+    return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
 
 def _unused(path: Path) -> Path:
@@ -107,14 +107,19 @@ class CollectionCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if not last and (trainer.fit_loop.total_batch_idx + 1) % self.every == 0:
+        every = trainer.check_val_every_n_epoch
+        validates = trainer.enable_validation and every and (trainer.current_epoch + 1) % every == 0
+        if last and validates:
+            return  # saved when the validation is done
+        if last or (trainer.fit_loop.total_batch_idx + 1) % self.every == 0:
             self._save(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._save(trainer)
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == "fit" and pl_module.images:
+            self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        if not trainer.fast_dev_run:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = run_folder(trainer) / "checkpoints" / "last.ckpt"
             trainer.save_checkpoint(trainer.strategy.broadcast(path))
 

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_align.cli import main
 from lit_align.methods import DDPOModule
-from lit_align.shapes import PIPELINE
+from lit_align.shapes import CLIP, PIPELINE
 
 ROOT = Path(__file__).parents[1]
 DDPO = ROOT / "configs" / "ddpo.yaml"
@@ -123,7 +123,7 @@ def test_a_run_leaves_what_it_promises(capsys):
 def test_overlays_for_real_models_train_one_batch(overlays, model, request, tmp_path):
     """Only the pretrained models, the data and sizes are replaced."""
     (tmp_path / "prompts.txt").write_text("\n".join(f"a star number {i}" for i in range(200)))
-    local = {"class_path": "PickScore", "init_args": {"pretrained": "shapes", "processor": None}}
+    local = {"class_path": "PickScore", "init_args": {"pretrained": "shapes", "processor": str(CLIP)}}
     rewards = {"preference": local, "jpeg": {"class_path": "JPEGIncompressibility"}}
     configs = [f"--config={ROOT}/configs/backbone/{name}.yaml" for name in overlays]
     arguments = [
