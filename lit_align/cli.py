@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,9 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: Arguments, those of the process if not given.
     """
+    # The models are in evaluation mode on purpose; the other warning is Lightning's about its own code.
+    warnings.filterwarnings("ignore", "Found .* module.* in eval mode")
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec")
     try:
         AlignCLI(
             AlignmentModule,
