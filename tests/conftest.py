@@ -17,6 +17,15 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from lit_align.shapes import PIPELINE
 
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+"""The noise schedule of Stable Diffusion."""
+
 
 def make_pipeline(scheduler: DDIMScheduler | PNDMScheduler, sample_size: int = 8) -> StableDiffusionPipeline:
     """A Stable Diffusion of the usual architecture with random weights, small enough for a CPU."""
@@ -70,14 +79,7 @@ def make_pipeline(scheduler: DDIMScheduler | PNDMScheduler, sample_size: int = 8
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny pipeline with Stable Diffusion 1's scheduler."""
     folder = tmp_path_factory.mktemp("tiny")
-    scheduler = PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    scheduler = PNDMScheduler(**SCHEDULE, skip_prk_steps=True)
     make_pipeline(scheduler).save_pretrained(folder)
     return folder
 
@@ -86,14 +88,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny pipeline that predicts v, as Stable Diffusion 2.1 does, with another latent size."""
     folder = tmp_path_factory.mktemp("tiny_v")
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="v_prediction",
-    )
+    scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, prediction_type="v_prediction")
     make_pipeline(scheduler, sample_size=16).save_pretrained(folder)
     return folder

@@ -229,9 +229,8 @@ class DDPOModule(AlignmentModule):
         ranks = self.gather((batch.index, scores["reward"], batch.groups, batch.prompts))
         index, rewards, groups = (torch.cat([rank[part] for rank in ranks]) for part in range(3))
         prompts = [prompt for rank in ranks for prompt in rank[3]]
-        order = (
-            index.argsort()
-        )  # the global order: statistics must not depend on how images were dealt to ranks
+        # The global order: statistics must not depend on how images were dealt to ranks.
+        order = index.argsort()
         ordered = self.advantages(rewards[order], groups[order], [prompts[i] for i in order.tolist()])
         return ordered[torch.searchsorted(index[order], batch.index)]
 
@@ -264,9 +263,8 @@ class DDPOModule(AlignmentModule):
     def _loss(self, replay: Replay, pairs: Pairs, size: int, figures: dict[str, list[Tensor]]) -> Tensor:
         """The part of some pairs in the mean loss of an update of ``size`` pairs."""
         now, then, drawn = replay.step(pairs)
-        log_ratio = (
-            now.log_ratio(then, drawn) / drawn[0].numel()
-        )  # the mean over D: the convention of published clip ranges
+        # The mean over D: the convention of published clip ranges.
+        log_ratio = now.log_ratio(then, drawn) / drawn[0].numel()
         advantages = replay.advantages[pairs.rows.to(self.device)]
         if self.clip_range is None:
             loss = score_function_loss(log_ratio, advantages)
@@ -275,9 +273,8 @@ class DDPOModule(AlignmentModule):
             outside = (log_ratio.detach().exp() - 1).abs() > self.clip_range
             figures.setdefault("clip_fraction", []).append(outside.float())
         figures.setdefault("loss", []).append(loss.detach())
-        if (
-            "grad_norm" not in figures
-        ):  # the first update: the weights are those that sampled, so this is rounding alone
+        # In the first update the weights are those that sampled, so this is rounding alone.
+        if "grad_norm" not in figures:
             figures.setdefault("ratio_deviation", []).append(log_ratio.detach().expm1().abs())
         if self.kl_weight:
             with torch.no_grad():
