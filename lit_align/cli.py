@@ -26,6 +26,7 @@ from lit_align.callbacks import (
     CollectionCheckpoint,
     PictureGrids,
     PictureWriter,
+    RewardHistograms,
     RunConfig,
     RunSummary,
 )
@@ -91,7 +92,7 @@ def _callbacks(trainer: Any) -> list[Any]:
     """What every run has, but for what the user gives with settings of their own."""
     given = trainer.callbacks or []
     names = {c.class_path.rpartition(".")[2] for c in (given if isinstance(given, list) else [given])}
-    callbacks = [PictureGrids(), AdapterExport(), PictureWriter()]
+    callbacks = [PictureGrids(), AdapterExport(), PictureWriter(), RewardHistograms()]
     if trainer.enable_checkpointing is not False:
         callbacks += [CollectionCheckpoint(), BestCheckpoint()]
     callbacks.append(RunSummary())

@@ -30,3 +30,9 @@ def derive_seed(seed: int, purpose: str, *counters: int) -> int:
 def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
     """A CPU generator that is a pure function of its arguments (see :func:`derive_seed`)."""
     return torch.Generator().manual_seed(derive_seed(seed, purpose, *counters))
+
+
+def place(prompt: str) -> float:
+    """A number in [0, 1) that depends on the text of a prompt alone."""
+    digest = hashlib.blake2b(prompt.encode(), digest_size=6, person=b"split").digest()
+    return int.from_bytes(digest, "big") / (1 << 48)

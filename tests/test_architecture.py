@@ -35,7 +35,7 @@ ALLOWED = {
         "rewards",
         "data",
     },
-    "callbacks": {"errors", "evaluation", "methods", "data"},
+    "callbacks": {"errors", "evaluation", "methods", "data", "shapes"},
     "cli": {"errors", "advantages", "samplers", "backbones", "rewards", "data", "methods", "callbacks"},
     "__main__": {"cli"},
     "__init__": set(),

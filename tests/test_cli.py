@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lit_align.cli import main
 from lit_align.methods import DDPOModule
@@ -105,6 +106,17 @@ def test_a_run_leaves_what_it_promises(capsys):
         "validation_00000000.png",
         "validation_00000016.png",
     ]
+    for stage in ("train_histogram", "val_histogram"):
+        assert {f"{stage}/reward", f"{stage}/reward/clip"} <= set(events.Tags()["histograms"])
+    assert (final := events.Scalars("final/truth")[0]).value == events.Scalars("val/truth")[-1].value
+    assert final.step == events.Scalars("val/truth")[-1].step == 1
+    (start,) = (
+        HParamsPluginData.FromString(content).session_start_info
+        for tag, content in events.PluginTagToContent("hparams").items()
+        if tag.endswith("session_start_info")
+    )
+    assert start.hparams["model.kl_target"].number_value == 0.01
+    assert start.hparams["model.sampler"].string_value == "DDIM"
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert all(".lora_" in name for name in checkpoint["state_dict"])
     assert (run / "checkpoints" / "last.ckpt").stat().st_size < 20e6

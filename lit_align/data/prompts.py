@@ -10,9 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_align.data.batch import Batch
 from lit_align.data.loaders import CollectionLoader, FixedLoader, Rank
 from lit_align.data.sources import PromptSource
-from lit_align.data.splits import PromptSet, place, usable_rows
+from lit_align.data.splits import PromptSet, usable_rows
 from lit_align.errors import ConfigError
-from lit_align.randomness import run_seed
+from lit_align.randomness import place, run_seed
 
 COUNTED = 50_000
 """Of larger sources of distinct prompts, a split's expected size is used instead of counting its prompts."""

@@ -1,6 +1,5 @@
 """Which prompts belong to a split, and in which order: pure functions of texts, seeds and counters."""
 
-import hashlib
 import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -96,12 +95,6 @@ class PromptSet:
         prompts = [self.source.prompt(row).strip() for row in rows]
         columns = [self.source.columns(row) for row in rows]
         return repeat_prompts(prompts, columns, groups, images_per_prompt)
-
-
-def place(prompt: str) -> float:
-    """A number in [0, 1) that depends on the text of a prompt alone."""
-    digest = hashlib.blake2b(prompt.encode(), digest_size=6, person=b"split").digest()
-    return int.from_bytes(digest, "big") / (1 << 48)
 
 
 def usable_rows(source: PromptSource) -> Sequence[int]:

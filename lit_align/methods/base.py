@@ -84,6 +84,7 @@ class AlignmentModule(LightningModule):
         self.reward_queries = 0
         self.baseline: dict[str, Tensor] = {}
         self.latest: dict[str, Tensor] = {}
+        self.collected: dict[str, Tensor] = {}
         self.prompt_groups = torch.zeros(0)
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
@@ -218,7 +219,7 @@ class AlignmentModule(LightningModule):
         own = {name: torch.cat(pieces).cpu().double() for name, pieces in figures.items()}
         ranks = self.gather((scores, own))
         scores, measured = ({n: torch.cat([r[i][n] for r in ranks]) for n in ranks[0][i]} for i in range(2))
-        count = len(scores["reward"])
+        self.collected, count = scores, len(scores["reward"])
         self.images += count
         self.reward_queries += count
         logged: dict[str, Tensor | float] = {f"train/{n}": values.nanmean() for n, values in scores.items()}

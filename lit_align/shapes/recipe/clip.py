@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from lit_align.shapes.recipe.pictures import Pictures, mutate
+from lit_align.shapes.recipe.pictures import Pictures, held_out, mutate
 from lit_align.shapes.recipe.tokenizer import POSITIONS
 from lit_align.shapes.recipe.training import Budget, Stage
 
@@ -69,11 +69,19 @@ class CLIPStage(Stage):
         super().__init__(model, peak=1.5e-3, budget=budget, decay=0.995)
         self.pictures, self.tokenizer = pictures, tokenizer
         self.rng = pictures.rng("mutations")
+        self.allowed = pictures.allowed()
+
+    def mutated(self, caption: str) -> str:
+        """A wrong caption that is no held-out prompt."""
+        while held_out(wrong := mutate(caption, self.rng)):
+            pass
+        return wrong
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """One batch of picture numbers ``(B,)``."""
+        """One batch ``(B,)``, which counts the pictures that are allowed."""
+        batch = self.allowed[batch]
         captions = [self.pictures.captions[number] for number in batch.tolist()]
-        wrong = [mutate(caption, self.rng) for caption in captions]
+        wrong = [self.mutated(caption) for caption in captions]
         # Padded to the longest only: what follows the end of a text changes nothing, the tower being causal.
         ids: Tensor = self.tokenizer(captions + wrong, padding=True, return_tensors="pt").input_ids
         texts = embed_texts(self.model, ids)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_align.errors import ConfigError
+from lit_align.randomness import place
 from lit_align.shapes.world import (
     COLOURS,
     COUNTS,
@@ -24,6 +25,18 @@ from lit_align.shapes.world import (
     sample_caption,
     sample_scene,
 )
+
+
+HELD_OUT = 0.05
+"""Share of the prompts at each end of their hash order that no reward model sees.
+
+They are the test and the validation split of a ``PromptDataModule`` with its default fractions.
+"""
+
+
+def held_out(prompt: str) -> bool:
+    """Whether reward models must not be trained on this prompt."""
+    return not HELD_OUT <= place(prompt) < 1 - HELD_OUT
 
 
 def numpy_rng(seed: int, purpose: str) -> np.random.Generator:
@@ -58,6 +71,10 @@ class Pictures:
     def images(self, numbers: Tensor | Sequence[int]) -> Tensor:
         """Pictures ``(B, 3, 64, 64)`` float32 in [0, 1]."""
         return torch.from_numpy(self.pixels[np.asarray(numbers)]).permute(0, 3, 1, 2).float() / 255
+
+    def allowed(self) -> Tensor:
+        """Numbers ``(M,)`` of the pictures that reward models may be trained on."""
+        return torch.tensor([i for i, caption in enumerate(self.captions) if not held_out(caption)])
 
     def rng(self, purpose: str) -> np.random.Generator:
         """A numpy generator for one purpose."""

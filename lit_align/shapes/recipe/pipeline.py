@@ -1,6 +1,7 @@
 """Writing the folders that ship: half precision, and never half-written."""
 
 import copy
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -72,6 +73,15 @@ def save_clip(folder: Path, tokenizer: CLIPTokenizer, clip: CLIPModel) -> None:
         _tidy(fresh / "config.json")
 
     replace_folder(folder, write)
+
+
+def digest(folder: Path) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of a folder's files: their names and contents."""
+    total = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        total.update(file.relative_to(folder).as_posix().encode() + b"\0")
+        total.update(hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()[:16]
 
 
 def _half(model: Any) -> Any:
