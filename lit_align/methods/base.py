@@ -254,7 +254,7 @@ class AlignmentModule(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Policy and reference on the same prompts and noise; returns the policy's pictures."""
         samples, before = self.sample(batch, "test"), self.sample(batch, "test", REFERENCE)
-        base = self._measure(batch, before, with_kl=False)
+        base = self._measure(batch, before, with_kl=False) | {"kl": torch.zeros(len(batch))}
         earlier = {f"base/{n}": value for n, value in base.items() if n not in ("index", "group")}
         self._evaluated.append(earlier | self._measure(batch, samples))
         return samples.images

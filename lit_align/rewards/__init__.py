@@ -1,5 +1,6 @@
 """Rewards: what makes a picture good, as numbers. One file per family."""
 
+from lit_align.rewards.aesthetic import AestheticScore
 from lit_align.rewards.bank import RewardBank, RewardOutput
 from lit_align.rewards.base import PictureReward, Reward, Scope
 from lit_align.rewards.clip import CLIPScore, PickScore
@@ -8,6 +9,7 @@ from lit_align.rewards.compression import JPEGCompressibility, JPEGIncompressibi
 from lit_align.rewards.shapes import ShapesTruth
 
 __all__ = [
+    "AestheticScore",
     "Brightness",
     "CLIPScore",
     "ColourFraction",

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -14,6 +15,7 @@ from lit_align.errors import ConfigError
 from lit_align.pretrained import loading, resolve
 from lit_align.rewards.base import Reward, Scope
 from lit_align.shapes import CLIP as SHAPES_CLIP
+from lit_align.shapes import PREFERENCE as SHAPES_PREFERENCE
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -26,6 +28,7 @@ class CLIPCosine(nn.Module):
     Args:
         pretrained: ``"shapes"``, a folder with a transformers ``CLIPModel``, or a hub id. Safetensors only.
         processor: The same for the tokenizer and the pixel statistics; the model's own by default.
+        shapes: The shipped folder that ``"shapes"`` stands for.
 
     Raises:
         ConfigError: The model or the tokenizer cannot be loaded whole.
@@ -36,15 +39,15 @@ class CLIPCosine(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, pretrained: str, processor: str | None = None) -> None:
+    def __init__(self, pretrained: str, processor: str | None = None, shapes: Path = SHAPES_CLIP) -> None:
         super().__init__()
         processor = pretrained if processor is None else processor
-        self.model = _load_model(pretrained)
-        self.tokenizer = _load_tokenizer(processor)
+        self.model = _load_model(pretrained, shapes)
+        self.tokenizer = _load_tokenizer(processor, shapes)
         config: Any = self.model.config
         self.side: int = config.vision_config.image_size
         self.positions: int = config.text_config.max_position_embeddings
-        mean, std = _pixel_statistics(processor)
+        mean, std = _pixel_statistics(processor, shapes)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
@@ -56,9 +59,13 @@ class CLIPCosine(nn.Module):
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Cosines ``(B,)`` in [-1, 1] of ``(B, 3, H, W)`` pictures in [0, 1] with their prompts."""
+        return (self.embed_images(images) * self.embed(prompts)).sum(dim=-1)
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Unit embeddings ``(B, D)`` of ``(B, 3, H, W)`` pictures in [0, 1]."""
         chunks = [self.preprocess(chunk) for chunk in images.split(self.IMAGES_AT_ONCE)]
-        features = torch.cat([_pooled(self.model.get_image_features(pixel_values=chunk)) for chunk in chunks])
-        return (_unit(features) * self.embed(prompts)).sum(dim=-1)
+        features = [_pooled(self.model.get_image_features(pixel_values=chunk)) for chunk in chunks]
+        return _unit(torch.cat(features))
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Antialiased bicubic resize of the shorter side, centre crop, normalise: CLIP's, unrounded."""
@@ -147,7 +154,8 @@ class PickScore(Reward):
     ``processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"``.
 
     Args:
-        pretrained: ``"shapes"``, a folder with a transformers ``CLIPModel``, or a hub id.
+        pretrained: ``"shapes"`` (a CLIP fine-tuned on preferences between Shapes pictures), a folder with a
+            transformers ``CLIPModel``, or a hub id.
         processor: Where the tokenizer and the pixel statistics come from, if not from ``pretrained``.
 
     Raises:
@@ -159,7 +167,7 @@ class PickScore(Reward):
 
     def __init__(self, pretrained: str = "shapes", processor: str | None = None) -> None:
         super().__init__()
-        self.clip = CLIPCosine(pretrained, processor)
+        self.clip = CLIPCosine(pretrained, processor, SHAPES_PREFERENCE)
         self.scale = self.clip.logit_scale  # read once: in bfloat16 100 would become 98.9
         self.freeze()
 
@@ -175,10 +183,10 @@ class PickScore(Reward):
         return scores
 
 
-def _load_model(pretrained: str) -> CLIPModel:
+def _load_model(pretrained: str, shapes: Path) -> CLIPModel:
     """Load in float32; weights that the file lacks would be random, so they are an error."""
     folder, load = (
-        resolve(pretrained, SHAPES_CLIP),
+        resolve(pretrained, shapes),
         cast(Callable[..., tuple[CLIPModel, Any]], CLIPModel.from_pretrained),
     )
     with loading(pretrained):
@@ -191,10 +199,10 @@ def _load_model(pretrained: str) -> CLIPModel:
     return model
 
 
-def _load_tokenizer(processor: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(processor: str, shapes: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer; where its files are missing transformers makes one without words: an error here."""
     with loading(processor):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(processor, SHAPES_CLIP))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(processor, shapes))
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(
             f"There is no tokenizer in {processor!r}; save one there with save_pretrained, "
@@ -203,10 +211,10 @@ def _load_tokenizer(processor: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _pixel_statistics(processor: str) -> tuple[list[float], list[float]]:
+def _pixel_statistics(processor: str, shapes: Path) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the pixels: those of the processor's configuration, else CLIP's."""
     try:
-        config, _ = ImageProcessingMixin.get_image_processor_dict(resolve(processor, SHAPES_CLIP))
+        config, _ = ImageProcessingMixin.get_image_processor_dict(resolve(processor, shapes))
     except OSError:
         config = {}
     return list(config.get("image_mean", MEAN)), list(config.get("image_std", STD))

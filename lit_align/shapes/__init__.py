@@ -2,8 +2,32 @@
 
 from pathlib import Path
 
-PIPELINE = Path(__file__).parent / "weights" / "pipeline"
+WEIGHTS = Path(__file__).parent / "weights"
+"""Folder of all shipped models."""
+
+PIPELINE = WEIGHTS / "pipeline"
 """Folder of the shipped text-to-image pipeline, in the ordinary diffusers format."""
 
-CLIP = Path(__file__).parent / "weights" / "clip"
+CLIP = WEIGHTS / "clip"
 """Folder of the shipped CLIP model and its tokenizer, in the ordinary transformers format."""
+
+DETECTOR = WEIGHTS / "detector"
+"""Folder of the shipped YOLOS detector of shapes, in the ordinary transformers format."""
+
+CLASSIFIER = WEIGHTS / "classifier"
+"""Folder of the shipped classifier of the objects' colour, in the ordinary transformers format."""
+
+WEIGHTS_HASH = "0"
+"""First 16 digits of the SHA-256 of ``weights/`` (see ``recipe.pipeline.digest``); results name it."""
+
+PICK = Path(__file__).parent / "pick" / "pairs.parquet"
+"""A sample of Shapes-Pick: 1,000 judged pairs of pictures in Pick-a-Pic's schema."""
+
+PROMPTS = Path(__file__).parent / "prompts"
+"""Folder of prompt sets: small.txt, large.parquet, open.txt, pairs.txt, held_out.txt."""
+
+PREFERENCE = WEIGHTS / "preference"
+"""Folder of the shipped CLIP model fine-tuned on preferences, and its tokenizer, in PickScore's format."""
+
+AESTHETIC = WEIGHTS / "aesthetic" / "model.safetensors"
+"""File of the shipped aesthetic head, in the format of LAION's improved-aesthetic-predictor."""

@@ -1,10 +1,11 @@
-"""A CLIP of a few thousand weights with a tokenizer of twenty words, saved as the real ones are."""
+"""A tiny CLIP with a tokenizer of twenty words, saved as the real ones are, and an aesthetic head on it."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 WORDS = ["a", "red", "blue", "circle", "square", "and", "on", "the"]
@@ -45,3 +46,15 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def head_file(clip_folder: Path) -> Path:
+    """An aesthetic head in LAION's format, beside the CLIP folder."""
+    sizes, generator = (8, 12, 6, 4, 3, 1), torch.Generator().manual_seed(0)
+    state = {}
+    for layer, inputs, outputs in zip((0, 2, 4, 6, 7), sizes[:-1], sizes[1:], strict=True):
+        state[f"layers.{layer}.weight"] = torch.randn(outputs, inputs, generator=generator)
+        state[f"layers.{layer}.bias"] = torch.randn(outputs, generator=generator)
+    save_file(state, clip_folder.with_name("head.safetensors"))
+    return clip_folder.with_name("head.safetensors")

@@ -12,6 +12,9 @@ from lit_align import rewards
 from lit_align.rewards import PickScore, Reward, RewardBank
 
 MAKE: dict[str, Callable[[Path], Reward]] = {
+    "AestheticScore": lambda folder: rewards.AestheticScore(
+        str(folder.with_name("head.safetensors")), str(folder)
+    ),
     "Brightness": lambda folder: rewards.Brightness(),
     "CLIPScore": lambda folder: rewards.CLIPScore(str(folder)),
     "ColourFraction": lambda folder: rewards.ColourFraction("teal"),
@@ -39,7 +42,7 @@ def names() -> list[str]:
 
 
 @pytest.fixture(params=names())
-def reward(request: pytest.FixtureRequest, clip_folder: Path) -> Reward:
+def reward(request: pytest.FixtureRequest, clip_folder: Path, head_file: Path) -> Reward:
     assert request.param in MAKE, f"tell tests/rewards/test_declared.py how to make {request.param}"
     return MAKE[request.param](clip_folder)
 

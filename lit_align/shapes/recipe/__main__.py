@@ -11,6 +11,8 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,21 +23,37 @@ from lightning import seed_everything
 from transformers import CLIPTokenizer
 
 from lit_align.errors import ConfigError
+from lit_align.shapes.recipe.aesthetic import make_aesthetic
+from lit_align.shapes.recipe.classifier import make_classifier
 from lit_align.shapes.recipe.clip import CLIPStage, load_clip, make_clip, tokenize
+from lit_align.shapes.recipe.detector import make_detector
+from lit_align.shapes.recipe.pick import make_pick
 from lit_align.shapes.recipe.pictures import Pictures, draw_pictures, words
 from lit_align.shapes.recipe.pipeline import replace_folder, save_clip, save_pipeline
+from lit_align.shapes.recipe.preference import make_preference
 from lit_align.shapes.recipe.quality import measure
 from lit_align.shapes.recipe.tokenizer import make_tokenizer
 from lit_align.shapes.recipe.training import Batches, Budget, fit
 from lit_align.shapes.recipe.unet import Export, UNetStage, make_unet
 from lit_align.shapes.recipe.vae import VAEStage, encode, make_vae, whiten
 
-StageName = Literal["pictures", "tokenizer", "clip", "vae", "decoder", "unet", "quality"]
-MINUTES: dict[str, float] = {"clip": 30.0, "vae": 14.0, "decoder": 12.0, "unet": 43.0}
+RewardModel = Literal["aesthetic", "preference", "detector", "classifier"]
+StageName = Literal["pictures", "tokenizer", "clip", "vae", "decoder", "unet", "pick", RewardModel, "quality"]
+REWARD_MODELS: dict[RewardModel, Callable[[Path, Budget, str, int], None]] = {
+    "aesthetic": make_aesthetic,
+    "preference": make_preference,
+    "detector": make_detector,
+    "classifier": make_classifier,
+}
+MINUTES: dict[str, float] = {"clip": 35.0, "vae": 14.0, "decoder": 12.0, "unet": 79.0}
+MINUTES |= {"aesthetic": 1.0, "preference": 4.0, "detector": 13.0, "classifier": 3.0}
+SAMPLE = 1000
+"""Pairs of the sample that ships; no model is trained on them."""
 
 
+@dataclass
 class Recipe:
-    """All stages, over one folder: working files beside ``pipeline`` and ``clip``, the two folders that ship.
+    """All stages, over one folder: working files beside the folders that ship.
 
     Args:
         out: The folder.
@@ -43,6 +61,7 @@ class Recipe:
         steps: Budget of each trained stage in optimiser steps.
         num_pictures: Training pictures.
         num_latents: How many of them the denoiser sees.
+        num_pairs: Preference pairs.
         precision: "bf16-mixed" is faster on CPUs that have bfloat16 units, "32-true" on others.
         export_every: Minutes between two exports of the denoiser while it trains.
         num_samples: Pictures per cell of the quality table.
@@ -51,29 +70,18 @@ class Recipe:
         num_processes: Processes that train the denoiser, one thread each (set OMP_NUM_THREADS=1).
     """
 
-    def __init__(
-        self,
-        out: Path,
-        minutes: float | None,
-        steps: int,
-        num_pictures: int,
-        num_latents: int,
-        precision: Literal["bf16-mixed", "32-true"],
-        export_every: float,
-        num_samples: int,
-        seed: int,
-        further: bool,
-        num_processes: int,
-    ) -> None:
-        self.out, self.minutes, self.steps = out, minutes, steps
-        self.num_pictures, self.num_latents = num_pictures, num_latents
-        self.precision, self.export_every, self.num_samples, self.seed = (
-            precision,
-            export_every,
-            num_samples,
-            seed,
-        )
-        self.further, self.num_processes = further, num_processes
+    out: Path
+    minutes: float | None
+    steps: int
+    num_pictures: int
+    num_latents: int
+    num_pairs: int
+    precision: Literal["bf16-mixed", "32-true"]
+    export_every: float
+    num_samples: int
+    seed: int
+    further: bool
+    num_processes: int
 
     def budget(self, stage: str) -> Budget:
         """The budget of a trained stage."""
@@ -173,11 +181,23 @@ class Recipe:
         write(stage.average)
         (self.out / "unet_done").touch()
 
+    def pick(self) -> None:
+        """Make preference pairs for training, and a sample that ships and measures."""
+        make_pick(self.out, self.num_pairs, self.seed, self.found("pipeline"))
+        make_pick(self.out / "sample", min(SAMPLE, self.num_pairs), self.seed + 1, self.found("pipeline"))
+
+    def reward_model(self, name: RewardModel) -> None:
+        """Train one of the reward models."""
+        if not (self.out / name).exists():
+            self.found("clip"), self.found("pick")
+            REWARD_MODELS[name](self.out, self.budget(name), self.precision, self.seed)
+
     def quality(self) -> None:
-        """Measure the two folders."""
-        measure(
-            self.found("pipeline"), self.found("clip"), self.out / "quality", self.num_samples, self.seed + 1
-        )
+        """Measure the models."""
+        for name in ("pipeline", "clip", *REWARD_MODELS):
+            self.found(name)
+        pairs = sorted((self.out / "sample" / "pick").glob("*.parquet"))
+        measure(self.out, pairs, self.out / "quality", self.num_samples, self.seed + 1)
 
 
 def main(
@@ -187,6 +207,7 @@ def main(
     steps: int = 1_000_000,
     num_pictures: int = 100_000,
     num_latents: int = 50_000,
+    num_pairs: int = 6_000,
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed",
     export_every: float = 10.0,
     num_samples: int = 256,
@@ -206,6 +227,7 @@ def main(
         steps,
         num_pictures,
         num_latents,
+        num_pairs,
         precision,
         export_every,
         num_samples,
@@ -220,6 +242,8 @@ def main(
         "vae": recipe.vae,
         "decoder": recipe.decoder,
         "unet": recipe.unet,
+        "pick": recipe.pick,
+        **{name: partial(recipe.reward_model, name) for name in REWARD_MODELS},
         "quality": recipe.quality,
     }
     for name, run in stages.items():

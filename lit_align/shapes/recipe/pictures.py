@@ -26,7 +26,6 @@ from lit_align.shapes.world import (
     sample_scene,
 )
 
-
 HELD_OUT = 0.05
 """Share of the prompts at each end of their hash order that no reward model sees.
 

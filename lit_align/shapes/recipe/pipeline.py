@@ -12,7 +12,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.models.attention_processor import AttnProcessor2_0
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from lit_align.shapes.recipe.clip import MEAN, STD
 from lit_align.shapes.recipe.unet import make_scheduler
+from lit_align.shapes.world import PICTURE
 
 
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
@@ -71,8 +73,18 @@ def save_clip(folder: Path, tokenizer: CLIPTokenizer, clip: CLIPModel) -> None:
         _half(clip).save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
         _tidy(fresh / "config.json")
+        write_processor(fresh)
 
     replace_folder(folder, write)
+
+
+def write_processor(folder: Path) -> None:
+    """Say how pictures are prepared for CLIP; without this file OpenAI's statistics would be taken."""
+    side = {"height": PICTURE, "width": PICTURE}
+    statistics = {"image_mean": MEAN, "image_std": STD}
+    config = {"image_processor_type": "CLIPImageProcessor", **statistics, "crop_size": side}
+    text = json.dumps({**config, "size": {"shortest_edge": PICTURE}}, indent=2)
+    (folder / "preprocessor_config.json").write_text(text + "\n")
 
 
 def digest(folder: Path) -> str:

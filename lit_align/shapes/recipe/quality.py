@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +17,13 @@ from jsonargparse import CLI
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from lit_align.shapes import CLIP, PIPELINE
+from lit_align.shapes import PICK, WEIGHTS
+from lit_align.shapes.recipe.aesthetic import aesthetic_quality
+from lit_align.shapes.recipe.classifier import classifier_quality
 from lit_align.shapes.recipe.clip import embed_images, embed_texts, load_clip, tokenize
+from lit_align.shapes.recipe.detector import detector_quality
 from lit_align.shapes.recipe.pictures import mutate, numpy_rng
+from lit_align.shapes.recipe.preference import preference_quality
 from lit_align.shapes.recipe.report import write_grid, write_table
 from lit_align.shapes.world import (
     FAVOURITE,
@@ -51,6 +54,8 @@ CELLS = (
     Sampling(15, 0.0, 3.0),
 )
 RECOMMENDED = Sampling(10, 1.0, 3.0)
+FRESH = 1000
+"""Fresh renders on which CLIP and the reward models are measured."""
 
 
 def draw(num: int, seed: int, purpose: str) -> tuple[list[str], Tensor]:
@@ -164,18 +169,38 @@ def measure_samples(
     return cells, shown
 
 
-def measure(
-    pipeline_folder: Path, clip_folder: Path, folder: Path, num_samples: int, seed: int
-) -> dict[str, Any]:
-    """Measure everything; leave ``quality.json``, ``quality.md`` and ``samples.png`` in ``folder``."""
-    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder)
+def measure_reward_models(
+    weights: Path, pairs: Sequence[Path], images: Tensor, captions: Sequence[str], seed: int
+) -> dict[str, dict[str, float]]:
+    """How far each reward model agrees with the world, on fresh renders and on these generated pictures."""
+    return {
+        "aesthetic": aesthetic_quality(weights / "aesthetic", weights / "clip", images, FRESH, seed),
+        "preference": preference_quality(weights / "preference", pairs, images, captions),
+        "preference: CLIP before": preference_quality(weights / "clip", pairs, images, captions),
+        "detector": detector_quality(weights / "detector", images, captions, FRESH, seed),
+        "classifier": classifier_quality(weights / "classifier", images, captions, FRESH, seed),
+    }
+
+
+def measure(weights: Path, pairs: Sequence[Path], folder: Path, num_samples: int, seed: int) -> None:
+    """Measure everything; leave ``quality.json``, ``quality.md`` and ``samples.png`` in ``folder``.
+
+    Args:
+        weights: Folder with ``pipeline``, ``clip`` and the reward models.
+        pairs: Parquet files of preference pairs that no model was trained on.
+        folder: For the report.
+        num_samples: Captions per way of sampling.
+        seed: Of captions, scenes and noise.
+    """
+    pipeline = StableDiffusionPipeline.from_pretrained(weights / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     captions, _ = draw(num_samples, seed, "samples")
     cells, shown = measure_samples(pipeline, captions, seed)
     prompts = open_prompts(num_samples, seed)
     report = {
         "vae": vae_quality(pipeline.vae, num_samples, seed),
-        "clip": clip_quality(clip_folder, 1000, seed),
+        "clip": clip_quality(weights / "clip", FRESH, seed),
+        **measure_reward_models(weights, pairs, shown, captions, seed),
         "red in open prompts": open_bias(sample(pipeline, prompts, RECOMMENDED, seed)),
         "captions": num_samples,
         "samples": cells,
@@ -184,22 +209,21 @@ def measure(
     (folder / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
     write_table(folder / "quality.md", report)
     write_grid(folder / "samples.png", shown, captions)
-    return report
 
 
 def main(
-    out: Path, pipeline: Path = PIPELINE, clip: Path = CLIP, num_samples: int = 256, seed: int = 1
+    out: Path, weights: Path = WEIGHTS, pairs: Path = PICK, num_samples: int = 256, seed: int = 1
 ) -> None:
     """Measure weights, by default the shipped ones.
 
     Args:
         out: Folder for the report.
-        pipeline: Pipeline folder.
-        clip: CLIP folder.
+        weights: Folder with ``pipeline``, ``clip`` and the reward models.
+        pairs: Parquet file of preference pairs that no model was trained on.
         num_samples: Captions per way of sampling.
         seed: Of captions, scenes and noise.
     """
-    measure(pipeline, clip, out, num_samples, seed)
+    measure(weights, [pairs], out, num_samples, seed)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def write_table(path: Path, report: dict[str, Any]) -> None:
             f"{cell.get(name, float('nan')):.2f}" for name in names[3:-1]
         ]
         lines.append("| " + " | ".join([*values, f"{cell[names[-1]]:.1f}"]) + " |")
-    for part in ("vae", "clip"):
+    for part in (name for name, value in report.items() if isinstance(value, dict)):
         lines += ["", f"| {part} | |", "|---|---|"]
         lines += [f"| {name} | {value:.3f} |" for name, value in report[part].items()]
     lines += ["", f"Red among the objects of open prompts: {report['red in open prompts']:.2f}"]

@@ -47,9 +47,11 @@ from lit_align.shapes.world.scenes import (
     sample_scene,
 )
 from lit_align.shapes.world.space import Kind, PromptSpace
+from lit_align.shapes.world.taste import AESTHETIC_WEIGHT, aesthetics, utility
 from lit_align.shapes.world.verdict import Verdict, judge
 
 __all__ = [
+    "AESTHETIC_WEIGHT",
     "BORDER",
     "COLOURS",
     "COUNTS",
@@ -75,10 +77,12 @@ __all__ = [
     "Scene",
     "Seen",
     "Verdict",
+    "aesthetics",
     "judge",
     "observe",
     "parse",
     "render",
     "sample_caption",
     "sample_scene",
+    "utility",
 ]

@@ -1,0 +1,106 @@
+"""LAION's aesthetic predictors: a linear head on the CLIP embedding of a picture, whatever its prompt."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lit_align.errors import ConfigError
+from lit_align.pretrained import SHAPES
+from lit_align.rewards.base import Reward, Scope
+from lit_align.rewards.clip import CLIPCosine
+from lit_align.shapes import AESTHETIC as SHAPES_AESTHETIC
+
+MLP = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")
+"""The linear layers of the improved predictor; 1, 3 and 5 are dropout (Schuhmann 2022, released code)."""
+
+
+class AestheticScore(Reward):
+    """How well a picture pleases, about 1 to 10, by one of LAION's heads (Schuhmann et al. 2022).
+
+    The published ones both read unit embeddings of ``pretrained="openai/clip-vit-large-patch14"``:
+    ``sac+logos+ava1-l14-linearMSE.pth`` of github.com/christophschuhmann/improved-aesthetic-predictor, five
+    linear layers with nothing between them (the reward of DDPO, arXiv:2305.13301, and of AlignProp,
+    arXiv:2310.03739), and ``sa_0_4_vit_l_14_linear.pth`` of github.com/LAION-AI/aesthetic-predictor, a
+    single one. Which of the two a file holds is read off its keys.
+
+    Args:
+        head: ``"shapes"``, or a ``.safetensors``, ``.pth`` or ``.pt`` file with a head's state dict.
+        pretrained: The CLIP that the head was trained on: ``"shapes"``, a folder with a transformers
+            ``CLIPModel``, or a hub id.
+
+    Raises:
+        ConfigError: The head or the model cannot be loaded, or their widths differ.
+    """
+
+    differentiable: ClassVar[bool] = True
+    scope: ClassVar[Scope] = "sample"
+
+    def __init__(self, head: str = "shapes", pretrained: str = "shapes") -> None:
+        super().__init__()
+        self.head = _load_head(head)
+        self.clip = CLIPCosine(pretrained)
+        width, reads = self.clip.model.config.projection_dim, self.head[0].in_features
+        if reads != width:
+            raise ConfigError(
+                f"AestheticScore: the head {head!r} reads embeddings of {reads} numbers, but the CLIP model "
+                f"{pretrained!r} makes {width}; give under 'pretrained' the model that the head was trained "
+                "on (openai/clip-vit-large-patch14 for LAION's heads of width 768)."
+            )
+        self.freeze()
+
+    def forward(
+        self,
+        images: Tensor,
+        prompts: list[str],
+        groups: Tensor | None = None,
+        columns: dict[str, list[Any]] | None = None,
+    ) -> Tensor:
+        """Score ``(B, 3, H, W)`` pictures, whatever their prompts (see :class:`Reward`)."""
+        embeddings = self.clip.embed_images(images)
+        scores: Tensor = self.head(embeddings.to(next(self.head.parameters()).dtype))
+        return scores.squeeze(-1).to(embeddings.dtype)
+
+
+def _load_head(head: str) -> nn.Sequential:
+    """The linear layers of a head in float32; the dropout between them does nothing in a frozen model."""
+    state = _read(SHAPES_AESTHETIC if head == SHAPES else Path(head).expanduser(), head)
+    names = ("",) if set(state) == {"weight", "bias"} else tuple(f"{layer}." for layer in MLP)
+    if set(state) != {f"{name}{part}" for name in names for part in ("weight", "bias")}:
+        held = ", ".join(sorted(map(str, state))[:4])
+        raise ConfigError(
+            f"AestheticScore: {head!r} is no aesthetic head: it holds {held} ...; it must hold the weight "
+            f"and bias of {', '.join(MLP)} (LAION's improved predictor), or of a single layer (its first). "
+            "Variants with ReLU have other layers and are not supported."
+        )
+    layers = []
+    for name in names:
+        weight, bias = state[f"{name}weight"].float(), state[f"{name}bias"].float()
+        layer = nn.Linear(weight.shape[-1], len(weight))
+        layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+        layers.append(layer)
+    return nn.Sequential(*layers)
+
+
+def _read(file: Path, head: str) -> dict[str, Tensor]:
+    """A file's tensors by name."""
+    if file.suffix not in (".safetensors", ".pth", ".pt") or not file.is_file():
+        raise ConfigError(
+            f"AestheticScore: head: {head!r} is no file; give a .safetensors, .pth or .pt file that exists "
+            f"(the working directory is {Path.cwd()}), or 'shapes' for the head that ships with lit_align."
+        )
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}")
+    except Exception as error:  # what the unpickler raises has no common base
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"AestheticScore: head: cannot read {head!r} ({reason}); "
+            "download it again; it must be a state dict, not a pickled module."
+        ) from error
+    return state

@@ -1,0 +1,182 @@
+"""A model of preferences in PickScore's format: CLIP, fine-tuned on pairs of pictures of one caption."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pyarrow import parquet
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
+
+from lit_align.errors import ConfigError
+from lit_align.shapes.recipe.agreement import agreement
+from lit_align.shapes.recipe.clip import embed_images, embed_texts, load_clip
+from lit_align.shapes.recipe.pictures import held_out
+from lit_align.shapes.recipe.pipeline import save_clip
+from lit_align.shapes.recipe.training import Batches, Budget, Stage, fit
+from lit_align.shapes.world import Bytes, judge, utility
+
+PEAK = 2e-4
+PROMPTS_AT_ONCE = 24
+"""Prompts of a batch: with four pictures each, as in Shapes-Pick, 96 pictures and 144 pairs."""
+
+
+COLUMNS = ["caption", "image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "label_0", "label_1"]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of pictures with the preferences between them.
+
+    Attributes:
+        captions: Of each of the P pairs.
+        pixels: ``(N, 64, 64, 3)`` uint8, every picture once.
+        places: ``(P, 2)`` long, the places of each pair's pictures in ``pixels``.
+        labels: ``(P, 2)`` float32: (1, 0), (0, 1), or (.5, .5) for a tie.
+    """
+
+    captions: list[str]
+    pixels: Bytes
+    places: Tensor
+    labels: Tensor
+
+    def images(self, places: Tensor) -> Tensor:
+        """Pictures ``(B, 3, 64, 64)`` float32 in [0, 1]."""
+        return torch.from_numpy(self.pixels[places.numpy()]).permute(0, 3, 1, 2).float() / 255
+
+
+def read_pairs(files: Sequence[Path], for_training: bool) -> Pairs:
+    """Read pairs in Pick-a-Pic's schema.
+
+    Args:
+        files: Parquet files.
+        for_training: Leave out prompts that are held out from reward models.
+
+    Raises:
+        ConfigError: There are no pairs.
+    """
+    rows = [row for file in files for row in parquet.read_table(file, columns=COLUMNS).to_pylist()]
+    rows = [row for row in rows if not (for_training and held_out(row["caption"]))]
+    if not rows:
+        raise ConfigError(f"There are no preference pairs to be used in {[str(file) for file in files]}.")
+    coded = {row[f"image_{side}_uid"]: row[f"jpg_{side}"] for row in rows for side in (0, 1)}
+    places = {uid: place for place, uid in enumerate(coded)}
+    return Pairs(
+        [row["caption"] for row in rows],
+        np.stack([np.asarray(Image.open(io.BytesIO(jpg)).convert("RGB")) for jpg in coded.values()]),
+        torch.tensor([[places[row["image_0_uid"]], places[row["image_1_uid"]]] for row in rows]),
+        torch.tensor([[row["label_0"], row["label_1"]] for row in rows], dtype=torch.float32),
+    )
+
+
+def preference_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """KL divergence of the softmax over two scores from the labels (Kirstain et al. 2023, section 4).
+
+    Args:
+        scores: ``(P, 2)``.
+        labels: ``(P, 2)`` shares that sum to 1.
+
+    Returns:
+        ``(P,)``; 0 where the scores say what the labels say.
+    """
+    return F.kl_div(scores.log_softmax(-1), labels, reduction="none").sum(-1)
+
+
+class PreferenceStage(Stage):
+    """All pairs of some prompts at a time, so that no picture of a batch is looked at twice.
+
+    Each prompt counts alike, however many pairs it has, as in the published training. The logit scale
+    stays as CLIP learnt it.
+    """
+
+    def __init__(self, model: CLIPModel, pairs: Pairs, tokenizer: CLIPTokenizer, budget: Budget) -> None:
+        super().__init__(model, peak=PEAK, budget=budget, decay=0.99, warmup=20)
+        model.logit_scale.requires_grad_(False)
+        self.pairs, self.tokenizer = pairs, tokenizer
+        rows: dict[str, list[int]] = {}
+        for row, caption in enumerate(pairs.captions):
+            rows.setdefault(caption, []).append(row)
+        self.prompts, self.rows = list(rows), list(rows.values())
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """One batch of prompt numbers ``(B,)``."""
+        numbers = batch.tolist()
+        rows = torch.tensor([row for number in numbers for row in self.rows[number]])
+        owners = torch.tensor([i for i, number in enumerate(numbers) for _ in self.rows[number]])
+        shares = torch.tensor([1 / len(self.rows[number]) for number in numbers])[owners] / len(numbers)
+        places, own = self.pairs.places[rows].unique(return_inverse=True)
+        captions = [self.prompts[number] for number in numbers]
+        ids: Tensor = self.tokenizer(captions, padding=True, return_tensors="pt").input_ids
+        texts = embed_texts(self.model, ids)[owners]
+        seen = embed_images(self.model, self.pairs.images(places))[own]
+        scores = self.model.logit_scale.exp() * (seen * texts[:, None]).sum(-1)
+        labels = self.pairs.labels[rows]
+        loss = (shares * preference_loss(scores, labels)).sum()
+        said = labels[:, 0] != 0.5
+        right = ((scores[:, 0] > scores[:, 1]) == (labels[:, 0] > 0.5))[said]
+        self.log_dict({"loss": loss, "right": right.float().mean()}, prog_bar=True)
+        return loss
+
+
+def make_preference(out: Path, budget: Budget, precision: str, seed: int) -> None:
+    """Fine-tune ``out/clip`` on the pairs in ``out/pick`` and write ``out/preference``.
+
+    Args:
+        out: The recipe's folder.
+        budget: How long to train.
+        precision: Lightning's.
+        seed: Of the order of the prompts.
+    """
+    tokenizer = CLIPTokenizer.from_pretrained(out / "clip")
+    pairs = read_pairs(sorted((out / "pick").glob("*.parquet")), for_training=True)
+    stage = PreferenceStage(load_clip(out / "clip"), pairs, tokenizer, budget)
+    batches = Batches(len(stage.prompts), min(PROMPTS_AT_ONCE, len(stage.prompts)), seed)
+    fit(stage, batches, out / "logs" / "preference", precision)
+    save_clip(out / "preference", tokenizer, stage.average)
+
+
+@torch.no_grad()
+def preference_scores(folder: Path, images: Tensor, captions: Sequence[str]) -> Tensor:
+    """Scale times cosine, ``(N,)``, of pictures ``(N, 3, 64, 64)`` in [0, 1] with their captions."""
+    model, tokenizer = load_clip(folder), CLIPTokenizer.from_pretrained(folder)
+    scores = []
+    for start in range(0, len(images), 128):
+        part = slice(start, start + 128)
+        ids: Tensor = tokenizer(list(captions[part]), padding=True, return_tensors="pt").input_ids
+        scores.append((embed_images(model, images[part]) * embed_texts(model, ids)).sum(-1))
+    return model.logit_scale.exp() * torch.cat(scores)
+
+
+def preference_quality(
+    folder: Path, files: Sequence[Path], images: Tensor, captions: Sequence[str]
+) -> dict[str, float]:
+    """How often the model prefers as the annotator does, and how its scores go with what the world knows.
+
+    Args:
+        folder: Of the model; that of the CLIP that it comes from shows what the fine-tuning brought.
+        files: Fresh pairs, of another seed than the training's.
+        images: Generated pictures ``(N, 3, 64, 64)`` in [0, 1].
+        captions: Their N prompts.
+    """
+    pairs = read_pairs(files, for_training=False)
+    owners = dict(zip(pairs.places.flatten().tolist(), np.repeat(pairs.captions, 2).tolist(), strict=True))
+    numbers = torch.arange(len(pairs.pixels))
+    said = [owners[number] for number in numbers.tolist()]
+    scores = preference_scores(folder, pairs.images(numbers), said)[pairs.places]
+    worth = torch.tensor([utility(*shown) for shown in zip(pairs.pixels, said, strict=True)])[pairs.places]
+    ahead = scores[:, 0] > scores[:, 1]
+    labelled, unequal = pairs.labels[:, 0] != 0.5, worth[:, 0] != worth[:, 1]
+    generated = preference_scores(folder, images, captions)
+    shown = list(zip(images, captions, strict=True))
+    return {
+        "pairs, loss": float(preference_loss(scores, pairs.labels).mean()),
+        "pairs, as labelled": float((ahead == (pairs.labels[:, 0] > 0.5))[labelled].float().mean()),
+        "pairs, by utility": float((ahead == (worth[:, 0] > worth[:, 1]))[unequal].float().mean()),
+        **agreement(generated, [judge(*each).score for each in shown], "judge, generated"),
+        **agreement(generated, [utility(*each) for each in shown], "utility, generated"),
+    }

@@ -1,0 +1,81 @@
+"""What the models that look at pictures share: soft pictures, normalisation, and their folders."""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_align.shapes.recipe.pipeline import replace_folder
+from lit_align.shapes.world import PICTURE, Scene, render
+
+MEAN = STD = (0.5, 0.5, 0.5)
+"""Normalisation of the pictures; it is written into ``preprocessor_config.json`` as well."""
+
+NUM_PICTURES = 1_000_000
+"""Training pictures are numbered up to here, and drawn when they are needed: none is kept."""
+
+
+def pictures_of(scenes: Sequence[Scene]) -> Tensor:
+    """Pictures ``(B, 3, 64, 64)`` float32 in [0, 1]."""
+    pixels = np.stack([render(scene) for scene in scenes])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+
+
+def soften(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Make renders look as if they came out of a sampler: soft, blotchy, noisy, their colours a little off.
+
+    Every picture gets its own strength of each, from nothing upwards.
+
+    Args:
+        images: ``(B, 3, 64, 64)`` in [0, 1].
+        generator: On the CPU.
+    """
+    count = len(images)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(count, *shape, generator=generator)
+
+    def normal(side: int) -> Tensor:
+        return torch.randn(count, 3, side, side, generator=generator)
+
+    soft = images
+    for _ in range(2):
+        soft = F.avg_pool2d(F.pad(soft, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    images = torch.lerp(images, soft, uniform(1, 1, 1))
+    blotches = F.interpolate(normal(PICTURE // 4), PICTURE, mode="bilinear")  # a latent's pixel is 4 wide
+    images = images + 0.06 * uniform(1, 1, 1) * blotches + 0.04 * uniform(1, 1, 1) * normal(PICTURE)
+    gain, shift = 1 + 0.3 * (uniform(3, 1, 1) - 0.5), 0.1 * (uniform(3, 1, 1) - 0.5)
+    return (images * gain + shift).clamp(0, 1)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Pictures in [0, 1] as the models take them."""
+    return (images - images.new_tensor(MEAN)[:, None, None]) / images.new_tensor(STD)[:, None, None]
+
+
+def save_seer(folder: Path, model: PreTrainedModel, processor: str) -> None:
+    """Write a model in float16, to be loaded in float32, with what its processor needs to know.
+
+    Args:
+        folder: Replaced as a whole.
+        model: Stays as it is.
+        processor: Name of transformers' image processor for this model.
+    """
+    statistics = {"do_normalize": True, "image_mean": MEAN, "image_std": STD}
+    pixels = {"do_rescale": True, "rescale_factor": 1 / 255, "do_resize": False, "do_pad": False}
+    size = {"height": PICTURE, "width": PICTURE}
+    preprocessing = {"image_processor_type": processor, **statistics, **pixels, "size": size}
+
+    def write(fresh: Path) -> None:
+        copy.deepcopy(model).half().eval().save_pretrained(fresh)
+        config = json.loads((fresh / "config.json").read_text()) | {"dtype": "float32"}
+        for name, values in (("config.json", config), ("preprocessor_config.json", preprocessing)):
+            (fresh / name).write_text(json.dumps(values, indent=2) + "\n")
+
+    replace_folder(folder, write)

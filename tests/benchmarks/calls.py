@@ -1,0 +1,83 @@
+"""The bare calls that a method must make in one collection: to add a method, add a function here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, singledispatch
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+
+from lit_align.data import Batch
+from lit_align.methods import DDPOModule
+
+Kind = Literal["forward", "gradient", "decode"]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Bare calls of one kind: so many rows in all, in the batches that the method makes of them."""
+
+    kind: Kind
+    rows: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A method of the module, and the calls that the algorithm must make in it in one collection."""
+
+    name: str
+    method: str
+    calls: tuple[Calls, ...] = ()
+
+
+@singledispatch
+def parts(module: LightningModule, batch: Batch) -> tuple[Part, ...]:
+    """The parts of one collection of a method; what is in none of them is Lightning's, files and logs."""
+    raise SystemExit(f"floor: {type(module).__name__} has no function under parts in {__file__}")
+
+
+@parts.register
+def ddpo(module: DDPOModule, batch: Batch) -> tuple[Part, ...]:
+    """T forwards and a decode a picture, a gradient a replayed pair; KL on the first picture of a prompt."""
+    width = 1 if module.guidance == 1 else 2
+    images, chunk = len(batch), min(module.rollout_batch, len(batch))
+    pairs = images * module.steps_per_image
+    micro = min(module.micro_batch, pairs // module.updates) * width
+    replayed = width * pairs * module.inner_epochs
+    sampling = Calls("forward", width * images * module.sampler.num_steps, width * chunk)
+    decoding = Calls("decode", images, min(module.backbone.decode_batch, chunk))
+    learning = [Calls("gradient", replayed, micro)]
+    if module.kl_weight:
+        learning.append(Calls("forward", replayed, micro))
+    first = len(batch.groups.unique()) * module.steps_per_image
+    measured = (Calls("forward", width * first, min(micro, width * first)),)
+    return (
+        Part("sampling", "sample", (sampling, decoding)),
+        Part("rewards", "score"),
+        Part("updates", "_learn", tuple(learning)),
+        # Without a target the KL is only reported, which no algorithm asks for.
+        Part("KL of the step", "_adapt", measured if module.kl_target else ()),
+    )
+
+
+def bare_call(module: Any, kind: Kind, size: int, prompts: list[str]) -> Callable[[], object]:
+    """One call at a batch of ``size`` rows, with its inputs made beforehand."""
+    backbone, unet = module.backbone, module.backbone.unet
+    x = torch.randn(size, *backbone.latent_shape).to(module.device)
+    if kind == "decode":
+        return torch.no_grad()(partial(backbone.vae.decode, x, return_dict=False))
+    steps = module.sampler.timesteps.to(module.device)
+    t = steps[torch.arange(size, device=module.device) % len(steps)]
+    states = backbone.encode([prompts[i % len(prompts)] for i in range(size)]).embeds
+    forward = partial(unet, x, t, encoder_hidden_states=states, return_dict=False)
+    if kind == "forward":
+        return torch.no_grad()(forward)
+    trained, ones = [p for p in unet.parameters() if p.requires_grad], torch.ones_like(x)
+
+    def gradient() -> object:
+        (prediction,) = forward()
+        return torch.autograd.grad(prediction, trained, ones.to(prediction), allow_unused=True)
+
+    return torch.enable_grad()(gradient)

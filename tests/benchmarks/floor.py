@@ -1,0 +1,110 @@
+"""How near a method comes to its floor: a real run, against the denoiser calls that its algorithm must make.
+
+    python -m tests.benchmarks.floor [--config configs/ddpo.yaml] [--rounds 5] [any option of lit_align fit]
+
+The *floor* of a part of a collection is the time of its bare calls alone, in the same process and with the
+same weights: ``unet(x, t, encoder_hidden_states)`` without gradient, the same forward and backward to the
+trained weights, and ``vae.decode``. No sampler, noise, log-probability, text encoder, loss, optimiser or file
+is in it. The batch size is ours or the fastest of ``--sizes``, whichever takes less time per row. A row is
+one (picture, step) evaluation; guidance makes two of it. Rewards call no denoiser: their floor is 0.
+
+Collections and floors take turns, and both are medians over the rounds, so that a busy machine slows both.
+The collections are those of ``lit_align fit`` on one device, without validation; the first one warms up and
+is not timed. A new method adds a function to ``calls.py``.
+"""
+
+import argparse
+import json
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lit_align.cli import main as lit_align
+
+DDPO = Path(__file__).parents[2] / "configs" / "ddpo.yaml"
+
+
+def measure(options: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
+    """Run ``lit_align fit`` with the timer; returns its figures."""
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "floor.json"
+        timer = {
+            "class_path": "tests.benchmarks.timer.FloorTimer",
+            "init_args": {"out": str(out), "sizes": options.sizes, "cpu_time": options.cpu_time},
+        }
+        lit_align(
+            [
+                "fit",
+                f"--config={options.config}",
+                f"--trainer.logger.init_args.save_dir={folder}",
+                f"--data.init_args.prompts_per_collection={options.prompts}",
+                f"--data.init_args.images_per_prompt={options.images}",
+                "--trainer.max_epochs=1",
+                f"--trainer.limit_train_batches={options.rounds + 1}",
+                "--trainer.limit_val_batches=0",
+                "--trainer.enable_progress_bar=false",
+                "--trainer.enable_model_summary=false",
+                *overrides,
+                f"--trainer.callbacks+={json.dumps(timer)}",
+            ]
+        )
+        figures: dict[str, Any] = json.loads(out.read_text())
+    command = f"--config {options.config} --prompts {options.prompts} --images {options.images}"
+    return {"command": " ".join([command, f"--rounds {options.rounds}", *overrides])} | figures
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the table."""
+    table = Table(title=f"{figures['method']}: a collection, medians")
+    for header in ("", "rows in bare calls", "seconds", "floor", "ratio"):
+        table.add_column(header, justify="right" if header else "left")
+
+    def add(name: str, calls: str, seconds: float, floor: float) -> None:
+        ratio = f"{seconds / floor:.3f}" if floor else ""
+        table.add_row(name, calls, f"{seconds:.3f}", f"{floor:.3f}" if floor else "", ratio)
+
+    for row in figures["parts"]:
+        calls = ", ".join(f"{call['rows']} {call['kind']}" for call in row["calls"])
+        add(row["part"], calls, row["seconds"], row["floor"])
+    table.add_section()
+    floor = figures["collection"]["floor"]
+    add("without rewards", "", figures["without_rewards"]["seconds"], floor)
+    add("collection", "", figures["collection"]["seconds"], floor)
+    console = Console()
+    console.print(table)
+    for name in ("machine", "fastest", "other_calls"):
+        told = ", ".join(f"{key} {value}" for key, value in figures[name].items())
+        console.print(f"{name:<12} {told}", soft_wrap=True, highlight=False)
+    for name in ("peak_bytes", "bytes"):
+        told = ", ".join(f"{key} {value / 1e6:,.2f} MB" for key, value in figures[name].items())
+        console.print(f"{name.partition('_')[0]:<12} {told}", soft_wrap=True, highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure and print; returns the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config", default=DDPO, help="a shipped configuration of a method")
+    parser.add_argument("--rounds", type=int, default=5, help="collections that are timed")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts of a collection")
+    parser.add_argument("--images", type=int, default=8, help="images of each")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64, 128], help="batches to try")
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="CPU seconds instead of the clock's: on a busy CPU"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    options, overrides = parser.parse_known_args(arguments)
+    figures = measure(options, overrides)
+    show(figures)
+    if options.out:
+        options.out.write_text(json.dumps(figures, indent=2))
+    return figures
+
+
+if __name__ == "__main__":
+    main()

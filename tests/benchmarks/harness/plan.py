@@ -1,0 +1,100 @@
+"""A plan: which configurations are run with which seeds, and what makes two runs of a cell the same."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_align.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+"""The repository; configurations in a plan are named from here, and commands run here."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a configuration and a seed.
+
+    Attributes:
+        plan: Name of the plan.
+        config: Name of the configuration in the plan.
+        seed: For ``--seed_everything``.
+        arguments: What decides the result, as given to ``python -m lit_align fit``.
+    """
+
+    plan: str
+    config: str
+    seed: int
+    arguments: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the cell's files."""
+        return f"{self.config}_seed{self.seed}"
+
+    def fingerprint(self, weights: str) -> str:
+        """Changes when a configuration's content, an override, the seed or the Shapes weights do."""
+        files = [ROOT / a.removeprefix("--config=") for a in self.arguments if a.startswith("--config=")]
+        parts = [self.arguments, [file.read_text() for file in files], weights]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a plan's YAML says.
+
+    Attributes:
+        name: Names the results; the file's name if not given.
+        configs: For each name its configuration files in order; ``--option=value`` among them overrides.
+        seeds: Every configuration runs once with each.
+        overrides: ``--option=value`` for all cells.
+        budget: ``option: value`` for all cells: how long a run is.
+    """
+
+    name: str
+    configs: dict[str, list[str]]
+    seeds: list[int]
+    overrides: list[str]
+    budget: dict[str, Any]
+
+    def cells(self) -> list[Cell]:
+        """All cells, configuration by configuration."""
+        return [cell for config in self.configs for cell in self.cells_of(config)]
+
+    def cells_of(self, config: str) -> list[Cell]:
+        """The cells of one configuration, in the order of the seeds."""
+        return [self._cell(config, seed) for seed in self.seeds]
+
+    def _cell(self, config: str, seed: int) -> Cell:
+        own = [entry if entry.startswith("--") else f"--config={entry}" for entry in self.configs[config]]
+        budget = [f"--{name}={_text(value)}" for name, value in self.budget.items()]
+        arguments = (*own, *self.overrides, *budget, f"--seed_everything={seed}")
+        return Cell(self.name, config, seed, arguments)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        ConfigError: It has an unknown key, lacks configs or seeds, or names a file that does not exist.
+    """
+    content = yaml.safe_load(path.read_text())
+    known = {"name": path.stem, "configs": {}, "seeds": [], "overrides": [], "budget": {}}
+    if unknown := sorted(set(content) - set(known)):
+        raise ConfigError(f"{path}: unknown {', '.join(unknown)}; a plan has {', '.join(known)}")
+    plan = Plan(**known | content)
+    if not plan.configs or not plan.seeds:
+        raise ConfigError(f"{path}: give configs (name: list of files) and seeds (a list)")
+    if wrong := [option for option in plan.overrides if not option.startswith("--") or "=" not in option]:
+        raise ConfigError(f"{path}: overrides: {wrong[0]!r} is not of the form --option=value")
+    files = [entry for entries in plan.configs.values() for entry in entries if not entry.startswith("--")]
+    if missing := [file for file in files if not (ROOT / file).is_file()]:
+        raise ConfigError(f"{path}: there is no {missing[0]} in {ROOT}")
+    return plan

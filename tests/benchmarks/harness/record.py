@@ -1,0 +1,114 @@
+"""What is kept of a finished cell: figures, curves, and all that is needed to make them again."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
+
+from lit_align.shapes import WEIGHTS_HASH
+from tests.benchmarks.harness.plan import ROOT, Cell
+
+PACKAGES = ("torch", "lightning", "diffusers", "transformers", "peft")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file so that a reader sees all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text + "\n")
+    draft.replace(path)
+
+
+def result_path(cell: Cell, out: Path) -> Path:
+    """Where the result of a cell lies."""
+    return out / cell.plan / f"{cell.name}.json"
+
+
+def stored(cell: Cell, out: Path) -> dict[str, Any] | None:
+    """The result of a cell, if it is there and of what the cell is now."""
+    path = result_path(cell, out)
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    return result if result["fingerprint"] == cell.fingerprint(WEIGHTS_HASH) else None
+
+
+def record(cell: Cell, run: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """The result of a cell.
+
+    Args:
+        cell: The cell.
+        run: Folder of its run.
+        state: Of the harness: fingerprint, commands, seconds.
+    """
+    validation, test = (json.loads((run / f"{split}.json").read_text()) for split in ("validation", "test"))
+    return {
+        "plan": cell.plan,
+        "cell": cell.name,
+        "config": cell.config,
+        "seed": cell.seed,
+        "fingerprint": state["fingerprint"],
+        "commands": state["commands"],
+        "shapes_weights": WEIGHTS_HASH,
+        "commit": commit(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "seconds": {stage: round(value, 1) for stage, value in state["seconds"].items()},
+        "images": validation["images"],
+        "reward_queries": validation["reward_queries"],
+        "run": os.path.relpath(run, ROOT),
+        "validation": validation["figures"],
+        "test": test["figures"],
+        "curves": curves(run),
+    }
+
+
+def commit() -> str | None:
+    """The commit of the repository, with ``-dirty`` where files differ from it; None outside of git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Curves of a run against the images it had seen.
+
+    Args:
+        run: Folder with TensorBoard events, of one process or of several that resumed each other.
+
+    Returns:
+        For each ``val/...``, and ``train/reward`` and its parts, the points ``(images, value)``.
+    """
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    names = sorted(events.Tags()["scalars"])
+    seen = _by_step(events.Scalars("progress/images"))
+
+    def against_images(points: Sequence[ScalarEvent]) -> list[tuple[int, float]]:
+        return [
+            (int(max((count for at, count in seen.items() if at <= step), default=0)), value)
+            for step, value in _by_step(points).items()
+        ]
+
+    found = {name: against_images(events.Scalars(name)) for name in names if _is_reward(name)}
+    for name in names:
+        if name.startswith("val/"):
+            # The first validation comes before any image, but has the step of the first collection.
+            first, *later = events.Scalars(name)
+            found[name] = [(0, first.value), *against_images(later)]
+    return found
+
+
+def _is_reward(name: str) -> bool:
+    return name == "train/reward" or name.startswith("train/reward/")
+
+
+def _by_step(points: Sequence[ScalarEvent]) -> dict[int, float]:
+    """A collection that was interrupted and done again has its point twice: the later one stands."""
+    return dict(sorted({point.step: point.value for point in points}.items()))

@@ -1,0 +1,151 @@
+"""What a plan's cells say together: verdicts, and a table of the test split."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tests.benchmarks.harness.plan import Plan
+
+Result = dict[str, Any]
+"""A cell's JSON."""
+
+PAIRS = 256
+"""(prompt, noise) pairs that a claim needs."""
+RISE, FALL = 3.0, 2.0
+"""Standard errors: the reward must rise by the first, reward and truth not fall by more than the second."""
+KL = "KL to the pretrained model, nats a picture"
+
+
+def _values(figure: dict[str, float | None], *names: str) -> list[float]:
+    """JSON's null is what has no value."""
+    return [math.nan if (value := figure[name]) is None else value for name in names]
+
+
+def deviation(figure: dict[str, float | None]) -> float:
+    """A difference in standard errors; infinite where the error is 0, NaN where a figure has no value."""
+    difference, error = _values(figure, "difference", "standard_error")
+    if error == 0:
+        return math.copysign(math.inf, difference) if difference else 0.0
+    return difference / error
+
+
+def verdict(results: Sequence[Result], seeds: Sequence[int]) -> str:
+    """Whether a configuration has done what it is for, on the test split.
+
+    It *passes* if in every seed the trained reward rises by at least 3 standard errors and the truth, where
+    it is known, does not fall by more than 2. It *fails* if in some seed the reward or the truth falls by
+    more than 2. Anything else, a missing seed or too few pairs among it, is *inconclusive*.
+
+    Args:
+        results: Those of one configuration.
+        seeds: All that the plan wants.
+    """
+    missing = sorted(set(seeds) - {result["seed"] for result in results})
+    doubts = [f"seed {seed} has no result" for seed in missing]
+    doubts += [doubt for result in results for doubt in _doubts(result)]
+    if fails := [fall for result in results for fall in _falls(result)]:
+        return f"**fails**: {'; '.join(fails)}"
+    if doubts:
+        return f"**inconclusive**: {'; '.join(doubts)}"
+    rises = ", ".join(f"{deviation(result['test']['reward']):.1f}" for result in results)
+    return f"**passes** in {len(seeds)} of {len(seeds)} seeds: the reward rose by {rises} s.e."
+
+
+def _falls(result: Result) -> list[str]:
+    changes = {n: deviation(result["test"][n]) for n in ("reward", "truth") if n in result["test"]}
+    return [f"seed {result['seed']}: {n} fell by {-by:.1f} s.e." for n, by in changes.items() if by < -FALL]
+
+
+def _doubts(result: Result) -> list[str]:
+    seed, figures = f"seed {result['seed']}", result["test"]
+    if "reward" not in figures:
+        return [f"{seed}: no reward was measured"]
+    doubts = []
+    # Written so that a figure without a value is in doubt.
+    if not (by := deviation(figures["reward"])) >= RISE:
+        doubts.append(f"{seed}: reward changed by {by:+.1f} s.e., +{RISE:g} are needed")
+    if "truth" in figures and math.isnan(deviation(figures["truth"])):
+        doubts.append(f"{seed}: the truth has no value")
+    counted = [figures[name]["num_pairs"] for name in ("reward", "truth") if name in figures]
+    if min(counted) < PAIRS:
+        doubts.append(f"{seed}: {min(counted)} pairs, {PAIRS} are needed")
+    return doubts
+
+
+def figure_text(figure: dict[str, float | None]) -> str:
+    """Before, after, and the difference with its standard error."""
+    before, after, difference, error = _values(figure, "before", "after", "difference", "standard_error")
+    by = f"{deviation(figure):+.1f} s.e."
+    return f"{before:.3f} -> {after:.3f} ({difference:+.3f} ± {error:.3f}, {by})"
+
+
+def _kl_text(figure: dict[str, float | None]) -> str:
+    """The KL starts at 0: how many standard errors away it is says nothing."""
+    after, error = _values(figure, "after", "standard_error")
+    return f"{after:.2f} ± {error:.2f}"
+
+
+def columns(results: Sequence[Result]) -> list[str]:
+    """Names of the figures in the table's order: what is claimed first, what it cost last."""
+    measured = dict.fromkeys(name for result in results for name in result["test"])
+    if "truth" in measured:
+        measured.pop("reward/truth", None)
+    first, last = ("reward", "truth"), ("diversity",)
+    middle = [name for name in measured if name not in (*first, *last, "kl")]
+    return [n for n in first if n in measured] + middle + [n for n in last if n in measured]
+
+
+def table(results: Sequence[Result]) -> list[str]:
+    """Markdown rows, a seed each, of one configuration's figures on the test split."""
+    names = columns(results)
+    header = ["seed", *names, KL, "pictures", "reward queries", "minutes"]
+    rows = [header, ["---"] * len(header)]
+    for result in results:
+        figures = [figure_text(result["test"][name]) if name in result["test"] else "" for name in names]
+        kl = _kl_text(result["test"]["kl"]) if "kl" in result["test"] else ""
+        minutes = f"{sum(result['seconds'].values()) / 60:.1f}"
+        counts = [f"{result['images']:,}", f"{result['reward_queries']:,}", minutes]
+        rows.append([str(result["seed"]), *figures, kl, *counts])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def markdown(plan: Plan, results: Sequence[Result], source: str) -> str:
+    """The plan's report.
+
+    Args:
+        plan: The plan.
+        results: Of its finished cells.
+        source: The plan's file, as the command names it.
+    """
+    lines = [
+        f"# {plan.name}",
+        "",
+        f"Made by `python -m tests.benchmarks.results --plan {source}`. The figures are of the test",
+        "split: prompts never used before, the same noise before and after; difference ± standard error,",
+        "clustered by prompt.",
+    ]
+    for config in plan.configs:
+        lines += ["", *_section(plan, config, [result for result in results if result["config"] == config])]
+    return "\n".join([*lines, "", f"![Reward and truth against images seen]({plan.name}.png)"])
+
+
+def _section(plan: Plan, config: str, results: Sequence[Result]) -> list[str]:
+    given = " ".join(plan.cells_of(config)[0].arguments[:-1])
+    lines = [f"## {config}", "", f"`{given}`", "", f"{verdict(results, plan.seeds)}.", ""]
+    if not results:
+        return lines[:-1]
+    grids = " | ".join(f"![{when}]({plan.name}/{config}_{when}.png)" for when in ("before", "after"))
+    pictures = [f"Validation pictures of seed {results[-1]['seed']}:", "", "| before | after |", "|---|---|"]
+    return [*lines, *table(results), "", _origin(results), "", *pictures, f"| {grids} |"]
+
+
+def _origin(results: Sequence[Result]) -> str:
+    """What the results were made with; where it is more than one thing, that is worth seeing."""
+
+    def all_of(values: Iterable[Any]) -> str:
+        return " and ".join(dict.fromkeys(str(value) for value in values))
+
+    pairs = all_of(result["test"]["reward"]["num_pairs"] for result in results if "reward" in result["test"])
+    kinds = {"Shapes weights": "shapes_weights", "commit": "commit", "machine": "machine"}
+    found = {kind: all_of(result[key] for result in results) for kind, key in kinds.items()}
+    return "; ".join(f"{kind}: {value}" for kind, value in ({"Pairs": pairs} | found).items()) + "."

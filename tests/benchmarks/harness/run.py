@@ -1,0 +1,187 @@
+"""Runs the cells of a plan: fit, then test once, each to be taken up again where it was interrupted."""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lit_align.shapes import WEIGHTS_HASH
+from tests.benchmarks.harness.plan import ROOT, Cell
+from tests.benchmarks.harness.record import record, result_path, stored, write
+
+Launch = Callable[[list[str], Path, int], int]
+"""``(arguments of lit_align, log file, descriptor to keep open) -> exit status``."""
+Tell = Callable[[Cell, str], None]
+"""``(cell, what it does now)``."""
+
+STAGES = ("fit", "test")
+QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
+
+
+class CellFailed(Exception):
+    """A cell could not be finished; the message says why."""
+
+
+class Subprocesses:
+    """Launches ``python -m lit_align`` in processes of their own, so that cells share nothing.
+
+    Args:
+        workers: How many run at a time. Where several share a machine, each computes in one thread.
+    """
+
+    def __init__(self, workers: int) -> None:
+        threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} if workers > 1 else {}
+        self.environment = os.environ | threads
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.stopped = False
+
+    def __call__(self, arguments: list[str], log: Path, keep: int) -> int:
+        if self.stopped:
+            return 1
+        command = [sys.executable, "-m", "lit_align", *arguments]
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                pass_fds=(keep,),
+            )
+        self.running.add(process)
+        if self.stopped:  # while it started
+            process.terminate()
+        status = process.wait()
+        self.running.discard(process)
+        return status
+
+    def stop(self) -> None:
+        """End what runs, and start nothing more."""
+        self.stopped = True
+        for process in list(self.running):
+            process.terminate()
+
+
+def run_cells(
+    cells: list[Cell], out: Path, work: Path, launch: Launch, tell: Tell, workers: int = 1
+) -> dict[str, str]:
+    """Run all cells that have no result yet.
+
+    Args:
+        cells: The cells of a plan.
+        out: Results go to ``out/<plan>/<cell>.json``.
+        work: Runs go to ``work/<plan>/<cell>``.
+        launch: Runs one command.
+        tell: Is told what each cell does.
+        workers: Cells at a time.
+
+    Returns:
+        For each cell that failed, by name, the reason.
+    """
+    failed: dict[str, str] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(run_cell, cell, out, work, launch, tell): cell for cell in cells}
+        try:
+            for future in as_completed(futures):
+                if (error := future.exception()) is None:
+                    continue
+                told = [str(error)] if isinstance(error, CellFailed) else traceback.format_exception(error)
+                failed[futures[future].name] = "".join(told)
+                tell(futures[future], "failed")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(launch, Subprocesses):
+                launch.stop()
+            raise
+    return failed
+
+
+def run_cell(cell: Cell, out: Path, work: Path, launch: Launch, tell: Tell) -> None:
+    """Bring one cell to its result, from wherever it stands.
+
+    Raises:
+        CellFailed: A command failed, or another process is at work on this cell.
+    """
+    if stored(cell, out):
+        tell(cell, "finished before")
+        return
+    folder = work.absolute() / cell.plan / cell.name
+    with _alone(folder) as lock:
+        state = _state(folder, cell.fingerprint(WEIGHTS_HASH))
+        for stage in STAGES:
+            if stage not in state["done"]:
+                _run_stage(cell, stage, folder, state, launch, lock, tell)
+        write(result_path(cell, out), json.dumps(record(cell, folder / "version_0", state), indent=1))
+    tell(cell, "done")
+
+
+def command(cell: Cell, stage: str, folder: Path, checkpoint: Path | None) -> list[str]:
+    """Arguments of ``python -m lit_align`` that run a stage of a cell in ``folder/version_0``."""
+    logger = (f"save_dir={folder.parent}", f"name={folder.name}", "version=version_0")
+    options = [f"--trainer.logger.init_args.{option}" for option in logger]
+    resume = [f"--ckpt_path={checkpoint}"] if checkpoint else []
+    return [stage, *cell.arguments, *QUIET, *options, *resume]
+
+
+def _run_stage(
+    cell: Cell, stage: str, folder: Path, state: dict[str, Any], launch: Launch, lock: int, tell: Tell
+) -> None:
+    run = folder / "version_0"
+    checkpoint: Path | None = run / "checkpoints" / "last.ckpt"
+    if not zipfile.is_zipfile(str(checkpoint)):
+        shutil.rmtree(run, ignore_errors=True)
+        checkpoint = None
+    arguments = command(cell, stage, folder, checkpoint)
+    state["commands"].append(" ".join(["python -m lit_align", *arguments]).replace(f"{ROOT}/", ""))
+    _save(folder, state)
+    tell(cell, f"{stage}, resumed" if stage == "fit" and checkpoint else stage)
+    log, started = folder / f"{stage}.log", time.monotonic()
+    status = launch(arguments, log, lock)
+    state["seconds"][stage] += time.monotonic() - started
+    state["done"] += [stage] if status == 0 else []
+    _save(folder, state)
+    if status:
+        tail = log.read_text(errors="replace").splitlines()[-20:] if log.exists() else []
+        raise CellFailed("\n".join([f"{stage} ended with status {status}; the end of {log}:", *tail]))
+
+
+def _state(folder: Path, fingerprint: str) -> dict[str, Any]:
+    """What was done for this cell so far; what other settings left behind is removed."""
+    path = folder / "state.json"
+    if path.exists() and (state := json.loads(path.read_text()))["fingerprint"] == fingerprint:
+        return state
+    shutil.rmtree(folder / "version_0", ignore_errors=True)
+    for log in folder.glob("*.log"):
+        log.unlink()
+    return {"fingerprint": fingerprint, "done": [], "commands": [], "seconds": dict.fromkeys(STAGES, 0.0)}
+
+
+def _save(folder: Path, state: dict[str, Any]) -> None:
+    write(folder / "state.json", json.dumps(state, indent=1))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[int]:
+    """Lock a cell's folder.
+
+    The process of a run inherits the lock, so that one which outlives a killed harness is not joined by a
+    second one in the same folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CellFailed(f"another process is at work in {folder}") from None
+        yield file.fileno()

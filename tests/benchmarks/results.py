@@ -1,0 +1,95 @@
+"""Makes a table of results: runs the cells of a plan that have no result yet, and reports.
+
+    python -m tests.benchmarks.results --plan tests/benchmarks/plans/ddpo.yaml [--workers 2]
+
+A cell is one ``lit_align fit`` and, once, ``lit_align test`` on prompts that were never used before. Stop it
+when you like: the same command goes on where it was, to the bit. A cell runs again when its configuration, an
+override, its seed or the Shapes weights change. Exit status 1 if a cell failed; the others are finished.
+"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from lit_align.errors import ConfigError
+from tests.benchmarks.harness.figures import copy_pictures, plot_curves
+from tests.benchmarks.harness.plan import ROOT, Cell, Plan, load_plan
+from tests.benchmarks.harness.record import stored, write
+from tests.benchmarks.harness.report import markdown, verdict
+from tests.benchmarks.harness.run import Launch, Subprocesses, run_cells
+
+
+def make(plan: Plan, out: Path, work: Path, launch: Launch, workers: int, source: str) -> dict[str, str]:
+    """Run what has no result yet, and report.
+
+    Args:
+        plan: The plan.
+        out: Folder of the results.
+        work: Folder of the runs.
+        launch: Runs one command.
+        workers: Cells at a time.
+        source: The plan's file, for the report.
+
+    Returns:
+        For each cell that failed, the reason.
+    """
+    cells = plan.cells()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[does]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        rows = {cell.name: progress.add_task(cell.name, does="waits", start=False, total=1) for cell in cells}
+
+        def tell(cell: Cell, does: str) -> None:
+            progress.start_task(rows[cell.name])
+            ended = does.startswith(("done", "finished", "failed"))
+            progress.update(rows[cell.name], does=does, completed=int(ended))
+
+        failed = run_cells(cells, out, work, launch, tell, workers)
+    results = [result for cell in cells if (result := stored(cell, out))]
+    if results:
+        write(out / f"{plan.name}.md", markdown(plan, results, source))
+        plot_curves(plan, results, out / f"{plan.name}.png")
+        copy_pictures(plan, results, out)
+    for config in plan.configs:
+        own = [result for result in results if result["config"] == config]
+        print(f"{config}: {verdict(own, plan.seeds)}")
+    return failed
+
+
+def options() -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    results, logs = ROOT / "tests" / "benchmarks" / "results", ROOT / "logs" / "results"
+    parser.add_argument("--plan", type=Path, required=True, help="name, configs, seeds, overrides, budget")
+    parser.add_argument("--out", type=Path, default=results, help="folder for the results")
+    parser.add_argument("--work", type=Path, default=logs, help="folder for the runs")
+    parser.add_argument("--workers", type=int, default=1, help="cells at a time; several: one thread each")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the command line."""
+    given = options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are ended too
+    try:
+        plan = load_plan(given.plan)
+        launch = Subprocesses(given.workers)
+        failed = make(plan, given.out, given.work, launch, given.workers, str(given.plan))
+    except ConfigError as error:
+        print(f"results: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("results: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    for name, reason in failed.items():
+        print(f"\n{name} failed: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

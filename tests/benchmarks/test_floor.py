@@ -1,0 +1,53 @@
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.floor import main
+
+PROMPTS, IMAGES = 2, 2
+STEPS, REPLAYED = 10, 4  # of configs/ddpo.yaml: steps of a picture, and those of them that an update replays
+
+
+@pytest.mark.parametrize("width", [1, 2], ids=["no guidance", "guidance"])
+def test_the_floor_counts_the_calls_of_a_real_collection(width: int, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["floor"])
+    figures = main(
+        [
+            *(
+                "--rounds",
+                "1",
+                "--prompts",
+                str(PROMPTS),
+                "--images",
+                str(IMAGES),
+                "--sizes",
+                "4",
+                "--cpu_time",
+            ),
+            "--trainer.accelerator=cpu",
+            f"--model.init_args.guidance={float(width)}",
+        ]
+    )
+    pictures = PROMPTS * IMAGES
+    counted = {
+        (row["part"], call["kind"]): (call["rows"], call["seen"])
+        for row in figures["parts"]
+        for call in row["calls"]
+    }
+    expected = {
+        ("sampling", "forward"): width * pictures * STEPS,
+        ("sampling", "decode"): pictures,
+        ("updates", "gradient"): width * pictures * REPLAYED,
+        ("KL of the step", "forward"): width * PROMPTS * REPLAYED,
+    }
+    assert counted == {part: (rows, rows) for part, rows in expected.items()}
+    assert figures["other_calls"] == {}
+    # No upper bound: that is a matter of the machine. CPU time, since other processes would slow either side.
+    ratio = figures["collection"]["ratio"]
+    assert math.isfinite(ratio)
+    assert ratio > 0.9
+    assert all(size > 0 for size in (figures["bytes"] | figures["peak_bytes"]).values())
+    assert not list(tmp_path.iterdir())

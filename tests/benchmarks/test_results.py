@@ -1,0 +1,217 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lit_align.cli import main as lit_align
+from lit_align.errors import ConfigError
+from lit_align.methods import DDPOModule
+from tests.benchmarks.harness.plan import ROOT, Plan, load_plan
+from tests.benchmarks.harness.report import verdict
+from tests.benchmarks.results import make
+
+DDPO = ROOT / "configs" / "ddpo.yaml"
+TINY = {
+    "trainer.max_epochs": 2,
+    "trainer.limit_train_batches": 1,
+    "trainer.accelerator": "cpu",
+    "model.init_args.sampler.init_args": {"num_steps": 2, "noisy_steps": 1},
+    "data.init_args.images_per_prompt": 2,
+    "data.init_args.prompts_per_collection": 2,
+    "data.init_args.validation_prompts": 2,
+    "data.init_args.validation_images_per_prompt": 2,
+    "data.init_args.test_prompts": 2,
+    "data.init_args.test_images_per_prompt": 2,
+}
+
+
+def write_plan(folder: Path, **changes: Any) -> Path:
+    path = folder / "tiny.yaml"
+    content = {"name": "tiny", "configs": {"ddpo": ["configs/ddpo.yaml"]}, "seeds": [1, 2], "budget": TINY}
+    path.write_text(yaml.safe_dump(content | changes))
+    return path
+
+
+def in_process(arguments: list[str], log: Path, keep: int) -> int:
+    """The real entry point, without the seconds that a process needs to start."""
+    config = f"--config={DDPO}"
+    try:
+        lit_align(
+            [config if argument == "--config=configs/ddpo.yaml" else argument for argument in arguments]
+        )
+    except BaseException as error:
+        log.write_text(f"died of {error!r}")
+        return 1
+    return 0
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lit_align"])
+    return load_plan(write_plan(tmp_path))
+
+
+def run(plan: Plan, folder: Path, launch: Any = in_process) -> dict[str, str]:
+    return make(plan, folder / "results", folder / "runs", launch, 1, "tiny.yaml")
+
+
+def read(folder: Path, seed: int) -> dict[str, Any]:
+    return json.loads((folder / "results" / "tiny" / f"ddpo_seed{seed}.json").read_text())
+
+
+def test_a_plan_that_was_interrupted_ends_as_the_one_that_was_not(plan, tmp_path, monkeypatch, capsys):
+    assert run(plan, tmp_path / "whole") == {}
+    with monkeypatch.context() as patch:
+        learn, calls = DDPOModule._learn, []
+
+        def dying(self: DDPOModule, *arguments: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 2:  # the second collection of the first cell
+                raise OSError("the lights went out")
+            return learn(self, *arguments)
+
+        patch.setattr(DDPOModule, "_learn", dying)
+        failed = run(plan, tmp_path / "cut")
+    assert list(failed) == ["ddpo_seed1"]
+    assert "the lights went out" in failed["ddpo_seed1"]
+    others = (tmp_path / "cut" / "results" / "tiny" / "ddpo_seed2.json").stat().st_mtime_ns
+    assert "seed 1 has no result" in capsys.readouterr().out
+
+    assert run(plan, tmp_path / "cut") == {}
+    assert (tmp_path / "cut" / "results" / "tiny" / "ddpo_seed2.json").stat().st_mtime_ns == others
+    whole, cut = read(tmp_path / "whole", 1), read(tmp_path / "cut", 1)
+    for part in ("validation", "test", "curves", "images", "reward_queries"):
+        assert whole[part] == cut[part], part
+    assert [name.partition("--")[0] for name in whole["commands"]] == [
+        f"python -m lit_align {stage} " for stage in ("fit", "test")
+    ]
+    assert "--ckpt_path" in cut["commands"][1]
+    assert len(cut["commands"]) == 3
+
+    assert [images for images, _ in whole["curves"]["val/reward"]] == [0, 4, 8]
+    assert [images for images, _ in whole["curves"]["train/reward"]] == [4, 8]
+    assert whole["curves"]["val/truth"][-1][1] == pytest.approx(whole["validation"]["truth"]["after"])
+    assert whole["test"]["reward"]["num_pairs"] == 4
+    assert whole["images"] == 8
+    assert read(tmp_path / "whole", 2)["test"] != whole["test"]
+
+    results = tmp_path / "cut" / "results"
+    table = (results / "tiny.md").read_text()
+    assert f"{whole['test']['reward']['after']:.3f} (" in table
+    assert f"| {whole['test']['kl']['after']:.2f} ± " in table
+    assert "**inconclusive**" in table or "**fails**" in table
+    for picture in ("tiny.png", "tiny/ddpo_before.png", "tiny/ddpo_after.png"):
+        assert picture in table
+        assert (results / picture).stat().st_size > 1000
+
+
+def test_a_cell_runs_again_when_its_settings_change_and_others_go_on_after_a_failure(tmp_path):
+    ran: list[str] = []
+
+    def launch(arguments: list[str], log: Path, keep: int) -> int:
+        ran.append(arguments[0])
+        log.write_text("\n".join(f"line {i}" for i in range(50)))
+        return 3
+
+    plan = load_plan(write_plan(tmp_path))
+    failed = run(plan, tmp_path, launch)
+    assert list(failed) == ["ddpo_seed1", "ddpo_seed2"]
+    assert "status 3" in failed["ddpo_seed2"]
+    assert "line 49" in failed["ddpo_seed2"]
+    assert "line 29" not in failed["ddpo_seed2"]
+    assert ran == ["fit", "fit"]
+
+    (cell, other) = plan.cells()
+    changed = load_plan(write_plan(tmp_path, overrides=["--model.init_args.clip_range=1"])).cells()[0]
+    configuration = tmp_path / "other.yaml"
+    configuration.write_text("a: 1")
+    mine = load_plan(write_plan(tmp_path, configs={"ddpo": [str(configuration)]})).cells()[0]
+    prints = [c.fingerprint("w") for c in (cell, other, changed, mine)] + [cell.fingerprint("x")]
+    configuration.write_text("a: 2")
+    assert len({*prints, mine.fingerprint("w")}) == 6
+    assert cell.fingerprint("w") == plan.cells()[0].fingerprint("w")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seed": [1]}, "unknown seed"),
+        ({"seeds": []}, "give configs"),
+        ({"configs": {"a": ["configs/nothing.yaml"]}}, "there is no configs/nothing.yaml"),
+        ({"overrides": ["trainer.max_epochs=1"]}, "--option=value"),
+    ],
+)
+def test_a_plan_that_cannot_run_is_refused(tmp_path, changes, told):
+    with pytest.raises(ConfigError, match=told):
+        load_plan(write_plan(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tests/benchmarks/plans").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_shipped_plans_name_what_exists_and_report_three_seeds(path):
+    plan = load_plan(path)
+    assert plan.name == path.stem
+    assert len(set(plan.seeds)) >= 3
+
+
+def result(seed: int, reward: float | None, truth: float | None, pairs: int = 256) -> dict[str, Any]:
+    """A made-up result; changes are in standard errors of 0.01."""
+    figures = {
+        name: {
+            "before": 0.5,
+            "after": None if by is None else 0.5 + by / 100,
+            "difference": None if by is None else by / 100,
+            "standard_error": 0.01,
+            "num_pairs": pairs,
+        }
+        for name, by in (("reward", reward), ("truth", truth))
+    }
+    return {"seed": seed, "test": figures}
+
+
+@pytest.mark.parametrize(
+    ("others", "says"),
+    [
+        ([result(3, 3.1, -1.9)], "**passes** in 3 of 3 seeds: the reward rose by 4.0, 5.0, 3.1 s.e."),
+        ([result(3, 2.9, 1)], "**inconclusive**: seed 3: reward changed by +2.9 s.e., +3 are needed"),
+        ([result(3, -1.5, 1)], "**inconclusive**: seed 3: reward changed by -1.5 s.e., +3 are needed"),
+        ([result(3, 0, 0)], "**inconclusive**: seed 3: reward changed by +0.0 s.e., +3 are needed"),
+        ([result(3, None, 1)], "**inconclusive**: seed 3: reward changed by +nan s.e., +3 are needed"),
+        ([result(3, 5, None)], "**inconclusive**: seed 3: the truth has no value"),
+        ([result(3, 5, 5, pairs=255)], "**inconclusive**: seed 3: 255 pairs, 256 are needed"),
+        ([], "**inconclusive**: seed 3 has no result"),
+        ([result(3, 9, -2.1)], "**fails**: seed 3: truth fell by 2.1 s.e."),
+        ([result(3, -4, 1)], "**fails**: seed 3: reward fell by 4.0 s.e."),
+    ],
+)
+def test_verdicts(others, says):
+    assert verdict([result(1, 4, 1), result(2, 5, 2), *others], [1, 2, 3]) == says
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_in_its_processes(tmp_path):
+    budget = TINY | {"trainer.max_epochs": 6}
+    path = write_plan(tmp_path, budget=budget)
+    command = [sys.executable, "-m", "tests.benchmarks.results", f"--plan={path}", "--workers=2"]
+    command += [f"--out={tmp_path / 'results'}", f"--work={tmp_path / 'runs'}"]
+    harness = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    runs = tmp_path / "runs" / "tiny"
+    while not list(runs.glob("*/version_0/checkpoints/last.ckpt")):
+        assert harness.poll() is None
+        time.sleep(0.05)
+    harness.send_signal(signal.SIGTERM)
+    assert harness.wait(timeout=60) == 143
+    assert not list((tmp_path / "results").glob("**/*.json"))
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    for seed in (1, 2):
+        assert read(tmp_path, seed)["curves"]["val/reward"][-1][0] == 24
+    assert any(len(read(tmp_path, seed)["commands"]) == 3 for seed in (1, 2))

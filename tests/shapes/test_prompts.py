@@ -1,0 +1,64 @@
+"""The prompt sets that ship: what is in them, and that the recipe makes them."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from pyarrow import parquet
+
+from lit_align.data import ParquetPrompts, PromptSource, TextPrompts
+from lit_align.shapes import PROMPTS
+from lit_align.shapes.recipe.pictures import held_out
+from lit_align.shapes.recipe.prompts import HELD_OUT_KINDS, LARGE, make_prompts
+from lit_align.shapes.world import parse
+
+COUNTS = {"small": 45, "large": 120_000, "open": 789, "pairs": 2_048, "held_out": 1_024}
+
+
+@pytest.fixture(scope="module")
+def sets() -> dict[str, list[str]]:
+    """Read with the sources that a run reads them with."""
+    sources: dict[str, PromptSource] = {
+        name: TextPrompts(str(PROMPTS / f"{name}.txt")) for name in COUNTS if name != "large"
+    }
+    sources["large"] = ParquetPrompts(str(PROMPTS / "large.parquet"))
+    return {name: [source.prompt(row) for row in range(len(source))] for name, source in sources.items()}
+
+
+def kind(prompt: str) -> str:
+    caption = parse(prompt)
+    if len(caption.groups) == 2:
+        return "relation" if caption.relation else "pair"
+    return "single" if caption.groups[0].colour else "open"
+
+
+def test_counts_and_no_prompt_twice(sets: dict[str, list[str]]) -> None:
+    assert {name: len(prompts) for name, prompts in sets.items()} == COUNTS
+    everything = [prompt for prompts in sets.values() for prompt in prompts]
+    assert len(set(everything)) == len(everything)
+
+
+def test_only_one_file_is_held_out(sets: dict[str, list[str]]) -> None:
+    for name, prompts in sets.items():
+        assert {held_out(prompt) for prompt in prompts} == {name == "held_out"}
+
+
+def test_every_prompt_is_read_and_of_its_kind(sets: dict[str, list[str]]) -> None:
+    assert Counter(map(kind, sets["large"])) == LARGE
+    assert Counter(map(kind, sets["held_out"])) == HELD_OUT_KINDS
+    assert set(map(kind, sets["open"])) == {"open"}
+    assert set(map(kind, sets["pairs"])) == {"pair"}
+    assert all([group.count for group in parse(prompt).groups] == [1, 1] for prompt in sets["pairs"])
+    looks = {(group.colour, group.shape) for prompt in sets["small"] for group in parse(prompt).groups}
+    assert len(looks) == len(sets["small"])
+
+
+def test_the_recipe_makes_what_ships(tmp_path: Path) -> None:
+    make_prompts(tmp_path)
+    for file in PROMPTS.iterdir():
+        again = tmp_path / file.name
+        if file.suffix == ".txt":
+            assert again.read_bytes() == file.read_bytes()
+        else:  # other versions of Arrow may write other bytes
+            assert parquet.read_table(again).equals(parquet.read_table(file))
+    assert sum(file.stat().st_size for file in PROMPTS.iterdir()) < 1.5e6
