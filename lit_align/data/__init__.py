@@ -2,13 +2,13 @@
 
 from lit_align.data.batch import Batch
 from lit_align.data.prompts import PromptDataModule
+from lit_align.data.shapes import ShapesPrompts, ShapesPromptSet
 from lit_align.data.sources import (
     CSVPrompts,
     HubPrompts,
     JSONLPrompts,
     ParquetPrompts,
     PromptSource,
-    ShapesPrompts,
     TablePrompts,
     TextPrompts,
 )
@@ -21,6 +21,7 @@ __all__ = [
     "ParquetPrompts",
     "PromptDataModule",
     "PromptSource",
+    "ShapesPromptSet",
     "ShapesPrompts",
     "TablePrompts",
     "TextPrompts",

@@ -1,4 +1,4 @@
-"""Where prompts come from: text, CSV, JSON lines and Parquet files, the hub, or the Shapes world."""
+"""Where prompts come from: text, CSV, JSON lines and Parquet files, or the hub."""
 
 import difflib
 import io
@@ -10,7 +10,6 @@ import pyarrow as pa
 from pyarrow import csv, json, parquet
 
 from lit_align.errors import ConfigError
-from lit_align.shapes.world import Kind, PromptSpace
 
 
 class PromptSource(ABC):
@@ -191,31 +190,6 @@ class HubPrompts(TablePrompts):
             what = f"cannot load split '{split}' of dataset '{name}' ({_first_line(error)})"
             raise ConfigError(f"{what}: check the name, or download it and give a local file") from error
         super().__init__(rows.with_format("arrow")[:], column, f"dataset {name} ({split})")
-
-
-class ShapesPrompts(PromptSource):
-    """The captions of the Shapes world: millions, each made when it is asked for.
-
-    Args:
-        kinds: Which kinds of caption, each of "single", "open", "pair", "relation" at most once.
-
-    Raises:
-        ConfigError: A kind is unknown or there twice, or none is given.
-    """
-
-    distinct: ClassVar[bool] = True
-
-    def __init__(self, kinds: list[Kind]) -> None:
-        self._space = PromptSpace(kinds)
-        self._length = len(self._space)
-        if not kinds:
-            raise ConfigError("kinds of ShapesPrompts is empty: give some of single, open, pair, relation")
-
-    def __len__(self) -> int:
-        return self._length
-
-    def prompt(self, row: int) -> str:
-        return self._space[row]
 
 
 def _check_file(path: str) -> Path:

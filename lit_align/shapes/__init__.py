@@ -24,7 +24,7 @@ PICK = Path(__file__).parent / "pick" / "pairs.parquet"
 """A sample of Shapes-Pick: 1,000 judged pairs of pictures in Pick-a-Pic's schema."""
 
 PROMPTS = Path(__file__).parent / "prompts"
-"""Folder of prompt sets: small.txt, large.parquet, open.txt, pairs.txt, held_out.txt."""
+"""Folder of prompt sets (see ``lit_align.data.ShapesPromptSet``)."""
 
 PREFERENCE = WEIGHTS / "preference"
 """Folder of the shipped CLIP model fine-tuned on preferences, and its tokenizer, in PickScore's format."""

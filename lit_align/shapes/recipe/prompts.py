@@ -6,11 +6,12 @@
 | ``large.parquet`` | 120,000 | everything but the open prompts, in the shares of ``LARGE`` |
 | ``open.txt`` | 789 | one group of objects whose colour is unsaid: all of them |
 | ``pairs.txt`` | 2,048 | two objects joined by "and" |
-| ``held_out.txt`` | 1,024 | of all kinds, in the shares of ``HELD_OUT_KINDS`` |
+| ``validation.txt``, ``test.txt`` | 512 each | of all kinds, in the shares of ``HELD_OUT_KINDS`` |
 
-No prompt is in two files. Those of ``held_out.txt`` are unknown to every reward model; the other files hold
-none that is. So a run trained on one of these validates and tests on ``held_out.txt``: a split by hash would
-keep back just the prompts that the other files lack. The shipped files have seed 0.
+No prompt is in two files. Those of the last two are of the splits that a ``PromptDataModule`` makes by hash,
+and unknown to every reward model; the other files hold none that is. So a run that is trained on one of these
+validates and tests on those two: of its own prompts a split by hash would keep none back. The shipped files
+have seed 0.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ import pyarrow as pa
 from jsonargparse import CLI
 from pyarrow import parquet
 
+from lit_align.randomness import place
 from lit_align.shapes.recipe.pictures import held_out, numpy_rng
 from lit_align.shapes.world import COLOURS, RADII, SHAPES, Caption, Group, Kind, PromptSpace
 
@@ -36,8 +38,11 @@ the 2.6 million prompts of the world.
 
 NUM_PAIRS = 2_048
 
-HELD_OUT_KINDS: dict[Kind, int] = {"single": 256, "open": 64, "pair": 352, "relation": 352}
-"""Numbers of each kind; of the 864 open prompts only 75 are held out."""
+HELD_OUT_KINDS: dict[Kind, int] = {"single": 131, "open": 29, "pair": 176, "relation": 176}
+"""Numbers of each kind in each of the two files.
+
+Of the 864 open prompts only 75 are held out, 29 of them for the test.
+"""
 
 
 def make_prompts(out: Path, seed: int = 0) -> None:
@@ -55,15 +60,12 @@ def make_prompts(out: Path, seed: int = 0) -> None:
         for kind, num in LARGE.items()
         for prompt in islice((p for p in _shuffled(kind, seed, "large", _allowed) if p not in taken), num)
     ]
-    unseen = [
-        prompt
-        for kind, num in HELD_OUT_KINDS.items()
-        for prompt in islice(_shuffled(kind, seed, "held out", held_out), num)
-    ]
     _write_lines(out / "small.txt", small_prompts())
     _write_lines(out / "open.txt", [prompt for prompt in PromptSpace(["open"]) if _allowed(prompt)])
     _write_lines(out / "pairs.txt", pairs)
-    _write_lines(out / "held_out.txt", unseen)
+    for name, wanted in (("validation", _last), ("test", _first)):
+        unseen = [islice(_shuffled(kind, seed, name, wanted), num) for kind, num in HELD_OUT_KINDS.items()]
+        _write_lines(out / f"{name}.txt", [prompt for prompts in unseen for prompt in prompts])
     _write_table(out / "large.parquet", sorted(large))
 
 
@@ -80,6 +82,16 @@ def _sized(colour: str, shape: str) -> Iterator[str]:
 
 def _allowed(prompt: str) -> bool:
     return not held_out(prompt)
+
+
+def _last(prompt: str) -> bool:
+    """Whether a prompt is of the validation split."""
+    return held_out(prompt) and place(prompt) > 0.5
+
+
+def _first(prompt: str) -> bool:
+    """Whether a prompt is of the test split."""
+    return held_out(prompt) and place(prompt) < 0.5
 
 
 def _two_objects(prompt: str) -> bool:

@@ -2,26 +2,26 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pyarrow import parquet
 
-from lit_align.data import ParquetPrompts, PromptSource, TextPrompts
+from lit_align.data import PromptDataModule, ShapesPrompts, ShapesPromptSet
+from lit_align.data.shapes import SetName
+from lit_align.errors import ConfigError
 from lit_align.shapes import PROMPTS
 from lit_align.shapes.recipe.pictures import held_out
 from lit_align.shapes.recipe.prompts import HELD_OUT_KINDS, LARGE, make_prompts
 from lit_align.shapes.world import parse
 
-COUNTS = {"small": 45, "large": 120_000, "open": 789, "pairs": 2_048, "held_out": 1_024}
+COUNTS = {"small": 45, "large": 120_000, "open": 789, "pairs": 2_048, "validation": 512, "test": 512}
 
 
 @pytest.fixture(scope="module")
 def sets() -> dict[str, list[str]]:
-    """Read with the sources that a run reads them with."""
-    sources: dict[str, PromptSource] = {
-        name: TextPrompts(str(PROMPTS / f"{name}.txt")) for name in COUNTS if name != "large"
-    }
-    sources["large"] = ParquetPrompts(str(PROMPTS / "large.parquet"))
+    """Read with the source that a run reads them with."""
+    sources = {name: ShapesPromptSet(name) for name in get_args(SetName)}
     return {name: [source.prompt(row) for row in range(len(source))] for name, source in sources.items()}
 
 
@@ -38,14 +38,25 @@ def test_counts_and_no_prompt_twice(sets: dict[str, list[str]]) -> None:
     assert len(set(everything)) == len(everything)
 
 
-def test_only_one_file_is_held_out(sets: dict[str, list[str]]) -> None:
+def test_only_two_sets_are_held_out_and_they_are_the_splits_of_the_data_module(sets: dict[str, list[str]]):
     for name, prompts in sets.items():
-        assert {held_out(prompt) for prompt in prompts} == {name == "held_out"}
+        assert {held_out(prompt) for prompt in prompts} == {name in ("validation", "test")}
+    data = PromptDataModule(ShapesPrompts(["single", "pair"]))
+    data.setup("validate")
+    for split in ("validation", "test"):
+        asked = [prompt for prompt in sets[split] if kind(prompt) in ("single", "pair")]
+        assert all(data._sets[split].accepts(prompt) for prompt in asked)
+
+
+def test_an_unknown_set_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no set 'huge' of Shapes prompts; give one of small, large"):
+        ShapesPromptSet("huge")  # type: ignore[arg-type]
 
 
 def test_every_prompt_is_read_and_of_its_kind(sets: dict[str, list[str]]) -> None:
     assert Counter(map(kind, sets["large"])) == LARGE
-    assert Counter(map(kind, sets["held_out"])) == HELD_OUT_KINDS
+    for split in ("validation", "test"):
+        assert Counter(map(kind, sets[split])) == HELD_OUT_KINDS
     assert set(map(kind, sets["open"])) == {"open"}
     assert set(map(kind, sets["pairs"])) == {"pair"}
     assert all([group.count for group in parse(prompt).groups] == [1, 1] for prompt in sets["pairs"])

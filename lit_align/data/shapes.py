@@ -1,0 +1,81 @@
+"""Prompts of the Shapes world: all of them, or one of the sets that ship with the package."""
+
+from typing import ClassVar, Literal, get_args
+
+from pyarrow import parquet
+
+from lit_align.data.sources import PromptSource
+from lit_align.errors import ConfigError
+from lit_align.shapes import PROMPTS
+from lit_align.shapes.world import Kind, PromptSpace
+
+SetName = Literal["small", "large", "open", "pairs", "validation", "test"]
+
+
+class ShapesPrompts(PromptSource):
+    """The captions of the Shapes world: millions, each made when it is asked for.
+
+    Args:
+        kinds: Which kinds of caption, each of "single", "open", "pair", "relation" at most once.
+
+    Raises:
+        ConfigError: A kind is unknown or there twice, or none is given.
+    """
+
+    distinct: ClassVar[bool] = True
+
+    def __init__(self, kinds: list[Kind]) -> None:
+        self._space = PromptSpace(kinds)
+        self._length = len(self._space)
+        if not kinds:
+            raise ConfigError("kinds of ShapesPrompts is empty: give some of single, open, pair, relation")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def prompt(self, row: int) -> str:
+        return self._space[row]
+
+
+class ShapesPromptSet(PromptSource):
+    """One of the shipped sets of Shapes prompts; no prompt is in two of them.
+
+    ==============  =======  ===============================================================
+    ``small``            45  one object of each colour and shape: the small scale
+    ``large``       120,000  one group, pairs and relations: the large scale
+    ``open``            789  one group whose colour is unsaid, in which the world is biased
+    ``pairs``         2,048  two objects joined by "and"
+    ``validation``      512  of every kind; no reward model was trained on them
+    ``test``            512  the same
+    ==============  =======  ===============================================================
+
+    The other sets hold no prompt of the last two, nor of the default validation and test splits: give these
+    as ``validation_source`` and ``test_source`` with them.
+
+    Args:
+        name: Which set.
+
+    Raises:
+        ConfigError: There is no such set.
+    """
+
+    distinct: ClassVar[bool] = True
+
+    def __init__(self, name: SetName) -> None:
+        if name not in (names := get_args(SetName)):
+            there = ", ".join(names)
+            raise ConfigError(f"name: there is no set '{name}' of Shapes prompts; give one of {there}")
+        self.name, (file,) = name, PROMPTS.glob(f"{name}.*")
+        if file.suffix == ".parquet":
+            self._prompts = parquet.read_table(file, columns=["prompt"]).column("prompt").combine_chunks()
+        else:
+            self._prompts = file.read_text().splitlines()
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def prompt(self, row: int) -> str:
+        return str(self._prompts[row])
+
+    def __str__(self) -> str:
+        return f"Shapes prompts ({self.name})"
