@@ -149,6 +149,15 @@ def test_the_folder_is_a_transformers_model(tmp_path: Path) -> None:
     assert "samples, count agrees" in detector_quality(tmp_path / "detector", images, captions, 4, 0)
 
 
+def test_a_further_round_begins_with_the_last_weights(tmp_path: Path) -> None:
+    make_detector(tmp_path, Budget(5, steps=1), "32-true", 0)
+    first = YolosForObjectDetection.from_pretrained(tmp_path / "detector").state_dict()
+    make_detector(tmp_path, Budget(5, steps=1), "32-true", 1)
+    second = YolosForObjectDetection.from_pretrained(tmp_path / "detector").state_dict()
+    for name, weight in first.items():
+        assert_close(second[name], weight, atol=1e-3, rtol=1e-2)  # another seed begins far from there
+
+
 def test_it_learns() -> None:
     torch.manual_seed(0)
     model = make_yolos()

@@ -4,12 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from jsonargparse import CLI
+from pyarrow import parquet
 
-from lit_align.shapes import CLIP, PIPELINE
+from lit_align.rewards import AestheticScore
+from lit_align.rewards.clip import CLIPCosine
+from lit_align.shapes import CLIP, PICK, PIPELINE, PREFERENCE, PROMPTS, WEIGHTS, WEIGHTS_HASH
 from lit_align.shapes.recipe.__main__ import main
 from lit_align.shapes.recipe.pictures import mutate, numpy_rng, words
+from lit_align.shapes.recipe.pipeline import digest
+from lit_align.shapes.recipe.preference import preference_quality
+from lit_align.shapes.recipe.preferences import SCHEMA
 from lit_align.shapes.recipe.quality import Sampling, clip_quality, draw, rates, sample, vae_quality
 from lit_align.shapes.recipe.tokenizer import make_tokenizer
 from lit_align.shapes.world import judge, parse
@@ -22,9 +29,21 @@ def pipeline() -> StableDiffusionPipeline:
     return pipeline
 
 
-def test_the_folders_are_small() -> None:
-    files = [file for folder in (PIPELINE, CLIP) for file in folder.rglob("*") if file.is_file()]
-    assert 0 < sum(file.stat().st_size for file in files) <= 25e6
+def test_everything_that_ships_is_small() -> None:
+    files = [
+        file for folder in (WEIGHTS, PICK.parent, PROMPTS) for file in folder.rglob("*") if file.is_file()
+    ]
+    assert 0 < sum(file.stat().st_size for file in files) <= 30e6
+
+
+def test_the_weights_are_those_that_every_result_names() -> None:
+    assert digest(WEIGHTS) == WEIGHTS_HASH
+
+
+@pytest.mark.parametrize("folder", [CLIP, PREFERENCE], ids=lambda folder: folder.name)
+def test_our_rewards_prepare_pictures_as_the_training_did(folder: Path) -> None:
+    images = draw(4, 6, "preprocess")[1]
+    assert torch.allclose(CLIPCosine(str(folder)).preprocess(images), images * 2 - 1, atol=1e-6)
 
 
 def test_the_pipeline_loads_in_float32_as_it_is(pipeline: StableDiffusionPipeline) -> None:
@@ -84,10 +103,34 @@ def test_samples_follow_their_prompts(pipeline: StableDiffusionPipeline) -> None
     assert shares["score"] > 0.42
 
 
+def test_the_preference_model_prefers_as_the_utility_does() -> None:
+    captions, images = draw(64, 3, "preference")
+    before, after = (preference_quality(folder, [PICK], images, captions) for folder in (CLIP, PREFERENCE))
+    assert after["pairs, by utility"] > max(0.75, before["pairs, by utility"])
+    assert after["pairs, as labelled"] > 0.7
+
+
+def test_the_aesthetic_head_knows_blur_from_a_crisp_picture() -> None:
+    images = draw(128, 3, "aesthetic")[1]
+    blurred = F.interpolate(F.avg_pool2d(images, 4), 64, mode="bilinear")
+    score = AestheticScore()
+    assert (score(images, []) > score(blurred, [])).float().mean() > 0.9
+
+
+def test_pairs_that_ship_are_read_as_pick_a_pic_is() -> None:
+    table = parquet.read_table(PICK)
+    assert table.num_rows == 1000
+    assert table.schema.equals(SCHEMA)
+    labels = table.column("label_0").to_pylist()
+    assert set(labels) == {0.0, 0.5, 1.0}
+    assert 0.4 < labels.count(1.0) / (labels.count(1.0) + labels.count(0.0)) < 0.6
+
+
 @pytest.mark.slow
 def test_the_whole_recipe_runs(tmp_path: Path) -> None:
-    arguments = "--steps 2 --minutes 5 --num_pictures 64 --num_latents 64 --num_samples 2 --num_processes 1"
-    CLI(main, as_positional=False, args=["--out", str(tmp_path), *arguments.split()])
+    sizes = "--num_pictures 64 --num_latents 64 --num_samples 2 --num_pairs 24"
+    budget = "--steps 2 --minutes 5 --num_processes 1"
+    CLI(main, as_positional=False, args=["--out", str(tmp_path), *sizes.split(), *budget.split()])
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     assert sample(pipeline, ["a red circle"], Sampling(2, 1.0, 1.0), 0).shape == (1, 3, 64, 64)

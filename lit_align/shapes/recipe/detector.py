@@ -142,14 +142,21 @@ class DetectorStage(Stage):
 def make_detector(out: Path, budget: Budget, precision: str, seed: int) -> None:
     """Train the detector and write it to ``out / "detector"``.
 
+    If it is there already, a further round begins with its weights and a fresh learning rate; another seed
+    shows it other scenes.
+
     Args:
-        out: Working folder of the recipe; nothing in it is needed.
+        out: Working folder of the recipe; nothing else in it is needed.
         budget: How long to train.
         precision: Lightning's.
         seed: Of weights and scenes.
     """
     torch.manual_seed(seed)
-    stage = DetectorStage(make_yolos(), budget, seed)
+    model = make_yolos()
+    if (out / "detector").exists():
+        last = YolosForObjectDetection.from_pretrained(out / "detector", dtype=torch.float32)
+        model.load_state_dict(last.state_dict())
+    stage = DetectorStage(model, budget, seed)
     fit(stage, Batches(NUM_PICTURES, 64, seed), out / "logs" / "detector", precision)
     save_seer(out / "detector", stage.average, "YolosImageProcessor")
 

@@ -49,9 +49,9 @@ class Sampling:
 
 
 CELLS = (
-    *(Sampling(10, eta, guidance) for eta in (0.0, 1.0) for guidance in (1.0, 2.0, 3.0, 5.0)),
-    *(Sampling(steps, 1.0, guidance) for steps in (12, 15) for guidance in (1.0, 3.0)),
-    Sampling(15, 0.0, 3.0),
+    *(Sampling(10, 1.0, guidance) for guidance in (1.0, 2.0, 3.0, 5.0)),
+    *(Sampling(10, 0.0, guidance) for guidance in (1.0, 3.0)),
+    *(Sampling(steps, 1.0, 3.0) for steps in (5, 20)),
 )
 RECOMMENDED = Sampling(10, 1.0, 3.0)
 FRESH = 1000
