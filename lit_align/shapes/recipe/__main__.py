@@ -45,8 +45,10 @@ REWARD_MODELS: dict[RewardModel, Callable[[Path, Budget, str, int], None]] = {
     "detector": make_detector,
     "classifier": make_classifier,
 }
-MINUTES: dict[str, float] = {"clip": 35.0, "vae": 14.0, "decoder": 12.0, "unet": 79.0}
-MINUTES |= {"aesthetic": 1.0, "preference": 4.0, "detector": 13.0, "classifier": 3.0}
+MINUTES: dict[str, float] = {"clip": 53.0, "vae": 14.0, "decoder": 12.0, "unet": 110.0}
+MINUTES |= {"aesthetic": 1.0, "preference": 4.0, "detector": 32.0, "classifier": 5.0}
+FURTHER = ("clip", "unet", "detector")
+"""Stages that can be trained for another round."""
 SAMPLE = 1000
 """Pairs of the sample that ships; no model is trained on them."""
 
@@ -66,7 +68,7 @@ class Recipe:
         export_every: Minutes between two exports of the denoiser while it trains.
         num_samples: Pictures per cell of the quality table.
         seed: Of everything.
-        further: Train what the stage made (``clip`` or ``unet``) for another round.
+        further: Train what the stage made (one of ``FURTHER``) for another round.
         num_processes: Processes that train the denoiser, one thread each (set OMP_NUM_THREADS=1).
     """
 
@@ -188,7 +190,7 @@ class Recipe:
 
     def reward_model(self, name: RewardModel) -> None:
         """Train one of the reward models."""
-        if not (self.out / name).exists():
+        if self.further or not (self.out / name).exists():
             self.found("clip"), self.found("pick")
             REWARD_MODELS[name](self.out, self.budget(name), self.precision, self.seed)
 
@@ -216,9 +218,9 @@ def main(
     num_processes: int = 2,
 ) -> None:
     """Run one stage or all; see :class:`Recipe` for the arguments."""
-    if further and stage not in ("clip", "unet"):
+    if further and stage not in FURTHER:
         raise ConfigError(
-            "--further true trains one stage for another round; give --stage clip or --stage unet with it."
+            f"--further true trains one stage for another round; give --stage {' or '.join(FURTHER)} with it."
         )
     out.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(
