@@ -6,6 +6,8 @@ from lit_align.rewards.base import PictureReward, Reward, Scope
 from lit_align.rewards.clip import CLIPScore, PickScore
 from lit_align.rewards.colour import Brightness, ColourFraction, Redness
 from lit_align.rewards.compression import JPEGCompressibility, JPEGIncompressibility
+from lit_align.rewards.detection import ObjectCount
+from lit_align.rewards.jpeg import SoftJPEGCompressibility, SoftJPEGIncompressibility
 from lit_align.rewards.shapes import ShapesTruth
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "ColourFraction",
     "JPEGCompressibility",
     "JPEGIncompressibility",
+    "ObjectCount",
     "PickScore",
     "PictureReward",
     "Redness",
@@ -23,4 +26,6 @@ __all__ = [
     "RewardOutput",
     "Scope",
     "ShapesTruth",
+    "SoftJPEGCompressibility",
+    "SoftJPEGIncompressibility",
 ]

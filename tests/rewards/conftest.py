@@ -1,4 +1,4 @@
-"""A tiny CLIP with a tokenizer of twenty words, saved as the real ones are, and an aesthetic head on it."""
+"""A tiny CLIP with a tokenizer of twenty words, an aesthetic head on it, a tiny YOLOS, saved as real ones."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, YolosConfig, YolosForObjectDetection
 
 WORDS = ["a", "red", "blue", "circle", "square", "and", "on", "the"]
 MEAN, STD = [0.3, 0.4, 0.5], [0.2, 0.25, 0.3]
@@ -58,3 +58,31 @@ def head_file(clip_folder: Path) -> Path:
         state[f"layers.{layer}.bias"] = torch.randn(outputs, generator=generator)
     save_file(state, clip_folder.with_name("head.safetensors"))
     return clip_folder.with_name("head.safetensors")
+
+
+@pytest.fixture(scope="session")
+def detector_folder(clip_folder: Path) -> Path:
+    """A detector of two kinds with five queries, beside the CLIP folder."""
+    folder = clip_folder.with_name("detector")
+    config = YolosConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        hidden_dropout_prob=0.5,  # must never be felt
+        image_size=[16, 16],
+        patch_size=4,
+        num_detection_tokens=5,
+        id2label={0: "circle", 1: "square"},
+        label2id={"circle": 0, "square": 1},
+    )
+    torch.manual_seed(0)
+    model = YolosForObjectDetection(config)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    processor = {"image_processor_type": "YolosImageProcessor", "size": size, "do_pad": False}
+    statistics = {"image_mean": MEAN, "image_std": STD}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor | statistics))
+    return folder

@@ -20,9 +20,12 @@ MAKE: dict[str, Callable[[Path], Reward]] = {
     "ColourFraction": lambda folder: rewards.ColourFraction("teal"),
     "JPEGCompressibility": lambda folder: rewards.JPEGCompressibility(),
     "JPEGIncompressibility": lambda folder: rewards.JPEGIncompressibility(),
+    "ObjectCount": lambda folder: rewards.ObjectCount(str(folder.with_name("detector"))),
     "PickScore": lambda folder: PickScore(str(folder)),
     "Redness": lambda folder: rewards.Redness(),
     "ShapesTruth": lambda folder: rewards.ShapesTruth(),
+    "SoftJPEGCompressibility": lambda folder: rewards.SoftJPEGCompressibility(),
+    "SoftJPEGIncompressibility": lambda folder: rewards.SoftJPEGIncompressibility(),
 }
 """One way to make each reward; a new class without a line here fails by name."""
 
@@ -42,7 +45,9 @@ def names() -> list[str]:
 
 
 @pytest.fixture(params=names())
-def reward(request: pytest.FixtureRequest, clip_folder: Path, head_file: Path) -> Reward:
+def reward(
+    request: pytest.FixtureRequest, clip_folder: Path, head_file: Path, detector_folder: Path
+) -> Reward:
     assert request.param in MAKE, f"tell tests/rewards/test_declared.py how to make {request.param}"
     return MAKE[request.param](clip_folder)
 

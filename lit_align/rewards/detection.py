@@ -1,0 +1,175 @@
+"""How many objects a detector sees, with a gradient to the pixels: for removing, or asking for, a number."""
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForObjectDetection, ImageProcessingMixin, PreTrainedModel
+
+from lit_align.errors import ConfigError
+from lit_align.pretrained import loading, resolve
+from lit_align.rewards.base import Reward, Scope
+from lit_align.shapes import DETECTOR as SHAPES_DETECTOR
+
+FAMILIES = ("yolos", "detr")
+"""Model types whose last class is "no object"; others of DETR's kin score every class by itself."""
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Pixel statistics of ImageNet, which DETR and YOLOS use where their processor names none."""
+
+SHORTEST, LONGEST = 800, 1333
+"""Edges that these detectors resize pictures to where their processor names none."""
+
+YOLOS_STEP = 16
+"""YOLOS's processor rounds the edges down to multiples of this."""
+
+
+class ObjectCount(Reward):
+    """Minus the expected number of objects, or minus its distance to a wanted number.
+
+    Each of the detector's queries holds at most one object, so that the sum over queries of the probability
+    that it holds one (or one of a kind) is the expected number. DETR: Carion et al. 2020, arXiv:2005.12872;
+    YOLOS: Fang et al. 2021, arXiv:2106.00666. AlignProp reports the control of the number of objects
+    (Prabhudesai et al. 2023, arXiv:2310.03739); its code has no such reward, so this count is our own.
+
+    Args:
+        pretrained: ``"shapes"``, a folder with a transformers YOLOS or DETR, or a hub id such as
+            ``hustvl/yolos-tiny``. Safetensors only.
+        label: Count objects of this kind only, such as ``person`` (Shapes: ``circle``).
+        target: The wanted number; without it fewer are better, which teaches removal.
+
+    Raises:
+        ConfigError: The detector cannot be loaded or is of another family, it has no such label, or the
+            target is no number of objects.
+    """
+
+    IMAGES_AT_ONCE = 64
+    differentiable: ClassVar[bool] = True
+    scope: ClassVar[Scope] = "sample"
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, pretrained: str = "shapes", label: str | None = None, target: float | None = None
+    ) -> None:
+        super().__init__()
+        if target is not None and not (math.isfinite(target) and target >= 0):
+            raise ConfigError(
+                f"ObjectCount: target is {target}; give the wanted number of objects, 0 or more, "
+                "or leave it out to have fewer objects score more."
+            )
+        self.model = _load_model(pretrained)
+        self.classes, self.target = _classes(self.model, pretrained, label), target
+        self.processor = _load_processor(pretrained)
+        normalise = self.processor.get("do_normalize", True)
+        mean = self.processor.get("image_mean", MEAN) if normalise else (0, 0, 0)
+        std = self.processor.get("image_std", STD) if normalise else (1, 1, 1)
+        self.register_buffer("mean", torch.tensor(mean).float().view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).float().view(1, 3, 1, 1), persistent=False)
+        self.freeze()
+
+    def forward(
+        self,
+        images: Tensor,
+        prompts: list[str],
+        groups: Tensor | None = None,
+        columns: dict[str, list[Any]] | None = None,
+    ) -> Tensor:
+        """Score ``(B, 3, H, W)`` pictures, whatever their prompts (see :class:`Reward`)."""
+        count = self.count(images)
+        return -count if self.target is None else -(count - self.target).abs()
+
+    def count(self, images: Tensor) -> Tensor:
+        """Expected number ``(B,)`` of the objects that count in ``(B, 3, H, W)`` pictures in [0, 1]."""
+        chunks = [self.preprocess(chunk) for chunk in images.split(self.IMAGES_AT_ONCE)]
+        return expected(torch.cat([self.model(pixel_values=chunk).logits for chunk in chunks]), self.classes)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Antialiased bilinear resize as the processor's configuration says, unrounded, and normalise."""
+        pixels = images.to(self.mean.dtype)
+        size = self._size(*images.shape[-2:])
+        if size != tuple(images.shape[-2:]):
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
+        return (pixels - self.mean) / self.std
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        """The height and width in which the detector sees a picture."""
+        if not self.processor.get("do_resize", True):
+            return height, width
+        size = self.processor.get("size", {})
+        if isinstance(size, int):  # processors before 2023
+            size = {"shortest_edge": size, "longest_edge": self.processor.get("max_size", LONGEST)}
+        if "height" in size:
+            return size["height"], size["width"]
+        low, high = sorted((height, width))
+        limit = size.get("longest_edge", LONGEST)
+        short = min(size.get("shortest_edge", SHORTEST), limit * low / high)
+        step = YOLOS_STEP if self.model.config.model_type == "yolos" else 1
+        edges = [int(edge) // step * step for edge in (round(short), short * high / low)]
+        return (edges[0], edges[1]) if height <= width else (edges[1], edges[0])
+
+
+def expected(logits: Tensor, classes: list[int]) -> Tensor:
+    """Expected number of objects.
+
+    Args:
+        logits: ``(B, queries, kinds + 1)``, "no object" last.
+        classes: The kinds that count.
+
+    Returns:
+        ``(B,)``.
+    """
+    likely = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
+    return likely[..., classes].sum(dim=(1, 2))
+
+
+def _load_model(pretrained: str) -> PreTrainedModel:
+    """Load in float32; weights that the file lacks would be random, so they are an error."""
+    load = cast(Callable[..., tuple[PreTrainedModel, Any]], AutoModelForObjectDetection.from_pretrained)
+    with loading(pretrained):
+        try:
+            model, info = load(
+                resolve(pretrained, SHAPES_DETECTOR),
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except ImportError as error:  # DETR's backbones may come from timm
+            raise OSError(f"a package is missing: {' '.join(str(error).split())}") from error
+    if missing := info["missing_keys"]:
+        raise ConfigError(
+            f"pretrained: {pretrained!r} is no complete detector: {len(missing)} weights are missing, "
+            f"such as {min(missing)}; give a folder or hub id that was saved from a transformers detector."
+        )
+    if model.config.model_type not in FAMILIES:
+        raise ConfigError(
+            f"pretrained: {pretrained!r} is a {model.config.model_type}, whose confidences are no "
+            f"probabilities of 'no object'; give a model of one of these families: {', '.join(FAMILIES)}."
+        )
+    return model
+
+
+def _load_processor(pretrained: str) -> dict[str, Any]:
+    """The processor's configuration; empty where there is none."""
+    try:
+        config, _ = ImageProcessingMixin.get_image_processor_dict(resolve(pretrained, SHAPES_DETECTOR))
+    except OSError:
+        return {}
+    return cast(dict[str, Any], config)
+
+
+def _classes(model: PreTrainedModel, pretrained: str, label: str | None) -> list[int]:
+    """Numbers of the classes that count."""
+    labels = cast(dict[int, str], model.config.id2label)
+    if label is None:
+        return sorted(labels)
+    if classes := [number for number, name in labels.items() if name == label]:
+        return classes
+    there = ", ".join(sorted(set(labels.values())))
+    raise ConfigError(
+        f"ObjectCount: {pretrained!r} knows no label {label!r}; give one of these, "
+        f"or none to count them all: {there}."
+    )
