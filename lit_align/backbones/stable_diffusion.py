@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,9 +60,9 @@ class StableDiffusionBackbone(DiffusionBackbone):
         Args:
             pretrained: ``shapes`` for the bundled model, a folder in diffusers' format, or a hub id.
             lora: The adapter that is trained, or null to train all weights of the UNet.
-            checkpointing: Recompute each prediction in the backward pass instead of keeping its activations.
-                Saves memory where a loss holds several predictions at once; where it holds one, as in DDPO,
-                lower the method's ``micro_batch`` instead.
+            checkpointing: Recompute each prediction, and each decoding, in the backward pass instead of
+                keeping its activations. Saves memory where a loss holds several predictions at once; where it
+                holds one, as in DDPO, lower the method's ``micro_batch`` instead.
             decode_batch: Pictures decoded at once; bounds the memory of the autoencoder.
             prompt_cache: Number of prompts whose embeddings are remembered.
 
@@ -223,8 +224,15 @@ class StableDiffusionBackbone(DiffusionBackbone):
 
     def decode(self, latents: Tensor) -> Tensor:
         scaled = latents / self.pipeline.vae.config.scaling_factor
-        chunks = [self.pipeline.vae.decode(z, return_dict=False)[0] for z in scaled.split(self.decode_batch)]
+        chunks = [self._decode(z) for z in scaled.split(self.decode_batch)]
         return (torch.cat(chunks).float() / 2 + 0.5).clamp(0, 1)
+
+    def _decode(self, scaled: Tensor) -> Tensor:
+        decode = partial(self.pipeline.vae.decode, return_dict=False)
+        if self.checkpointing and scaled.requires_grad:
+            pixels: Tensor = checkpoint(decode, scaled, use_reentrant=False, preserve_rng_state=False)[0]
+            return pixels
+        return decode(scaled)[0]
 
     def latents(self, images: Tensor) -> Tensor:
         chunks = [

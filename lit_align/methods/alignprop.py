@@ -1,0 +1,411 @@
+"""AlignProp: the gradient of the reward, through the sampler (Prabhudesai et al. 2023, arXiv 2310.03739).
+
+DRaFT-K (Clark et al. 2023, arXiv 2309.17400) is the same with a fixed window of ``K`` last steps, and ReFL
+(Xu et al. 2023, arXiv 2304.05977) the same with a chain that is cut short by a one-shot prediction: both are
+choices of ``truncation``. Shapes: ``B`` images, ``T`` steps.
+"""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import ClassVar
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from lit_align.backbones import POLICY, REFERENCE, Conditioning, DiffusionBackbone
+from lit_align.backbones.base import SamplerFactory
+from lit_align.data import Batch
+from lit_align.errors import ConfigError
+from lit_align.gaussian import Generators
+from lit_align.methods.base import AlignmentModule
+from lit_align.randomness import generator
+from lit_align.rewards import RewardBank
+from lit_align.samplers import Sampler
+
+Predict = Callable[[Tensor, int], Tensor]
+"""``predict(x, k)``: the guided output of the denoiser at the states ``x (B, ...)`` of step ``k``."""
+
+
+class Truncation(ABC):
+    """Which predictions of a chain the gradient goes through; drawn anew for every picture.
+
+    The paper draws once a rollout, and its code once (or once a step) for a micro-batch of pictures. Here
+    every picture has a draw of its own, so that an update averages over windows and does not depend on how
+    pictures were dealt to micro-batches and ranks.
+
+    Attributes:
+        one_shot: Whether the picture is the clean state that the attached prediction implies, instead of the
+            end of the chain.
+    """
+
+    one_shot: ClassVar[bool] = False
+
+    @abstractmethod
+    def attached(self, num_steps: int, draw: torch.Generator) -> Tensor:
+        """``(T,)`` bool, with at least one step: a picture without a gradient would be wasted.
+
+        Raises:
+            ConfigError: The settings do not fit this number of steps.
+        """
+
+
+class Window(Truncation, ABC):
+    """The last ``K`` steps are attached; truncation biases the gradient towards what late steps decide."""
+
+    @abstractmethod
+    def length(self, num_steps: int, draw: torch.Generator) -> int:
+        """``K``, from 1 to ``num_steps``."""
+
+    def attached(self, num_steps: int, draw: torch.Generator) -> Tensor:
+        return torch.arange(num_steps) >= num_steps - self.length(num_steps, draw)
+
+
+class NoTruncation(Window):
+    """The whole chain: exact, and in the paper the way to one picture for all prompts within two epochs."""
+
+    def length(self, num_steps: int, draw: torch.Generator) -> int:
+        return num_steps
+
+
+class FixedWindow(Window):
+    """Always the same number of steps: DRaFT-K.
+
+    Args:
+        steps: ``K``. DRaFT's practical choice is 1.
+    """
+
+    def __init__(self, steps: int = 1) -> None:
+        self.steps = steps
+
+    def length(self, num_steps: int, draw: torch.Generator) -> int:
+        _check("FixedWindow's steps", self.steps, num_steps)
+        return self.steps
+
+
+class UniformWindow(Window):
+    """A uniform number of steps: AlignProp's randomised truncation, which its human study preferred.
+
+    Args:
+        low: Smallest ``K``. The paper begins at 0, which is a picture without a gradient.
+        high: Largest ``K``; all steps if not given, as in the paper.
+    """
+
+    def __init__(self, low: int = 1, high: int | None = None) -> None:
+        self.low = low
+        self.high = high
+
+    def length(self, num_steps: int, draw: torch.Generator) -> int:
+        high = num_steps if self.high is None else self.high
+        _check("UniformWindow's high", high, num_steps)
+        _check("UniformWindow's low", self.low, high)
+        return int(torch.randint(self.low, high + 1, (), generator=draw))
+
+
+class GaussianWindow(Window):
+    """A normal number of steps, rounded up, drawn again until it is one of 1 to ``T``.
+
+    Args:
+        mean: 8 of 50 steps in the released code (branch trl_main: the first attached step is N(42, 5)).
+        std: 5 there.
+    """
+
+    def __init__(self, mean: float = 8.0, std: float = 5.0) -> None:
+        if not std >= 0:
+            raise ConfigError(f"GaussianWindow: std {std} must not be negative")
+        self.mean = mean
+        self.std = std
+
+    def length(self, num_steps: int, draw: torch.Generator) -> int:
+        _check("GaussianWindow's mean", self.mean, num_steps)  # so that a draw is soon inside
+        while True:
+            steps = math.ceil(self.mean + self.std * float(torch.randn((), generator=draw)))
+            if 1 <= steps <= num_steps:
+                return steps
+
+
+class PerStep(Truncation):
+    """Each step is attached or not by a draw of its own, step ``k`` with probability ``(k + 1) / (T + 1)``.
+
+    The rule of the released code (branch main) and of TRL's AlignPropTrainer. A step has the same chance as
+    with a uniform window, but a detached step in the middle takes its Jacobian from all that precede it. The
+    last step is always attached; with 50 steps that adds 1/51 to its chance.
+    """
+
+    def attached(self, num_steps: int, draw: torch.Generator) -> Tensor:
+        thresholds = torch.randint(0, num_steps + 1, (num_steps,), generator=draw)
+        chosen = torch.arange(num_steps) >= thresholds
+        chosen[-1] = True
+        return chosen
+
+
+class OneShot(Truncation):
+    """ReFL: the chain stops at a random late step, whose prediction gives the clean picture at once.
+
+    Args:
+        low: Latest step, counted from the end: 1 is the last.
+        high: Earliest step, counted so. ReFL: 1 to 10 of 40.
+    """
+
+    one_shot: ClassVar[bool] = True
+
+    def __init__(self, low: int = 1, high: int = 10) -> None:
+        self.low = low
+        self.high = high
+
+    def attached(self, num_steps: int, draw: torch.Generator) -> Tensor:
+        _check("OneShot's high", self.high, num_steps)
+        _check("OneShot's low", self.low, self.high)
+        from_end = int(torch.randint(self.low, self.high + 1, (), generator=draw))
+        return torch.arange(num_steps) == num_steps - from_end
+
+
+def _check(name: str, value: float, highest: int) -> None:
+    if not 1 <= value <= highest:
+        raise ConfigError(f"truncation: {name} is {value}; here it can be 1 to {highest} steps")
+
+
+def reward_loss(rewards: Tensor, target: float | None = None) -> Tensor:
+    """``-R`` (the paper's objective), or ``|R - target|``, as the released code trains the aesthetic score.
+
+    The gradient of the second has the same size at any distance, and turns round past the target.
+
+    Args:
+        rewards: ``(B,)``.
+        target: In units of the reward; 10 for the aesthetic score in the released code.
+
+    Returns:
+        ``(B,)``.
+    """
+    return -rewards if target is None else (rewards - target).abs()
+
+
+def differentiable_rollout(
+    predict: Predict,
+    sampler: Sampler,
+    noise: Tensor,
+    attached: Tensor,
+    draws: Generators = None,
+    reference: Predict | None = None,
+    one_shot: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""Sample a chain whose end is a differentiable function of the attached predictions.
+
+    With :math:`x_{k+1} = a_k x_k + b_k \epsilon_k + \sigma_k z_k` only :math:`\epsilon_k` is detached, as in
+    the released code: the sampler's own arithmetic always carries gradient. Steps before the first attached
+    one run without a graph and hold no memory.
+
+    Args:
+        predict: The denoiser of the policy.
+        sampler: Stochastic steps draw by reparametrisation.
+        noise: ``(B, ...)``, the first states.
+        attached: ``(T, B)`` bool, on the CPU.
+        draws: Where the steps' noise comes from.
+        reference: The denoiser of the reference, to measure KL on the attached steps.
+        one_shot: Return the clean states that the attached predictions imply (ReFL), one per image.
+
+    Returns:
+        Clean latents ``(B, ...)``, and the KL to the reference in nats, summed over the attached steps,
+        ``(B,)``; zeros without a reference.
+    """
+    x = jumped = noise
+    kl = noise.new_zeros(len(noise))
+    # After the last jump nothing is left to sample.
+    steps = int(attached.any(1).nonzero().max()) + 1 if one_shot else sampler.num_steps
+    for k in range(steps):
+        used, keep = bool(attached[k].any()), attached[k].to(x.device)
+        here = keep.view(-1, *(1,) * (x.ndim - 1))
+        with torch.set_grad_enabled(used and torch.is_grad_enabled()):
+            prediction = predict(x, k)
+        prediction = torch.where(here, prediction, prediction.detach())
+        step = sampler.step(x, prediction, k)
+        if reference is not None and used:
+            kl = kl + torch.where(keep, step.kl(sampler.step(x, reference(x, k), k)), 0.0)
+        if one_shot:
+            clean = sampler.predict_x0(x, prediction, int(sampler.timesteps[k]))
+            jumped = torch.where(here, clean, jumped)
+        x = step.rsample(draws)
+    return jumped if one_shot else x, kl
+
+
+@dataclass
+class Collection:
+    """One effective batch, while its micro-batches are worked off.
+
+    Attributes:
+        batch: This rank's images.
+        attached: ``(T, B)`` bool, in the order of ``batch``.
+        scores: Pieces of what the rewards said, in the order of work.
+        figures: Pieces of what was measured.
+        sampling: Seconds for sampling and scoring.
+    """
+
+    batch: Batch
+    attached: Tensor
+    scores: dict[str, list[Tensor]] = field(default_factory=dict)
+    figures: dict[str, list[Tensor]] = field(default_factory=dict)
+    sampling: float = 0.0
+
+
+class AlignPropModule(AlignmentModule):
+    """Backpropagation of a differentiable reward through the sampler; one update per collection."""
+
+    def __init__(
+        self,
+        backbone: DiffusionBackbone,
+        sampler: SamplerFactory,
+        rewards: RewardBank,
+        truncation: Truncation,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        target: float | None = None,
+        coefficient: float = 0.01,
+        kl_weight: float = 0.0,
+        guidance: float = 7.5,
+        clip_norm: float = 5.0,
+        micro_batch: int = 4,
+        rollout_batch: int = 8,
+        seed: int | None = None,
+    ) -> None:
+        """Wire the parts. "Released" is the authors' code, branch main.
+
+        Args:
+            backbone: The diffusion model. With real models set its ``checkpointing``: a chain of predictions
+                does not fit in memory without it.
+            sampler: How it is sampled. Any eta: 0 in the released code, 1 in TRL; 50 steps in both.
+            rewards: What is maximised, by gradient, and what is watched.
+            truncation: Which predictions the gradient goes through. ``UniformWindow`` in the paper.
+            optimizer: Of the trained weights. Released: AdamW, lr 1e-3, weight decay 0.1, LoRA of rank 4.
+            lr_scheduler: Stepped once per update.
+            target: Minimise the distance of the total reward to this, instead of maximising it. Released: 10
+                for the aesthetic score.
+            coefficient: Factor on the loss, 0.01 in the released code. Adam hides it; the clip does not.
+            kl_weight: Weight of the KL to the reference, summed over the attached steps and a mean over
+                latent elements; the coefficient does not scale it. Own addition (the paper stops early).
+            guidance: Scale of classifier-free guidance; gradient flows through both halves. Released: 7.5.
+            clip_norm: Largest norm of the gradient. Released: 5.
+            micro_batch: Images in one backward pass. Bounds memory and changes no result. Released: 4, with
+                128 images per update on all devices; the authors advise a lower lr with fewer.
+            rollout_batch: Images sampled at once in validation, test and predict.
+            seed: Seed of all noise and of the truncation; that of ``seed_everything`` if not given.
+
+        Raises:
+            ConfigError: A trained reward has no gradient, or the options exclude each other.
+        """
+        super().__init__(
+            backbone, sampler, rewards, optimizer, lr_scheduler, guidance, clip_norm, rollout_batch, seed
+        )
+        _check_rewards(rewards)
+        for name, value in {"coefficient": coefficient, "micro_batch": micro_batch}.items():
+            if not value > 0:
+                raise ConfigError(f"{name}: {value} must be positive")
+        if kl_weight and not self.sampler.stochastic.any():
+            raise ConfigError(
+                "kl_weight: steps without noise have no KL, and sampler.init_args.eta is 0; "
+                "set eta to 1, or kl_weight to 0"
+            )
+        truncation.attached(self.sampler.num_steps, generator(self.seed, "truncation"))  # refuses bad sizes
+        self.truncation = truncation
+        self.target = target
+        self.coefficient = coefficient
+        self.kl_weight = kl_weight
+        self.micro_batch = micro_batch
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Sample, score and differentiate in micro-batches, then update once."""
+        started = time.perf_counter()
+        steps = self.sampler.num_steps
+        drawn = [
+            self.truncation.attached(steps, generator(self.seed, "truncation", i))
+            for i in batch.index.tolist()
+        ]
+        work = Collection(batch, torch.stack(drawn, dim=1))
+        # Alike windows together: a micro-batch needs the graph of its longest.
+        order = work.attached.int().argmax(0).argsort(stable=True)
+        self.update([partial(self._loss, work, rows) for rows in order.split(self.micro_batch)])
+        work.figures["grad_norm"] = [self.gradient_norm.detach()[None]]
+        work.figures["attached_steps"] = [work.attached.sum(0)]
+        scores = {name: torch.cat(pieces)[order.argsort()] for name, pieces in work.scores.items()}
+        self.log_collection(scores, work.figures, work.sampling, time.perf_counter() - started)
+
+    def _loss(self, work: Collection, rows: Tensor) -> Tensor:
+        """The part of some images in the mean loss of the collection."""
+        started = time.perf_counter()
+        batch = _select(work.batch, rows)
+        latents, kl = self.differentiable_sample(batch, work.attached[:, rows])
+        images = self.backbone.decode(latents)
+        output = self.rewards(images, batch.prompts, batch.groups, batch.columns)
+        for name, part in {"reward": output.total, **_prefixed(output.parts)}.items():
+            work.scores.setdefault(name, []).append(part.detach().float().cpu())
+        work.sampling += time.perf_counter() - started
+        # A picture without a score has no gradient; unlike a mask, the choice of rows keeps its NaN out.
+        scored = output.total.isfinite()
+        loss = self.coefficient * reward_loss(output.total[scored], self.target)
+        work.figures.setdefault("loss", []).append(loss.detach())
+        total = loss.sum()
+        if self.kl_weight:
+            penalty = kl / latents[0].numel()
+            work.figures.setdefault("kl_penalty", []).append(penalty.detach())
+            total = total + self.kl_weight * penalty.sum()
+        return total / len(work.batch)
+
+    def differentiable_sample(self, batch: Batch, attached: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents that :meth:`sample` draws for training, with a gradient, and their KL.
+
+        Args:
+            batch: ``B`` images.
+            attached: ``(T, B)`` bool.
+
+        Returns:
+            As :func:`differentiable_rollout`.
+        """
+        draws = [generator(self.seed, "rollout", i) for i in batch.index.tolist()]
+        noise = torch.stack([torch.randn(self.backbone.latent_shape, generator=draw) for draw in draws])
+        cond = self.backbone.encode(batch.prompts)
+        reference = partial(self._predict, cond, REFERENCE) if self.kl_weight else None
+        return differentiable_rollout(
+            partial(self._predict, cond, POLICY),
+            self.sampler,
+            noise.to(self.device),
+            attached,
+            draws,
+            reference,
+            self.truncation.one_shot,
+        )
+
+    def _predict(self, cond: Conditioning, weights: str, x: Tensor, k: int) -> Tensor:
+        t = self.sampler.timesteps[k].to(x.device)
+        return self.backbone.predict(x, t, cond, self.guidance, weights)
+
+
+def _check_rewards(rewards: RewardBank) -> None:
+    if names := ", ".join(rewards.black_box):
+        raise ConfigError(
+            f"rewards: AlignProp differentiates the reward, and {names} has no gradient; take it out of "
+            "rewards.init_args.weights, so that it is only watched, or train on it with DDPOModule"
+        )
+    if names := ", ".join(name for name, reward in rewards.rewards.items() if reward.scope != "sample"):
+        raise ConfigError(
+            f"rewards: AlignProp scores pictures in micro-batches, and {names} looks at several pictures at "
+            "once; take it out of the bank"
+        )
+
+
+def _prefixed(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"reward/{name}": part for name, part in parts.items()}
+
+
+def _select(batch: Batch, rows: Tensor) -> Batch:
+    """Some images of a batch."""
+    chosen = rows.tolist()
+    return replace(
+        batch,
+        prompts=[batch.prompts[i] for i in chosen],
+        groups=batch.groups[rows],
+        columns={name: [values[i] for i in chosen] for name, values in batch.columns.items()},
+        index=batch.index[rows],
+    )
