@@ -75,6 +75,12 @@ def make_pipeline(scheduler: DDIMScheduler | PNDMScheduler, sample_size: int = 8
     )
 
 
+@pytest.fixture(autouse=True)
+def _no_seed_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line leaves its seed in the environment, where a module without one looks for it."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny pipeline with Stable Diffusion 1's scheduler."""
