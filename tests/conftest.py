@@ -4,6 +4,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from pathlib import Path
 
+# Before any test module imports rich: typing would remember rich's Optional[Union[float, int]] and hand it to
+# Lightning, whose hints say int first; then the command line reads `limit_train_batches=1` as a whole epoch.
+import lightning  # noqa: F401
 import pytest
 import torch
 from diffusers import (

@@ -10,7 +10,6 @@ PROMPTS, IMAGES = 2, 2
 STEPS, REPLAYED = 10, 4  # of configs/ddpo.yaml: steps of a picture, and those of them that an update replays
 
 
-@pytest.mark.slow  # run after it in one process, test_results became very slow; the cause is not found yet
 @pytest.mark.parametrize("width", [1, 2], ids=["no guidance", "guidance"])
 def test_the_floor_counts_the_calls_of_a_real_collection(width: int, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
