@@ -1,10 +1,13 @@
 """Finding pretrained weights and failing with a sentence when they cannot be had."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from transformers import ImageProcessingMixin
 
 from lit_align.errors import ConfigError
 
@@ -57,8 +60,10 @@ def loading(pretrained: str) -> Iterator[None]:
             f"pretrained: the weights of {pretrained!r} are corrupt ({error}); "
             "delete them and download them again."
         ) from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        if isinstance(error, ImportError):  # as where DETR's backbone comes from timm
+            lines = [f"a package is missing: {' '.join(str(error).split())}"]
         if pretrained == SHAPES:
             remedy = "reinstall lit_align, whose weights they are"
         elif Path(pretrained).expanduser().is_dir():
@@ -72,3 +77,42 @@ def loading(pretrained: str) -> Iterator[None]:
             )
         reason = lines[0].rstrip(".")
         raise ConfigError(f"pretrained: cannot load {pretrained!r} ({reason}); {remedy}.") from error
+
+
+def load_whole(
+    load: Callable[..., tuple[Any, dict[str, Any]]], pretrained: str, shapes: Path, what: str, saved_from: str
+) -> Any:
+    """Load a transformers model in float32 from safetensors.
+
+    Args:
+        load: ``from_pretrained`` of its class.
+        pretrained: What the user wrote.
+        shapes: The shipped folder that ``"shapes"`` stands for here.
+        what: What it should be, for the message: "CLIP model".
+        saved_from: What such a folder is saved from.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: It cannot be loaded, or the file lacks weights, which would be random.
+    """
+    with loading(pretrained):
+        model, info = load(
+            resolve(pretrained, shapes), dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    if missing := info["missing_keys"]:
+        raise ConfigError(
+            f"pretrained: {pretrained!r} is no complete {what}: {len(missing)} weights are missing, such as "
+            f"{min(missing)}; give a folder or hub id that was saved from a transformers {saved_from}."
+        )
+    return model
+
+
+def processor_config(pretrained: str, shapes: Path) -> dict[str, Any]:
+    """What a model's folder says about preparing pictures; empty where it says nothing."""
+    try:
+        config, _ = ImageProcessingMixin.get_image_processor_dict(resolve(pretrained, shapes))
+    except OSError:
+        return {}
+    return dict(config)

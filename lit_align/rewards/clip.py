@@ -3,16 +3,16 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPModel, ImageProcessingMixin, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lit_align.errors import ConfigError
-from lit_align.pretrained import loading, resolve
+from lit_align.pretrained import load_whole, loading, processor_config, resolve
 from lit_align.rewards.base import Reward, Scope
 from lit_align.shapes import CLIP as SHAPES_CLIP
 from lit_align.shapes import PREFERENCE as SHAPES_PREFERENCE
@@ -42,12 +42,15 @@ class CLIPCosine(nn.Module):
     def __init__(self, pretrained: str, processor: str | None = None, shapes: Path = SHAPES_CLIP) -> None:
         super().__init__()
         processor = pretrained if processor is None else processor
-        self.model = _load_model(pretrained, shapes)
+        self.model: CLIPModel = load_whole(
+            CLIPModel.from_pretrained, pretrained, shapes, "CLIP model", "CLIPModel"
+        )
         self.tokenizer = _load_tokenizer(processor, shapes)
         config: Any = self.model.config
         self.side: int = config.vision_config.image_size
         self.positions: int = config.text_config.max_position_embeddings
-        mean, std = _pixel_statistics(processor, shapes)
+        pixels = processor_config(processor, shapes)
+        mean, std = pixels.get("image_mean", MEAN), pixels.get("image_std", STD)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
@@ -183,22 +186,6 @@ class PickScore(Reward):
         return scores
 
 
-def _load_model(pretrained: str, shapes: Path) -> CLIPModel:
-    """Load in float32; weights that the file lacks would be random, so they are an error."""
-    folder, load = (
-        resolve(pretrained, shapes),
-        cast(Callable[..., tuple[CLIPModel, Any]], CLIPModel.from_pretrained),
-    )
-    with loading(pretrained):
-        model, info = load(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    if missing := info["missing_keys"]:
-        raise ConfigError(
-            f"pretrained: {pretrained!r} is no complete CLIP model: {len(missing)} weights are missing, "
-            f"such as {min(missing)}; give a folder or hub id that was saved from a transformers CLIPModel."
-        )
-    return model
-
-
 def _load_tokenizer(processor: str, shapes: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer; where its files are missing transformers makes one without words: an error here."""
     with loading(processor):
@@ -209,15 +196,6 @@ def _load_tokenizer(processor: str, shapes: Path) -> PreTrainedTokenizerBase:
             "or name under 'processor' where it is."
         )
     return tokenizer
-
-
-def _pixel_statistics(processor: str, shapes: Path) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of the pixels: those of the processor's configuration, else CLIP's."""
-    try:
-        config, _ = ImageProcessingMixin.get_image_processor_dict(resolve(processor, shapes))
-    except OSError:
-        config = {}
-    return list(config.get("image_mean", MEAN)), list(config.get("image_std", STD))
 
 
 def _pooled(features: Tensor | BaseModelOutputWithPooling) -> Tensor:

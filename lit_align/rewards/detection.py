@@ -1,16 +1,15 @@
 """How many objects a detector sees, with a gradient to the pixels: for removing, or asking for, a number."""
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForObjectDetection, ImageProcessingMixin, PreTrainedModel
+from transformers import AutoModelForObjectDetection, PreTrainedModel
 
 from lit_align.errors import ConfigError
-from lit_align.pretrained import loading, resolve
+from lit_align.pretrained import load_whole, processor_config
 from lit_align.rewards.base import Reward, Scope
 from lit_align.shapes import DETECTOR as SHAPES_DETECTOR
 
@@ -63,7 +62,7 @@ class ObjectCount(Reward):
             )
         self.model = _load_model(pretrained)
         self.classes, self.target = _classes(self.model, pretrained, label), target
-        self.processor = _load_processor(pretrained)
+        self.processor = processor_config(pretrained, SHAPES_DETECTOR)
         normalise = self.processor.get("do_normalize", True)
         mean = self.processor.get("image_mean", MEAN) if normalise else (0, 0, 0)
         std = self.processor.get("image_std", STD) if normalise else (1, 1, 1)
@@ -127,38 +126,16 @@ def expected(logits: Tensor, classes: list[int]) -> Tensor:
 
 
 def _load_model(pretrained: str) -> PreTrainedModel:
-    """Load in float32; weights that the file lacks would be random, so they are an error."""
-    load = cast(Callable[..., tuple[PreTrainedModel, Any]], AutoModelForObjectDetection.from_pretrained)
-    with loading(pretrained):
-        try:
-            model, info = load(
-                resolve(pretrained, SHAPES_DETECTOR),
-                dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except ImportError as error:  # DETR's backbones may come from timm
-            raise OSError(f"a package is missing: {' '.join(str(error).split())}") from error
-    if missing := info["missing_keys"]:
-        raise ConfigError(
-            f"pretrained: {pretrained!r} is no complete detector: {len(missing)} weights are missing, "
-            f"such as {min(missing)}; give a folder or hub id that was saved from a transformers detector."
-        )
+    """A detector of a family whose confidences say that there is no object."""
+    model: PreTrainedModel = load_whole(
+        AutoModelForObjectDetection.from_pretrained, pretrained, SHAPES_DETECTOR, "detector", "detector"
+    )
     if model.config.model_type not in FAMILIES:
         raise ConfigError(
             f"pretrained: {pretrained!r} is a {model.config.model_type}, whose confidences are no "
             f"probabilities of 'no object'; give a model of one of these families: {', '.join(FAMILIES)}."
         )
     return model
-
-
-def _load_processor(pretrained: str) -> dict[str, Any]:
-    """The processor's configuration; empty where there is none."""
-    try:
-        config, _ = ImageProcessingMixin.get_image_processor_dict(resolve(pretrained, SHAPES_DETECTOR))
-    except OSError:
-        return {}
-    return cast(dict[str, Any], config)
 
 
 def _classes(model: PreTrainedModel, pretrained: str, label: str | None) -> list[int]:
