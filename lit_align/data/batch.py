@@ -1,7 +1,7 @@
 """The one batch that every method, reward and callback sees."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,17 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def __getitem__(self, rows: Tensor) -> "Batch":
+        """Some images, by their places ``(N,)`` long."""
+        chosen = rows.tolist()
+        return replace(
+            self,
+            prompts=[self.prompts[i] for i in chosen],
+            groups=self.groups[rows],
+            columns={name: [values[i] for i in chosen] for name, values in self.columns.items()},
+            index=self.index[rows],
+        )
 
 
 def repeat_prompts(

@@ -26,7 +26,7 @@ from lit_align.errors import ConfigError
 from lit_align.evaluation import diversity
 from lit_align.gaussian import GaussianStep
 from lit_align.randomness import generator, run_seed
-from lit_align.rewards import RewardBank
+from lit_align.rewards import RewardBank, RewardOutput
 from lit_align.rollout import Trajectory, rollout
 
 MAX_SKIPPED = 10
@@ -44,6 +44,12 @@ class Samples:
 
     trajectory: Trajectory
     images: Tensor
+
+
+def named(output: RewardOutput) -> dict[str, Tensor]:
+    """Total and parts of the reward on the CPU, ``{"reward": (B,), "reward/<name>": (B,)}``."""
+    scores = {"reward": output.total} | {f"reward/{name}": part for name, part in output.parts.items()}
+    return {name: score.detach().float().cpu() for name, score in scores.items()}
 
 
 class AlignmentModule(LightningModule):
@@ -105,19 +111,22 @@ class AlignmentModule(LightningModule):
         )
         chunks: list[Samples] = []
         for rows in torch.arange(len(batch)).split(self.rollout_batch):
-            draws = [generator(self.seed, purpose, i) for i in batch.index[rows].tolist()]
-            noise = torch.stack([torch.randn(self.backbone.latent_shape, generator=draw) for draw in draws])
-            trajectory = rollout(policy[rows], noise.to(self.device), self.sampler.num_steps, draws)
+            noise, draws = self.draw_noise(batch.index[rows], purpose)
+            trajectory = rollout(policy[rows], noise, self.sampler.num_steps, draws)
             chunks.append(Samples(trajectory, self.backbone.decode(trajectory.states[-1])))
         parts = [(c.trajectory.states, c.trajectory.means, c.trajectory.log_probs) for c in chunks]
         states, means, log_probs = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         return Samples(Trajectory(states, means, log_probs), torch.cat([c.images for c in chunks]))
 
+    def draw_noise(self, index: Tensor, purpose: str) -> tuple[Tensor, list[torch.Generator]]:
+        """First states ``(B, C, H, W)`` of the pictures with these numbers, and where the rest comes from."""
+        draws = [generator(self.seed, purpose, i) for i in index.tolist()]
+        noise = torch.stack([torch.randn(self.backbone.latent_shape, generator=draw) for draw in draws])
+        return noise.to(self.device), draws
+
     def score(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Total and parts of the reward on the CPU, ``{"reward": (B,), "reward/<name>": (B,)}``."""
-        output = self.rewards(images, batch.prompts, batch.groups, batch.columns)
-        parts = {f"reward/{name}": part.detach().float().cpu() for name, part in output.parts.items()}
-        return {"reward": output.total.detach().float().cpu()} | parts
+        """What the rewards say of pictures, for reports (see :func:`named`)."""
+        return named(self.rewards(images, batch.prompts, batch.groups, batch.columns))
 
     def trajectory_kl(self, batch: Batch, trajectory: Trajectory) -> Tensor:
         """KL of the policy to the reference along chains, summed over steps: nats per picture, ``(B,)``."""

@@ -15,7 +15,11 @@ from lit_align.data import Batch, PromptDataModule, ShapesPrompts
 from lit_align.errors import ConfigError
 from lit_align.gaussian import GaussianStep
 from lit_align.methods import AlignPropModule
-from lit_align.methods.alignprop import (
+from lit_align.methods.alignprop import differentiable_rollout, reward_loss
+from lit_align.randomness import generator
+from lit_align.rewards import Brightness, CLIPScore, JPEGCompressibility, Redness, Reward, RewardBank
+from lit_align.samplers import DDIM, Sampler
+from lit_align.truncation import (
     FixedWindow,
     GaussianWindow,
     NoTruncation,
@@ -23,12 +27,7 @@ from lit_align.methods.alignprop import (
     PerStep,
     Truncation,
     UniformWindow,
-    differentiable_rollout,
-    reward_loss,
 )
-from lit_align.randomness import generator
-from lit_align.rewards import Brightness, CLIPScore, JPEGCompressibility, Redness, Reward, RewardBank
-from lit_align.samplers import DDIM, Sampler
 
 STEPS = 4
 
