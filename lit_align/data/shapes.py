@@ -2,9 +2,7 @@
 
 from typing import ClassVar, Literal, get_args
 
-from pyarrow import parquet
-
-from lit_align.data.sources import PromptSource
+from lit_align.data.sources import ParquetPrompts, PromptSource, TextPrompts
 from lit_align.errors import ConfigError
 from lit_align.shapes import PROMPTS
 from lit_align.shapes.world import Kind, PromptSpace
@@ -66,16 +64,14 @@ class ShapesPromptSet(PromptSource):
             there = ", ".join(names)
             raise ConfigError(f"name: there is no set '{name}' of Shapes prompts; give one of {there}")
         self.name, (file,) = name, PROMPTS.glob(f"{name}.*")
-        if file.suffix == ".parquet":
-            self._prompts = parquet.read_table(file, columns=["prompt"]).column("prompt").combine_chunks()
-        else:
-            self._prompts = file.read_text().splitlines()
+        read = ParquetPrompts if file.suffix == ".parquet" else TextPrompts
+        self._file: PromptSource = read(str(file))
 
     def __len__(self) -> int:
-        return len(self._prompts)
+        return len(self._file)
 
     def prompt(self, row: int) -> str:
-        return str(self._prompts[row])
+        return self._file.prompt(row)
 
     def __str__(self) -> str:
         return f"Shapes prompts ({self.name})"

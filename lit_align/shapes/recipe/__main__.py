@@ -191,7 +191,8 @@ class Recipe:
     def reward_model(self, name: RewardModel) -> None:
         """Train one of the reward models."""
         if self.further or not (self.out / name).exists():
-            self.found("clip"), self.found("pick")
+            for needed in ("clip", "pick"):
+                self.found(needed)
             REWARD_MODELS[name](self.out, self.budget(name), self.precision, self.seed)
 
     def quality(self) -> None:

@@ -7,13 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from lit_align.shapes.recipe.pictures import Pictures, held_out, mutate
+from lit_align.shapes.recipe.pictures import Pictures, held_out, mutate, normalise
 from lit_align.shapes.recipe.tokenizer import POSITIONS
 from lit_align.shapes.recipe.training import Budget, Stage
 
 WIDTH = 128
-MEAN = STD = (0.5, 0.5, 0.5)
-"""Normalisation of the pictures; it is written into the folder's ``preprocessor_config.json`` as well."""
 
 
 def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -56,8 +54,7 @@ def embed_texts(model: CLIPModel, ids: Tensor) -> Tensor:
 
 def embed_images(model: CLIPModel, images: Tensor) -> Tensor:
     """Unit image embeddings ``(N, WIDTH)`` of pictures in [0, 1]."""
-    pixels = (images - images.new_tensor(MEAN)[:, None, None]) / images.new_tensor(STD)[:, None, None]
-    return F.normalize(model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
+    return F.normalize(model.get_image_features(pixel_values=normalise(images)).pooler_output.float(), dim=-1)
 
 
 class CLIPStage(Stage):

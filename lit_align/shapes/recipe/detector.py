@@ -14,8 +14,8 @@ from transformers import YolosConfig, YolosForObjectDetection
 
 from lit_align.randomness import generator
 from lit_align.shapes.recipe.matching import NONE, dense_loss, overlaps, set_loss
-from lit_align.shapes.recipe.pictures import held_out, numpy_rng
-from lit_align.shapes.recipe.seeing import NUM_PICTURES, normalise, pictures_of, save_seer, soften
+from lit_align.shapes.recipe.pictures import held_out, normalise, numpy_rng
+from lit_align.shapes.recipe.seeing import NUM_PICTURES, pictures_of, save_seer, soften
 from lit_align.shapes.recipe.training import Batches, Budget, Stage, fit
 from lit_align.shapes.world import (
     COLOURS,

@@ -18,6 +18,7 @@ from lit_align.shapes.world import (
     RADII,
     RELATIONS,
     SHAPES,
+    Bytes,
     Caption,
     Group,
     parse,
@@ -25,6 +26,9 @@ from lit_align.shapes.world import (
     sample_caption,
     sample_scene,
 )
+
+MEAN = STD = (0.5, 0.5, 0.5)
+"""Normalisation of the pictures; every ``preprocessor_config.json`` says so too."""
 
 HELD_OUT = 0.05
 """Share of the prompts at each end of their hash order that no reward model sees.
@@ -51,6 +55,16 @@ def words() -> list[str]:
     )
 
 
+def as_images(pixels: Bytes) -> Tensor:
+    """Pictures ``(B, 64, 64, 3)`` uint8 as ``(B, 3, 64, 64)`` float32 in [0, 1]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Pictures in [0, 1] as the models take them."""
+    return (images - images.new_tensor(MEAN)[:, None, None]) / images.new_tensor(STD)[:, None, None]
+
+
 class Pictures:
     """Pictures and captions in memory-mapped files.
 
@@ -69,7 +83,7 @@ class Pictures:
 
     def images(self, numbers: Tensor | Sequence[int]) -> Tensor:
         """Pictures ``(B, 3, 64, 64)`` float32 in [0, 1]."""
-        return torch.from_numpy(self.pixels[np.asarray(numbers)]).permute(0, 3, 1, 2).float() / 255
+        return as_images(self.pixels[np.asarray(numbers)])
 
     def allowed(self) -> Tensor:
         """Numbers ``(M,)`` of the pictures that reward models may be trained on."""

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.models.attention_processor import AttnProcessor2_0
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from lit_align.shapes.recipe.clip import MEAN, STD
+from lit_align.shapes.recipe.pictures import MEAN, STD
 from lit_align.shapes.recipe.unet import make_scheduler
 from lit_align.shapes.world import PICTURE
 
@@ -45,7 +45,7 @@ def save_pipeline(
     unet: UNet2DConditionModel,
 ) -> None:
     """Write a ``StableDiffusionPipeline`` in float16; the models given stay as they are."""
-    text, vae, unet = (_half(model) for model in (text, vae, unet))
+    text, vae, unet = (half(model) for model in (text, vae, unet))
     unet.set_attn_processor(AttnProcessor2_0())
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -61,7 +61,7 @@ def save_pipeline(
     def write(fresh: Path) -> None:
         pipeline.save_pretrained(fresh)
         for part in ("text_encoder", "vae", "unet"):
-            _tidy(fresh / part / "config.json")
+            tidy(fresh / part / "config.json")
 
     replace_folder(folder, write)
 
@@ -70,9 +70,9 @@ def save_clip(folder: Path, tokenizer: CLIPTokenizer, clip: CLIPModel) -> None:
     """Write CLIP and its tokenizer in float16; the model given stays as it is."""
 
     def write(fresh: Path) -> None:
-        _half(clip).save_pretrained(fresh)
+        half(clip).save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
-        _tidy(fresh / "config.json")
+        tidy(fresh / "config.json")
         write_processor(fresh)
 
     replace_folder(folder, write)
@@ -96,12 +96,12 @@ def digest(folder: Path) -> str:
     return total.hexdigest()[:16]
 
 
-def _half(model: Any) -> Any:
+def half(model: Any) -> Any:
     """A copy in float16."""
     return copy.deepcopy(model).half().eval()
 
 
-def _tidy(config: Path) -> None:
+def tidy(config: Path) -> None:
     """Forget the working folder; let transformers load float32, as diffusers does."""
     values = json.loads(config.read_text())
     values.pop("_name_or_path", None)

@@ -16,7 +16,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from lit_align.errors import ConfigError
 from lit_align.shapes.recipe.agreement import agreement
 from lit_align.shapes.recipe.clip import embed_images, embed_texts, load_clip
-from lit_align.shapes.recipe.pictures import held_out
+from lit_align.shapes.recipe.pictures import as_images, held_out
 from lit_align.shapes.recipe.pipeline import save_clip
 from lit_align.shapes.recipe.training import Batches, Budget, Stage, fit
 from lit_align.shapes.world import Bytes, judge, utility
@@ -47,7 +47,7 @@ class Pairs:
 
     def images(self, places: Tensor) -> Tensor:
         """Pictures ``(B, 3, 64, 64)`` float32 in [0, 1]."""
-        return torch.from_numpy(self.pixels[places.numpy()]).permute(0, 3, 1, 2).float() / 255
+        return as_images(self.pixels[places.numpy()])
 
 
 def read_pairs(files: Sequence[Path], for_training: bool) -> Pairs:

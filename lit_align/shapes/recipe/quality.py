@@ -22,7 +22,7 @@ from lit_align.shapes.recipe.aesthetic import aesthetic_quality
 from lit_align.shapes.recipe.classifier import classifier_quality
 from lit_align.shapes.recipe.clip import embed_images, embed_texts, load_clip, tokenize
 from lit_align.shapes.recipe.detector import detector_quality
-from lit_align.shapes.recipe.pictures import mutate, numpy_rng
+from lit_align.shapes.recipe.pictures import as_images, mutate, numpy_rng
 from lit_align.shapes.recipe.preference import preference_quality
 from lit_align.shapes.recipe.report import write_grid, write_table
 from lit_align.shapes.world import (
@@ -63,7 +63,7 @@ def draw(num: int, seed: int, purpose: str) -> tuple[list[str], Tensor]:
     rng = numpy_rng(seed, purpose)
     captions = [sample_caption(rng) for _ in range(num)]
     pixels = np.stack([render(sample_scene(caption, rng)) for caption in captions])
-    return [str(caption) for caption in captions], torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    return [str(caption) for caption in captions], as_images(pixels)
 
 
 def rates(images: Tensor, captions: Sequence[str]) -> dict[str, float]:

@@ -1,6 +1,5 @@
-"""What the models that look at pictures share: soft pictures, normalisation, and their folders."""
+"""What the models that look at pictures share: soft pictures, and their folders."""
 
-import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_align.shapes.recipe.pipeline import replace_folder
+from lit_align.shapes.recipe.pictures import MEAN, STD, as_images
+from lit_align.shapes.recipe.pipeline import half, replace_folder, tidy
 from lit_align.shapes.world import PICTURE, Scene, render
-
-MEAN = STD = (0.5, 0.5, 0.5)
-"""Normalisation of the pictures; it is written into ``preprocessor_config.json`` as well."""
 
 NUM_PICTURES = 1_000_000
 """Training pictures are numbered up to here, and drawn when they are needed: none is kept."""
@@ -23,8 +20,7 @@ NUM_PICTURES = 1_000_000
 
 def pictures_of(scenes: Sequence[Scene]) -> Tensor:
     """Pictures ``(B, 3, 64, 64)`` float32 in [0, 1]."""
-    pixels = np.stack([render(scene) for scene in scenes])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    return as_images(np.stack([render(scene) for scene in scenes]))
 
 
 def soften(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -54,11 +50,6 @@ def soften(images: Tensor, generator: torch.Generator) -> Tensor:
     return (images * gain + shift).clamp(0, 1)
 
 
-def normalise(images: Tensor) -> Tensor:
-    """Pictures in [0, 1] as the models take them."""
-    return (images - images.new_tensor(MEAN)[:, None, None]) / images.new_tensor(STD)[:, None, None]
-
-
 def save_seer(folder: Path, model: PreTrainedModel, processor: str) -> None:
     """Write a model in float16, to be loaded in float32, with what its processor needs to know.
 
@@ -73,9 +64,8 @@ def save_seer(folder: Path, model: PreTrainedModel, processor: str) -> None:
     preprocessing = {"image_processor_type": processor, **statistics, **pixels, "size": size}
 
     def write(fresh: Path) -> None:
-        copy.deepcopy(model).half().eval().save_pretrained(fresh)
-        config = json.loads((fresh / "config.json").read_text()) | {"dtype": "float32"}
-        for name, values in (("config.json", config), ("preprocessor_config.json", preprocessing)):
-            (fresh / name).write_text(json.dumps(values, indent=2) + "\n")
+        half(model).save_pretrained(fresh)
+        tidy(fresh / "config.json")
+        (fresh / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
 
     replace_folder(folder, write)
