@@ -15,10 +15,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from lit_align.callbacks.folder import write
 from lit_align.errors import ConfigError
 from tests.benchmarks.harness.figures import copy_pictures, plot_curves
 from tests.benchmarks.harness.plan import ROOT, Cell, Plan, load_plan
-from tests.benchmarks.harness.record import stored, write
+from tests.benchmarks.harness.record import stored
 from tests.benchmarks.harness.report import markdown, verdict
 from tests.benchmarks.harness.run import Launch, Subprocesses, run_cells
 
@@ -50,7 +51,7 @@ def make(plan: Plan, out: Path, work: Path, launch: Launch, workers: int, source
         failed = run_cells(cells, out, work, launch, tell, workers)
     results = [result for cell in cells if (result := stored(cell, out))]
     if results:
-        write(out / f"{plan.name}.md", markdown(plan, results, source))
+        write(out / f"{plan.name}.md", markdown(plan, results, source) + "\n")
         plot_curves(plan, results, out / f"{plan.name}.png")
         copy_pictures(plan, results, out)
     for config in plan.configs:

@@ -17,14 +17,6 @@ from tests.benchmarks.harness.plan import ROOT, Cell
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "peft")
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file so that a reader sees all of it or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text + "\n")
-    draft.replace(path)
-
-
 def result_path(cell: Cell, out: Path) -> Path:
     """Where the result of a cell lies."""
     return out / cell.plan / f"{cell.name}.json"

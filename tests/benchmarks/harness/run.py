@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lit_align.callbacks.folder import write
 from lit_align.shapes import WEIGHTS_HASH
 from tests.benchmarks.harness.plan import ROOT, Cell
-from tests.benchmarks.harness.record import record, result_path, stored, write
+from tests.benchmarks.harness.record import record, result_path, stored
 
 Launch = Callable[[list[str], Path, int], int]
 """``(arguments of lit_align, log file, descriptor to keep open) -> exit status``."""
@@ -122,7 +123,7 @@ def run_cell(cell: Cell, out: Path, work: Path, launch: Launch, tell: Tell) -> N
         for stage in STAGES:
             if stage not in state["done"]:
                 _run_stage(cell, stage, folder, state, launch, lock, tell)
-        write(result_path(cell, out), json.dumps(record(cell, folder / "version_0", state), indent=1))
+        write(result_path(cell, out), json.dumps(record(cell, folder / "version_0", state), indent=1) + "\n")
     tell(cell, "done")
 
 
@@ -168,7 +169,7 @@ def _state(folder: Path, fingerprint: str) -> dict[str, Any]:
 
 
 def _save(folder: Path, state: dict[str, Any]) -> None:
-    write(folder / "state.json", json.dumps(state, indent=1))
+    write(folder / "state.json", json.dumps(state, indent=1) + "\n")
 
 
 @contextmanager
