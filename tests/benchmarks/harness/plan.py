@@ -36,9 +36,9 @@ class Cell:
         return f"{self.config}_seed{self.seed}"
 
     def fingerprint(self, weights: str) -> str:
-        """Changes when a configuration's content, an override, the seed or the Shapes weights do."""
+        """Changes when what a configuration says, an override, the seed or the Shapes weights do."""
         files = [ROOT / a.removeprefix("--config=") for a in self.arguments if a.startswith("--config=")]
-        parts = [self.arguments, [file.read_text() for file in files], weights]
+        parts = [self.arguments, [yaml.safe_load(file.read_text()) for file in files], weights]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
