@@ -4,6 +4,7 @@ import difflib
 import importlib
 import inspect
 import re
+import signal
 import sys
 import warnings
 import zipfile
@@ -14,6 +15,7 @@ from jsonargparse import ArgumentError, Namespace
 from lightning import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lit_align.advantages
 import lit_align.backbones
@@ -166,6 +168,8 @@ def main(args: list[str] | None = None) -> None:
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
             args=args,
         )
+    except SIGTERMException:  # Lightning would end as if all had been done
+        raise SystemExit(128 + signal.SIGTERM) from None
     except (ValueError, ArgumentError) as error:
         if (told := _sentence(error)) is None:
             raise

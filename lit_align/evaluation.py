@@ -17,6 +17,7 @@ class Comparison:
         difference: Mean of the paired differences, ``after - before``.
         standard_error: Standard error of ``difference``.
         win_rate: Share of the pairs where the second model scores higher; ties count half.
+        win_rate_error: Standard error of ``win_rate``.
         num_pairs: Pairs in which both have a score.
     """
 
@@ -25,6 +26,7 @@ class Comparison:
     difference: float
     standard_error: float
     win_rate: float
+    win_rate_error: float
     num_pairs: int
 
     def __str__(self) -> str:
@@ -43,7 +45,7 @@ def compare(before: Tensor, after: Tensor, groups: Tensor) -> Comparison:
 
     Returns:
         The comparison over the pairs in which both have a score. With fewer than two prompts the standard
-        error is NaN.
+        errors are NaN.
     """
     assert before.shape == after.shape == (len(before),)
     both = before.isfinite() & after.isfinite()
@@ -51,14 +53,17 @@ def compare(before: Tensor, after: Tensor, groups: Tensor) -> Comparison:
     difference = after - before
     count = len(difference)
     prompts, which = groups.unique(return_inverse=True)
-    sums = torch.zeros(len(prompts), dtype=torch.float64).index_add(0, which, difference - difference.mean())
     clusters = len(prompts)
-    error = math.nan
-    if clusters > 1:
-        error = math.sqrt(clusters / (clusters - 1) * sums.square().sum().item()) / count
+
+    def error(values: Tensor) -> float:
+        if clusters < 2:
+            return math.nan
+        sums = torch.zeros(clusters, dtype=torch.float64).index_add(0, which, values - values.mean())
+        return math.sqrt(clusters / (clusters - 1) * sums.square().sum().item()) / count
+
     wins = (difference > 0).double() + 0.5 * (difference == 0).double()
     mean = [x.mean().item() if count else math.nan for x in (before, after, difference, wins)]
-    return Comparison(mean[0], mean[1], mean[2], error, mean[3], count)
+    return Comparison(mean[0], mean[1], mean[2], error(difference), mean[3], error(wins), count)
 
 
 def diversity(images: Tensor, groups: Tensor, side: int = 16) -> Tensor:

@@ -1,6 +1,8 @@
+import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -251,6 +253,26 @@ def test_a_run_that_dies_in_its_validation_repeats_it(small, monkeypatch):
     assert [(p.step, p.value) for p in curves[0]] == [(p.step, p.value) for p in curves[1]]
 
 
+def test_a_terminated_run_says_so_and_can_be_resumed(small, monkeypatch):
+    options = [*small, *without_judge()]
+    with monkeypatch.context() as patch:
+        collect, calls = DDPOModule.collect, []
+
+        def terminated(self: DDPOModule, *arguments: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return collect(self, *arguments)
+
+        patch.setattr(DDPOModule, "collect", terminated)
+        with pytest.raises(SystemExit) as ended:
+            main(["fit", *options])
+    assert ended.value.code == 128 + signal.SIGTERM
+    main(["fit", *options, "--ckpt_path=last"])
+    (run,) = Path("logs/ddpo").iterdir()
+    assert len({point.step for point in scalars(run).Scalars("train/reward")}) > 2
+
+
 def test_two_processes_from_the_command_line_leave_what_one_leaves(small):
     arguments = [*small, *without_judge(), "--trainer.max_epochs=1"]
     main(["fit", *arguments, "--trainer.logger.init_args.name=one"])
@@ -310,6 +332,9 @@ def test_validate_test_and_predict_of_a_trained_run(small):
     report = json.loads((run / "test.json").read_text())
     assert report["figures"]["reward"]["num_pairs"] == 8
     assert report["figures"]["reward"]["difference"] != 0
+    with (run / "test.csv").open() as file:
+        pictures = [float(row["reward"]) - float(row["base/reward"]) for row in csv.DictReader(file)]
+    assert sum(pictures) / 8 == pytest.approx(report["figures"]["reward"]["difference"], abs=1e-5)
     main(["validate", *small, *without_judge(), "--ckpt_path=last"])
     main(["predict", *small, *without_judge(), f"--ckpt_path={run}/checkpoints/last.ckpt"])
     rows = [json.loads(line) for line in (run / "predictions" / "metadata.jsonl").read_text().splitlines()]

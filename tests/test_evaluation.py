@@ -15,6 +15,8 @@ def test_compare_is_the_paired_mean_and_its_standard_error():
     assert found.difference == pytest.approx(mean)
     assert found.standard_error == pytest.approx(spread / 2)
     assert found.win_rate == pytest.approx((1 + 0.5 + 1 + 0) / 4)
+    wins = [1 - 0.625, 0.5 - 0.625, 1 - 0.625, -0.625]
+    assert found.win_rate_error == pytest.approx(math.sqrt(sum(w**2 for w in wins) / 3) / 2)
     assert (found.before, found.after, found.num_pairs) == (1.5, 2.0, 4)
 
 

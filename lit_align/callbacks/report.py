@@ -1,5 +1,7 @@
 """What a run says of itself: its configuration, the spread of its rewards, and a summary at its end."""
 
+import csv
+import io
 import json
 import math
 from dataclasses import asdict
@@ -71,6 +73,7 @@ class RunSummary(Callback):
             "figures": {name: finite(asdict(comparison)) for name, comparison in found.items()},
         }
         write(folder / f"{split}.json", json.dumps(result, indent=2))
+        write(folder / f"{split}.csv", _rows({"prompt": groups} | module.latest))
         self._print(found, folder, split)
 
     def _print(self, found: dict[str, Comparison], folder: Path, split: str) -> None:
@@ -80,13 +83,25 @@ class RunSummary(Callback):
             table.add_column(header, justify="right" if header else "left")
         for name, c in found.items():
             change = f"{c.difference:+.4f} ± {c.standard_error:.4f}"
-            table.add_row(name, f"{c.before:.4f}", f"{c.after:.4f}", change, f"{c.win_rate:.0%}")
+            wins = f"{c.win_rate:.0%} ± {c.win_rate_error:.0%}"
+            table.add_row(name, f"{c.before:.4f}", f"{c.after:.4f}", change, wins)
         console = Console()
         console.print(table)
         for part in ("checkpoints/last.ckpt", "adapter", "pictures", f"{split}.json"):
             if (folder / part).exists():
                 console.print(f"{part.split('/')[0]:<12} {folder / part}", soft_wrap=True, highlight=False)
         console.print(f"{'curves':<12} tensorboard --logdir {folder}", soft_wrap=True, highlight=False)
+
+
+def _rows(columns: dict[str, Tensor]) -> str:
+    """A line for each picture, in an order that two runs with the same data and seed share."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(columns)
+    table.writerows(
+        [[f"{x:.6g}" for x in row] for row in zip(*(c.tolist() for c in columns.values()), strict=True)]
+    )
+    return text.getvalue()
 
 
 class RunConfig(SaveConfigCallback):

@@ -19,7 +19,7 @@ from lit_align.callbacks.folder import write
 from lit_align.errors import ConfigError
 from tests.benchmarks.harness.figures import copy_pictures, plot_curves
 from tests.benchmarks.harness.plan import ROOT, Cell, Plan, load_plan
-from tests.benchmarks.harness.record import stored
+from tests.benchmarks.harness.record import pictures, stored
 from tests.benchmarks.harness.report import markdown, verdict
 from tests.benchmarks.harness.run import Launch, Subprocesses, run_cells
 
@@ -51,7 +51,10 @@ def make(plan: Plan, out: Path, work: Path, launch: Launch, workers: int, source
         failed = run_cells(cells, out, work, launch, tell, workers)
     results = [result for cell in cells if (result := stored(cell, out))]
     if results:
-        write(out / f"{plan.name}.md", markdown(plan, results, source) + "\n")
+        compared = {name for pair in plan.compare for name in pair}
+        done = [cell for cell in cells if cell.config in compared and stored(cell, out)]
+        shown = {(cell.config, cell.seed): pictures(cell, out) for cell in done}
+        write(out / f"{plan.name}.md", markdown(plan, results, shown, source) + "\n")
         plot_curves(plan, results, out / f"{plan.name}.png")
         copy_pictures(plan, results, out)
     for config in plan.configs:

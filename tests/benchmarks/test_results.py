@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def read(folder: Path, seed: int) -> dict[str, Any]:
 
 
 def test_a_plan_that_was_interrupted_ends_as_the_one_that_was_not(plan, tmp_path, monkeypatch, capsys):
+    plan = replace(plan, compare=[["ddpo", "ddpo"]])
     assert run(plan, tmp_path / "whole") == {}
     with monkeypatch.context() as patch:
         collect, calls = DDPOModule.collect, []
@@ -108,9 +110,29 @@ def test_a_plan_that_was_interrupted_ends_as_the_one_that_was_not(plan, tmp_path
     assert f"{whole['test']['reward']['after']:.3f} (" in table
     assert f"| {whole['test']['kl']['after']:.2f} ± " in table
     assert "**inconclusive**" in table or "**fails**" in table
+    assert table.count("| +0.000 ± 0.000, 50% ± 0% |") >= 2  # against itself, of each seed
     for picture in ("tiny.png", "tiny/ddpo_before.png", "tiny/ddpo_after.png"):
         assert picture in table
         assert (results / picture).stat().st_size > 1000
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one_as_if_it_had_never_stopped(plan, tmp_path):
+    sizes = {name: value for name, value in TINY.items() if name != "trainer.max_epochs"}
+    configs = {f"ddpo_{n}": ["configs/ddpo.yaml", f"--trainer.max_epochs={n}"] for n in (1, 2)}
+    plan = replace(plan, configs=configs, budget=sizes, seeds=[1])
+    assert run(plan, tmp_path / "apart") == {}
+    assert run(replace(plan, continues={"ddpo_2": "ddpo_1"}), tmp_path / "further") == {}
+    apart, further = (
+        json.loads((tmp_path / which / "results/tiny/ddpo_2_seed1.json").read_text())
+        for which in ("apart", "further")
+    )
+    for part in ("validation", "test", "curves", "images"):
+        assert apart[part] == further[part], part
+    assert len(apart["commands"]) == 2
+    assert "--trainer.max_epochs=1" in further["commands"][0]
+    assert "--ckpt_path" in further["commands"][1]
+    assert len(further["commands"]) == 3
+    assert further["seconds"]["fit"] > 0
 
 
 def test_a_cell_runs_again_when_its_settings_change_and_others_go_on_after_a_failure(tmp_path):
@@ -147,6 +169,7 @@ def test_a_cell_runs_again_when_its_settings_change_and_others_go_on_after_a_fai
         ({"seeds": []}, "give configs"),
         ({"configs": {"a": ["configs/nothing.yaml"]}}, "there is no configs/nothing.yaml"),
         ({"overrides": ["trainer.max_epochs=1"]}, "--option=value"),
+        ({"compare": [["ddpo", "prdp"]]}, "no prdp in configs: ddpo"),
     ],
 )
 def test_a_plan_that_cannot_run_is_refused(tmp_path, changes, told):

@@ -23,12 +23,14 @@ class Cell:
         config: Name of the configuration in the plan.
         seed: For ``--seed_everything``.
         arguments: What decides the result, as given to ``python -m lit_align fit``.
+        continues: The cell of which this one is the same run, taken further.
     """
 
     plan: str
     config: str
     seed: int
     arguments: tuple[str, ...]
+    continues: "Cell | None" = None
 
     @property
     def name(self) -> str:
@@ -52,6 +54,9 @@ class Plan:
         seeds: Every configuration runs once with each.
         overrides: ``--option=value`` for all cells.
         budget: ``option: value`` for all cells: how long a run is.
+        continues: Configurations that are another one's run taken further, ``{longer: shorter}``: where the
+            shorter run is there, it is copied and resumed.
+        compare: Pairs of configurations; the second is reported against the first, picture by picture.
     """
 
     name: str
@@ -59,6 +64,8 @@ class Plan:
     seeds: list[int]
     overrides: list[str]
     budget: dict[str, Any]
+    continues: dict[str, str]
+    compare: list[list[str]]
 
     def cells(self) -> list[Cell]:
         """All cells, configuration by configuration."""
@@ -72,7 +79,8 @@ class Plan:
         own = [entry if entry.startswith("--") else f"--config={entry}" for entry in self.configs[config]]
         budget = [f"--{name}={_text(value)}" for name, value in self.budget.items()]
         arguments = (*own, *self.overrides, *budget, f"--seed_everything={seed}")
-        return Cell(self.name, config, seed, arguments)
+        shorter = self.continues.get(config)
+        return Cell(self.name, config, seed, arguments, self._cell(shorter, seed) if shorter else None)
 
 
 def _text(value: Any) -> str:
@@ -86,7 +94,15 @@ def load_plan(path: Path) -> Plan:
         ConfigError: It has an unknown key, lacks configs or seeds, or names a file that does not exist.
     """
     content = yaml.safe_load(path.read_text())
-    known = {"name": path.stem, "configs": {}, "seeds": [], "overrides": [], "budget": {}}
+    known = {
+        "name": path.stem,
+        "configs": {},
+        "seeds": [],
+        "overrides": [],
+        "budget": {},
+        "continues": {},
+        "compare": [],
+    }
     if unknown := sorted(set(content) - set(known)):
         raise ConfigError(f"{path}: unknown {', '.join(unknown)}; a plan has {', '.join(known)}")
     plan = Plan(**known | content)
@@ -94,6 +110,9 @@ def load_plan(path: Path) -> Plan:
         raise ConfigError(f"{path}: give configs (name: list of files) and seeds (a list)")
     if wrong := [option for option in plan.overrides if not option.startswith("--") or "=" not in option]:
         raise ConfigError(f"{path}: overrides: {wrong[0]!r} is not of the form --option=value")
+    named = {name for pair in [*plan.compare, *plan.continues.items()] for name in pair}
+    if strangers := sorted(named - set(plan.configs)):
+        raise ConfigError(f"{path}: there is no {strangers[0]} in configs: {', '.join(plan.configs)}")
     files = [entry for entries in plan.configs.values() for entry in entries if not entry.startswith("--")]
     if missing := [file for file in files if not (ROOT / file).is_file()]:
         raise ConfigError(f"{path}: there is no {missing[0]} in {ROOT}")

@@ -1,5 +1,6 @@
 """What is kept of a finished cell: figures, curves, and all that is needed to make them again."""
 
+import csv
 import json
 import os
 import platform
@@ -11,6 +12,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 
+from lit_align.callbacks.folder import write
 from lit_align.shapes import WEIGHTS_HASH
 from tests.benchmarks.harness.plan import ROOT, Cell
 
@@ -29,6 +31,21 @@ def stored(cell: Cell, out: Path) -> dict[str, Any] | None:
         return None
     result = json.loads(path.read_text())
     return result if result["fingerprint"] == cell.fingerprint(WEIGHTS_HASH) else None
+
+
+def keep_pictures(cell: Cell, run: Path, out: Path) -> None:
+    """Keep the figures of each test picture, without those of the pretrained model, beside the result."""
+    header, *rows = csv.reader((run / "test.csv").read_text().splitlines())
+    kept = [place for place, name in enumerate(header) if not name.startswith("base/")]
+    lines = [",".join(row[place] for place in kept) for row in (header, *rows)]
+    write(result_path(cell, out).with_suffix(".csv"), "\n".join(lines) + "\n")
+
+
+def pictures(cell: Cell, out: Path) -> dict[str, list[float]]:
+    """What :func:`keep_pictures` kept: a column for each figure, a row for each picture."""
+    with result_path(cell, out).with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in rows[0]}
 
 
 def record(cell: Cell, run: Path, state: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+
+from lit_align.evaluation import Comparison, compare
 from tests.benchmarks.harness.plan import Plan
 
 Result = dict[str, Any]
@@ -109,12 +112,57 @@ def table(results: Sequence[Result]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def markdown(plan: Plan, results: Sequence[Result], source: str) -> str:
+Pictures = dict[tuple[str, int], dict[str, list[float]]]
+"""For each configuration and seed the figures of its test pictures."""
+
+
+def beside(first: dict[str, list[float]], second: dict[str, list[float]]) -> dict[str, Comparison]:
+    """Two runs of one seed on the test split, picture by picture, by every figure that both have."""
+    assert first["prompt"] == second["prompt"], "the runs were tested on other prompts"
+    groups = torch.tensor(first["prompt"])
+    return {
+        name: compare(torch.tensor(first[name]), torch.tensor(second[name]), groups)
+        for name in second
+        if name in first and name not in ("prompt", "truth")
+    }
+
+
+def comparisons(plan: Plan, pictures: Pictures) -> list[str]:
+    """Markdown: for each pair of configurations, how the second does against the first."""
+    lines: list[str] = []
+    for first, second in plan.compare:
+        both = [seed for seed in plan.seeds if {(first, seed), (second, seed)} <= set(pictures)]
+        found = {seed: beside(pictures[first, seed], pictures[second, seed]) for seed in both}
+        names = list(dict.fromkeys(name for one in found.values() for name in one))
+        header = ["seed", *names]
+        rows = [header, ["---"] * len(header)]
+        rows += [
+            [str(seed), *(_against(one[name]) if name in one else "" for name in names)]
+            for seed, one in found.items()
+        ]
+        lines += [
+            "",
+            f"## {second} against {first}",
+            "",
+            "Difference, and share of the pictures in which it is higher.",
+            "",
+        ]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+    return lines
+
+
+def _against(found: Comparison) -> str:
+    change = f"{found.difference:+.3f} ± {found.standard_error:.3f}"
+    return f"{change}, {found.win_rate:.0%} ± {found.win_rate_error:.0%}"
+
+
+def markdown(plan: Plan, results: Sequence[Result], pictures: Pictures, source: str) -> str:
     """The plan's report.
 
     Args:
         plan: The plan.
         results: Of its finished cells.
+        pictures: Of its finished cells.
         source: The plan's file, as the command names it.
     """
     lines = [
@@ -126,6 +174,7 @@ def markdown(plan: Plan, results: Sequence[Result], source: str) -> str:
     ]
     for config in plan.configs:
         lines += ["", *_section(plan, config, [result for result in results if result["config"] == config])]
+    lines += comparisons(plan, pictures)
     return "\n".join([*lines, "", f"![Reward and truth against images seen]({plan.name}.png)"])
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from lit_align.callbacks.folder import write
 from lit_align.shapes import WEIGHTS_HASH
 from tests.benchmarks.harness.plan import ROOT, Cell
-from tests.benchmarks.harness.record import record, result_path, stored
+from tests.benchmarks.harness.record import keep_pictures, record, result_path, stored
 
 Launch = Callable[[list[str], Path, int], int]
 """``(arguments of lit_align, log file, descriptor to keep open) -> exit status``."""
@@ -120,9 +120,12 @@ def run_cell(cell: Cell, out: Path, work: Path, launch: Launch, tell: Tell) -> N
     folder = work.absolute() / cell.plan / cell.name
     with _alone(folder) as lock:
         state = _state(folder, cell.fingerprint(WEIGHTS_HASH))
+        if cell.continues and not state["commands"]:
+            _take_over(cell.continues, folder, state)
         for stage in STAGES:
             if stage not in state["done"]:
                 _run_stage(cell, stage, folder, state, launch, lock, tell)
+        keep_pictures(cell, folder / "version_0", out)
         write(result_path(cell, out), json.dumps(record(cell, folder / "version_0", state), indent=1) + "\n")
     tell(cell, "done")
 
@@ -159,13 +162,37 @@ def _run_stage(
 
 def _state(folder: Path, fingerprint: str) -> dict[str, Any]:
     """What was done for this cell so far; what other settings left behind is removed."""
-    path = folder / "state.json"
-    if path.exists() and (state := json.loads(path.read_text()))["fingerprint"] == fingerprint:
+    state = _read_state(folder)
+    if state is not None and state["fingerprint"] == fingerprint:
         return state
     shutil.rmtree(folder / "version_0", ignore_errors=True)
     for log in folder.glob("*.log"):
         log.unlink()
     return {"fingerprint": fingerprint, "done": [], "commands": [], "seconds": dict.fromkeys(STAGES, 0.0)}
+
+
+def _read_state(folder: Path) -> dict[str, Any] | None:
+    path = folder / "state.json"
+    found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return found
+
+
+def _take_over(shorter: Cell, folder: Path, state: dict[str, Any]) -> None:
+    """Let a run begin as a copy of a shorter one, if that is finished and of what its cell is now."""
+    other = folder.parent / shorter.name
+    found = _read_state(other)
+    if (
+        found is None
+        or found["fingerprint"] != shorter.fingerprint(WEIGHTS_HASH)
+        or "fit" not in found["done"]
+    ):
+        return
+    shutil.rmtree(folder / "version_0", ignore_errors=True)
+    shutil.copytree(
+        other / "version_0", folder / "version_0", ignore=shutil.ignore_patterns("test.*", "config*")
+    )
+    state["commands"] = found["commands"][: -1 if "test" in found["done"] else None]
+    state["seconds"]["fit"] = found["seconds"]["fit"]
 
 
 def _save(folder: Path, state: dict[str, Any]) -> None:
