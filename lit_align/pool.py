@@ -5,6 +5,8 @@ A pool is a folder of safetensors shards. A shard holds ``index`` (N,), the numb
 an interrupt costs at most the shard in hand, and what a folder holds is found by looking at it.
 """
 
+import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -61,8 +63,8 @@ class Pool:
                 f"{path} is corrupt ({error}); delete it: its samples will be drawn again"
             ) from error
         assert source == self.source, f"{path} was drawn by {source}, not by {self.source}"
-        assert not set(rows) & self._places.keys(), f"{path} repeats rows of another shard"
-        self._places |= {row: (path, place) for place, row in enumerate(rows)}
+        # Two runs that share a pool may draw a row at the same time, which gives the same sample twice.
+        self._places = {row: (path, place) for place, row in enumerate(rows)} | self._places
         self._read.add(path)
 
     def add(self, rows: Sequence[int], samples: Tensor) -> None:
@@ -79,9 +81,9 @@ class Pool:
             self._memory |= dict(zip(rows, samples, strict=True))
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Rows are never drawn twice, so that the first one names the shard.
-        path = self.folder / f"{rows[0]:09d}.safetensors"
-        draft = path.with_name(f".{path.name}.draft")
+        name = hashlib.sha256(str(list(rows)).encode()).hexdigest()[:8]
+        path = self.folder / f"{rows[0]:09d}-{name}.safetensors"
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
         save_file({"index": torch.tensor(rows), "samples": samples}, draft, {"source": self.source})
         draft.replace(path)
         self._index(path)

@@ -35,11 +35,11 @@ def test_a_pool_finds_what_others_wrote(tmp_path: Path):
 
 
 def test_a_draft_that_an_interrupt_left_is_no_shard(tmp_path: Path):
-    (tmp_path / ".000000001.safetensors.draft").write_bytes(b"half")
+    (tmp_path / ".000000001-00000000.safetensors.1234").write_bytes(b"half")
     pool = Pool(tmp_path, "a")
     assert pool.missing([1]) == [1]
     pool.add([1], samples([1]))
-    assert [path.name for path in tmp_path.iterdir()] == ["000000001.safetensors"]
+    assert len(Pool(tmp_path, "a")) == len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
 def test_samples_of_another_model_are_refused(tmp_path: Path):
@@ -47,10 +47,20 @@ def test_samples_of_another_model_are_refused(tmp_path: Path):
     pool.add([1], samples([1]))
     with pytest.raises(AssertionError, match="drawn by a, not by b"):
         Pool(tmp_path, "b")
-    (tmp_path / "000000001.safetensors").unlink()
+    (shard,) = tmp_path.iterdir()
+    shard.unlink()
     Pool(tmp_path, "b").add([1], samples([1]))
     with pytest.raises(AssertionError, match="another model"):
         pool[torch.tensor([1])]
+
+
+def test_two_runs_may_draw_the_same_rows_at_the_same_time(tmp_path: Path):
+    one, two = Pool(tmp_path, "a"), Pool(tmp_path, "a")
+    one.add([1, 2], samples([1, 2]))
+    two.add([1, 3], samples([1, 3]))
+    for pool in (one, two, Pool(tmp_path, "a")):
+        pool.refresh()
+        assert torch.equal(pool[torch.tensor([1, 2, 3])], samples([1, 2, 3]))
 
 
 def test_no_row_is_stored_twice(tmp_path: Path):

@@ -125,6 +125,10 @@ class DiffusionBackbone(nn.Module, ABC):
     def latents(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1], ``(B, 3, H', W')``, to the mode of their latents ``(B, C, H, W)``."""
 
+    def autoencoder_hash(self) -> str:
+        """Changes with what decides :meth:`latents`; needed where latents are kept on disk."""
+        raise ConfigError(f"{type(self).__name__} cannot tell one autoencoder from another")
+
     @abstractmethod
     def make_sampler(self, factory: SamplerFactory) -> Sampler:
         """Complete a sampler with the configuration of this model's noise schedule."""

@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and 2.x, and every other pipeline folder of that format, such as the bundled one."""
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
@@ -241,6 +242,12 @@ class StableDiffusionBackbone(DiffusionBackbone):
             self.pipeline.vae.encode(x).latent_dist.mode() for x in (2 * images - 1).split(self.decode_batch)
         ]
         return torch.cat(chunks) * self.pipeline.vae.config.scaling_factor
+
+    def autoencoder_hash(self) -> str:
+        digest = hashlib.sha256(str(self.pipeline.vae.config.scaling_factor).encode())
+        for name, parameter in self.vae.named_parameters():
+            digest.update(name.encode() + parameter.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def make_sampler(self, factory: SamplerFactory) -> Sampler:
         return factory(dict(self.pipeline.scheduler.config))

@@ -1,9 +1,10 @@
 """Pairs in batches: their order, a pure function of counters, and the loader that decodes them in threads."""
 
+import math
 import warnings
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -101,6 +102,11 @@ class PairLoader:
     A pair that cannot be read is reported and another takes its place: which one depends on its position
     alone, so all ranks, a resumed run and :meth:`rows` agree.
 
+    Attributes:
+        known: Says of a row and a side (0 the winner, 1 the loser) that nobody needs the picture; it is then
+            not read, and all NaN.
+        unreadable: Rows that cannot be read, and why.
+
     Args:
         source: The pairs.
         blocks: The rows to train on, by the blocks in which they are stored.
@@ -134,6 +140,7 @@ class PairLoader:
         self.rank = rank
         self.workers, self.ahead = workers, ahead
         self.unreadable: dict[int, str] = {}
+        self.known: Callable[[int, int], bool] | None = None
         self._blocks = [block for block in blocks if len(block)]
         self._count = sum(map(len, self._blocks))
         self._settings = {"pairs_per_batch": pairs_per_batch, "seed": seed}
@@ -196,7 +203,12 @@ class PairLoader:
     def _decode(self, row: int) -> tuple[Tensor, ...]:
         winner = 0 if self.source.label(row) > 0.5 else 1
         sides = (winner, 1 - winner)[: self.sides]
-        return tuple(decode(self.source.picture(row, side), self.resolution) for side in sides)
+        return tuple(self._picture(row, *turn) for turn in enumerate(sides))
+
+    def _picture(self, row: int, place: int, side: int) -> Tensor:
+        if self.known is not None and self.known(row, place):
+            return torch.full((), math.nan).expand(3, self.resolution, self.resolution)
+        return decode(self.source.picture(row, side), self.resolution)
 
     def _report(self, found: Found) -> Found:
         """Say, once, what could not be read; every rank speaks of its own share."""

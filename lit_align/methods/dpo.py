@@ -82,7 +82,7 @@ class DPOModule(PairModule[tuple[Noised, Noised]]):
             raise ConfigError(
                 "data.view: Diffusion-DPO compares pictures, and this view has winners only; set it to pairs"
             )
-        return self.noised_pairs(batch, self.clean(batch.losers), self.shared_noise)
+        return self.noised_pairs(batch, self.losers(batch), self.shared_noise)
 
     def loss(self, prepared: tuple[Noised, Noised], rows: Tensor, figures: Figures) -> Tensor:
         return self.preference(prepared, rows, REFERENCE, self.beta, figures)

@@ -3,10 +3,12 @@
 Shapes: ``B`` pairs (or pictures), ``D`` latent elements.
 """
 
+import hashlib
 import time
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -17,6 +19,7 @@ from lit_align.backbones import POLICY, Conditioning, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import PairBatch, PickaPicDataModule
 from lit_align.errors import ConfigError
+from lit_align.latents import LatentCache
 from lit_align.methods.base import AlignmentModule
 from lit_align.objectives import denoising_error, error_margin, implicit_accuracy, logistic_loss
 from lit_align.randomness import generator
@@ -85,6 +88,7 @@ class PairModule(AlignmentModule, Generic[Prepared]):
             raise ConfigError(f"micro_batch: {micro_batch} must be at least 1")
         self.micro_batch = micro_batch
         self.batches = 0
+        self._latents: LatentCache | None = None
 
     @abstractmethod
     def prepare(self, batch: PairBatch) -> Prepared:
@@ -96,13 +100,27 @@ class PairModule(AlignmentModule, Generic[Prepared]):
 
     # ---- the pieces
 
-    def clean(self, pictures: Tensor) -> Tensor:
+    def winners(self, batch: PairBatch) -> Tensor:
+        """The latents of the preferred pictures, ``(B, C, H, W)``."""
+        return self._clean(batch.winners, batch.index, 0)
+
+    def losers(self, batch: PairBatch) -> Tensor:
+        """The latents of the other pictures, ``(B, C, H, W)``."""
+        assert batch.losers is not None, "the view has winners only"
+        return self._clean(batch.losers, batch.index, 1)
+
+    def _clean(self, pictures: Tensor, rows: Tensor, side: int) -> Tensor:
+        if self._latents is None:
+            return self._encode(pictures)
+        return self._latents.get(rows, side, lambda places: self._encode(pictures[places])).to(self.device)
+
+    def _encode(self, pictures: Tensor) -> Tensor:
         """The latents of pictures, ``(B, C, H, W)``.
 
         Raises:
             ConfigError: The pictures are not of the model's size.
         """
-        latents = self.backbone.latents(pictures.to(self.device)).float()
+        latents = self.backbone.latents(pictures.to(self.device)).float().contiguous()
         if latents.shape[1:] != self.backbone.latent_shape:
             side = pictures.shape[-1] * self.backbone.latent_shape[-1] // latents.shape[-1]
             raise ConfigError(
@@ -130,7 +148,7 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         draws, cond = self.draws(batch.index), self.backbone.encode(batch.prompts)
         t, noise = self.timesteps(draws), self.noise(draws)
         other = noise if shared_noise else self.noise(draws)
-        return Noised(self.clean(batch.winners), noise, t, cond), Noised(losers, other, t, cond)
+        return Noised(self.winners(batch), noise, t, cond), Noised(losers, other, t, cond)
 
     def errors(self, noised: Noised, weights: str = POLICY) -> Tensor:
         """Prediction error of a weight set, ``(B,)``: a mean over elements, without guidance."""
@@ -174,6 +192,18 @@ class PairModule(AlignmentModule, Generic[Prepared]):
                 f"data: {type(self).__name__} learns from pictures of a dataset, and {type(data).__name__} "
                 "has none; use PickaPicDataModule"
             )
+        dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if stage == "fit" and data.latent_cache is not None and not dry:
+            self._latents = LatentCache(Path(data.latent_cache), self._latent_key(data))
+            data.train_dataloader().known = self._latents.known
+
+    def _latent_key(self, data: PickaPicDataModule) -> str:
+        """Changes with all that decides the latents: the autoencoder, its precision, the pictures."""
+        source, encoder = data.source, self.backbone.autoencoder_hash()
+        digest = hashlib.sha256(f"{encoder} {self.trainer.precision} {data.resolution} {source}".encode())
+        for row in range(len(source)):
+            digest.update(f"{source.prompt(row)}\n{source.label(row)}\n".encode())
+        return digest.hexdigest()[:16]
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Prepare the pairs, then one update in micro-batches."""

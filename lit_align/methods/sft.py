@@ -61,7 +61,7 @@ class SFTModule(PairModule[Noised]):
     def prepare(self, batch: PairBatch) -> Noised:
         draws = self.draws(batch.index)
         t, noise = self.timesteps(draws), self.noise(draws)
-        return Noised(self.clean(batch.winners), noise, t, self.backbone.encode(batch.prompts))
+        return Noised(self.winners(batch), noise, t, self.backbone.encode(batch.prompts))
 
     def loss(self, prepared: Noised, rows: Tensor, figures: Figures) -> Tensor:
         return self.errors(prepared[rows])

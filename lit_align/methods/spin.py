@@ -315,7 +315,7 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
         if not self.exact:
             return self.noised_pairs(batch, losers, self.shared_noise)
         draws, cond = self.draws(batch.index), self.backbone.encode(batch.prompts)
-        winners = forward_chain(self.sampler, self.clean(batch.winners), self.noise(draws), draws)
+        winners = forward_chain(self.sampler, self.winners(batch), self.noise(draws), draws)
         policy, opponent = (
             self.backbone.policy(self.sampler, cond, self.opponent_guidance, weights)
             for weights in (POLICY, OPPONENT)

@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from lit_align.backbones import REFERENCE, LoRA, StableDiffusionBackbone
 from lit_align.callbacks import CollectionCheckpoint
-from lit_align.data import PickaPicDataModule
+from lit_align.data import PickaPicDataModule, ShapesPick
 from lit_align.errors import ConfigError
 from lit_align.methods import DPOModule, SFTModule
 from lit_align.methods.pairs import PairModule
@@ -122,6 +122,46 @@ def test_finetuning_lowers_the_error_on_winners(tiny, tmp_path):
         after = aligned.errors(winners)
     assert after.mean() < 0.95 * before.mean()
     assert aligned.images == 16 * BATCH
+
+
+@pytest.mark.parametrize("method", [DPOModule, SFTModule])
+def test_kept_latents_change_nothing_and_spare_the_pictures(tiny, tmp_path, monkeypatch, method):
+    view, cache = "pairs" if method is DPOModule else "winners", str(tmp_path / "latents")
+    plain, kept, again = (module(method, tiny) for _ in range(3))
+    fit(plain, tmp_path, 6, source=data(view))
+    fit(kept, tmp_path, 3, source=data(view, latent_cache=cache))
+    fit(kept := module(method, tiny), tmp_path, 6, source=data(view, latent_cache=cache))  # the rest is added
+    (folder,) = Path(cache).iterdir()
+    assert len(list(folder.iterdir())) == 6 * (2 if method is DPOModule else 1)
+
+    def unread(self: ShapesPick, row: int, side: int) -> bytes:
+        raise AssertionError("a picture was read")
+
+    monkeypatch.setattr(ShapesPick, "picture", unread)
+    fit(again, tmp_path, 6, source=data(view, latent_cache=cache, workers=1))
+    for other in (kept, again):
+        for one, two in zip(plain.kept().values(), other.kept().values(), strict=True):
+            assert torch.equal(one, two)
+
+
+def test_kept_latents_belong_to_one_autoencoder_and_to_its_pictures(tiny, tmp_path):
+    cache = tmp_path / "latents"
+    fit(module(SFTModule, tiny), tmp_path, 1, source=data("winners", latent_cache=str(cache)))
+    other = module(SFTModule, tiny)
+    with torch.no_grad():
+        next(other.backbone.vae.parameters()).mul_(1.01)
+    fit(other, tmp_path, 1, source=data("winners", latent_cache=str(cache)))
+    assert len(list(cache.iterdir())) == 2
+    few = ShapesPick()
+    few.label = lambda row: 1.0  # type: ignore[method-assign]
+    fit(module(SFTModule, tiny), tmp_path, 1, source=data("winners", source=few, latent_cache=str(cache)))
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_a_dry_run_keeps_no_latents(tiny, tmp_path):
+    source = data("winners", latent_cache=str(tmp_path / "latents"))
+    fit(module(SFTModule, tiny), tmp_path, 1, source=source, fast_dev_run=True)
+    assert not (tmp_path / "latents").exists()
 
 
 def test_timesteps_are_uniform_over_all_that_the_network_knows(tiny):
