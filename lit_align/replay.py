@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_align.backbones import DenoisingPolicy
 from lit_align.gaussian import GaussianStep
+from lit_align.randomness import generator
 from lit_align.rollout import Trajectory
 
 
@@ -28,6 +29,24 @@ class Pairs:
     def split(self, size: int) -> list["Pairs"]:
         """Micro-batches of at most ``size`` pairs."""
         return [Pairs(*part) for part in zip(self.rows.split(size), self.steps.split(size), strict=True)]
+
+
+def draw_pairs(index: Tensor, steps: Tensor, count: int, seed: int, epoch: int) -> Pairs:
+    """Some steps of each image, at random: a function of the image's number, not of its batch or rank.
+
+    Args:
+        index: Global numbers of the rank's images, ``(B,)``.
+        steps: The steps to draw from.
+        count: Steps of each image.
+        seed: The run's seed.
+        epoch: Another one draws anew.
+
+    Returns:
+        ``B * count`` pairs, images in order.
+    """
+    draws = [generator(seed, "steps", i, epoch) for i in index.tolist()]
+    chosen = [steps[torch.randperm(len(steps), generator=draw)][:count] for draw in draws]
+    return Pairs(torch.arange(len(index)).repeat_interleave(count), torch.cat(chosen))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ ALLOWED = {
     "rollout": {"gaussian"},
     "tasks": {"errors", "advantages", "data", "rewards"},
     "pretraining": {"errors", "objectives", "samplers", "backbones", "data"},
-    "replay": {"backbones", "gaussian", "rollout"},
+    "replay": {"backbones", "gaussian", "randomness", "rollout"},
     "shapes": {"errors"},
     "data": {"errors", "randomness", "shapes"},
     "rewards": {"errors", "pretrained", "shapes"},

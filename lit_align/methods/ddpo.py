@@ -20,7 +20,7 @@ from lit_align.errors import ConfigError
 from lit_align.methods.joint import Collection, Figures, JointModule, TaskOrder
 from lit_align.pretraining import Pretraining
 from lit_align.randomness import generator
-from lit_align.replay import Pairs
+from lit_align.replay import Pairs, draw_pairs
 from lit_align.rewards import RewardBank
 from lit_align.tasks import Task, check_task, data_of_tasks, make_tasks
 
@@ -195,23 +195,12 @@ class DDPOModule(JointModule):
     def _draw_updates(self, batch: Batch, epoch: int) -> list[Pairs]:
         """What each update of a pass replays: whole prompts with steps of their own, or one step for all."""
         if self.shared_timesteps is None:
-            pairs = self._draw_pairs(batch, epoch)
+            pairs = draw_pairs(batch.index, self.stochastic_steps, self.steps_per_image, self.seed, epoch)
             return pairs.split(len(pairs.rows) // self.updates)
         draw = generator(self.seed, "shared steps", self.images, list(self.tasks).index(batch.task), epoch)
         chosen = torch.randperm(len(self.stochastic_steps), generator=draw)[: self.shared_timesteps]
         rows = torch.arange(len(batch))
         return [Pairs(rows, step.expand(len(batch))) for step in self.stochastic_steps[chosen]]
-
-    def _draw_pairs(self, batch: Batch, epoch: int) -> Pairs:
-        """For each image its share of the stochastic steps, at random; images in order."""
-        steps = [
-            self.stochastic_steps[
-                torch.randperm(len(self.stochastic_steps), generator=generator(self.seed, "steps", i, epoch))
-            ][: self.steps_per_image]
-            for i in batch.index.tolist()
-        ]
-        rows = torch.arange(len(batch)).repeat_interleave(self.steps_per_image)
-        return Pairs(rows, torch.cat(steps))
 
     def _loss(self, collection: Collection, pairs: Pairs, size: int, figures: Figures) -> Tensor:
         """The part of some pairs in the mean loss of an update of ``size`` pairs."""
@@ -244,7 +233,9 @@ class DDPOModule(JointModule):
         # On each prompt's first image: little work, and the same pairs whatever micro-batch and ranks.
         batch = collection.batch
         first = torch.cat([torch.tensor([True]), batch.groups[1:] != batch.groups[:-1]])
-        drawn = self._draw_pairs(batch, self.inner_epochs)
+        drawn = draw_pairs(
+            batch.index, self.stochastic_steps, self.steps_per_image, self.seed, self.inner_epochs
+        )
         chosen = first[drawn.rows]
         moved = collection.moved(Pairs(drawn.rows[chosen], drawn.steps[chosen]), self.micro_batch)
         kl = torch.cat(self.gather(moved)).mean()

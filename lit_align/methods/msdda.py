@@ -27,7 +27,7 @@ from lit_align.fusion import FusedPolicy, RandomExpertPolicy, draw_choices, fusi
 from lit_align.gaussian import Policy, fuse
 from lit_align.methods.base import AlignmentModule, Samples
 from lit_align.randomness import generator
-from lit_align.replay import Pairs, Replay
+from lit_align.replay import Pairs, Replay, draw_pairs
 from lit_align.rewards import RewardBank
 from lit_align.rollout import Trajectory
 from lit_align.sweep import BASE, EXPERT, FUSED, JOINT, Front, Measured, Point, Sweep
@@ -390,7 +390,7 @@ class MSDDAModule(AlignmentModule):
         """All updates of a collection; returns what was measured in each micro-batch."""
         figures: dict[str, list[Tensor]] = {}
         for epoch in range(self.inner_epochs):
-            pairs = self._draw_pairs(batch, epoch)
+            pairs = draw_pairs(batch.index, self.stochastic_steps, self.steps_per_image, self.seed, epoch)
             size = len(pairs.rows) // self.updates
             for part in pairs.split(size):
                 micros = part.split(self.micro_batch)
@@ -403,13 +403,6 @@ class MSDDAModule(AlignmentModule):
         reward = self.weighted_reward(scores, self.objectives[name])
         advantages = centred(reward, batch.groups).to(self.device)
         return Lesson(self.expert(name, batch), samples.trajectory, name, advantages)
-
-    def _draw_pairs(self, batch: Batch, epoch: int) -> Pairs:
-        """For each image its share of the stochastic steps, at random; images in order."""
-        draws = [generator(self.seed, "steps", i, epoch) for i in batch.index.tolist()]
-        orders = [torch.randperm(len(self.stochastic_steps), generator=draw) for draw in draws]
-        steps = [self.stochastic_steps[order][: self.steps_per_image] for order in orders]
-        return Pairs(torch.arange(len(batch)).repeat_interleave(self.steps_per_image), torch.cat(steps))
 
     def _loss(
         self, lessons: Sequence[Lesson], pairs: Pairs, size: int, figures: dict[str, list[Tensor]]
