@@ -186,8 +186,14 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, collection: int) -> None:
 
 @pytest.mark.parametrize(
     ("crash", "advantages"),
-    [(2, "GroupAdvantages"), (4, "PerPromptAdvantages"), (5, "PerPromptAdvantages"), (6, "GroupAdvantages")],
-    ids=["mid-epoch", "first-of-epoch", "mid-second-epoch", "last"],
+    [
+        (1, "GroupAdvantages"),
+        (2, "GroupAdvantages"),
+        (4, "PerPromptAdvantages"),
+        (5, "PerPromptAdvantages"),
+        (6, "GroupAdvantages"),
+    ],
+    ids=["first", "mid-epoch", "first-of-epoch", "mid-second-epoch", "last"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(small, monkeypatch, crash, advantages):
     rewards = {"clip": {"class_path": "CLIPScore"}, "redness": {"class_path": "Redness"}}

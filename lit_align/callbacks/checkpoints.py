@@ -15,6 +15,8 @@ from lit_align.methods import AlignmentModule
 class CollectionCheckpoint(Checkpoint):
     """Writes ``checkpoints/last.ckpt`` at the end of collections: an interrupt loses at most the one in hand.
 
+    The first is written before the first collection, after its validation.
+
     The last collection of an epoch counts as ended when the epoch's validation is done, so that a run that is
     killed in its validation repeats it.
 
@@ -38,7 +40,7 @@ class CollectionCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.state.fn == "fit" and pl_module.images:
+        if trainer.state.fn == "fit":
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:

@@ -115,14 +115,17 @@ def plot(front: Front) -> Image.Image | None:
 
 def _show(front: Front, rows: Sequence[dict[str, Any]], folder: Path) -> None:
     table = Table(title="sweep: the same prompts and noise at all weights")
-    headers = ("method", "weights", *front.objectives, "truth", "KL", "gain", "s/picture", "front")
+    headers = ("method", "weights", *front.objectives, "truth", "KL", "gain", "s/image", "front")
     for header in headers:
-        table.add_column(header, justify="left" if header in ("method", "weights") else "right")
+        left = header in ("method", "weights")
+        table.add_column(
+            header, justify="left" if left else "right", no_wrap=header not in ("method", "front")
+        )
     for row in rows:
         weights = " ".join(f"{row[f'weight/{n}']:g}" for n in front.objectives) if "gain" in row else ""
-        gain = f"{row['gain']:+.4f} ± {row['gain/se']:.4f}" if "gain" in row else ""
-        rewards = [f"{row[f'reward/{name}']:.4f}" for name in front.objectives]
-        others = [f"{row[name]:.4f}" if name in row else "" for name in ("truth", "kl")]
+        gain = f"{row['gain']:+.3f} ± {row['gain/se']:.3f}" if "gain" in row else ""
+        rewards = [f"{row[f'reward/{name}']:.3f}" for name in front.objectives]
+        others = [f"{row[n]:.{digits}f}" if n in row else "" for n, digits in (("truth", 3), ("kl", 1))]
         mark = "x" if row["front"] else ""
         table.add_row(row["method"], weights, *rewards, *others, gain, f"{row['seconds']:.3f}", mark)
     console = Console()

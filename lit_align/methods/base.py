@@ -282,7 +282,7 @@ class AlignmentModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Validate before the first update, so that every curve has a point at 0 images."""
-        if self.images == 0 and self.trainer.enable_validation:
+        if not self.baseline and self.images == 0 and self.trainer.enable_validation:
             self.trainer.validating = True
             self.trainer.fit_loop.epoch_loop.val_loop.run()
             self.trainer.training = True
