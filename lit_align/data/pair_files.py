@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -104,6 +105,12 @@ class PickaPicFiles(PairSource):
         first = self._starts[number] - sum(self._footers[file].row_group(g).num_rows for g in range(group))
         return f"row {row - first} of {self._files[file]}"
 
+    def pictures_are(self) -> str:
+        groups = [(f, self._footers[f].row_group(g)) for f, g in self._groups]
+        return str(
+            [(Path(self._files[f]).name, group.num_rows, group.total_byte_size) for f, group in groups]
+        )
+
     def __str__(self) -> str:
         return self.path
 
@@ -140,10 +147,12 @@ class PickaPicFiles(PairSource):
             ) from error
         if "has_label" not in names:
             table = table.append_column("has_label", pa.array(np.ones(len(table), bool)))
-        table = table.select(LIGHT)
-        return shard.metadata, table.cast(
-            pa.schema({"caption": pa.large_string(), "label_0": pa.float64(), "has_label": pa.bool_()})
-        )
+        wanted = {"caption": pa.large_string(), "label_0": pa.float64(), "has_label": pa.bool_()}
+        try:
+            return shard.metadata, table.select(LIGHT).cast(pa.schema(wanted))
+        except pa.ArrowException as error:
+            kinds = ", ".join(f"{name}: {kind}" for name, kind in wanted.items())
+            raise ConfigError(f"{file}: {first_line(error)}; Pick-a-Pic's columns are {kinds}") from error
 
     @contextmanager
     def _open(self, file: str, metadata: Any = None) -> Iterator[parquet.ParquetFile]:

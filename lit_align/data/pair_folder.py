@@ -1,6 +1,8 @@
 """Preference data of one's own: a table of prompts, names of pictures and verdicts."""
 
+import hashlib
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ class FolderPairs(PairSource):
         label: Column of the labels.
 
     Raises:
-        ConfigError: The table cannot be read or has no such column, a label is no number from 0 to 1, or the
+        ConfigError: The table cannot be read or has no such column, a label is none of these, or the
             first row's pictures are not there.
     """
 
@@ -39,7 +41,8 @@ class FolderPairs(PairSource):
         if file.suffix not in (".csv", ".jsonl"):
             raise ConfigError(f"{path} ends in '{file.suffix}': give a table *.csv or *.jsonl")
         self.path, self.folder = path, file.parent
-        table = CSVPrompts(path, prompt) if file.suffix == ".csv" else JSONLPrompts(path, prompt)
+        texts = [first, second]  # 0001 is a name too
+        table = CSVPrompts(path, prompt, texts) if file.suffix == ".csv" else JSONLPrompts(path, prompt)
         there = table.columns(0)
         for column in (first, second, label):
             if column not in there:
@@ -82,6 +85,14 @@ class FolderPairs(PairSource):
         except OSError as error:
             raise UnreadablePicture(f"'{name}' cannot be read ({error.strerror})") from error
 
+    def pictures_are(self) -> str:
+        digest = hashlib.sha256()
+        for name in (name for names in self._names for name in names):
+            with suppress(OSError):  # it will be reported when its turn comes
+                state = (self.folder / name).stat()
+                digest.update(f"{name} {state.st_size} {state.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
     def __str__(self) -> str:
         return self.path
 
@@ -91,7 +102,7 @@ def _label(value: Any, where: str) -> float:
         label = math.nan if value in (None, "") else float(value)
     except (TypeError, ValueError):
         label = math.inf
-    if label < 0 or label > 1:
+    if not math.isnan(label) and label not in (0.0, 0.5, 1.0):
         raise ConfigError(
             f"{where}: '{value}' is no label: give 1 where the first is preferred, 0, or 0.5 for a tie"
         )

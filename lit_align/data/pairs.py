@@ -1,5 +1,6 @@
 """What preference data is to the rest: numbered pairs of pictures, whatever they are stored in."""
 
+import hashlib
 import io
 import struct
 import zlib
@@ -60,6 +61,17 @@ class PairSource(ABC):
         """Where a row is stored, for messages."""
         return f"row {row} of {self}"
 
+    def fingerprint(self) -> str:
+        """Changes with prompts, verdicts and :meth:`pictures_are`; what is kept on disk is named by it."""
+        digest = hashlib.sha256(f"{self} {self.pictures_are()}".encode())
+        for row in range(len(self)):
+            digest.update(f"{self.prompt(row)}\n{self.label(row)}\n".encode())
+        return digest.hexdigest()
+
+    def pictures_are(self) -> str:
+        """Changes with the pictures, as far as that can be told without reading them."""
+        return ""
+
     def held_out(self, split: HeldOut) -> PromptSource | None:
         """The prompts to validate or test on that come with the pairs, if any do."""
         return None
@@ -107,7 +119,7 @@ def decode(data: bytes, resolution: int) -> Tensor:
         UnreadablePicture: It is cut short or no picture.
     """
     try:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     except (
         OSError,
         SyntaxError,

@@ -20,10 +20,10 @@ def read_lines(file: Path) -> pa.Table:
     return pa.table({"text": text.removesuffix("\n").split("\n")})
 
 
-def read_delimited(file: Path, column: str, parse: csv.ParseOptions, form: str) -> pa.Table:
-    """Columns under a header line, named ``form`` in errors; the column of prompts stays text."""
+def read_delimited(file: Path, texts: list[str], parse: csv.ParseOptions, form: str) -> pa.Table:
+    """Columns under a header line, named ``form`` in errors; ``texts`` stay text, whatever they look like."""
     data = read_utf8(file).encode()
-    convert = csv.ConvertOptions(column_types={column: pa.string()})
+    convert = csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()))
     try:
         return csv.read_csv(io.BytesIO(data), parse_options=parse, convert_options=convert)
     except pa.ArrowException as error:

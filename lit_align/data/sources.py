@@ -142,14 +142,15 @@ class CSVPrompts(TablePrompts):
     Args:
         path: The file.
         column: The column with the prompts.
+        texts: Other columns that are text whatever they look like: 0001 is a name, not 1.
 
     Raises:
         ConfigError: The file is missing, empty, not UTF-8, not CSV, or has no such column of text.
     """
 
-    def __init__(self, path: str, column: str = "prompt") -> None:
-        parse = csv.ParseOptions(newlines_in_values=True)
-        table = readers.read_delimited(find_file(path, ".csv"), column, parse, "CSV with a header line")
+    def __init__(self, path: str, column: str = "prompt", texts: list[str] | None = None) -> None:
+        parse, file = csv.ParseOptions(newlines_in_values=True), find_file(path, ".csv")
+        table = readers.read_delimited(file, [column, *(texts or ())], parse, "CSV with a header line")
         super().__init__(table, column, path)
 
 
@@ -168,7 +169,7 @@ class TSVPrompts(TablePrompts):
 
     def __init__(self, path: str, column: str = "prompt") -> None:
         parse = csv.ParseOptions(delimiter="\t", quote_char=False)
-        table = readers.read_delimited(find_file(path, ".tsv"), column, parse, "TSV with a header line")
+        table = readers.read_delimited(find_file(path, ".tsv"), [column], parse, "TSV with a header line")
         super().__init__(table, column, path)
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.progress import Progress
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -205,18 +206,42 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
             group["lr"] = group["lr"] if self.rates is None else self.rates[max(self.iteration - 1, 0)]
         return optimizer
 
+    def configure_optimizers(self) -> Any:
+        """As every method, anew in each iteration.
+
+        Raises:
+            ConfigError: The scheduler sets the learning rate itself, so that ``lr`` would do nothing.
+        """
+        made = super().configure_optimizers()
+        optimizer = made["optimizer"] if isinstance(made, dict) else made
+        rate = None if self.rates is None else self.rates[max(self.iteration - 1, 0)]
+        for group in optimizer.param_groups:
+            if rate is not None and (kept := group.get("initial_lr", rate)) != rate:
+                raise ConfigError(
+                    f"lr: iteration {max(self.iteration, 1)} wants {rate}, but the lr_scheduler begins from "
+                    f"{kept}, a rate of its own; take lr out, or give a scheduler that multiplies the rate"
+                )
+        return made
+
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         """One update; the last of the last iteration ends the fit."""
         super().training_step(batch, batch_idx)
         self.done += 1
-        if self.iteration == self.iterations and self.done >= self.steps[-1]:
+        if (self.iteration, self.done) >= (self.iterations, self.steps[-1]):
             self.trainer.should_stop = True
 
     def on_train_start(self) -> None:
-        """A fit that is resumed after its last update has nothing left to do."""
+        """Say if the Trainer ends first. A fit resumed after its last update has nothing left to do."""
         super().on_train_start()
-        if self.iteration == self.iterations and self.done >= self.steps[-1]:
+        if (self.iteration, self.done) >= (self.iterations, self.steps[-1]):
             self.trainer.should_stop = True
+        trainer, wanted = self.trainer, sum(self.steps)
+        if (epochs := trainer.max_epochs or -1) > 0 and epochs * trainer.num_training_batches < wanted:
+            rank_zero_warn(
+                f"the Trainer ends after {epochs} epochs of {trainer.num_training_batches} updates, and the "
+                f"{self.iterations} iterations have {wanted}; raise trainer.max_epochs, "
+                "trainer.limit_train_batches or data.batches_per_epoch"
+            )
 
     # ---- the opponent's pictures
 
@@ -227,7 +252,7 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
     def _opponent_hash(self) -> str:
         """Changes with the opponent, the pretrained model under it, the prompts, and how it is sampled."""
         source = self.trainer.datamodule.source  # type: ignore[attr-defined]
-        settings = [self.seed, self.iteration, self.opponent_guidance, self.exact, str(source), len(source)]
+        settings = [self.seed, self.iteration, self.opponent_guidance, self.exact, source.fingerprint()]
         digest = hashlib.sha256(f"{settings} {self.sampler.timesteps.tolist()}".encode())
         one = torch.ones(1, 1, dtype=torch.float64)
         for k in range(self.sampler.num_steps):

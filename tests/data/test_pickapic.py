@@ -553,6 +553,31 @@ def test_a_folder_with_a_table(tmp_path: Path, form: str) -> None:
     assert greys(cast(torch.Tensor, batch.losers)) == [20] * 3
 
 
+def test_names_of_digits_stay_names(tmp_path: Path) -> None:
+    (tmp_path / "0001").write_bytes(jpeg(10, form="PNG"))
+    (tmp_path / "0002").write_bytes(jpeg(20, form="PNG"))
+    (tmp_path / "pairs.csv").write_text("prompt,image_0,image_1,label_0\na cat,0001,0002,1\n")
+    assert len(FolderPairs(str(tmp_path / "pairs.csv")).picture(0, 1)) > 0
+
+
+def test_pictures_that_were_made_anew_are_other_pictures(tmp_path: Path) -> None:
+    table = folder_table(tmp_path, "csv")
+    first = FolderPairs(table).fingerprint()
+    assert FolderPairs(table).fingerprint() == first
+    (tmp_path / "a.png").write_bytes(jpeg(30, form="PNG"))
+    assert FolderPairs(table).fingerprint() != first
+
+
+def test_a_photograph_stands_as_its_camera_says() -> None:
+    image, file = Image.new("RGB", (16, 8), "white"), io.BytesIO()
+    image.paste("black", (0, 0, 8, 8))  # the left half
+    tags = Image.Exif()
+    tags[0x0112] = 6  # turn by 90 degrees to the right
+    image.save(file, "JPEG", exif=tags, quality=95)
+    upright = decode(file.getvalue(), 8).mean(0)
+    assert upright[0].max() < 0.1 < 0.9 < upright[-1].min()
+
+
 def changed(**values: Any) -> list[dict[str, Any]]:
     return [TABLE[0] | values, *TABLE[1:]]
 
@@ -562,6 +587,7 @@ def changed(**values: Any) -> list[dict[str, Any]]:
     [
         (changed(label_0="left"), ["row 0", "'label_0'", "'left' is no label", "1 where the first"]),
         (changed(label_0=2), ["is no label"]),
+        (changed(label_0=0.8), ["'0.8' is no label", "0.5 for a tie"]),
         (changed(image_1="c.png"), ["'image_1'", "'c.png' cannot be read", "relative to"]),
         ([{"prompt": "a", "image_0": "a.png", "winner": 1}], ["no column 'image_1'", "image_0, winner"]),
     ],

@@ -172,6 +172,41 @@ def test_equals_the_released_loss_of_diffusion_dpo_on_winners_and_generated_pict
     torch.testing.assert_close(losers.latents, aligned.pool[pairs.index])
 
 
+def test_the_exact_loss_is_that_of_the_log_densities_of_both_chains(tiny):
+    """Equation 4.8 by hand: log p(policy) - log p(opponent) of winners' chains less that of losers'."""
+    aligned = module(tiny, exact=True, beta=50.0, sampler=partial(DDIM, num_steps=3, eta=1.0))
+    aligned.iteration = 1
+    for parameter in aligned.backbone.parameters_of(POLICY):
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    source = data()
+    source.setup("fit")
+    pairs = next(iter(source.train_dataloader()))
+    aligned.pool = spin_file.Pool(None, "test")
+    with torch.no_grad():
+        aligned.pool.add(pairs.index.tolist(), aligned._play(pairs.index.tolist(), pairs.prompts))
+        chains = aligned.prepare(pairs)
+        figures: dict[str, list[Tensor]] = {}
+        loss = aligned.loss(chains, torch.arange(BATCH), figures)
+        cond, size = aligned.backbone.encode(pairs.prompts), math.prod(aligned.backbone.latent_shape)
+        ratios = []
+        for states in (chains.winners, aligned.pool[pairs.index].transpose(0, 1)):
+            densities = [
+                sum(
+                    aligned.backbone.policy(aligned.sampler, cond, 1.0, name)(states[k], k).log_prob(
+                        states[k + 1]
+                    )
+                    for k in aligned.sampler.stochastic.nonzero().flatten().tolist()
+                )
+                for name in (POLICY, OPPONENT)
+            ]
+            ratios.append((densities[0] - densities[1]) / size)
+    assert ratios[0].abs().min() > 1e-3
+    torch.testing.assert_close(torch.cat(figures["winner_ratio"]), ratios[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(loss, -logsigmoid(50.0 * (ratios[0] - ratios[1])), rtol=1e-3, atol=1e-3)
+    # The winners' chains end in their pictures.
+    torch.testing.assert_close(chains.winners[-1], aligned.winners(pairs), rtol=0.2, atol=0.3)
+
+
 def test_a_forward_chain_has_the_marginals_of_the_forward_process():
     sampler = DDIM(
         SCHEDULE | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}, num_steps=5
@@ -428,6 +463,26 @@ def test_two_processes_share_the_pool_and_give_the_gradient_of_one(tiny, tmp_pat
 def test_settings_that_cannot_work_are_refused(tiny, options, named):
     with pytest.raises(ConfigError, match=named):
         module(tiny, **options)
+
+
+def test_rates_that_the_schedule_would_overrule_are_refused(tiny, tmp_path):
+    own_rate = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1e-3, total_steps=9)
+    with pytest.raises(ConfigError, match=r"iteration 1 wants 0.01.*lr_scheduler"):
+        fit(module(tiny, lr=1e-2, lr_scheduler=own_rate), tmp_path, 1)
+    fit(module(tiny, lr_scheduler=own_rate), tmp_path, 1)
+
+
+def test_a_trainer_that_ends_before_the_last_iteration_says_so(tiny, tmp_path):
+    with pytest.warns(UserWarning, match="ends after 1 epochs of 4 updates, and the 2 iterations have 6"):
+        fit(module(tiny), tmp_path, 4)
+
+
+def test_a_run_resumed_with_fewer_iterations_is_over(tiny, tmp_path):
+    recorder = Recorder()
+    fit(module(tiny, steps=2), tmp_path, 3, CollectionCheckpoint())
+    path = tmp_path / "lit_align" / "checkpoints" / "last.ckpt"
+    fit(module(tiny, iterations=1, steps=2), tmp_path, 6, recorder, ckpt_path=path)
+    assert recorder.logged == []
 
 
 def test_prompts_without_pictures_are_refused(tiny, tmp_path):
