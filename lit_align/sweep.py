@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lit_align.baselines import Baseline, Soup
+from lit_align.errors import ConfigError
 from lit_align.evaluation import compare
 from lit_align.pareto import hypervolume, pareto_front, simplex_grid
 
-BASE, EXPERT, FUSED, JOINT = "base", "expert", "MSDDA", "joint training"
+BASE, EXPERT, FUSED, RANDOM, JOINT = "base", "expert", "MSDDA", "one random expert", "joint training"
 
 
 @dataclass
@@ -24,12 +25,22 @@ class Sweep:
         points: These weights as well, such as ``{preference: 0.8, aesthetic: 0.2}``.
         baselines: Measured at the same weights. The pretrained model and the experts always are.
         pictures: Rows of the strip of pictures along the weights: the first pictures of the test.
+
+    Raises:
+        ConfigError: Two baselines have one name, or there is no such grid.
     """
 
     grid: int = 4
     points: list[dict[str, float]] = field(default_factory=list)
     baselines: list[Baseline] = field(default_factory=lambda: [Soup()])
     pictures: int = 4
+
+    def __post_init__(self) -> None:
+        names = [BASE, EXPERT, FUSED, RANDOM, JOINT, *(baseline.name for baseline in self.baselines)]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ConfigError(f"sweep.baselines: two are called {min(twice)!r}; give one another name")
+        if self.grid < 1:
+            raise ConfigError(f"sweep.grid: {self.grid} must be at least 1")
 
     def weights(self, names: Sequence[str]) -> list[dict[str, float]]:
         """All weights, from all on the first objective to all on the last."""
@@ -43,7 +54,8 @@ class Point:
     """One policy of a sweep: how it serves which weights. Hashable: pictures are collected by it.
 
     Attributes:
-        method: ``base``, ``expert``, ``MSDDA``, ``joint training``, or a baseline's name.
+        method: ``base``, ``expert``, ``MSDDA`` (or ``one random expert``, where that is what is sampled),
+            ``joint training``, or a baseline's name.
         weights: (objective, weight) pairs; empty for the base.
     """
 
@@ -121,8 +133,10 @@ class Front:
     def rows(self) -> list[dict[str, str | float | bool]]:
         """A row for each point: means, standard errors by prompt, and whether it is on the front.
 
-        ``gain`` is the paired difference of the mixed reward to the base.
+        ``gain`` is the paired difference of the mixed reward to the base, ``lead`` that of MSDDA at the same
+        weights to this method.
         """
+        fused = {one.point.weights: one for one in self.measured if one.point.method == FUSED}
         on_front = pareto_front(torch.stack([self.means(one) for one in self.measured])).tolist()
         rows: list[dict[str, str | float | bool]] = []
         for one, front in zip(self.measured, on_front, strict=True):
@@ -136,6 +150,9 @@ class Front:
                 pair = [self._mixed(which, weights) for which in (self.measured[0], one)]
                 gain = compare(pair[0], pair[1], one.groups)
                 row |= {"gain": gain.difference, "gain/se": gain.standard_error}
+            if weights and one.point.method != FUSED and (best := fused.get(one.point.weights)):
+                lead = compare(self._mixed(one, weights), self._mixed(best, weights), one.groups)
+                row |= {"lead": lead.difference, "lead/se": lead.standard_error}
             rows.append(row | {"seconds": one.seconds, "front": front})
         return rows
 

@@ -30,8 +30,8 @@ ALLOWED = {
     "rewards": {"errors", "pretrained", "shapes"},
     "fusion": {"errors", "gaussian", "backbones"},
     "pareto": set(),
-    "baselines": {"errors", "randomness", "gaussian", "backbones", "data"},
-    "sweep": {"evaluation", "pareto", "baselines"},
+    "baselines": {"errors", "randomness", "gaussian", "backbones", "data", "rewards"},
+    "sweep": {"errors", "evaluation", "pareto", "baselines"},
     "backbones": {"errors", "gaussian", "samplers", "pretrained", "shapes"},
     "methods": {
         "errors",

@@ -30,7 +30,7 @@ from lit_align.randomness import generator
 from lit_align.replay import Pairs, Replay, draw_pairs
 from lit_align.rewards import RewardBank
 from lit_align.rollout import Trajectory
-from lit_align.sweep import BASE, EXPERT, FUSED, JOINT, Front, Measured, Point, Sweep
+from lit_align.sweep import BASE, EXPERT, FUSED, JOINT, RANDOM, Front, Measured, Point, Sweep
 from lit_align.tasks import check_updates
 
 
@@ -101,8 +101,9 @@ class MSDDAModule(AlignmentModule):
     (the paper's), are near neither: with them the fusion is a heuristic.
 
     **Own eta of experts.** The theorem has one reference kernel. It is exact for a common eta, where the
-    fused mean is the weighted mean of means, and for learned variances. Experts with samplers of their own
-    (``samplers``) are a heuristic.
+    fused mean is the weighted mean of means. Experts with samplers of their own (``samplers``) are a
+    heuristic. For learned variances :func:`~lit_align.gaussian.fuse` has the formula; no sampler here has
+    them.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class MSDDAModule(AlignmentModule):
             optimizer: Of the trained experts.
             lr_scheduler: Stepped once per update.
             beta: KL strength of the experts, in units of the scaled reward per nat.
-            betas: KL strengths of experts that were trained with another.
+            betas: KL strengths of experts that were, or by ``fit`` will be, trained with another.
             target_beta: KL strength of the fused policy; ``beta`` if not given. Lower goes further from the
                 reference than any expert.
             samplers: Own samplers of experts, with the same steps: a heuristic (see above).
@@ -194,6 +195,8 @@ class MSDDAModule(AlignmentModule):
             else:
                 backbone.load_weights(name, Path(folder).expanduser())
         self.objectives = {name: {name: 1.0} for name, folder in experts.items() if folder is None}
+        for point in joint or []:
+            _check_weights("joint", point, experts)
         self.joint = {f"joint{i}": self._whole(point) for i, point in enumerate(joint or [])}
         for name in self.joint:
             backbone.add_weights(name)
@@ -203,8 +206,11 @@ class MSDDAModule(AlignmentModule):
         self.front: Front | None = None
         self._swept: dict[Point, list[dict[str, Tensor]]] = {}
         for baseline in sweep.baselines if sweep else []:
-            baseline.prepare(backbone, list(experts))
+            baseline.prepare(self)
         backbone.train_only(self.trained)
+        self._made = {name: self._size(name) for name in self.trained}
+        for point in sweep.points if sweep else []:
+            _check_weights("sweep.points", point, experts)
         for point in [self.weights, *(sweep.weights(list(experts)) if sweep else [])]:
             self._check_fusion(point)
 
@@ -237,11 +243,11 @@ class MSDDAModule(AlignmentModule):
         """The powers of the experts' kernels and of the reference's in the fused one."""
         return fusion_weights(weights, self.target_beta, self.betas)
 
-    def stds(self, weights: Mapping[str, float]) -> list[Tensor] | None:
-        """Stds of the fused policy's steps; None where they are the sampler's."""
+    def stds(self, exponents: Mapping[str, float]) -> list[Tensor] | None:
+        """Stds of the steps of a product of kernels; None where they are the sampler's."""
         if not self.samplers:
             return None
-        exponents, found = self.exponents(weights), []
+        found = []
         for k in range(self.sampler.num_steps):
             x = torch.zeros(1, *(1,) * len(self.backbone.latent_shape))
             steps = [self.samplers.get(name, self.sampler).step(x, x, k) for name in exponents]
@@ -258,7 +264,7 @@ class MSDDAModule(AlignmentModule):
         if self.one_expert_per_step:
             draw_choices(list(self.exponents(weights).values()), 1, [torch.Generator()])
         try:
-            self.stds(weights)
+            self.stds(self.exponents(weights))
         except ValueError as error:
             raise ConfigError(f"weights, betas and samplers do not go together: {error}") from error
 
@@ -266,7 +272,7 @@ class MSDDAModule(AlignmentModule):
         self, batch: Batch, trajectory: Trajectory, stds: Sequence[Tensor] | None = None
     ) -> Tensor:
         """KL to the reference along chains, by default of the fused policy: see :class:`AlignmentModule`."""
-        return super().trajectory_kl(batch, trajectory, stds or self.stds(self.weights))
+        return super().trajectory_kl(batch, trajectory, stds or self.stds(self.exponents(self.weights)))
 
     def score(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
         """What the rewards say of pictures; the reward is the weighted sum of the scaled objectives."""
@@ -286,6 +292,29 @@ class MSDDAModule(AlignmentModule):
 
     # ---- the sweep
 
+    def _check_trained(self) -> None:
+        if not self.images and (
+            as_made := [name for name in self.trained if self._size(name) == self._made[name]]
+        ):
+            raise ConfigError(
+                f"ckpt_path: {', '.join(as_made)} would be the pretrained model itself, as nothing has "
+                "trained it; give the checkpoint of a fit, or folders under experts and no joint"
+            )
+
+    def _size(self, name: str) -> float:
+        return sum(
+            parameter.detach().double().square().sum().item()
+            for parameter in self.backbone.parameters_of(name)
+        )
+
+    def on_test_start(self) -> None:
+        """Refuse what was never trained."""
+        self._check_trained()
+
+    def on_predict_start(self) -> None:
+        """Refuse what was never trained."""
+        self._check_trained()
+
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The fused policy and the reference on the same noise, then the sweep."""
         images = super().test_step(batch, batch_idx)
@@ -297,7 +326,7 @@ class MSDDAModule(AlignmentModule):
             figures = self._measure(batch, samples, with_kl=False)
             figures["seconds"] = torch.full((len(batch),), seconds)
             if self._has_kl(point):
-                stds = self.stds(dict(point.weights)) if point.method in (EXPERT, FUSED) else None
+                stds = self.stds(exponents) if (exponents := self._exponents_at(point)) else None
                 figures["kl"] = super().trajectory_kl(batch, samples.trajectory, stds).cpu()
             assert self.sweep is not None
             figures["images"] = samples.images[: self.sweep.pictures if batch_idx == 0 else 0].cpu()
@@ -310,9 +339,15 @@ class MSDDAModule(AlignmentModule):
             return {}
         grid = self.sweep.weights(list(self.experts))
         found: dict[Point, Callable[[Batch], Policy]] = {Point(BASE): partial(self.expert, REFERENCE)}
+        method = RANDOM if self.one_expert_per_step else FUSED
         for weights in grid:
-            method = EXPERT if max(weights.values()) == 1 else FUSED
-            found[Point(method, tuple(weights.items()))] = partial(self.fused, weights)
+            of = tuple(weights.items())
+            if max(weights.values()) == 1:
+                (name,) = (name for name, weight in of if weight)
+                found[Point(EXPERT, of)] = partial(self.expert, name)
+                if self.exponents(weights)[REFERENCE] == 0:
+                    continue  # the fused policy is the expert
+            found[Point(method, of)] = partial(self.fused, weights)
         for baseline in self.sweep.baselines:
             for weights in grid:
                 if baseline.at_experts or max(weights.values()) < 1:
@@ -321,6 +356,12 @@ class MSDDAModule(AlignmentModule):
         for name, weights in self.joint.items():
             found[Point(JOINT, tuple(weights.items()))] = partial(self.expert, name)
         return found
+
+    def _exponents_at(self, point: Point) -> dict[str, float]:
+        """Those of the kernels whose product is sampled at a point; empty where it is none of experts."""
+        if point.method == EXPERT:
+            return {name: weight for name, weight in point.weights if weight}
+        return self.exponents(dict(point.weights)) if point.method in (FUSED, RANDOM) else {}
 
     def _has_kl(self, point: Point) -> bool:
         """Whether its steps are Gaussians of known std: those of a search are not."""
@@ -358,6 +399,11 @@ class MSDDAModule(AlignmentModule):
         if not self.trained:
             raise ConfigError(
                 "experts: all are loaded, and nothing is left to train; run test, or set one to null"
+            )
+        if own := [name for name in self.samplers if name in self.trained]:
+            raise ConfigError(
+                f"samplers: fit learns {own[0]} from chains of the common sampler; take its own "
+                "out, and give it to the test"
             )
         if not len(self.stochastic_steps):
             raise ConfigError("sampler: fit needs noise in the steps; set sampler.init_args.eta to 1")
@@ -415,7 +461,8 @@ class MSDDAModule(AlignmentModule):
         for lesson in lessons:
             now, then, drawn = lesson.step(pairs)
             kl, advantages = now.kl(then), lesson.advantages[pairs.rows.to(self.device)]
-            loss = step_loss(now.log_ratio(then, drawn), kl, advantages, self.beta, self.max_ratio)
+            beta = self.betas.get(lesson.name, self.beta)
+            loss = step_loss(now.log_ratio(then, drawn), kl, advantages, beta, self.max_ratio)
             for key, value in {"loss": loss, "kl": kl}.items():
                 figures.setdefault(key, []).append(value.detach())
                 figures.setdefault(f"{key}/{lesson.name}", []).append(value.detach())
@@ -446,18 +493,26 @@ def _check_names(
 ) -> None:
     """Refuse names that do not fit together, and weights outside the simplex."""
     for name in experts:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in (POLICY, REFERENCE):
+        taken = name in (POLICY, REFERENCE, "soup", "factors") or re.fullmatch(r"joint\d+", name)
+        if taken or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise ConfigError(f"experts: {name!r} cannot name an expert; use the name of its reward")
         if name not in rewards.weights:
             raise ConfigError(
                 f"experts: {name} is no reward with a weight in the bank; those are "
                 f"{', '.join(rewards.trained)}"
             )
-    for place, names in {"weights": weights, "betas": betas, "samplers": samplers}.items():
+    _check_weights("weights", weights, experts)
+    for place, names in {"betas": betas, "samplers": samplers}.items():
         if unknown := [name for name in names if name not in experts]:
             raise ConfigError(f"{place}: there is no expert {unknown[0]}, only {', '.join(experts)}")
+
+
+def _check_weights(place: str, weights: Mapping[str, float], experts: Mapping[str, object]) -> None:
+    """Refuse names that are no experts, and weights outside the simplex."""
+    if unknown := [name for name in weights if name not in experts]:
+        raise ConfigError(f"{place}: there is no expert {unknown[0]}, only {', '.join(experts)}")
     if min(weights.values(), default=0) < 0 or not 0 < sum(weights.values()) <= 1 + 1e-6:
         raise ConfigError(
-            f"weights: {dict(weights)} must not be negative and sum to more than 0 and at most 1; what is "
+            f"{place}: {dict(weights)} must not be negative and sum to more than 0 and at most 1; what is "
             "missing to 1 is the reference's"
         )

@@ -19,7 +19,7 @@ from lit_align.errors import ConfigError
 from lit_align.gaussian import GaussianStep
 from lit_align.methods import MSDDAModule
 from lit_align.methods.msdda import centred, step_loss
-from lit_align.rewards import Brightness, Redness, Reward, RewardBank
+from lit_align.rewards import Brightness, JPEGCompressibility, Redness, Reward, RewardBank
 from lit_align.samplers import DDIM
 from lit_align.sweep import Sweep
 
@@ -456,11 +456,107 @@ def test_adapters_of_a_run_are_experts_of_another_and_a_mixture_for_predict(tiny
             "precision",
         ),
         ({"one_expert_per_step": True, "target_beta": 0.02}, "chance"),
+        ({"experts": {"soup": None}}, "soup"),
+        ({"sweep": Sweep(2, [{"brihgt": 0.5, "red": 0.5}])}, r"sweep.points.*no expert brihgt"),
+        ({"joint": [{"brihgt": 0.5, "red": 0.5}]}, r"joint.*no expert brihgt"),
+        ({"joint": [{"bright": 0.9, "red": 0.5}]}, r"joint.*at most 1"),
+        ({"lora": None, "sweep": Sweep(2, baselines=[Soup()])}, "mixtures are made of adapters"),
     ],
 )
 def test_what_cannot_work_is_named(tiny, options, named):
     with pytest.raises(ConfigError, match=named):
         module(tiny, **options)
+
+
+def test_sweeps_that_cannot_be_told_apart_or_made_are_refused():
+    with pytest.raises(ConfigError, match="two are called 'CoDe'"):
+        Sweep(2, baselines=[CoDe(4, 5), CoDe(20, 5)])
+    assert len(Sweep(2, baselines=[CoDe(4, 5), CoDe(20, 5, name="CoDe, 20")]).baselines) == 2
+    with pytest.raises(ConfigError, match="grid"):
+        Sweep(0)
+
+
+def test_the_gradient_of_a_black_box_is_refused_before_anything_runs(tiny):
+    bank = RewardBank({"bright": Brightness(), "jpeg": JPEGCompressibility()}, {"bright": 1.0, "jpeg": 1.0})
+    with pytest.raises(ConfigError, match="gradient of jpeg"):
+        MSDDAModule(
+            StableDiffusionBackbone(str(tiny)),
+            partial(DDIM, num_steps=2),
+            bank,
+            experts={"bright": None, "jpeg": None},
+            weights={"bright": 1.0},
+            sweep=Sweep(2, baselines=[RewardGradient()]),
+        )
+
+
+def test_experts_that_were_never_trained_are_not_tested(tiny, tmp_path):
+    fused = module(tiny, joint=[{"bright": 0.5, "red": 0.5}])
+    for run in (trainer(tmp_path, 1).test, trainer(tmp_path, 1).predict):
+        with pytest.raises(ConfigError, match="bright, red, joint0 would be the pretrained model itself"):
+            run(fused, data())
+    trainer(tmp_path, 1).fit(fused, data())
+    trainer(tmp_path, 1).test(fused, data(), verbose=False)
+
+
+def test_a_target_further_than_the_experts_moves_the_mixtures_and_not_the_experts(tiny, tmp_path):
+    """At beta / 2 the product has each expert to the power 2, the reference to -1; the soup goes as far."""
+    fused = module(tiny, target_beta=0.025, sweep=Sweep(2, baselines=[Soup()]))
+    randomise(fused)
+    trainer(tmp_path, 1).test(fused, data(), verbose=False)
+    assert fused.front is not None
+    found = {(m.point.method, tuple(w for _, w in m.point.weights)): m for m in fused.front.measured}
+    assert {method for method, weights in found if weights == (0.0, 1.0)} == {"expert", "MSDDA"}
+    loaded = data()
+    loaded.setup("test")
+    held_out = next(iter(loaded.test_dataloader()))
+    with torch.no_grad():
+        expert = fused.sample(held_out, "test", "red").images
+        fused.backbone.mix_weights("by hand", {"bright": 1.0, "red": 1.0})
+        soup = fused.sample(held_out, "test", "by hand").images
+    assert torch.equal(found["expert", (0.0, 1.0)].images, expert[:4])
+    assert not torch.equal(found["MSDDA", (0.0, 1.0)].images, expert[:4])
+    assert torch.equal(found["soup", (0.5, 0.5)].images, soup[:4])
+
+
+def test_one_random_expert_is_called_so(tiny, tmp_path):
+    fused = module(tiny, one_expert_per_step=True, sweep=Sweep(2, baselines=[]))
+    randomise(fused)
+    trainer(tmp_path, 1).test(fused, data(), verbose=False)
+    assert fused.front is not None
+    assert {m.point.method for m in fused.front.measured} == {"base", "expert", "one random expert"}
+
+
+def test_a_candidate_without_a_score_is_not_chosen(tiny, monkeypatch):
+    """NaN counts as the largest elsewhere, and the search would follow what cannot be judged."""
+    fused, chosen, least, seen = module(tiny), [], -math.inf, list[float]()
+
+    def unsure(self: MSDDAModule, name: str, images: torch.Tensor, batch: Batch) -> torch.Tensor:
+        scores = images.mean((1, 2, 3))
+        seen.extend(scores.tolist())
+        return torch.where(scores < least, torch.nan, scores)
+
+    monkeypatch.setattr(MSDDAModule, "objective", unsure)
+    for _ in range(2):
+        seen.clear()
+        with torch.no_grad():
+            search = CoDe(candidates=6, every=1).policy(fused, {"bright": 1.0}, batch(1))
+            chosen.append(search(fused.draw_noise(torch.tensor([7]), "test")[0], 0).mean)
+        assert len(seen) == 6
+        least = sorted(seen)[3]  # of the second search three candidates have no score
+    assert torch.equal(*chosen)
+
+
+def test_an_expert_learns_at_its_own_strength_from_the_common_sampler(tiny, tmp_path):
+    losses = []
+    for betas in ({}, {"red": 5.0}):
+        fused = module(tiny, betas=betas, target_beta=0.05)
+        trainer(tmp_path, 2).fit(fused, data())
+        losses.append({name: [p.clone() for p in fused.backbone.parameters_of(name)] for name in BOTH})
+    assert all(torch.equal(*both) for both in zip(losses[0]["bright"], losses[1]["bright"], strict=True))
+    assert not all(torch.equal(*both) for both in zip(losses[0]["red"], losses[1]["red"], strict=True))
+    own = module(tiny, samplers={"red": partial(DDIM, num_steps=4, eta=0.5)})
+    with pytest.raises(ConfigError, match="samplers: fit learns red from chains of the common sampler"):
+        trainer(tmp_path, 1).fit(own, data())
 
 
 def test_fit_needs_experts_to_train_and_images_to_compare(tiny, tmp_path):
