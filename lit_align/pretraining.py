@@ -30,8 +30,11 @@ class Pretraining:
         source: The pictures: 12 M of LAION-5B with an aesthetic score above 6 in the paper. Every batch is
             read when it is needed.
         batch: Pictures of one step, over all ranks. The paper: 16 on each of 128 GPUs.
-        weight: In a step of its own, ``before`` or ``after``, a factor on its learning rate (one on the loss
-            would be undone by Adam); with ``every`` the :math:`\beta` of the loss.
+        weight: With ``every`` the :math:`\beta` of the loss. In a step of its own, ``before`` or ``after``, a
+            factor on its learning rate (one on the loss would be undone by Adam), which does little: Adam's
+            momentum carries the gradient on into the tasks' updates at their full rate, and its second
+            moment remembers it. On Shapes this gradient is 10 to 300 times as large as the policy's, and
+            drowns it: there ``every`` is the better order.
         order: When: one step ``before`` or ``after`` the tasks of an iteration, or in ``every`` update,
             whose loss is then the sum of both.
 
@@ -60,6 +63,23 @@ class Pretraining:
         return [orders[one][position] for one, position in passes]
 
 
+@torch.no_grad()
+def clean_latents(backbone: DiffusionBackbone, pictures: Tensor) -> Tensor:
+    """Latents ``(B, C, h, w)`` float32 of pictures ``(B, 3, H, W)`` in [0, 1].
+
+    Raises:
+        ConfigError: The pictures are not of the model's size.
+    """
+    clean = backbone.latents(pictures).float()
+    if clean.shape[1:] != backbone.latent_shape:
+        side = pictures.shape[-1] * backbone.latent_shape[-1] // clean.shape[-1]
+        raise ConfigError(
+            f"pretraining.source: its pictures have {pictures.shape[-1]} pixels a side, but the model draws "
+            f"{side}; give it pictures of that size"
+        )
+    return clean
+
+
 def denoising_loss(
     backbone: DiffusionBackbone,
     sampler: Sampler,
@@ -85,14 +105,7 @@ def denoising_loss(
     Raises:
         ConfigError: The pictures are not of the model's size.
     """
-    with torch.no_grad():
-        clean = backbone.latents(pictures).float()
-    if clean.shape[1:] != backbone.latent_shape:
-        side = pictures.shape[-1] * backbone.latent_shape[-1] // clean.shape[-1]
-        raise ConfigError(
-            f"pretraining.source: its pictures have {pictures.shape[-1]} pixels a side, but the model draws "
-            f"{side}; give it pictures of that size"
-        )
+    clean = clean_latents(backbone, pictures)
     count = sampler.num_train_timesteps
     t = torch.stack([torch.randint(count, (), generator=draw) for draw in draws])
     noise = torch.stack([torch.randn(backbone.latent_shape, generator=draw) for draw in draws]).to(clean)

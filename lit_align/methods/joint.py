@@ -21,7 +21,7 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError
 from lit_align.methods.base import AlignmentModule, named
-from lit_align.pretraining import Pretraining, denoising_loss
+from lit_align.pretraining import Pretraining, clean_latents, denoising_loss
 from lit_align.randomness import generator
 from lit_align.replay import Replay
 from lit_align.tasks import Task, data_of_tasks, joint_scores
@@ -102,7 +102,8 @@ class JointModule(AlignmentModule):
         """Check what depends on the data.
 
         Raises:
-            ConfigError: The data has other tasks, or the ranks cannot share the captioned pictures.
+            ConfigError: The data has other tasks, the ranks cannot share the captioned pictures, or these are
+                not of the model's size.
         """
         super().setup(stage)
         data_of_tasks(self.trainer.datamodule, self.tasks)  # type: ignore[attr-defined]
@@ -111,6 +112,8 @@ class JointModule(AlignmentModule):
                 f"pretraining.batch: {self.pretraining.batch} pictures cannot be shared equally by "
                 f"{self.trainer.world_size} processes; give a multiple"
             )
+        if stage == "fit" and self.pretraining is not None:
+            clean_latents(self.backbone, self.pretraining.source.batch([0])[0])  # before a collection is made
 
     # ---- one iteration
 

@@ -225,7 +225,8 @@ def test_a_task_of_weight_zero_is_only_watched(tiny: Path, tmp_path: Path) -> No
     assert {task for task, _ in recorder.advantages} == {"a"}
     assert module.latest["reward/b/trained"].isfinite().sum() == 4
     assert module.latest["reward/a/trained"].isfinite().sum() == 4
-    assert module.latest["reward"].isfinite().all()
+    # What is trained makes the reward, by which the best checkpoint is chosen.
+    assert torch.equal(module.latest["reward"].isfinite(), module.latest["reward/a"].isfinite())
     with pytest.raises(ConfigError, match="all weights are 0"):
         make(tiny, tasks={"a": Task(bank(Brightness()), BatchAdvantages(), 0.0)})
 
@@ -338,6 +339,16 @@ def test_the_loss_is_one_for_a_denoiser_that_predicts_nothing(tiny: Path) -> Non
     assert torch.equal(losses, denoising_error(torch.zeros(7, 4, 8, 8), torch.stack(noise)))
     with pytest.raises(ConfigError, match=r"64 pixels a side, but the model draws 16"):
         denoising_loss(module.backbone, module.sampler, *ShapesRenders(["single"]).batch([0]), draws[:1])
+
+
+def test_captioned_pictures_of_another_size_are_refused_before_anything_is_sampled(
+    tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(DDPOModule, "sample", None)
+    pretraining = Pretraining(ShapesRenders(["single"]), batch=4)
+    module = make(tiny, rewards=bank(Brightness()), advantages=BatchAdvantages(), pretraining=pretraining)
+    with pytest.raises(ConfigError, match="64 pixels a side, but the model draws 16"):
+        fit(module, PromptDataModule(ShapesPrompts(["open"]), **SIZES), tmp_path)
 
 
 @pytest.mark.parametrize("order", ["before", "after", "every"])
