@@ -3,6 +3,7 @@
 import json
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,8 @@ def picture_grid(images: Tensor, prompts: Sequence[str], columns: int = 8, side:
         picture = Image.fromarray(pixels)
         height = round(side * picture.height / picture.width)
         grid.paste(picture.resize((side, height), Image.Resampling.BICUBIC).crop((0, 0, side, side)), (x, y))
-        lines = textwrap.wrap(prompt, width=side // 6, max_lines=3, placeholder=" ...")
+        wrapped = partial(textwrap.wrap, width=side // 6, max_lines=3, placeholder=" ...")
+        lines = [line for part in prompt.splitlines() for line in wrapped(part)][:3]
         draw.multiline_text((x, y + side + 1), "\n".join(lines), fill="black", spacing=1, font_size=10)
     return grid
 

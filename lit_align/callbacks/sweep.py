@@ -77,7 +77,7 @@ def strip(front: Front) -> Image.Image:
         key=lambda m: [weight for _, weight in m.point.weights],
         reverse=True,
     )
-    labels = [", ".join(f"{n} {w:g}" for n, w in m.point.weights if w) or BASE for m in shown]
+    labels = ["\n".join(f"{n} {w:.2g}" for n, w in m.point.weights if w) or BASE for m in shown]
     images = torch.stack([m.images for m in shown], dim=1)  # (pictures, columns, 3, H, W)
     return picture_grid(images.flatten(0, 1), labels * len(images), columns=len(shown), side=96)
 
@@ -93,22 +93,34 @@ def plot(front: Front) -> Image.Image | None:
         )
         return None
     pairs = list(combinations(range(len(front.objectives)), 2))
-    figure = Figure(figsize=(5 * max(len(pairs), 1), 4.2), layout="constrained")
+    figure = Figure(figsize=(5 * max(len(pairs), 1) + 1.5, 4.2), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     for panel, (i, j) in enumerate(pairs):
         axes = figure.add_subplot(1, len(pairs), panel + 1)
         for method, points in front.methods().items():
+            points = sorted(points, key=lambda m: [weight for _, weight in m.point.weights])  # along the way
             means = torch.stack([front.means(point) for point in points])[:, (i, j)]
-            means = means[means[:, 0].argsort()]
             line = "-" if len(front.objectives) == 2 and len(means) > 1 and method != EXPERT else ""
+            corner = method in (BASE, EXPERT)
             axes.plot(
-                means[:, 0], means[:, 1], marker="*" if method == BASE else "o", linestyle=line, label=method
+                means[:, 0],
+                means[:, 1],
+                marker="*" if method == BASE else "D" if method == EXPERT else "o",
+                markersize=11 if method == BASE else 6,
+                linestyle=line,
+                color="black" if corner else None,
+                zorder=3 if corner else 2,
+                label=method,
             )
+            if method == FUSED:
+                for (x, y), point in zip(means.tolist(), points, strict=True):
+                    weights = "/".join(f"{weight:.2g}" for _, weight in point.point.weights)
+                    axes.annotate(weights, (x, y), textcoords="offset points", xytext=(5, -9), fontsize=7)
         axes.set_xlabel(front.objectives[i])
         axes.set_ylabel(front.objectives[j])
         axes.grid(alpha=0.3)
     if pairs:
-        figure.axes[0].legend()
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 

@@ -57,7 +57,9 @@ def record(cell: Cell, run: Path, state: dict[str, Any]) -> dict[str, Any]:
         state: Of the harness: fingerprint, commands, seconds.
     """
     validation, test = (json.loads((run / f"{split}.json").read_text()) for split in ("validation", "test"))
-    return {
+    sweep = run / "sweep" / "sweep.json"
+    swept = {"sweep": json.loads(sweep.read_text())} if sweep.exists() else {}
+    return swept | {
         "plan": cell.plan,
         "cell": cell.name,
         "config": cell.config,
