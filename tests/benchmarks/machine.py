@@ -1,9 +1,12 @@
 """Clock, memory and description of the machine that a benchmark runs on."""
 
+import multiprocessing
 import os
 import platform
 import resource
 import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,13 @@ def peak_bytes() -> int:
         return int(status["VmHWM"].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def each_alone(calls: Iterable[Callable[[], dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What the calls return, each made in a process of its own: an allocator keeps what it once had."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
+        return [processes.submit(call).result() for call in calls]
 
 
 def disk_bytes(path: Path) -> int:

@@ -10,10 +10,9 @@ second of two turns: of the CPU, or on a GPU of the clock.
 
 import argparse
 import json
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from lit_align.methods import AlignPropModule
 from lit_align.rewards import CLIPScore, RewardBank
 from lit_align.samplers import DDIM
 from lit_align.truncation import FixedWindow
-from tests.benchmarks.machine import machine, now, peak_bytes, reset_peak
+from tests.benchmarks.machine import each_alone, machine, now, peak_bytes, reset_peak
 
 
 def measure(options: argparse.Namespace, steps: int, checkpointing: bool) -> dict[str, Any]:
@@ -79,12 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     options = parser.parse_args(arguments)
-    cells = []
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
-        for checkpointing in (False, True):
-            for steps in options.steps:
-                cells.append(processes.submit(measure, options, steps, checkpointing).result())
+    kinds = product((False, True), options.steps)
+    cells = each_alone(partial(measure, options, steps, checkpointing) for checkpointing, steps in kinds)
     show(cells, options.images)
     if options.out:
         options.out.write_text(json.dumps(cells, indent=2))

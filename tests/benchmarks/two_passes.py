@@ -10,9 +10,7 @@ The chains are random numbers: what they hold changes no memory.
 
 import argparse
 import json
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from lit_align.replay import Replay
 from lit_align.rewards import Redness, RewardBank
 from lit_align.rollout import Trajectory
 from lit_align.samplers import DDIM
-from tests.benchmarks.machine import machine, now, peak_bytes, reset_peak
+from tests.benchmarks.machine import each_alone, machine, now, peak_bytes, reset_peak
 
 SIZES = ((4, 5), (16, 20), (64, 50))
 """Images and steps of the cells."""
@@ -80,9 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     options = parser.parse_args(arguments)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
-        cells = [processes.submit(measure, options, *size).result() for size in SIZES]
+    cells = each_alone(partial(measure, options, *size) for size in SIZES)
     show(cells, options.micro_batch)
     if options.out:
         options.out.write_text(json.dumps(cells, indent=2))
