@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_align.data.batch import Batch
-from lit_align.data.splits import Permutation, PromptSet, Rows
+from lit_align.data.splits import PromptSet, Rows
 from lit_align.errors import ConfigError
 
 
@@ -103,9 +103,7 @@ class CollectionLoader:
     def _advance(self, wanted: int) -> list[int]:
         """The rows of the next collection; moves the cursor behind them."""
         while True:
-            order = Permutation(
-                len(self.prompts.rows), self._settings["seed"], self._pass, purpose="training order"
-            )
+            order = self.prompts.training_order(self._settings["seed"], self._pass)
             rows: list[int] = []
             for position, row in self.prompts.walk(order, self._cursor):
                 rows.append(row)

@@ -1,5 +1,7 @@
 """The data of the methods that make their own images: prompts, split and handed out in collections."""
 
+from typing import Literal
+
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
@@ -42,6 +44,8 @@ class PromptDataModule(LightningDataModule):
         validation_images_per_prompt: Images of each.
         test_prompts: How many prompts to test on; the same ones every time, whatever the seed.
         test_images_per_prompt: Images of each; also for predict.
+        test_split: ``"test"``, or ``"train"`` to test on the prompts with which the training of this seed
+            began: what was learnt on seen prompts, beside what holds for others.
         eval_batch: Images in a batch of one rank in validation, test and predict, at most; prompts are kept
             whole.
         predict_source: Predict on all of these, in their order; on the test prompts if not given.
@@ -66,6 +70,7 @@ class PromptDataModule(LightningDataModule):
         validation_images_per_prompt: int = 4,
         test_prompts: int = 128,
         test_images_per_prompt: int = 4,
+        test_split: Literal["test", "train"] = "test",
         eval_batch: int = 64,
         predict_source: PromptSource | None = None,
         seed: int | None = None,
@@ -83,6 +88,7 @@ class PromptDataModule(LightningDataModule):
         self.validation_images_per_prompt = validation_images_per_prompt
         self.test_prompts = test_prompts
         self.test_images_per_prompt = test_images_per_prompt
+        self.test_split = test_split
         self.eval_batch = eval_batch
         self.predict_source = predict_source
         self.seed = run_seed(seed)
@@ -95,6 +101,8 @@ class PromptDataModule(LightningDataModule):
         for name in (*sizes, "validation_prompts", "test_prompts"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"data.{name} is {value}: give at least 1")
+        if self.test_split not in ("test", "train"):
+            raise ConfigError(f"data.test_split is {self.test_split!r}: give test or train")
         for name in ("validation_images_per_prompt", "test_images_per_prompt"):
             if not 1 <= (value := getattr(self, name)) <= self.eval_batch:
                 raise ConfigError(
@@ -177,7 +185,7 @@ class PromptDataModule(LightningDataModule):
         return self._fixed("validation", self.validation_prompts, self.validation_images_per_prompt)
 
     def test_dataloader(self) -> FixedLoader:
-        """The test prompts."""
+        """The prompts of ``test_split``."""
         return self._fixed("test", self.test_prompts, self.test_images_per_prompt)
 
     def predict_dataloader(self) -> FixedLoader:
@@ -195,13 +203,14 @@ class PromptDataModule(LightningDataModule):
         return FixedLoader(prompts, rows, images, self.eval_batch // images, rank)
 
     def _fixed(self, split: str, wanted: int, images_per_prompt: int) -> FixedLoader:
-        prompts, rank = self._sets[split], Rank.of(self.trainer)
+        rank, seen = Rank.of(self.trainer), split == "test" and self.test_split == "train"
+        prompts = self._sets["train" if seen else split]
         if wanted % rank.world:
             raise ConfigError(
                 f"data.{split}_prompts is {wanted}, which {rank.world} ranks cannot share equally: "
                 f"give a multiple of {rank.world}"
             )
-        rows = prompts.first(wanted)
+        rows = prompts.first_trained(wanted, self.seed) if seen else prompts.first(wanted)
         usable = len(rows) - len(rows) % rank.world
         if usable == 0:
             raise ConfigError(

@@ -94,9 +94,19 @@ class PromptSet:
             if self.accepts(self.source.prompt(row).strip()):
                 yield position + 1, row
 
+    def training_order(self, seed: int, number: int) -> Permutation:
+        """The order in which pass ``number`` of a run takes the prompts."""
+        return Permutation(len(self.rows), seed, number, purpose="training order")
+
     def first(self, wanted: int) -> list[int]:
         """The first rows (or all, if fewer) in an order that depends on nothing but the number of rows."""
-        order = Permutation(len(self.rows), 0, purpose="evaluation order")
+        return self._begin(Permutation(len(self.rows), 0, purpose="evaluation order"), wanted)
+
+    def first_trained(self, wanted: int, seed: int) -> list[int]:
+        """The rows (or all, if fewer) with which training begins in a run of that seed."""
+        return self._begin(self.training_order(seed, 0), wanted)
+
+    def _begin(self, order: Permutation, wanted: int) -> list[int]:
         return [row for _, row in islice(self.walk(order), wanted)]
 
     def batch(self, rows: Sequence[int], groups: Sequence[int], images_per_prompt: int) -> Batch:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -111,6 +111,7 @@ class MultiTaskDataModule(LightningDataModule):
         validation_images_per_prompt: Images of each prompt.
         test_prompts: Of each task.
         test_images_per_prompt: Images of each prompt; also for predict, which takes the test prompts.
+        test_split: ``"test"``, or ``"train"`` to test on the prompts with which training began.
         eval_batch: Images in a batch of one rank in validation, test and predict, at most.
         seed: Seed of the training order.
 
@@ -130,6 +131,7 @@ class MultiTaskDataModule(LightningDataModule):
         validation_images_per_prompt: int = 4,
         test_prompts: int = 128,
         test_images_per_prompt: int = 4,
+        test_split: Literal["test", "train"] = "test",
         eval_batch: int = 64,
         seed: int | None = None,
     ) -> None:
@@ -150,6 +152,7 @@ class MultiTaskDataModule(LightningDataModule):
                 validation_images_per_prompt,
                 test_prompts,
                 test_images_per_prompt,
+                test_split,
                 eval_batch,
                 seed=seed,
             )

@@ -116,6 +116,22 @@ def test_a_plan_that_was_interrupted_ends_as_the_one_that_was_not(plan, tmp_path
         assert (results / picture).stat().st_size > 1000
 
 
+def test_a_cell_can_be_tested_on_the_prompts_that_it_was_trained_on_too(plan, tmp_path):
+    seen = ["--data.init_args.test_split=train", "--data.init_args.test_prompts=3"]
+    also = replace(plan, also={"seen": seen}, seeds=[1])
+    assert also.cells()[0].fingerprint("") != replace(also, also={}).cells()[0].fingerprint("")
+    assert run(also, tmp_path) == {}
+    found = read(tmp_path, 1)
+    assert [name.split()[3] for name in found["commands"]] == ["fit", "test", "test"]
+    assert found["test"]["reward"]["num_pairs"] == 4
+    assert found["also"]["seen"]["reward"]["num_pairs"] == 6
+    table = (tmp_path / "results" / "tiny.md").read_text()
+    assert f"seen, `{' '.join(seen)}`:" in table
+    assert f"{found['also']['seen']['reward']['after']:.3f} (" in table
+    rows = (tmp_path / "results" / "tiny" / "ddpo_seed1.csv").read_text().splitlines()
+    assert len(rows) == 5  # of the test proper
+
+
 def test_a_longer_run_goes_on_from_a_shorter_one_as_if_it_had_never_stopped(plan, tmp_path):
     sizes = {name: value for name, value in TINY.items() if name != "trainer.max_epochs"}
     configs = {f"ddpo_{n}": ["configs/ddpo.yaml", f"--trainer.max_epochs={n}"] for n in (1, 2)}

@@ -296,6 +296,17 @@ def test_predict_follows_the_order_of_its_source() -> None:
     assert [len(batch) for batch in batches] == [4, 4, 2]
 
 
+def test_the_test_can_be_on_the_prompts_that_a_run_trains_on_first() -> None:
+    settings = {"images_per_prompt": 2, "prompts_per_collection": 5, "test_prompts": 10, "seed": 3}
+    data = module(table(200), **settings)
+    first, second = list(data.train_dataloader())[:2]
+    seen = module(table(200), **settings, test_split="train")
+    assert seen.test_dataloader().rows == [int(p.split()[1]) for p in (first.prompts + second.prompts)[::2]]
+    assert not set(seen.test_dataloader().rows) & set(data.test_dataloader().rows)
+    with pytest.raises(ConfigError, match=r"test_split is 'seen': give test or train"):
+        module(table(200), **settings, test_split="seen")
+
+
 def test_millions_of_prompts_start_at_once() -> None:
     start = perf_counter()
     source = ShapesPrompts(["pair", "relation"])

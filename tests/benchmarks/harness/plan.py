@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ class Cell:
         seed: For ``--seed_everything``.
         arguments: What decides the result, as given to ``python -m lit_align fit``.
         continues: The cell of which this one is the same run, taken further.
+        also: Further tests, by name: what they add to the arguments.
     """
 
     plan: str
@@ -31,6 +33,7 @@ class Cell:
     seed: int
     arguments: tuple[str, ...]
     continues: "Cell | None" = None
+    also: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -41,6 +44,8 @@ class Cell:
         """Changes when what a configuration says, an override, the seed or the Shapes weights do."""
         files = [ROOT / a.removeprefix("--config=") for a in self.arguments if a.startswith("--config=")]
         parts = [self.arguments, [yaml.safe_load(file.read_text()) for file in files], weights]
+        if self.also:
+            parts.append({name: list(added) for name, added in self.also.items()})
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -56,6 +61,7 @@ class Plan:
         budget: ``option: value`` for all cells: how long a run is.
         continues: Configurations that are another one's run taken further, ``{longer: shorter}``: where the
             shorter run is there, it is copied and resumed.
+        also: ``{name: [--option=value, ...]}``: every cell is tested once more with these.
         compare: Pairs of configurations; the second is reported against the first, picture by picture.
     """
 
@@ -65,6 +71,7 @@ class Plan:
     overrides: list[str]
     budget: dict[str, Any]
     continues: dict[str, str]
+    also: dict[str, list[str]]
     compare: list[list[str]]
 
     def cells(self) -> list[Cell]:
@@ -80,7 +87,8 @@ class Plan:
         budget = [f"--{name}={_text(value)}" for name, value in self.budget.items()]
         arguments = (*own, *self.overrides, *budget, f"--seed_everything={seed}")
         shorter = self.continues.get(config)
-        return Cell(self.name, config, seed, arguments, self._cell(shorter, seed) if shorter else None)
+        before = self._cell(shorter, seed) if shorter else None
+        return Cell(self.name, config, seed, arguments, before, self.also)
 
 
 def _text(value: Any) -> str:
@@ -101,6 +109,7 @@ def load_plan(path: Path) -> Plan:
         "overrides": [],
         "budget": {},
         "continues": {},
+        "also": {},
         "compare": [],
     }
     if unknown := sorted(set(content) - set(known)):
@@ -108,11 +117,14 @@ def load_plan(path: Path) -> Plan:
     plan = Plan(**known | content)
     if not plan.configs or not plan.seeds:
         raise ConfigError(f"{path}: give configs (name: list of files) and seeds (a list)")
-    if wrong := [option for option in plan.overrides if not option.startswith("--") or "=" not in option]:
-        raise ConfigError(f"{path}: overrides: {wrong[0]!r} is not of the form --option=value")
+    added = [*plan.overrides, *(option for options in plan.also.values() for option in options)]
+    if wrong := [option for option in added if not option.startswith("--") or "=" not in option]:
+        raise ConfigError(f"{path}: {wrong[0]!r} is not of the form --option=value")
     named = {name for pair in [*plan.compare, *plan.continues.items()] for name in pair}
     if strangers := sorted(named - set(plan.configs)):
         raise ConfigError(f"{path}: there is no {strangers[0]} in configs: {', '.join(plan.configs)}")
+    if taken := sorted({"fit", "test", "validation"} & set(plan.also)):
+        raise ConfigError(f"{path}: also: {taken[0]} is taken; give the further test another name")
     files = [entry for entries in plan.configs.values() for entry in entries if not entry.startswith("--")]
     if missing := [file for file in files if not (ROOT / file).is_file()]:
         raise ConfigError(f"{path}: there is no {missing[0]} in {ROOT}")

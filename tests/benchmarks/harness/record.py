@@ -57,6 +57,7 @@ def record(cell: Cell, run: Path, state: dict[str, Any]) -> dict[str, Any]:
         state: Of the harness: fingerprint, commands, seconds.
     """
     validation, test = (json.loads((run / f"{split}.json").read_text()) for split in ("validation", "test"))
+    also = {name: json.loads((run / f"{name}.json").read_text())["figures"] for name in cell.also}
     sweep = run / "sweep" / "sweep.json"
     swept = {"sweep": json.loads(sweep.read_text())} if sweep.exists() else {}
     return swept | {
@@ -76,6 +77,7 @@ def record(cell: Cell, run: Path, state: dict[str, Any]) -> dict[str, Any]:
         "run": os.path.relpath(run, ROOT),
         "validation": validation["figures"],
         "test": test["figures"],
+        "also": also,
         "curves": curves(run),
     }
 

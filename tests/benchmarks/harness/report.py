@@ -11,6 +11,8 @@ from tests.benchmarks.harness.plan import Plan
 
 Result = dict[str, Any]
 """A cell's JSON."""
+Figures = dict[str, dict[str, float | None]]
+"""What one test found, by the figure's name."""
 
 PAIRS = 256
 """(prompt, noise) pairs that a claim needs."""
@@ -88,9 +90,9 @@ def _kl_text(figure: dict[str, float | None]) -> str:
     return f"{after:.2f} ± {error:.2f}"
 
 
-def columns(results: Sequence[Result]) -> list[str]:
+def columns(tests: Sequence[Figures]) -> list[str]:
     """Names of the figures in the table's order: what is claimed first, what it cost last."""
-    measured = dict.fromkeys(name for result in results for name in result["test"])
+    measured = dict.fromkeys(name for test in tests for name in test)
     if "truth" in measured:
         measured.pop("reward/truth", None)
     first, last = ("reward", "truth"), ("diversity",)
@@ -100,16 +102,32 @@ def columns(results: Sequence[Result]) -> list[str]:
 
 def table(results: Sequence[Result]) -> list[str]:
     """Markdown rows, a seed each, of one configuration's figures on the test split."""
-    names = columns(results)
+    names = columns([result["test"] for result in results])
     header = ["seed", *names, KL, "pictures", "reward queries", "minutes"]
     rows = [header, ["---"] * len(header)]
     for result in results:
-        figures = [figure_text(result["test"][name]) if name in result["test"] else "" for name in names]
+        figures = _figures(result["test"], names)
         kl = _kl_text(result["test"]["kl"]) if "kl" in result["test"] else ""
         minutes = f"{sum(result['seconds'].values()) / 60:.1f}"
         counts = [f"{result['images']:,}", f"{result['reward_queries']:,}", minutes]
         rows.append([str(result["seed"]), *figures, kl, *counts])
     return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _figures(test: Figures, names: Sequence[str]) -> list[str]:
+    return [figure_text(test[name]) if name in test else "" for name in names]
+
+
+def further_tests(plan: Plan, results: Sequence[Result]) -> list[str]:
+    """Markdown: a table for each further test of one configuration."""
+    lines: list[str] = []
+    for also, added in plan.also.items():
+        names = columns([result["also"][also] for result in results])
+        rows = [["seed", *names], ["---"] * (1 + len(names))]
+        rows += [[str(result["seed"]), *_figures(result["also"][also], names)] for result in results]
+        given = " ".join(added)
+        lines += ["", f"{also}, `{given}`:", "", *(f"| {' | '.join(row)} |" for row in rows)]
+    return lines
 
 
 Pictures = dict[tuple[str, int], dict[str, list[float]]]
@@ -185,7 +203,16 @@ def _section(plan: Plan, config: str, results: Sequence[Result]) -> list[str]:
         return lines[:-1]
     grids = " | ".join(f"![{when}]({plan.name}/{config}_{when}.png)" for when in ("before", "after"))
     pictures = [f"Validation pictures of seed {results[-1]['seed']}:", "", "| before | after |", "|---|---|"]
-    return [*lines, *table(results), "", _origin(results), "", *pictures, f"| {grids} |"]
+    return [
+        *lines,
+        *table(results),
+        *further_tests(plan, results),
+        "",
+        _origin(results),
+        "",
+        *pictures,
+        f"| {grids} |",
+    ]
 
 
 def _origin(results: Sequence[Result]) -> str:

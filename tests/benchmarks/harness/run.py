@@ -25,7 +25,6 @@ Launch = Callable[[list[str], Path, int], int]
 Tell = Callable[[Cell, str], None]
 """``(cell, what it does now)``."""
 
-STAGES = ("fit", "test")
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 
 
@@ -119,10 +118,10 @@ def run_cell(cell: Cell, out: Path, work: Path, launch: Launch, tell: Tell) -> N
         return
     folder = work.absolute() / cell.plan / cell.name
     with _alone(folder) as lock:
-        state = _state(folder, cell.fingerprint(WEIGHTS_HASH))
+        state = _state(folder, cell)
         if cell.continues and not state["commands"]:
             _take_over(cell.continues, folder, state)
-        for stage in STAGES:
+        for stage in _stages(cell):
             if stage not in state["done"]:
                 _run_stage(cell, stage, folder, state, launch, lock, tell)
         keep_pictures(cell, folder / "version_0", out)
@@ -130,12 +129,18 @@ def run_cell(cell: Cell, out: Path, work: Path, launch: Launch, tell: Tell) -> N
     tell(cell, "done")
 
 
+def _stages(cell: Cell) -> list[str]:
+    """In their order; the test comes last, so that its files are the last ones written."""
+    return ["fit", *cell.also, "test"]
+
+
 def command(cell: Cell, stage: str, folder: Path, checkpoint: Path | None) -> list[str]:
     """Arguments of ``python -m lit_align`` that run a stage of a cell in ``folder/version_0``."""
     logger = (f"save_dir={folder.parent}", f"name={folder.name}", "version=version_0")
     options = [f"--trainer.logger.init_args.{option}" for option in logger]
     resume = [f"--ckpt_path={checkpoint}"] if checkpoint else []
-    return [stage, *cell.arguments, *QUIET, *options, *resume]
+    verb, added = ("test", cell.also[stage]) if stage in cell.also else (stage, ())
+    return [verb, *cell.arguments, *added, *QUIET, *options, *resume]
 
 
 def _run_stage(
@@ -152,6 +157,9 @@ def _run_stage(
     tell(cell, f"{stage}, resumed" if stage == "fit" and checkpoint else stage)
     log, started = folder / f"{stage}.log", time.monotonic()
     status = launch(arguments, log, lock)
+    if status == 0 and stage in cell.also:
+        for kind in ("json", "csv"):
+            (run / f"test.{kind}").replace(run / f"{stage}.{kind}")
     state["seconds"][stage] += time.monotonic() - started
     state["done"] += [stage] if status == 0 else []
     _save(folder, state)
@@ -160,15 +168,16 @@ def _run_stage(
         raise CellFailed("\n".join([f"{stage} ended with status {status}; the end of {log}:", *tail]))
 
 
-def _state(folder: Path, fingerprint: str) -> dict[str, Any]:
+def _state(folder: Path, cell: Cell) -> dict[str, Any]:
     """What was done for this cell so far; what other settings left behind is removed."""
-    state = _read_state(folder)
+    state, fingerprint = _read_state(folder), cell.fingerprint(WEIGHTS_HASH)
     if state is not None and state["fingerprint"] == fingerprint:
         return state
     shutil.rmtree(folder / "version_0", ignore_errors=True)
     for log in folder.glob("*.log"):
         log.unlink()
-    return {"fingerprint": fingerprint, "done": [], "commands": [], "seconds": dict.fromkeys(STAGES, 0.0)}
+    seconds = dict.fromkeys(_stages(cell), 0.0)
+    return {"fingerprint": fingerprint, "done": [], "commands": [], "seconds": seconds}
 
 
 def _read_state(folder: Path) -> dict[str, Any] | None:
@@ -191,7 +200,7 @@ def _take_over(shorter: Cell, folder: Path, state: dict[str, Any]) -> None:
     shutil.copytree(
         other / "version_0", folder / "version_0", ignore=shutil.ignore_patterns("test.*", "config*")
     )
-    state["commands"] = found["commands"][: -1 if "test" in found["done"] else None]
+    state["commands"] = [given for given in found["commands"] if given.startswith("python -m lit_align fit")]
     state["seconds"]["fit"] = found["seconds"]["fit"]
 
 
