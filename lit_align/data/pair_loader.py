@@ -165,8 +165,8 @@ class PairLoader:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def rows(self, start_batch: int, num_batches: int) -> list[tuple[int, str]]:
-        """Row and prompt of each of this rank's pairs in coming batches, in their order.
+    def rows(self, start_batch: int, num_batches: int) -> Iterator[tuple[int, str]]:
+        """Yield row and prompt of each of this rank's pairs in coming batches, in their order.
 
         Pictures are decoded to see that they can be, and not kept.
 
@@ -174,12 +174,11 @@ class PairLoader:
             start_batch: Number of the first batch, counted over the run.
             num_batches: How many batches.
         """
-        rows: list[int] = []
         with ThreadPoolExecutor(self.workers) as pool:
             for number in range(start_batch, start_batch + num_batches):  # so that few pictures are held
                 found = pool.map(lambda slot: self._find(*slot), self._slots(number))
-                rows += [self._report(one).row for one in found]
-        return [(row, self.source.prompt(row).strip()) for row in rows]
+                for row in [self._report(one).row for one in found]:
+                    yield row, self.source.prompt(row).strip()
 
     def _slots(self, batch: int) -> list[tuple[int, int]]:
         """Pass and position of this rank's pairs in a batch."""

@@ -2,7 +2,7 @@
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -195,8 +195,8 @@ class PickaPicDataModule(LightningDataModule):
             held.update(source.prompt(row).strip() for row in rows)
         return frozenset(held)
 
-    def train_rows(self, start_batch: int, num_batches: int) -> list[tuple[int, str]]:
-        """Row and prompt of each pair in this rank's share of coming batches, in their order.
+    def train_rows(self, start_batch: int, num_batches: int) -> Iterator[tuple[int, str]]:
+        """Yield row and prompt of each pair in this rank's share of coming batches, in their order.
 
         They are what the batches will hold: a pair whose picture cannot be read is replaced here too, for
         which the pictures are decoded, but not kept.

@@ -88,6 +88,7 @@ class PairModule(AlignmentModule, Generic[Prepared]):
             raise ConfigError(f"micro_batch: {micro_batch} must be at least 1")
         self.micro_batch = micro_batch
         self.batches = 0
+        self.sampling = 0.0  # seconds for a method's own pictures, since the last update
         self._latents: LatentCache | None = None
 
     @abstractmethod
@@ -213,6 +214,7 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         self.batches += 1
         figures["grad_norm"] = [self.gradient_norm.detach()[None]]
         self._log(figures, len(batch), ready - started, time.perf_counter() - started)
+        self.sampling = 0.0
 
     def _part(self, prepared: Prepared, rows: Tensor, size: int, figures: Figures) -> Tensor:
         """The part of some pairs in the mean loss of the batch."""
@@ -232,6 +234,7 @@ class PairModule(AlignmentModule, Generic[Prepared]):
             "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
             "progress/images": float(self.images),
             "progress/reward_queries": float(self.reward_queries),
+            "perf/sampling_fraction": self.sampling / (self.sampling + total),
             "perf/preparing_fraction": preparing / total,
             "perf/images_per_second": count / total,
         }

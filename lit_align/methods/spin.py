@@ -189,7 +189,7 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
             started = time.perf_counter()
             with self.trainer.precision_plugin.forward_context(), torch.no_grad():
                 self._fill_pool(batch_idx)
-            self.log("perf/pool_seconds", time.perf_counter() - started)
+            self.sampling = time.perf_counter() - started
 
     def _begin_iteration(self) -> None:
         """The policy becomes its own opponent, and the optimizer forgets."""
@@ -289,13 +289,25 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
             left = min(left, trainer.max_steps - self.batches)
         return max(1, int(left))
 
+    def _bar(self) -> Progress:
+        """A bar of its own, where a person may be looking: the Trainer's counts updates."""
+        return Progress(
+            transient=True, disable=not (self.trainer.is_global_zero and self.trainer.progress_bar_callback)
+        )
+
+    def _coming_rows(self, batches: int) -> dict[int, str]:
+        """Row and prompt of this rank's coming pairs, each of which is read once to see that it can be."""
+        rows = self.trainer.datamodule.train_rows(self.batches, batches)  # type: ignore[attr-defined]
+        total = batches * self.trainer.datamodule.pairs_per_batch // self.trainer.world_size  # type: ignore[attr-defined]
+        with self._bar() as bar:
+            return dict(bar.track(rows, total, description=f"Pairs of iteration {self.iteration}"))
+
     def _fill_pool(self, batch_idx: int) -> None:
         """Sample the opponent for the coming pairs; what the run's folder has of it already is kept."""
         trainer, folder = self.trainer, self._pool_folder()
         on_disk = folder is not None
         self.pool = Pool(folder, folder.name if folder else "memory")
-        coming = self._coming(batch_idx)
-        own = dict(trainer.datamodule.train_rows(self.batches, coming))  # type: ignore[attr-defined]
+        own = self._coming_rows(self._coming(batch_idx))
         ranks = self.gather(list(own.items())) if on_disk else [list(own.items())]
         prompts = dict(row for rank in ranks for row in rank)
         missing = self.pool.missing(prompts)
@@ -311,8 +323,7 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
     def _add_to_pool(self, share: list[int], prompts: dict[int, str], padding: list[int]) -> None:
         """Draw and store ``share``; ``padding`` is drawn only, as all ranks call a sharded model together."""
         assert self.pool is not None
-        quiet = not (self.trainer.is_global_zero and self.trainer.progress_bar_callback)
-        with Progress(transient=True, disable=quiet) as bar:
+        with self._bar() as bar:
             task = bar.add_task(f"Pictures of opponent {self.iteration}", total=len(share))
             for start in range(0, len(share + padding), SHARD):
                 rows = (share + padding)[start : start + SHARD]

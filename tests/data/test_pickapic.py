@@ -349,7 +349,7 @@ def test_passes_follow_each_other_and_drop_what_fills_no_batch(shards: Path) -> 
 
 def test_rows_name_the_coming_pairs(shards: Path) -> None:
     data = module(PickaPicFiles(str(shards)), batches_per_epoch=20)
-    rows = data.train_rows(3, 17)
+    rows = list(data.train_rows(3, 17))
     batches = list(data.train_dataloader())[3:]
     assert rows == [
         pair for batch in batches for pair in zip(batch.index.tolist(), batch.prompts, strict=True)
@@ -376,7 +376,7 @@ def test_ranks_share_the_batches_of_one(tmp_path: Path) -> None:
             assert part.prompts == one[rows].prompts
             assert torch.equal(part.index, one[rows].index)
             assert torch.equal(part.winners, one[rows].winners)
-    rows = [data.train_rows(0, 5) for data in pair]
+    rows = [list(data.train_rows(0, 5)) for data in pair]
     assert [row for row, _ in rows[0]] == index(parts[0][:5])
     assert [row for row, _ in rows[1]] == index(parts[1][:5])
 
@@ -451,7 +451,7 @@ def test_bad_rows_leave_ranks_resumes_and_announcements_in_step(tmp_path: Path) 
     with pytest.warns(UserWarning, match="is skipped"):
         batches = list(whole)
     with pytest.warns(UserWarning, match="is skipped"):
-        announced = late.rows(0, 20)
+        announced = list(late.rows(0, 20))
     late.load_state_dict(whole.state_dict() | {"batches": 9})
     rest = index(list(islice(late, 11)))
     assert [number for number, _ in announced] == index(batches)
