@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,70 +20,18 @@ from torch import Tensor
 
 from lit_align.backbones import POLICY, REFERENCE, DenoisingPolicy, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
-from lit_align.data import Batch, PromptDataModule
+from lit_align.data import Batch
 from lit_align.errors import ConfigError
 from lit_align.fusion import FusedPolicy, RandomExpertPolicy, draw_choices, fusion_weights
 from lit_align.gaussian import Policy, fuse
-from lit_align.methods.base import AlignmentModule, Samples
+from lit_align.methods.experts import ExpertModule
 from lit_align.randomness import generator
-from lit_align.replay import Pairs, Replay, draw_pairs
 from lit_align.rewards import RewardBank
 from lit_align.rollout import Trajectory
 from lit_align.sweep import BASE, EXPERT, FUSED, JOINT, RANDOM, Front, Measured, Point, Sweep
-from lit_align.tasks import check_updates
 
 
-def centred(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Rewards minus the mean of the prompt's *other* images: a baseline that biases nothing.
-
-    Args:
-        rewards: ``(B,)``; one that is not finite is no score, and gets 0.
-        groups: ``(B,)``; images with the same number share their prompt.
-
-    Returns:
-        ``(B,)``; 0 for an image without others.
-    """
-    scored = rewards.isfinite()
-    same = ((groups[:, None] == groups[None, :]) & scored[:, None] & scored[None, :]).to(rewards)
-    known, others = torch.where(scored, rewards, 0.0), same.sum(1) - 1
-    difference = known - (same @ known - known) / others.clamp(min=1)
-    return torch.where(others > 0, difference, 0.0)
-
-
-def step_loss(log_ratio: Tensor, kl: Tensor, advantages: Tensor, beta: float, max_ratio: float) -> Tensor:
-    r"""The step-level objective on samples of the reference: ``-w A + beta KL``, with ``w`` at most so large.
-
-    Its minimum over all kernels is :math:`\pi_{ref} e^{r / \beta}`. The bound on ``w`` stops an increase that
-    pays only because few samples carry it; where ``A`` is negative there is none.
-
-    Args:
-        log_ratio: ``log pi - log pi_ref`` of the state that the reference drew, in nats, ``(N,)``.
-        kl: KL to the reference's step, in nats, ``(N,)``.
-        advantages: ``A``, ``(N,)``.
-        beta: KL strength.
-        max_ratio: Bound on ``w``.
-
-    Returns:
-        ``(N,)``.
-    """
-    ratio = log_ratio.exp()
-    return beta * kl - torch.minimum(advantages * ratio, advantages * ratio.clamp(max=max_ratio))
-
-
-@dataclass(frozen=True)
-class Lesson(Replay):
-    """The reference's chains of a collection, for one expert to learn from.
-
-    Attributes:
-        name: Of the expert.
-        advantages: ``(B,)``, on the device.
-    """
-
-    name: str
-    advantages: Tensor
-
-
-class MSDDAModule(AlignmentModule):
+class MSDDAModule(ExpertModule):
     r"""Experts for single objectives, and their fusion at sampling time.
 
     ``validate``, ``test`` and ``predict`` sample the fused policy. Experts are adapters of earlier runs, or
@@ -168,40 +115,45 @@ class MSDDAModule(AlignmentModule):
         Raises:
             ConfigError: Names do not fit, an expert cannot be loaded, or the fusion is not defined.
         """
-        super().__init__(
-            backbone, sampler, rewards, optimizer, lr_scheduler, guidance, clip_norm, rollout_batch, seed
-        )
         _check_names(experts, weights, betas or {}, samplers or {}, rewards)
-        sizes = {"beta": beta, "target_beta": target_beta, "max_ratio": max_ratio, "updates": updates}
-        sizes |= {"inner_epochs": inner_epochs, "timestep_fraction": timestep_fraction}
-        sizes |= {"micro_batch": micro_batch} | {f"betas.{n}": value for n, value in (betas or {}).items()}
-        for name, value in sizes.items():
+        strengths = {"beta": beta, "target_beta": target_beta}
+        strengths |= {f"betas.{name}": value for name, value in (betas or {}).items()}
+        for name, value in strengths.items():
             if value is not None and not value > 0:
                 raise ConfigError(f"{name}: {value} must be positive")
-        self.experts = experts
-        self.weights = self._whole(weights)
-        self.beta, self.target_beta = beta, target_beta or beta
-        self.betas = dict.fromkeys(experts, beta) | (betas or {})
-        self.samplers = {name: backbone.make_sampler(own) for name, own in (samplers or {}).items()}
-        self.one_expert_per_step = one_expert_per_step
-        self.max_ratio = max_ratio
-        self.updates, self.inner_epochs = updates, inner_epochs
-        self.micro_batch = micro_batch
-        self.stochastic_steps = self.sampler.stochastic.nonzero().flatten()
-        self.steps_per_image = max(1, round(min(timestep_fraction, 1) * len(self.stochastic_steps)))
-        for name, folder in experts.items():
-            if folder is None:
-                backbone.add_weights(name)
-            else:
-                backbone.load_weights(name, Path(folder).expanduser())
-        self.objectives = {name: {name: 1.0} for name, folder in experts.items() if folder is None}
         for point in joint or []:
             _check_weights("joint", point, experts)
-        self.joint = {f"joint{i}": self._whole(point) for i, point in enumerate(joint or [])}
-        for name in self.joint:
-            backbone.add_weights(name)
-        self.objectives |= self.joint
-        self.trained = list(self.objectives)
+        objectives = {name: {name: 1.0} for name, folder in experts.items() if folder is None}
+        mixed = {f"joint{i}": _whole(point, experts) for i, point in enumerate(joint or [])}
+        kl_strengths = dict.fromkeys(experts, beta) | (betas or {})
+        super().__init__(
+            backbone,
+            sampler,
+            rewards,
+            objectives | mixed,
+            dict.fromkeys(mixed, beta) | kl_strengths,
+            optimizer,
+            lr_scheduler,
+            max_ratio,
+            updates,
+            inner_epochs,
+            timestep_fraction,
+            guidance,
+            clip_norm,
+            micro_batch,
+            rollout_batch,
+            seed,
+        )
+        self.experts = experts
+        self.weights = _whole(weights, experts)
+        self.beta, self.target_beta = beta, target_beta or beta
+        self.betas = kl_strengths
+        self.samplers = {name: backbone.make_sampler(own) for name, own in (samplers or {}).items()}
+        self.one_expert_per_step = one_expert_per_step
+        self.joint = mixed
+        for name, folder in experts.items():
+            if folder is not None:
+                backbone.load_weights(name, Path(folder).expanduser())
         self.sweep = sweep
         self.front: Front | None = None
         self._swept: dict[Point, list[dict[str, Tensor]]] = {}
@@ -213,10 +165,6 @@ class MSDDAModule(AlignmentModule):
             _check_weights("sweep.points", point, experts)
         for point in [self.weights, *(sweep.weights(list(experts)) if sweep else [])]:
             self._check_fusion(point)
-
-    def _whole(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """The weights with those that are 0, in the order of the experts."""
-        return {name: weights.get(name, 0.0) for name in self.experts}
 
     # ---- the fused policy
 
@@ -283,12 +231,6 @@ class MSDDAModule(AlignmentModule):
         """The scaled reward of one objective, ``(B,)``, with its gradient."""
         reward = self.rewards.rewards[name]
         return self.rewards.weights[name] * reward(images, batch.prompts, batch.groups, batch.columns)
-
-    def weighted_reward(self, scores: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-        """``(B,)``: the reward for which the policy of these weights is meant."""
-        scales = self.rewards.weights
-        terms = [w * scales[n] * scores[f"reward/{n}"] for n, w in weights.items() if w != 0]
-        return torch.stack(terms).sum(0) if terms else torch.zeros_like(scores["reward"])
 
     # ---- the sweep
 
@@ -385,89 +327,18 @@ class MSDDAModule(AlignmentModule):
         volumes = self.front.hypervolumes().items()
         self.log_dict({f"test/hypervolume/{name.replace(' ', '_')}": volume for name, volume in volumes})
 
-    # ---- training of experts
-
     def setup(self, stage: str) -> None:
-        """Check what depends on the data.
+        """As for all experts; those with a sampler of their own cannot be trained.
 
         Raises:
-            ConfigError: There is nothing to train, or the data cannot train it.
+            ConfigError: There is nothing to train, or it cannot be trained like this.
         """
         super().setup(stage)
-        if stage != "fit":
-            return
-        if not self.trained:
-            raise ConfigError(
-                "experts: all are loaded, and nothing is left to train; run test, or set one to null"
-            )
-        if own := [name for name in self.samplers if name in self.trained]:
+        if stage == "fit" and (own := [name for name in self.samplers if name in self.trained]):
             raise ConfigError(
                 f"samplers: fit learns {own[0]} from chains of the common sampler; take its own "
                 "out, and give it to the test"
             )
-        if not len(self.stochastic_steps):
-            raise ConfigError("sampler: fit needs noise in the steps; set sampler.init_args.eta to 1")
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, PromptDataModule):
-            return
-        if data.images_per_prompt < 2:
-            raise ConfigError(
-                "images_per_prompt: fit compares the images of a prompt, and there is "
-                f"{data.images_per_prompt} of each; set data.images_per_prompt to 2 or more"
-            )
-        check_updates(data, self.updates, self.trainer.world_size)
-
-    def parameter_groups(self) -> list[list[torch.nn.Parameter]]:
-        """The experts', apart: training side by side is training alone."""
-        return [self.backbone.parameters_of(name) for name in self.trained]
-
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect pictures of the reference and their scores, then update all experts on them."""
-        started = time.perf_counter()
-        with torch.no_grad():
-            samples = self.sample(batch, "rollout", REFERENCE)
-            scores = self.score(samples.images, batch)
-        sampled = time.perf_counter()
-        lessons = [self._lesson(name, batch, samples, scores) for name in self.objectives]
-        figures = self._learn(lessons, batch)
-        self.log_collection(scores, figures, sampled - started, time.perf_counter() - started)
-
-    def _learn(self, lessons: Sequence[Lesson], batch: Batch) -> dict[str, list[Tensor]]:
-        """All updates of a collection; returns what was measured in each micro-batch."""
-        figures: dict[str, list[Tensor]] = {}
-        for epoch in range(self.inner_epochs):
-            pairs = draw_pairs(batch.index, self.stochastic_steps, self.steps_per_image, self.seed, epoch)
-            size = len(pairs.rows) // self.updates
-            for part in pairs.split(size):
-                micros = part.split(self.micro_batch)
-                self.update([partial(self._loss, lessons, micro, size, figures) for micro in micros])
-                figures.setdefault("grad_norm", []).append(self.gradient_norm.detach()[None])
-        return figures
-
-    def _lesson(self, name: str, batch: Batch, samples: Samples, scores: dict[str, Tensor]) -> Lesson:
-        """The reference's chains, as one of the trained weight sets sees them."""
-        reward = self.weighted_reward(scores, self.objectives[name])
-        advantages = centred(reward, batch.groups).to(self.device)
-        return Lesson(self.expert(name, batch), samples.trajectory, name, advantages)
-
-    def _loss(
-        self, lessons: Sequence[Lesson], pairs: Pairs, size: int, figures: dict[str, list[Tensor]]
-    ) -> Tensor:
-        """The part of some (image, step) pairs in the loss of an update of ``size`` pairs, over all experts.
-
-        All in one: over several processes every backward pass must reach every trained weight.
-        """
-        total = torch.zeros((), device=self.device)
-        for lesson in lessons:
-            now, then, drawn = lesson.step(pairs)
-            kl, advantages = now.kl(then), lesson.advantages[pairs.rows.to(self.device)]
-            beta = self.betas.get(lesson.name, self.beta)
-            loss = step_loss(now.log_ratio(then, drawn), kl, advantages, beta, self.max_ratio)
-            for key, value in {"loss": loss, "kl": kl}.items():
-                figures.setdefault(key, []).append(value.detach())
-                figures.setdefault(f"{key}/{lesson.name}", []).append(value.detach())
-            total = total + loss.sum() / size
-        return total
 
     # ---- files
 
@@ -482,6 +353,11 @@ class MSDDAModule(AlignmentModule):
         with suppress(ConfigError):  # whole models have no soup
             self.backbone.mix_weights("soup", self.weights)
             self.backbone.save_weights(folder, "soup")
+
+
+def _whole(weights: Mapping[str, float], experts: Mapping[str, object]) -> dict[str, float]:
+    """The weights with those that are 0, in the order of the experts."""
+    return {name: weights.get(name, 0.0) for name in experts}
 
 
 def _check_names(

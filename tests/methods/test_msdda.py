@@ -18,7 +18,7 @@ from lit_align.data import Batch, PromptDataModule, ShapesPrompts
 from lit_align.errors import ConfigError
 from lit_align.gaussian import GaussianStep
 from lit_align.methods import MSDDAModule
-from lit_align.methods.msdda import centred, step_loss
+from lit_align.methods.experts import centred, step_loss
 from lit_align.rewards import Brightness, JPEGCompressibility, Redness, Reward, RewardBank
 from lit_align.samplers import DDIM
 from lit_align.sweep import Sweep

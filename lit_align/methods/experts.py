@@ -1,0 +1,228 @@
+r"""Base of methods with experts: weight sets that each learn one objective at the level of single steps.
+
+The problem at a state :math:`x_t` of the reference's chain is that of MSDDA (Zhang, Wang and Zou 2026, arXiv
+2604.14379): the kernel that maximises :math:`E[r] - \beta\, KL(\pi \| \pi_{ref})`. Shapes: ``B`` images,
+``T`` steps, ``N`` (image, step) pairs.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from lit_align.backbones import REFERENCE, DenoisingPolicy, DiffusionBackbone
+from lit_align.backbones.base import SamplerFactory
+from lit_align.data import Batch, PromptDataModule
+from lit_align.errors import ConfigError
+from lit_align.methods.base import AlignmentModule, Samples
+from lit_align.replay import Pairs, Replay, draw_pairs
+from lit_align.rewards import RewardBank
+from lit_align.tasks import check_updates
+
+
+def centred(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Rewards minus the mean of the prompt's *other* images: a baseline that biases nothing.
+
+    Args:
+        rewards: ``(B,)``; one that is not finite is no score, and gets 0.
+        groups: ``(B,)``; images with the same number share their prompt.
+
+    Returns:
+        ``(B,)``; 0 for an image without others.
+    """
+    scored = rewards.isfinite()
+    same = ((groups[:, None] == groups[None, :]) & scored[:, None] & scored[None, :]).to(rewards)
+    known, others = torch.where(scored, rewards, 0.0), same.sum(1) - 1
+    difference = known - (same @ known - known) / others.clamp(min=1)
+    return torch.where(others > 0, difference, 0.0)
+
+
+def step_loss(log_ratio: Tensor, kl: Tensor, advantages: Tensor, beta: float, max_ratio: float) -> Tensor:
+    r"""The step-level objective on samples of the reference: ``-w A + beta KL``, with ``w`` at most so large.
+
+    Its minimum over all kernels is :math:`\pi_{ref} e^{r / \beta}`. The bound on ``w`` stops an increase that
+    pays only because few samples carry it; where ``A`` is negative there is none.
+
+    Args:
+        log_ratio: ``log pi - log pi_ref`` of the state that the reference drew, in nats, ``(N,)``.
+        kl: KL to the reference's step, in nats, ``(N,)``.
+        advantages: ``A``, ``(N,)``.
+        beta: KL strength.
+        max_ratio: Bound on ``w``.
+
+    Returns:
+        ``(N,)``.
+    """
+    ratio = log_ratio.exp()
+    return beta * kl - torch.minimum(advantages * ratio, advantages * ratio.clamp(max=max_ratio))
+
+
+@dataclass(frozen=True)
+class Lesson(Replay):
+    """The reference's chains of a collection, for one expert to learn from.
+
+    Attributes:
+        name: Of the expert.
+        advantages: ``(B,)``, on the device.
+    """
+
+    name: str
+    advantages: Tensor
+
+
+class ExpertModule(AlignmentModule):
+    r"""Trains experts side by side over one frozen model, on pictures of the reference.
+
+    The step reward :math:`r_t(x_{t-1})` is the mean reward of the pictures that the *reference* makes from
+    :math:`x_{t-1}`. Its samples are the rewards of the reference's own pictures, so one collection serves all
+    experts and all steps, with importance weights of one step.
+    """
+
+    def __init__(
+        self,
+        backbone: DiffusionBackbone,
+        sampler: SamplerFactory,
+        rewards: RewardBank,
+        objectives: dict[str, dict[str, float]],
+        betas: dict[str, float],
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        max_ratio: float,
+        updates: int,
+        inner_epochs: int,
+        timestep_fraction: float,
+        guidance: float,
+        clip_norm: float,
+        micro_batch: int,
+        rollout_batch: int,
+        seed: int | None,
+    ) -> None:
+        """Wire the parts; what is not said here is documented where a method gives it a default.
+
+        Args:
+            backbone: The diffusion model, which gets a weight set for each objective. When all weight sets
+                are there, a subclass says which are trained: ``backbone.train_only(self.trained)``.
+            sampler: How it is sampled.
+            rewards: The objectives' parts.
+            objectives: For each expert the weights of the rewards, as scaled in the bank, that it maximises.
+            betas: The KL strength of each expert.
+            optimizer: Of the experts.
+            lr_scheduler: Stepped once per update.
+            max_ratio: Bound on importance weights.
+            updates: Optimiser steps per pass over a collection.
+            inner_epochs: Passes over a collection.
+            timestep_fraction: Share of the stochastic steps of each image that an update uses.
+            guidance: Scale of classifier-free guidance.
+            clip_norm: Largest norm of each expert's gradient.
+            micro_batch: (image, step) pairs in one backward pass, for each expert.
+            rollout_batch: Images sampled at once.
+            seed: Seed of all noise.
+        """
+        super().__init__(
+            backbone, sampler, rewards, optimizer, lr_scheduler, guidance, clip_norm, rollout_batch, seed
+        )
+        sizes = {"max_ratio": max_ratio, "updates": updates, "inner_epochs": inner_epochs}
+        sizes |= {"timestep_fraction": timestep_fraction, "micro_batch": micro_batch}
+        for name, value in sizes.items():
+            if not value > 0:
+                raise ConfigError(f"{name}: {value} must be positive")
+        self.objectives, self.trained = objectives, list(objectives)
+        self.strengths = betas
+        self.max_ratio = max_ratio
+        self.updates, self.inner_epochs = updates, inner_epochs
+        self.micro_batch = micro_batch
+        self.stochastic_steps = self.sampler.stochastic.nonzero().flatten()
+        self.steps_per_image = max(1, round(min(timestep_fraction, 1) * len(self.stochastic_steps)))
+        for name in self.trained:
+            backbone.add_weights(name)
+
+    def expert(self, name: str, batch: Batch) -> DenoisingPolicy:
+        """One expert's policy, or the reference's."""
+        return self.backbone.policy(self.sampler, self.backbone.encode(batch.prompts), self.guidance, name)
+
+    def weighted_reward(self, scores: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+        """``(B,)``: the sum of the scaled objectives with these weights."""
+        scales = self.rewards.weights
+        terms = [w * scales[n] * scores[f"reward/{n}"] for n, w in weights.items() if w != 0]
+        return torch.stack(terms).sum(0) if terms else torch.zeros_like(scores["reward"])
+
+    def setup(self, stage: str) -> None:
+        """Check what depends on the data.
+
+        Raises:
+            ConfigError: There is nothing to train, or the data cannot train it.
+        """
+        super().setup(stage)
+        if stage != "fit":
+            return
+        if not self.trained:
+            raise ConfigError(
+                "experts: all are loaded, and nothing is left to train; run test, or set one to null"
+            )
+        if not len(self.stochastic_steps):
+            raise ConfigError("sampler: fit needs noise in the steps; set sampler.init_args.eta to 1")
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, PromptDataModule):
+            return
+        if data.images_per_prompt < 2:
+            raise ConfigError(
+                "images_per_prompt: fit compares the images of a prompt, and there is "
+                f"{data.images_per_prompt} of each; set data.images_per_prompt to 2 or more"
+            )
+        check_updates(data, self.updates, self.trainer.world_size)
+
+    def parameter_groups(self) -> list[list[torch.nn.Parameter]]:
+        """The experts', apart: training side by side is training alone."""
+        return [self.backbone.parameters_of(name) for name in self.trained]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect pictures of the reference and their scores, then update all experts on them."""
+        started = time.perf_counter()
+        with torch.no_grad():
+            samples = self.sample(batch, "rollout", REFERENCE)
+            scores = self.score(samples.images, batch)
+        sampled = time.perf_counter()
+        lessons = [self._lesson(name, batch, samples, scores) for name in self.objectives]
+        figures = self._learn(lessons, batch)
+        self.log_collection(scores, figures, sampled - started, time.perf_counter() - started)
+
+    def _learn(self, lessons: Sequence[Lesson], batch: Batch) -> dict[str, list[Tensor]]:
+        """All updates of a collection; returns what was measured in each micro-batch."""
+        figures: dict[str, list[Tensor]] = {}
+        for epoch in range(self.inner_epochs):
+            pairs = draw_pairs(batch.index, self.stochastic_steps, self.steps_per_image, self.seed, epoch)
+            size = len(pairs.rows) // self.updates
+            for part in pairs.split(size):
+                micros = part.split(self.micro_batch)
+                self.update([partial(self._loss, lessons, micro, size, figures) for micro in micros])
+                figures.setdefault("grad_norm", []).append(self.gradient_norm.detach()[None])
+        return figures
+
+    def _lesson(self, name: str, batch: Batch, samples: Samples, scores: dict[str, Tensor]) -> Lesson:
+        """The reference's chains, as one of the trained weight sets sees them."""
+        reward = self.weighted_reward(scores, self.objectives[name])
+        advantages = centred(reward, batch.groups).to(self.device)
+        return Lesson(self.expert(name, batch), samples.trajectory, name, advantages)
+
+    def _loss(
+        self, lessons: Sequence[Lesson], pairs: Pairs, size: int, figures: dict[str, list[Tensor]]
+    ) -> Tensor:
+        """The part of some (image, step) pairs in the loss of an update of ``size`` pairs, over all experts.
+
+        All in one: over several processes every backward pass must reach every trained weight.
+        """
+        total = torch.zeros((), device=self.device)
+        for lesson in lessons:
+            now, then, drawn = lesson.step(pairs)
+            kl, advantages = now.kl(then), lesson.advantages[pairs.rows.to(self.device)]
+            beta = self.strengths[lesson.name]
+            loss = step_loss(now.log_ratio(then, drawn), kl, advantages, beta, self.max_ratio)
+            for key, value in {"loss": loss, "kl": kl}.items():
+                figures.setdefault(key, []).append(value.detach())
+                figures.setdefault(f"{key}/{lesson.name}", []).append(value.detach())
+            total = total + loss.sum() / size
+        return total
