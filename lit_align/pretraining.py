@@ -16,6 +16,9 @@ from lit_align.samplers import Sampler
 
 Order = Literal["before", "after", "every"]
 
+PLACE = "pretraining.source"
+"""What says of which size the captioned pictures are."""
+
 
 @dataclass
 class Pretraining:
@@ -63,23 +66,6 @@ class Pretraining:
         return [orders[one][position] for one, position in passes]
 
 
-@torch.no_grad()
-def clean_latents(backbone: DiffusionBackbone, pictures: Tensor) -> Tensor:
-    """Latents ``(B, C, h, w)`` float32 of pictures ``(B, 3, H, W)`` in [0, 1].
-
-    Raises:
-        ConfigError: The pictures are not of the model's size.
-    """
-    clean = backbone.latents(pictures).float()
-    if clean.shape[1:] != backbone.latent_shape:
-        side = pictures.shape[-1] * backbone.latent_shape[-1] // clean.shape[-1]
-        raise ConfigError(
-            f"pretraining.source: its pictures have {pictures.shape[-1]} pixels a side, but the model draws "
-            f"{side}; give it pictures of that size"
-        )
-    return clean
-
-
 def denoising_loss(
     backbone: DiffusionBackbone,
     sampler: Sampler,
@@ -105,7 +91,7 @@ def denoising_loss(
     Raises:
         ConfigError: The pictures are not of the model's size.
     """
-    clean = clean_latents(backbone, pictures)
+    clean = backbone.clean_latents(pictures, PLACE)
     count = sampler.num_train_timesteps
     t = torch.stack([torch.randint(count, (), generator=draw) for draw in draws])
     noise = torch.stack([torch.randn(backbone.latent_shape, generator=draw) for draw in draws]).to(clean)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -124,6 +125,26 @@ class DiffusionBackbone(nn.Module, ABC):
     @abstractmethod
     def latents(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1], ``(B, 3, H', W')``, to the mode of their latents ``(B, C, H, W)``."""
+
+    @torch.no_grad()
+    def clean_latents(self, images: Tensor, place: str) -> Tensor:
+        """:meth:`latents` in float32, of a dataset's pictures.
+
+        Args:
+            images: ``(B, 3, H', W')``, in [0, 1].
+            place: What in the configuration decides their size.
+
+        Raises:
+            ConfigError: The pictures are not of the model's size.
+        """
+        clean = self.latents(images).float().contiguous()
+        if clean.shape[1:] != self.latent_shape:
+            side = images.shape[-1] * self.latent_shape[-1] // clean.shape[-1]
+            raise ConfigError(
+                f"{place}: its pictures have {images.shape[-1]} pixels a side, but the model draws {side}; "
+                f"make them {side}"
+            )
+        return clean
 
     def autoencoder_hash(self) -> str:
         """Changes with what decides :meth:`latents`; needed where latents are kept on disk."""

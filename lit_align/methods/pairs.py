@@ -102,7 +102,11 @@ class PairModule(AlignmentModule, Generic[Prepared]):
     # ---- the pieces
 
     def winners(self, batch: PairBatch) -> Tensor:
-        """The latents of the preferred pictures, ``(B, C, H, W)``."""
+        """The latents of the preferred pictures, ``(B, C, H, W)``.
+
+        Raises:
+            ConfigError: The pictures are not of the model's size.
+        """
         return self._clean(batch.winners, batch.index, 0)
 
     def losers(self, batch: PairBatch) -> Tensor:
@@ -116,19 +120,7 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         return self._latents.get(rows, side, lambda places: self._encode(pictures[places])).to(self.device)
 
     def _encode(self, pictures: Tensor) -> Tensor:
-        """The latents of pictures, ``(B, C, H, W)``.
-
-        Raises:
-            ConfigError: The pictures are not of the model's size.
-        """
-        latents = self.backbone.latents(pictures.to(self.device)).float().contiguous()
-        if latents.shape[1:] != self.backbone.latent_shape:
-            side = pictures.shape[-1] * self.backbone.latent_shape[-1] // latents.shape[-1]
-            raise ConfigError(
-                f"data.resolution is {pictures.shape[-1]}, but the model draws {side} pixels a side; set it "
-                f"to {side}"
-            )
-        return latents
+        return self.backbone.clean_latents(pictures.to(self.device), "data.resolution")
 
     def draws(self, index: Tensor) -> list[torch.Generator]:
         """Where the timestep and the noise of each pair of this batch come from, whatever its rank."""
