@@ -42,11 +42,15 @@ class Cell:
 
     def fingerprint(self, weights: str) -> str:
         """Changes when what a configuration says, an override, the seed or the Shapes weights do."""
-        files = [ROOT / a.removeprefix("--config=") for a in self.arguments if a.startswith("--config=")]
-        parts = [self.arguments, [yaml.safe_load(file.read_text()) for file in files], weights]
+        parts = [self.arguments, _contents(self.arguments), weights]
         if self.also:
-            parts.append({name: list(added) for name, added in self.also.items()})
+            parts.append({name: [list(added), _contents(added)] for name, added in self.also.items()})
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _contents(arguments: Sequence[str]) -> list[Any]:
+    files = [ROOT / a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    return [yaml.safe_load(file.read_text()) for file in files]
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,7 @@ def load_plan(path: Path) -> Plan:
     if taken := sorted({"fit", "test", "validation"} & set(plan.also)):
         raise ConfigError(f"{path}: also: {taken[0]} is taken; give the further test another name")
     files = [entry for entries in plan.configs.values() for entry in entries if not entry.startswith("--")]
+    files += [option.removeprefix("--config=") for option in added if option.startswith("--config=")]
     if missing := [file for file in files if not (ROOT / file).is_file()]:
         raise ConfigError(f"{path}: there is no {missing[0]} in {ROOT}")
     return plan
