@@ -12,6 +12,9 @@ from lit_align.errors import ConfigError
 from lit_align.evaluation import compare
 from lit_align.pareto import hypervolume, pareto_front, simplex_grid
 
+RESAMPLES = 200
+"""Of the prompts, for the error of a hypervolume."""
+
 BASE, EXPERT, FUSED, RANDOM, JOINT = "base", "expert", "MSDDA", "one random expert", "joint training"
 
 
@@ -124,11 +127,36 @@ class Front:
 
     def hypervolumes(self) -> dict[str, float]:
         """Of each method, in units of the base's standard deviations; the base alone is 1."""
-        reference, units = self.reference()
         return {
-            method: hypervolume((torch.stack([self.means(p) for p in points]) - reference) / units, 0 * units)
+            method: self._volume(torch.stack([self.means(p) for p in points]))
             for method, points in self.methods().items()
         }
+
+    def resampled_hypervolumes(self) -> dict[str, Tensor]:
+        """Those of prompts drawn again with replacement, ``(RESAMPLES,)`` for each method.
+
+        All methods get the same draws, so the spread of a difference is that of a paired comparison (the
+        bootstrap, Efron 1979, clustered by prompt). The reference point stays.
+        """
+        prompts, which = self.measured[0].groups.unique(return_inverse=True)
+        draw = torch.Generator().manual_seed(0)
+        drawn = torch.randint(len(prompts), (RESAMPLES, len(prompts)), generator=draw)
+        times = torch.nn.functional.one_hot(drawn, len(prompts)).sum(1).double()[:, which]  # (RESAMPLES, N)
+        found = {}
+        for method, points in self.methods().items():
+            means = torch.stack([self._weighted_means(point, times) for point in points], dim=1)
+            found[method] = torch.tensor([self._volume(one) for one in means], dtype=torch.float64)
+        return found
+
+    def _weighted_means(self, measured: Measured, times: Tensor) -> Tensor:
+        """Mean rewards ``(R, m)`` where picture ``i`` counts ``times[:, i]`` times, ``(R, N)``."""
+        parts = [measured.figures[f"reward/{name}"].double() for name in self.objectives]
+        sums = [times @ part.nan_to_num() / (times @ part.isfinite().double()) for part in parts]
+        return torch.stack(sums, dim=1)
+
+    def _volume(self, means: Tensor) -> float:
+        reference, units = self.reference()
+        return hypervolume((means - reference) / units, 0 * units)
 
     def rows(self) -> list[dict[str, str | float | bool]]:
         """A row for each point: means, standard errors by prompt, and whether it is on the front.

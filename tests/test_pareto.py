@@ -4,7 +4,9 @@ from math import comb
 import pytest
 import torch
 
+from lit_align.evaluation import compare
 from lit_align.pareto import hypervolume, pareto_front, simplex_grid
+from lit_align.sweep import Front, Measured, Point
 
 
 def test_the_grid_holds_every_weight_once_from_the_first_objective_to_the_last():
@@ -44,3 +46,24 @@ def test_the_volume_is_that_of_a_union_of_boxes(objectives):
 def test_points_below_the_reference_add_nothing():
     assert hypervolume(torch.tensor([[2.0, -1.0], [-1.0, 2.0]]), torch.zeros(2)) == 0.0
     assert hypervolume(torch.zeros(0, 2), torch.zeros(2)) == 0.0
+
+
+def test_the_error_of_a_hypervolume_is_that_of_the_mean_where_there_is_one_objective():
+    draw = torch.Generator().manual_seed(3)
+    groups = torch.arange(200).repeat_interleave(4)
+    of_prompt = torch.randn(200, generator=draw).repeat_interleave(4)
+    values = 5 + of_prompt + 0.5 * torch.randn(800, generator=draw)
+    values[::7] = torch.nan
+
+    def measured(method: str, rewards: torch.Tensor) -> Measured:
+        return Measured(Point(method), {"reward/good": rewards}, groups, 0.0, torch.zeros(0))
+
+    front = Front(("good",), [measured("base", values), measured("better", values + 1)], {"good": 1.0})
+    volumes, again = front.hypervolumes(), front.resampled_hypervolumes()
+    _, (unit,) = front.reference()
+    wanted = compare(torch.zeros(800), values, groups).standard_error / unit
+    assert again["base"].std().item() == pytest.approx(wanted.item(), rel=0.15)
+    assert again["base"].mean().item() == pytest.approx(volumes["base"], abs=3 * wanted.item() / 200**0.5)
+    # The same draws for all: a shift by a constant has no error.
+    assert (again["better"] - again["base"]).std().item() < 1e-6
+    assert volumes["better"] - volumes["base"] == pytest.approx(1 / unit.item())

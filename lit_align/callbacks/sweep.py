@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from lit_align.callbacks.folder import run_folder, unused, write, writes
 from lit_align.callbacks.pictures import picture_grid
@@ -34,9 +35,9 @@ class SweepReport(Callback):
         front, folder = pl_module.front, unused(run_folder(trainer) / "sweep")
         draft = folder.with_name(f".{folder.name}.draft")
         draft.mkdir(parents=True, exist_ok=True)
-        rows = front.rows()
+        rows, again = front.rows(), front.resampled_hypervolumes()
         write(draft / "sweep.csv", _csv(rows))
-        write(draft / "sweep.json", json.dumps(self._summary(front, rows, pl_module.seed), indent=1))
+        write(draft / "sweep.json", json.dumps(self._summary(front, rows, again, pl_module.seed), indent=1))
         pictures = {"strip": strip(front)} | ({"front": drawn} if (drawn := plot(front)) else {})
         for name, picture in pictures.items():
             picture.save(draft / f"{name}.png")
@@ -44,9 +45,11 @@ class SweepReport(Callback):
                 pixels = np.asarray(picture)
                 trainer.logger.experiment.add_image(f"sweep/{name}", pixels, 0, dataformats="HWC")
         os.replace(draft, folder)
-        _show(front, rows, folder)
+        _show(front, rows, again, folder)
 
-    def _summary(self, front: Front, rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+    def _summary(
+        self, front: Front, rows: Sequence[dict[str, Any]], again: dict[str, Tensor], seed: int
+    ) -> dict[str, Any]:
         reference, units = front.reference()
         finite = [{n: None if value != value else value for n, value in row.items()} for row in rows]
         return {
@@ -55,6 +58,10 @@ class SweepReport(Callback):
             "pictures": len(front.measured[0].groups),
             "objectives": front.objectives,
             "hypervolume": front.hypervolumes(),
+            "hypervolume_error": {n: float(volumes.std()) for n, volumes in again.items()},
+            "hypervolume_lead_error": {
+                n: float((again[FUSED] - volumes).std()) for n, volumes in again.items() if FUSED in again
+            },
             "hypervolume_reference": reference.tolist(),
             "hypervolume_units": units.tolist(),
             "points": finite,
@@ -125,7 +132,7 @@ def plot(front: Front) -> Image.Image | None:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def _show(front: Front, rows: Sequence[dict[str, Any]], folder: Path) -> None:
+def _show(front: Front, rows: Sequence[dict[str, Any]], again: dict[str, Tensor], folder: Path) -> None:
     table = Table(title="sweep: the same prompts and noise at all weights")
     headers = ("method", "weights", *front.objectives, "truth", "KL", "gain", "s/image", "front")
     for header in headers:
@@ -142,6 +149,6 @@ def _show(front: Front, rows: Sequence[dict[str, Any]], folder: Path) -> None:
         table.add_row(row["method"], weights, *rewards, *others, gain, f"{row['seconds']:.3f}", mark)
     console = Console()
     console.print(table)
-    volumes = ", ".join(f"{method} {volume:.3f}" for method, volume in front.hypervolumes().items())
+    volumes = ", ".join(f"{n} {v:.3f} ± {again[n].std():.3f}" for n, v in front.hypervolumes().items())
     console.print(f"hypervolume  {volumes}", soft_wrap=True, highlight=False)
     console.print(f"sweep        {folder}", soft_wrap=True, highlight=False)
