@@ -16,8 +16,8 @@ from lit_align.samplers import Sampler
 
 Order = Literal["before", "after", "every"]
 
-PLACE = "pretraining.source"
-"""What says of which size the captioned pictures are."""
+OTHER_SIZE = "give pretraining.source pictures of that size"
+"""What to do about captioned pictures that are not of the model's size."""
 
 
 @dataclass
@@ -91,7 +91,7 @@ def denoising_loss(
     Raises:
         ConfigError: The pictures are not of the model's size.
     """
-    clean = backbone.clean_latents(pictures, PLACE)
+    clean = backbone.clean_latents(pictures, OTHER_SIZE)
     count = sampler.num_train_timesteps
     t = torch.stack([torch.randint(count, (), generator=draw) for draw in draws])
     noise = torch.stack([torch.randn(backbone.latent_shape, generator=draw) for draw in draws]).to(clean)

@@ -86,6 +86,23 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Volume:
+    """A method's hypervolume; NaN for what cannot be said.
+
+    Attributes:
+        value: In units of the base's standard deviations; the base alone is 1.
+        error: Standard error of ``value``.
+        lead: What MSDDA's volume is above it.
+        lead_error: Standard error of ``lead``, on the same prompts.
+    """
+
+    value: float
+    error: float
+    lead: float
+    lead_error: float
+
+
+@dataclass(frozen=True)
 class Front:
     """A whole sweep.
 
@@ -136,12 +153,16 @@ class Front:
         """Those of prompts drawn again with replacement, ``(RESAMPLES,)`` for each method.
 
         All methods get the same draws, so the spread of a difference is that of a paired comparison (the
-        bootstrap, Efron 1979, clustered by prompt). The reference point stays.
+        bootstrap, Efron 1979, clustered by prompt). The reference point stays. NaN where some objective has
+        no score in the draw; one prompt alone says nothing of the spread, and all are NaN.
         """
         prompts, which = self.measured[0].groups.unique(return_inverse=True)
         draw = torch.Generator().manual_seed(0)
         drawn = torch.randint(len(prompts), (RESAMPLES, len(prompts)), generator=draw)
-        times = torch.nn.functional.one_hot(drawn, len(prompts)).sum(1).double()[:, which]  # (RESAMPLES, N)
+        times = torch.zeros(RESAMPLES, len(prompts), dtype=torch.float64)
+        times = times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))[:, which]
+        if len(prompts) < 2:
+            times *= torch.nan
         found = {}
         for method, points in self.methods().items():
             means = torch.stack([self._weighted_means(point, times) for point in points], dim=1)
@@ -151,12 +172,28 @@ class Front:
     def _weighted_means(self, measured: Measured, times: Tensor) -> Tensor:
         """Mean rewards ``(R, m)`` where picture ``i`` counts ``times[:, i]`` times, ``(R, N)``."""
         parts = [measured.figures[f"reward/{name}"].double() for name in self.objectives]
-        sums = [times @ part.nan_to_num() / (times @ part.isfinite().double()) for part in parts]
-        return torch.stack(sums, dim=1)
+        scored = [part.isfinite() for part in parts]
+        means = [
+            times @ torch.where(known, part, 0.0) / (times @ known.double())
+            for part, known in zip(parts, scored, strict=True)
+        ]
+        return torch.stack(means, dim=1)
 
     def _volume(self, means: Tensor) -> float:
+        """That of points ``(points, m)``."""
+        if means.isnan().any():
+            return math.nan
         reference, units = self.reference()
         return hypervolume((means - reference) / units, 0 * units)
+
+    def volumes(self) -> dict[str, "Volume"]:
+        """Of each method the hypervolume and how sure it is."""
+        values, again = self.hypervolumes(), self.resampled_hypervolumes()
+        fused, drawn = values.get(FUSED, math.nan), again.get(FUSED, torch.full((RESAMPLES,), math.nan))
+        return {
+            method: Volume(value, _spread(again[method]), fused - value, _spread(drawn - again[method]))
+            for method, value in values.items()
+        }
 
     def rows(self) -> list[dict[str, str | float | bool]]:
         """A row for each point: means, standard errors by prompt, and whether it is on the front.
@@ -187,3 +224,8 @@ class Front:
     def _mixed(self, measured: Measured, weights: Mapping[str, float]) -> Tensor:
         terms = [w * self.scales[n] * measured.figures[f"reward/{n}"] for n, w in weights.items() if w != 0]
         return torch.stack(terms).sum(0)
+
+
+def _spread(values: Tensor) -> float:
+    known = values[values.isfinite()]
+    return float(known.std()) if len(known) > 1 else math.nan

@@ -1,3 +1,4 @@
+import math
 from itertools import combinations
 from math import comb
 
@@ -67,3 +68,19 @@ def test_the_error_of_a_hypervolume_is_that_of_the_mean_where_there_is_one_objec
     # The same draws for all: a shift by a constant has no error.
     assert (again["better"] - again["base"]).std().item() < 1e-6
     assert volumes["better"] - volumes["base"] == pytest.approx(1 / unit.item())
+    found = front.volumes()["better"]
+    assert (found.value, found.error) == (volumes["better"], again["better"].std().item())
+    assert math.isnan(found.lead)  # nothing was fused
+
+
+def test_what_resampling_cannot_say_is_said_to_have_no_value():
+    rewards = torch.tensor([1.0, 2.0, torch.nan, torch.inf])  # the last two have no score
+
+    def front(groups: list[int]) -> Front:
+        base = Measured(Point("base"), {"reward/good": rewards}, torch.tensor(groups), 0.0, torch.zeros(0))
+        return Front(("good",), [base], {"good": 1.0})
+
+    again = front([0, 0, 1, 1]).resampled_hypervolumes()["base"]
+    assert 0 < again.isnan().sum() < len(again)
+    assert front([0, 0, 1, 1]).volumes()["base"].error == 0  # only the first prompt has something to say
+    assert math.isnan(front([0, 0, 0, 0]).volumes()["base"].error)

@@ -127,12 +127,12 @@ class DiffusionBackbone(nn.Module, ABC):
         """Pictures in [0, 1], ``(B, 3, H', W')``, to the mode of their latents ``(B, C, H, W)``."""
 
     @torch.no_grad()
-    def clean_latents(self, images: Tensor, place: str) -> Tensor:
+    def clean_latents(self, images: Tensor, remedy: str) -> Tensor:
         """:meth:`latents` in float32, of a dataset's pictures.
 
         Args:
             images: ``(B, 3, H', W')``, in [0, 1].
-            place: What in the configuration decides their size.
+            remedy: What to do where they have another size than the model's.
 
         Raises:
             ConfigError: The pictures are not of the model's size.
@@ -141,8 +141,8 @@ class DiffusionBackbone(nn.Module, ABC):
         if clean.shape[1:] != self.latent_shape:
             side = images.shape[-1] * self.latent_shape[-1] // clean.shape[-1]
             raise ConfigError(
-                f"{place}: its pictures have {images.shape[-1]} pixels a side, but the model draws {side}; "
-                f"make them {side}"
+                f"the dataset's pictures have {images.shape[-1]} pixels a side, but the model draws {side}; "
+                f"{remedy}"
             )
         return clean
 

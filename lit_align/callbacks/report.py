@@ -51,7 +51,9 @@ class RunSummary(Callback):
         self._report(trainer, pl_module, "validation")
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._report(trainer, pl_module, "test")
+        # Not the file of the test proper, whose prompts were never used.
+        seen = getattr(trainer.datamodule, "test_split", "test") == "train"  # type: ignore[attr-defined]
+        self._report(trainer, pl_module, "test_train" if seen else "test")
 
     def _report(self, trainer: Trainer, module: AlignmentModule, split: str) -> None:
         if not writes(trainer):

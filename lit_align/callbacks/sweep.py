@@ -17,13 +17,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from lit_align.callbacks.folder import run_folder, unused, write, writes
+from lit_align.callbacks.folder import finite, run_folder, unused, write, writes
 from lit_align.callbacks.pictures import picture_grid
 from lit_align.methods import MSDDAModule
 from lit_align.shapes import WEIGHTS_HASH
-from lit_align.sweep import BASE, EXPERT, FUSED, Front
+from lit_align.sweep import BASE, EXPERT, FUSED, Front, Volume
 
 
 class SweepReport(Callback):
@@ -35,9 +34,9 @@ class SweepReport(Callback):
         front, folder = pl_module.front, unused(run_folder(trainer) / "sweep")
         draft = folder.with_name(f".{folder.name}.draft")
         draft.mkdir(parents=True, exist_ok=True)
-        rows, again = front.rows(), front.resampled_hypervolumes()
+        rows, volumes = front.rows(), front.volumes()
         write(draft / "sweep.csv", _csv(rows))
-        write(draft / "sweep.json", json.dumps(self._summary(front, rows, again, pl_module.seed), indent=1))
+        write(draft / "sweep.json", json.dumps(self._summary(front, rows, volumes, pl_module.seed), indent=1))
         pictures = {"strip": strip(front)} | ({"front": drawn} if (drawn := plot(front)) else {})
         for name, picture in pictures.items():
             picture.save(draft / f"{name}.png")
@@ -45,26 +44,30 @@ class SweepReport(Callback):
                 pixels = np.asarray(picture)
                 trainer.logger.experiment.add_image(f"sweep/{name}", pixels, 0, dataformats="HWC")
         os.replace(draft, folder)
-        _show(front, rows, again, folder)
+        _show(front, rows, volumes, folder)
 
     def _summary(
-        self, front: Front, rows: Sequence[dict[str, Any]], again: dict[str, Tensor], seed: int
+        self,
+        front: Front,
+        rows: Sequence[dict[str, Any]],
+        volumes: dict[str, Volume],
+        seed: int,
     ) -> dict[str, Any]:
         reference, units = front.reference()
-        finite = [{n: None if value != value else value for n, value in row.items()} for row in rows]
+        points = [{n: None if value != value else value for n, value in row.items()} for row in rows]
+        others = {name: volume for name, volume in volumes.items() if name != FUSED}
         return {
             "shapes_weights": WEIGHTS_HASH,
             "seed": seed,
             "pictures": len(front.measured[0].groups),
             "objectives": front.objectives,
-            "hypervolume": front.hypervolumes(),
-            "hypervolume_error": {n: float(volumes.std()) for n, volumes in again.items()},
-            "hypervolume_lead_error": {
-                n: float((again[FUSED] - volumes).std()) for n, volumes in again.items() if FUSED in again
-            },
+            "hypervolume": finite({name: volume.value for name, volume in volumes.items()}),
+            "hypervolume_error": finite({name: volume.error for name, volume in volumes.items()}),
+            "hypervolume_lead": finite({name: volume.lead for name, volume in others.items()}),
+            "hypervolume_lead_error": finite({name: volume.lead_error for name, volume in others.items()}),
             "hypervolume_reference": reference.tolist(),
             "hypervolume_units": units.tolist(),
-            "points": finite,
+            "points": points,
         }
 
 
@@ -132,7 +135,7 @@ def plot(front: Front) -> Image.Image | None:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def _show(front: Front, rows: Sequence[dict[str, Any]], again: dict[str, Tensor], folder: Path) -> None:
+def _show(front: Front, rows: Sequence[dict[str, Any]], volumes: dict[str, Volume], folder: Path) -> None:
     table = Table(title="sweep: the same prompts and noise at all weights")
     headers = ("method", "weights", *front.objectives, "truth", "KL", "gain", "s/image", "front")
     for header in headers:
@@ -149,6 +152,6 @@ def _show(front: Front, rows: Sequence[dict[str, Any]], again: dict[str, Tensor]
         table.add_row(row["method"], weights, *rewards, *others, gain, f"{row['seconds']:.3f}", mark)
     console = Console()
     console.print(table)
-    volumes = ", ".join(f"{n} {v:.3f} ± {again[n].std():.3f}" for n, v in front.hypervolumes().items())
-    console.print(f"hypervolume  {volumes}", soft_wrap=True, highlight=False)
+    shown = ", ".join(f"{name} {v.value:.3f} ± {v.error:.3f}" for name, v in volumes.items())
+    console.print(f"hypervolume  {shown}", soft_wrap=True, highlight=False)
     console.print(f"sweep        {folder}", soft_wrap=True, highlight=False)

@@ -44,12 +44,13 @@ class PromptDataModule(LightningDataModule):
         validation_images_per_prompt: Images of each.
         test_prompts: How many prompts to test on; the same ones every time, whatever the seed.
         test_images_per_prompt: Images of each; also for predict.
-        test_split: ``"test"``, or ``"train"`` to test on the prompts with which the training of this seed
-            began: what was learnt on seen prompts, beside what holds for others.
         eval_batch: Images in a batch of one rank in validation, test and predict, at most; prompts are kept
             whole.
         predict_source: Predict on all of these, in their order; on the test prompts if not given.
         seed: Seed of the training order alone; that of ``seed_everything`` if not given.
+        test_split: ``"test"``, or ``"train"`` to test on the first ``test_prompts`` of the training order of
+            this seed: what was learnt on seen prompts, if the run has come so far, beside what holds for
+            others. Never for predict.
 
     Raises:
         ConfigError: For a size or fraction that cannot work, here or, where the data is needed, in
@@ -70,10 +71,10 @@ class PromptDataModule(LightningDataModule):
         validation_images_per_prompt: int = 4,
         test_prompts: int = 128,
         test_images_per_prompt: int = 4,
-        test_split: Literal["test", "train"] = "test",
         eval_batch: int = 64,
         predict_source: PromptSource | None = None,
         seed: int | None = None,
+        test_split: Literal["test", "train"] = "test",
     ) -> None:
         super().__init__()
         self.source = source
@@ -186,12 +187,12 @@ class PromptDataModule(LightningDataModule):
 
     def test_dataloader(self) -> FixedLoader:
         """The prompts of ``test_split``."""
-        return self._fixed("test", self.test_prompts, self.test_images_per_prompt)
+        return self._fixed(self.test_split, self.test_prompts, self.test_images_per_prompt)
 
     def predict_dataloader(self) -> FixedLoader:
         """All prompts of ``predict_source``, or the test prompts."""
         if self.predict_source is None:
-            return self.test_dataloader()
+            return self._fixed("test", self.test_prompts, self.test_images_per_prompt)
         rank, prompts = Rank.of(self.trainer), Pool(self.predict_source).split(0.0, 1.0)
         rows = prompts.rows if self.predict_source.distinct else np.sort(prompts.rows)
         if len(rows) % rank.world:
@@ -203,24 +204,28 @@ class PromptDataModule(LightningDataModule):
         return FixedLoader(prompts, rows, images, self.eval_batch // images, rank)
 
     def _fixed(self, split: str, wanted: int, images_per_prompt: int) -> FixedLoader:
-        rank, seen = Rank.of(self.trainer), split == "test" and self.test_split == "train"
-        prompts = self._sets["train" if seen else split]
+        """The first prompts of a split; of training, those with which it begins."""
+        prompts, rank = self._sets[split], Rank.of(self.trainer)
+        size = f"data.{'test' if split == 'train' else split}_prompts"
         if wanted % rank.world:
             raise ConfigError(
-                f"data.{split}_prompts is {wanted}, which {rank.world} ranks cannot share equally: "
+                f"{size} is {wanted}, which {rank.world} ranks cannot share equally: "
                 f"give a multiple of {rank.world}"
             )
-        rows = prompts.first_trained(wanted, self.seed) if seen else prompts.first(wanted)
+        rows = prompts.first_trained(wanted, self.seed) if split == "train" else prompts.first(wanted)
         usable = len(rows) - len(rows) % rank.world
+        if usable == 0 and split == "train":
+            raise ConfigError(
+                f"{prompts.source} has {len(rows)} training prompts for {rank.world} ranks: set "
+                "data.test_split to test, or lower data.validation_fraction and data.test_fraction"
+            )
         if usable == 0:
             raise ConfigError(
                 f"{prompts.source} has {len(rows)} {split} prompts for {rank.world} ranks: "
                 f"raise data.{split}_fraction, or give data.{split}_source"
             )
         if usable < wanted:
-            rank_zero_warn(
-                f"data.{split}_prompts is {wanted}, but {prompts.source} has {len(rows)}: {usable} are used"
-            )
+            rank_zero_warn(f"{size} is {wanted}, but {prompts.source} has {len(rows)}: {usable} are used")
         return FixedLoader(
             prompts, rows[:usable], images_per_prompt, self.eval_batch // images_per_prompt, rank
         )

@@ -111,9 +111,9 @@ class MultiTaskDataModule(LightningDataModule):
         validation_images_per_prompt: Images of each prompt.
         test_prompts: Of each task.
         test_images_per_prompt: Images of each prompt; also for predict, which takes the test prompts.
-        test_split: ``"test"``, or ``"train"`` to test on the prompts with which training began.
         eval_batch: Images in a batch of one rank in validation, test and predict, at most.
         seed: Seed of the training order.
+        test_split: See :class:`PromptDataModule`.
 
     Raises:
         ConfigError: There is no task, or a size cannot work.
@@ -131,13 +131,14 @@ class MultiTaskDataModule(LightningDataModule):
         validation_images_per_prompt: int = 4,
         test_prompts: int = 128,
         test_images_per_prompt: int = 4,
-        test_split: Literal["test", "train"] = "test",
         eval_batch: int = 64,
         seed: int | None = None,
+        test_split: Literal["test", "train"] = "test",
     ) -> None:
         super().__init__()
         if not tasks:
             raise ConfigError("data.tasks is empty: give the prompts of at least one task, by its name")
+        self.test_split = test_split
         self.tasks = {
             name: PromptDataModule(
                 task.source,
@@ -152,9 +153,9 @@ class MultiTaskDataModule(LightningDataModule):
                 validation_images_per_prompt,
                 test_prompts,
                 test_images_per_prompt,
-                test_split,
                 eval_batch,
                 seed=seed,
+                test_split=test_split,
             )
             for name, task in tasks.items()
         }
@@ -179,12 +180,12 @@ class MultiTaskDataModule(LightningDataModule):
         return JointFixedLoader({name: data.val_dataloader() for name, data in self.tasks.items()})
 
     def test_dataloader(self) -> JointFixedLoader:
-        """The test prompts of all tasks."""
+        """The prompts of ``test_split`` of all tasks."""
         return JointFixedLoader({name: data.test_dataloader() for name, data in self.tasks.items()})
 
     def predict_dataloader(self) -> JointFixedLoader:
         """The test prompts of all tasks."""
-        return self.test_dataloader()
+        return JointFixedLoader({name: data.predict_dataloader() for name, data in self.tasks.items()})
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave batches on the CPU: their tensors count images and are read by the host."""

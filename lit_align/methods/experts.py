@@ -6,6 +6,7 @@ The problem at a state :math:`x_t` of the reference's chain is that of MSDDA (Zh
 """
 
 import time
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -88,7 +89,7 @@ class ExpertModule(AlignmentModule):
         sampler: SamplerFactory,
         rewards: RewardBank,
         objectives: dict[str, dict[str, float]],
-        betas: dict[str, float],
+        expert_betas: dict[str, float],
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
         max_ratio: float,
@@ -109,7 +110,7 @@ class ExpertModule(AlignmentModule):
             sampler: How it is sampled.
             rewards: The objectives' parts.
             objectives: For each expert the weights of the rewards, as scaled in the bank, that it maximises.
-            betas: The KL strength of each expert.
+            expert_betas: The KL strength of each expert.
             optimizer: Of the experts.
             lr_scheduler: Stepped once per update.
             max_ratio: Bound on importance weights.
@@ -121,6 +122,9 @@ class ExpertModule(AlignmentModule):
             micro_batch: (image, step) pairs in one backward pass, for each expert.
             rollout_batch: Images sampled at once.
             seed: Seed of all noise.
+
+        Raises:
+            ConfigError: A size is not positive.
         """
         super().__init__(
             backbone, sampler, rewards, optimizer, lr_scheduler, guidance, clip_norm, rollout_batch, seed
@@ -131,7 +135,7 @@ class ExpertModule(AlignmentModule):
             if not value > 0:
                 raise ConfigError(f"{name}: {value} must be positive")
         self.objectives, self.trained = objectives, list(objectives)
-        self.strengths = betas
+        self.expert_betas = expert_betas
         self.max_ratio = max_ratio
         self.updates, self.inner_epochs = updates, inner_epochs
         self.micro_batch = micro_batch
@@ -140,9 +144,9 @@ class ExpertModule(AlignmentModule):
         for name in self.trained:
             backbone.add_weights(name)
 
+    @abstractmethod
     def expert(self, name: str, batch: Batch) -> DenoisingPolicy:
         """One expert's policy, or the reference's."""
-        return self.backbone.policy(self.sampler, self.backbone.encode(batch.prompts), self.guidance, name)
 
     def weighted_reward(self, scores: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
         """``(B,)``: the sum of the scaled objectives with these weights."""
@@ -219,7 +223,7 @@ class ExpertModule(AlignmentModule):
         for lesson in lessons:
             now, then, drawn = lesson.step(pairs)
             kl, advantages = now.kl(then), lesson.advantages[pairs.rows.to(self.device)]
-            beta = self.strengths[lesson.name]
+            beta = self.expert_betas[lesson.name]
             loss = step_loss(now.log_ratio(then, drawn), kl, advantages, beta, self.max_ratio)
             for key, value in {"loss": loss, "kl": kl}.items():
                 figures.setdefault(key, []).append(value.detach())

@@ -21,7 +21,7 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError
 from lit_align.methods.base import AlignmentModule, named
-from lit_align.pretraining import PLACE, Pretraining, denoising_loss
+from lit_align.pretraining import OTHER_SIZE, Pretraining, denoising_loss
 from lit_align.randomness import generator
 from lit_align.replay import Replay
 from lit_align.tasks import Task, data_of_tasks, joint_scores
@@ -114,7 +114,7 @@ class JointModule(AlignmentModule):
             )
         if stage == "fit" and self.pretraining is not None:
             first, _ = self.pretraining.source.batch([0])
-            self.backbone.clean_latents(first, PLACE)  # refused before a collection is made
+            self.backbone.clean_latents(first, OTHER_SIZE)  # refused before a collection is made
 
     # ---- one iteration
 

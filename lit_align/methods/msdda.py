@@ -4,7 +4,7 @@ An expert for the reward :math:`r_i` is, at every state :math:`x_t` of the chain
 *step-level* problem: the kernel :math:`\pi_i` that maximises :math:`E[r_i] - \beta\, KL(\pi_i \| \pi_{ref})`,
 which is :math:`\pi_{ref} e^{r_i / \beta}`. Then the optimum for the mixed reward :math:`\sum_i w_i r_i` is
 the product of the experts' kernels to the powers :math:`w_i`, a Gaussian in closed form: weights are chosen
-at sampling time, and nothing is trained again. Shapes: ``B`` images, ``T`` steps, ``N`` (image, step) pairs.
+at sampling time, and nothing is trained again. Shapes: ``B`` images, ``T`` steps.
 """
 
 import re
@@ -116,22 +116,24 @@ class MSDDAModule(ExpertModule):
             ConfigError: Names do not fit, an expert cannot be loaded, or the fusion is not defined.
         """
         _check_names(experts, weights, betas or {}, samplers or {}, rewards)
-        strengths = {"beta": beta, "target_beta": target_beta}
-        strengths |= {f"betas.{name}": value for name, value in (betas or {}).items()}
-        for name, value in strengths.items():
+        positive = {"beta": beta, "target_beta": target_beta}
+        positive |= {f"betas.{name}": value for name, value in (betas or {}).items()}
+        for name, value in positive.items():
             if value is not None and not value > 0:
                 raise ConfigError(f"{name}: {value} must be positive")
         for point in joint or []:
             _check_weights("joint", point, experts)
+        for point in sweep.points if sweep else []:
+            _check_weights("sweep.points", point, experts)
         objectives = {name: {name: 1.0} for name, folder in experts.items() if folder is None}
         mixed = {f"joint{i}": _whole(point, experts) for i, point in enumerate(joint or [])}
-        kl_strengths = dict.fromkeys(experts, beta) | (betas or {})
+        all_betas = dict.fromkeys(experts, beta) | (betas or {})
         super().__init__(
             backbone,
             sampler,
             rewards,
             objectives | mixed,
-            dict.fromkeys(mixed, beta) | kl_strengths,
+            dict.fromkeys(mixed, beta) | all_betas,
             optimizer,
             lr_scheduler,
             max_ratio,
@@ -147,9 +149,14 @@ class MSDDAModule(ExpertModule):
         self.experts = experts
         self.weights = _whole(weights, experts)
         self.beta, self.target_beta = beta, target_beta or beta
-        self.betas = kl_strengths
+        self.betas = all_betas
         self.samplers = {name: backbone.make_sampler(own) for name, own in (samplers or {}).items()}
         self.one_expert_per_step = one_expert_per_step
+        for name, own in self.samplers.items():
+            if not torch.equal(own.timesteps, self.sampler.timesteps):
+                raise ConfigError(f"samplers: that of {name} has other steps; give all the same num_steps")
+        if self.samplers and self.one_expert_per_step:
+            raise ConfigError("one_expert_per_step: it follows one sampler; take samplers out")
         self.joint = mixed
         for name, folder in experts.items():
             if folder is not None:
@@ -161,8 +168,6 @@ class MSDDAModule(ExpertModule):
             baseline.prepare(self)
         backbone.train_only(self.trained)
         self._made = {name: self._size(name) for name in self.trained}
-        for point in sweep.points if sweep else []:
-            _check_weights("sweep.points", point, experts)
         for point in [self.weights, *(sweep.weights(list(experts)) if sweep else [])]:
             self._check_fusion(point)
 
@@ -204,11 +209,6 @@ class MSDDAModule(ExpertModule):
 
     def _check_fusion(self, weights: Mapping[str, float]) -> None:
         """Refuse what has no fused kernel, before anything is sampled."""
-        for name, own in self.samplers.items():
-            if not torch.equal(own.timesteps, self.sampler.timesteps):
-                raise ConfigError(f"samplers: that of {name} has other steps; give all the same num_steps")
-        if self.samplers and self.one_expert_per_step:
-            raise ConfigError("one_expert_per_step: it follows one sampler; take samplers out")
         if self.one_expert_per_step:
             draw_choices(list(self.exponents(weights).values()), 1, [torch.Generator()])
         try:
@@ -327,6 +327,8 @@ class MSDDAModule(ExpertModule):
         volumes = self.front.hypervolumes().items()
         self.log_dict({f"test/hypervolume/{name.replace(' ', '_')}": volume for name, volume in volumes})
 
+    # ---- training, and files
+
     def setup(self, stage: str) -> None:
         """As for all experts; those with a sampler of their own cannot be trained.
 
@@ -339,8 +341,6 @@ class MSDDAModule(ExpertModule):
                 f"samplers: fit learns {own[0]} from chains of the common sampler; take its own "
                 "out, and give it to the test"
             )
-
-    # ---- files
 
     def export(self, folder: Path) -> None:
         """Write each trained expert to ``folder/<name>``, and in ``folder`` the rewarded soup of all experts.

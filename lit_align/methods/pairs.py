@@ -88,7 +88,7 @@ class PairModule(AlignmentModule, Generic[Prepared]):
             raise ConfigError(f"micro_batch: {micro_batch} must be at least 1")
         self.micro_batch = micro_batch
         self.batches = 0
-        self.sampling = 0.0  # seconds for a method's own pictures, since the last update
+        self.sampling = 0.0  # seconds since the last update for what a method draws itself, waiting included
         self._latents: LatentCache | None = None
 
     @abstractmethod
@@ -120,7 +120,7 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         return self._latents.get(rows, side, lambda places: self._encode(pictures[places])).to(self.device)
 
     def _encode(self, pictures: Tensor) -> Tensor:
-        return self.backbone.clean_latents(pictures.to(self.device), "data.resolution")
+        return self.backbone.clean_latents(pictures.to(self.device), "set data.resolution to it")
 
     def draws(self, index: Tensor) -> list[torch.Generator]:
         """Where the timestep and the noise of each pair of this batch come from, whatever its rank."""

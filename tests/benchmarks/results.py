@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.results --plan tests/benchmarks/plans/ddpo.yaml [--workers 2]
 
-A cell is one ``lit_align fit`` and, once, ``lit_align test`` on prompts that were never used before. Stop it
-when you like: the same command goes on where it was, to the bit. A cell runs again when its configuration, an
-override, its seed or the Shapes weights change. Exit status 1 if a cell failed; the others are finished.
+A cell is one ``lit_align fit`` and, once, ``lit_align test`` on prompts that were never used before, with the
+further tests that the plan names. Stop it when you like: the same command goes on where it was, to the bit. A
+cell runs again when its configuration, an override, its seed, a further test or the Shapes weights change.
+Exit status 1 if a cell failed; the others are finished.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     results, logs = ROOT / "tests" / "benchmarks" / "results", ROOT / "logs" / "results"
-    parser.add_argument("--plan", type=Path, required=True, help="name, configs, seeds, overrides, budget")
+    parser.add_argument("--plan", type=Path, required=True, help="the plan; its keys: harness/plan.py")
     parser.add_argument("--out", type=Path, default=results, help="folder for the results")
     parser.add_argument("--work", type=Path, default=logs, help="folder for the runs")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time; several: one thread each")

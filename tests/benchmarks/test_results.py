@@ -132,6 +132,37 @@ def test_a_cell_can_be_tested_on_the_prompts_that_it_was_trained_on_too(plan, tm
     assert len(rows) == 5  # of the test proper
 
 
+def test_what_a_sweep_left_is_that_of_the_test_proper(plan, tmp_path):
+    def launch(arguments: list[str], log: Path, keep: int) -> int:
+        """Does nothing but write a sweep, where a test would: beside any that is there."""
+        status = in_process(arguments, log, keep)
+        if arguments[0] == "test" and status == 0:
+            cell = next(a for a in arguments if "logger.init_args.name" in a).partition("=")[2]
+            run_folder = tmp_path / "runs" / "tiny" / cell / "version_0"
+            place = run_folder / ("sweep-2" if (run_folder / "sweep").exists() else "sweep")
+            place.mkdir()
+            (place / "sweep.json").write_text(
+                json.dumps({"of": [cell, "--data.init_args.test_split=train" in arguments]})
+            )
+        return status
+
+    longer = {"ddpo": ["configs/ddpo.yaml", "--trainer.max_epochs=1"], "more": ["configs/ddpo.yaml"]}
+    sizes = {name: value for name, value in TINY.items() if name != "trainer.max_epochs"}
+    both = replace(
+        plan,
+        configs=longer,
+        budget=sizes,
+        continues={"more": "ddpo"},
+        also={"seen": ["--data.init_args.test_split=train"]},
+        seeds=[1],
+    )
+    both.configs["more"].append("--trainer.max_epochs=2")
+    assert run(both, tmp_path, launch) == {}
+    for name in ("ddpo", "more"):
+        found = json.loads((tmp_path / "results" / "tiny" / f"{name}_seed1.json").read_text())
+        assert found["sweep"] == {"of": [f"{name}_seed1", False]}
+
+
 def test_a_longer_run_goes_on_from_a_shorter_one_as_if_it_had_never_stopped(plan, tmp_path):
     sizes = {name: value for name, value in TINY.items() if name != "trainer.max_epochs"}
     configs = {f"ddpo_{n}": ["configs/ddpo.yaml", f"--trainer.max_epochs={n}"] for n in (1, 2)}
@@ -175,6 +206,10 @@ def test_a_cell_runs_again_when_its_settings_change_and_others_go_on_after_a_fai
     prints = [c.fingerprint("w") for c in (cell, other, changed, mine)] + [cell.fingerprint("x")]
     configuration.write_text("a: 2")
     assert len({*prints, mine.fingerprint("w")}) == 6
+    added = load_plan(write_plan(tmp_path, also={"seen": [f"--config={configuration}"]})).cells()[0]
+    before = added.fingerprint("w")
+    configuration.write_text("a: 3")
+    assert len({before, added.fingerprint("w"), cell.fingerprint("w")}) == 3
     assert cell.fingerprint("w") == plan.cells()[0].fingerprint("w")
 
 
@@ -184,7 +219,12 @@ def test_a_cell_runs_again_when_its_settings_change_and_others_go_on_after_a_fai
         ({"seed": [1]}, "unknown seed"),
         ({"seeds": []}, "give configs"),
         ({"configs": {"a": ["configs/nothing.yaml"]}}, "there is no configs/nothing.yaml"),
-        ({"overrides": ["trainer.max_epochs=1"]}, "--option=value"),
+        ({"overrides": ["trainer.max_epochs=1"]}, "overrides: .* --option=value"),
+        ({"also": {"seen": ["data.seed=1"]}}, r"also\.seen: .* --option=value"),
+        ({"also": {"seen": None}}, r"also\.seen: None is no list"),
+        ({"also": {"test": []}}, "'test' cannot name a further test"),
+        ({"also": {"a/b": []}}, "'a/b' cannot name a further test"),
+        ({"also": {"seen": ["--config=configs/nothing.yaml"]}}, "there is no configs/nothing.yaml"),
         ({"compare": [["ddpo", "prdp"]]}, "no prdp in configs: ddpo"),
     ],
 )

@@ -491,7 +491,7 @@ def test_prompts_without_pictures_are_refused(tiny, tmp_path):
 
 
 def test_pictures_of_another_size_than_the_models_are_refused(tiny, tmp_path):
-    with pytest.raises(ConfigError, match=r"data.resolution: .* 32 pixels a side, .* make them 16"):
+    with pytest.raises(ConfigError, match=r"32 pixels a side, but the model draws 16; set data.resolution"):
         fit(module(tiny), tmp_path, 1, source=data(resolution=32))
 
 

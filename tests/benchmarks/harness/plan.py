@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,7 @@ class Cell:
         return f"{self.config}_seed{self.seed}"
 
     def fingerprint(self, weights: str) -> str:
-        """Changes when what a configuration says, an override, the seed or the Shapes weights do."""
+        """Changes when what a configuration says, an override, the seed, a further test or the weights do."""
         parts = [self.arguments, _contents(self.arguments), weights]
         if self.also:
             parts.append({name: [list(added), _contents(added)] for name, added in self.also.items()})
@@ -103,7 +104,8 @@ def load_plan(path: Path) -> Plan:
     """Read a plan.
 
     Raises:
-        ConfigError: It has an unknown key, lacks configs or seeds, or names a file that does not exist.
+        ConfigError: It has an unknown key, lacks configs or seeds, names a file that does not exist, or a
+            further test has no usable name or options.
     """
     content = yaml.safe_load(path.read_text())
     known = {
@@ -121,16 +123,21 @@ def load_plan(path: Path) -> Plan:
     plan = Plan(**known | content)
     if not plan.configs or not plan.seeds:
         raise ConfigError(f"{path}: give configs (name: list of files) and seeds (a list)")
-    added = [*plan.overrides, *(option for options in plan.also.values() for option in options)]
-    if wrong := [option for option in added if not option.startswith("--") or "=" not in option]:
-        raise ConfigError(f"{path}: {wrong[0]!r} is not of the form --option=value")
+    given = {"overrides": plan.overrides} | {f"also.{name}": options for name, options in plan.also.items()}
+    for place, options in given.items():
+        if not isinstance(options, list):
+            raise ConfigError(f"{path}: {place}: {options!r} is no list; give [--option=value, ...]")
+        if wrong := [option for option in options if not option.startswith("--") or "=" not in option]:
+            raise ConfigError(f"{path}: {place}: {wrong[0]!r} is not of the form --option=value")
     named = {name for pair in [*plan.compare, *plan.continues.items()] for name in pair}
     if strangers := sorted(named - set(plan.configs)):
         raise ConfigError(f"{path}: there is no {strangers[0]} in configs: {', '.join(plan.configs)}")
-    if taken := sorted({"fit", "test", "validation"} & set(plan.also)):
-        raise ConfigError(f"{path}: also: {taken[0]} is taken; give the further test another name")
+    taken = ("fit", "test", "validation")
+    if bad := [name for name in plan.also if name in taken or not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
+        raise ConfigError(f"{path}: also: {bad[0]!r} cannot name a further test; use letters, not {taken}")
     files = [entry for entries in plan.configs.values() for entry in entries if not entry.startswith("--")]
-    files += [option.removeprefix("--config=") for option in added if option.startswith("--config=")]
+    options = [option for options in given.values() for option in options]
+    files += [option.removeprefix("--config=") for option in options if option.startswith("--config=")]
     if missing := [file for file in files if not (ROOT / file).is_file()]:
         raise ConfigError(f"{path}: there is no {missing[0]} in {ROOT}")
     return plan

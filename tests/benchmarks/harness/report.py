@@ -122,11 +122,16 @@ def further_tests(plan: Plan, results: Sequence[Result]) -> list[str]:
     """Markdown: a table for each further test of one configuration."""
     lines: list[str] = []
     for also, added in plan.also.items():
-        names = columns([result["also"][also] for result in results])
-        rows = [["seed", *names], ["---"] * (1 + len(names))]
-        rows += [[str(result["seed"]), *_figures(result["also"][also], names)] for result in results]
+        tests = {result["seed"]: result["also"][also] for result in results}
+        names = columns(list(tests.values()))
+        rows = [["seed", *names, KL], ["---"] * (2 + len(names))]
+        rows += [
+            [str(seed), *_figures(test, names), _kl_text(test["kl"]) if "kl" in test else ""]
+            for seed, test in tests.items()
+        ]
         given = " ".join(added)
-        lines += ["", f"{also}, `{given}`:", "", *(f"| {' | '.join(row)} |" for row in rows)]
+        lines += ["", f"Tested once more, {also}, `{given}`:", ""]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
     return lines
 
 
@@ -188,7 +193,7 @@ def markdown(plan: Plan, results: Sequence[Result], pictures: Pictures, source: 
         "",
         f"Made by `python -m tests.benchmarks.results --plan {source}`. The figures are of the test",
         "split: prompts never used before, the same noise before and after; difference ± standard error,",
-        "clustered by prompt.",
+        "clustered by prompt. Minutes are those of the fit and of all tests.",
     ]
     for config in plan.configs:
         lines += ["", *_section(plan, config, [result for result in results if result["config"] == config])]

@@ -1,4 +1,4 @@
-"""Runs the cells of a plan: fit, then test once, each to be taken up again where it was interrupted."""
+"""Runs the cells of a plan: fit, further tests, then the test once, each taken up again if interrupted."""
 
 import fcntl
 import json
@@ -130,7 +130,7 @@ def run_cell(cell: Cell, out: Path, work: Path, launch: Launch, tell: Tell) -> N
 
 
 def _stages(cell: Cell) -> list[str]:
-    """In their order; the test comes last, so that its files are the last ones written."""
+    """In their order."""
     return ["fit", *cell.also, "test"]
 
 
@@ -155,17 +155,25 @@ def _run_stage(
     state["commands"].append(" ".join(["python -m lit_align", *arguments]).replace(f"{ROOT}/", ""))
     _save(folder, state)
     tell(cell, f"{stage}, resumed" if stage == "fit" and checkpoint else stage)
+    if stage != "fit":  # what another test, or a shorter run, has left there
+        _remove(run, "test*.json", "test*.csv", "sweep*")
     log, started = folder / f"{stage}.log", time.monotonic()
     status = launch(arguments, log, lock)
     if status == 0 and stage in cell.also:
-        for kind in ("json", "csv"):
-            (run / f"test.{kind}").replace(run / f"{stage}.{kind}")
+        for kind in ("json", "csv"):  # test_train.json, where it was on the prompts of training
+            (found,) = run.glob(f"test*.{kind}")
+            found.replace(run / f"{stage}.{kind}")
     state["seconds"][stage] += time.monotonic() - started
     state["done"] += [stage] if status == 0 else []
     _save(folder, state)
     if status:
         tail = log.read_text(errors="replace").splitlines()[-20:] if log.exists() else []
         raise CellFailed("\n".join([f"{stage} ended with status {status}; the end of {log}:", *tail]))
+
+
+def _remove(folder: Path, *patterns: str) -> None:
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _state(folder: Path, cell: Cell) -> dict[str, Any]:
@@ -198,7 +206,7 @@ def _take_over(shorter: Cell, folder: Path, state: dict[str, Any]) -> None:
         return
     shutil.rmtree(folder / "version_0", ignore_errors=True)
     shutil.copytree(
-        other / "version_0", folder / "version_0", ignore=shutil.ignore_patterns("test.*", "config*")
+        other / "version_0", folder / "version_0", ignore=shutil.ignore_patterns("test*", "sweep*", "config*")
     )
     state["commands"] = [given for given in found["commands"] if given.startswith("python -m lit_align fit")]
     state["seconds"]["fit"] = found["seconds"]["fit"]
