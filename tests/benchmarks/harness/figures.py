@@ -17,13 +17,15 @@ from tests.benchmarks.harness.plan import ROOT, Plan
 def plot_curves(plan: Plan, results: Sequence[dict[str, Any]], path: Path) -> None:
     """Reward and truth on the validation split against images seen.
 
-    A configuration has a colour, a seed a line.
+    A configuration has a colour, a seed a line. What a longer run has taken further is seen in that one.
     """
+    there = {result["config"] for result in results}
+    within = {shorter for longer, shorter in plan.continues.items() if longer in there}
     names = [name for name in ("val/reward", "val/truth") if any(name in r["curves"] for r in results)]
     size = (5.2 * len(names), 3.6)
     figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], names, strict=True):
-        for number, config in enumerate(plan.configs):
+        for number, config in enumerate(name for name in plan.configs if name not in within):
             curves = [r["curves"][name] for r in results if r["config"] == config and name in r["curves"]]
             for which, points in enumerate(curves):
                 label = None if which else f"{config}: {len(curves)} seed{'s' * (len(curves) > 1)}"
