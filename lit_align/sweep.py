@@ -144,8 +144,9 @@ class Front:
 
     def hypervolumes(self) -> dict[str, float]:
         """Of each method, in units of the base's standard deviations; the base alone is 1."""
+        reference, units = self.reference()
         return {
-            method: self._volume(torch.stack([self.means(p) for p in points]))
+            method: _volume((torch.stack([self.means(p) for p in points]) - reference) / units)
             for method, points in self.methods().items()
         }
 
@@ -163,10 +164,11 @@ class Front:
         times = times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))[:, which]
         if len(prompts) < 2:
             times *= torch.nan
-        found = {}
+        (reference, units), found = self.reference(), {}
         for method, points in self.methods().items():
             means = torch.stack([self._weighted_means(point, times) for point in points], dim=1)
-            found[method] = torch.tensor([self._volume(one) for one in means], dtype=torch.float64)
+            gains = (means - reference) / units
+            found[method] = torch.tensor([_volume(one) for one in gains], dtype=torch.float64)
         return found
 
     def _weighted_means(self, measured: Measured, times: Tensor) -> Tensor:
@@ -178,13 +180,6 @@ class Front:
             for part, known in zip(parts, scored, strict=True)
         ]
         return torch.stack(means, dim=1)
-
-    def _volume(self, means: Tensor) -> float:
-        """That of points ``(points, m)``."""
-        if means.isnan().any():
-            return math.nan
-        reference, units = self.reference()
-        return hypervolume((means - reference) / units, 0 * units)
 
     def volumes(self) -> dict[str, "Volume"]:
         """Of each method the hypervolume and how sure it is."""
@@ -224,6 +219,11 @@ class Front:
     def _mixed(self, measured: Measured, weights: Mapping[str, float]) -> Tensor:
         terms = [w * self.scales[n] * measured.figures[f"reward/{n}"] for n, w in weights.items() if w != 0]
         return torch.stack(terms).sum(0)
+
+
+def _volume(gains: Tensor) -> float:
+    """That of points over the reference point, ``(points, m)``; NaN where one has no score."""
+    return math.nan if gains.isnan().any() else hypervolume(gains, torch.zeros_like(gains[0]))
 
 
 def _spread(values: Tensor) -> float:

@@ -191,12 +191,20 @@ class AlignPropModule(AlignmentModule):
             ConfigError: A trained reward has no gradient, or the options exclude each other.
         """
         super().__init__(
-            backbone, sampler, rewards, optimizer, lr_scheduler, guidance, clip_norm, rollout_batch, seed
+            backbone,
+            sampler,
+            rewards,
+            optimizer,
+            lr_scheduler,
+            guidance,
+            clip_norm,
+            micro_batch,
+            rollout_batch,
+            seed,
         )
         _check_rewards(rewards)
-        for name, value in {"coefficient": coefficient, "micro_batch": micro_batch}.items():
-            if not value > 0:
-                raise ConfigError(f"{name}: {value} must be positive")
+        if not coefficient > 0:
+            raise ConfigError(f"coefficient: {coefficient} must be positive")
         if target is not None and ceiling is not None:
             raise ConfigError(
                 f"target {target} and ceiling {ceiling} are two losses; set one of them to null"
@@ -212,7 +220,6 @@ class AlignPropModule(AlignmentModule):
         self.ceiling = ceiling
         self.coefficient = coefficient
         self.kl_weight = kl_weight
-        self.micro_batch = micro_batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Sample, score and differentiate in micro-batches, then update once."""

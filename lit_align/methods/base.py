@@ -74,12 +74,14 @@ class AlignmentModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None,
         guidance: float,
         clip_norm: float,
+        micro_batch: int,
         rollout_batch: int,
         seed: int | None,
     ) -> None:
         """Wire the parts; the arguments are documented where a method gives them defaults."""
         super().__init__()
-        for name, value in {"clip_norm": clip_norm, "rollout_batch": rollout_batch}.items():
+        sizes = {"clip_norm": clip_norm, "micro_batch": micro_batch, "rollout_batch": rollout_batch}
+        for name, value in sizes.items():
             if not value > 0:
                 raise ConfigError(f"{name}: {value} must be positive")
         self.automatic_optimization = False
@@ -89,6 +91,7 @@ class AlignmentModule(LightningModule):
         self.rewards = rewards
         self.guidance = guidance
         self.clip_norm = clip_norm
+        self.micro_batch = micro_batch
         self.rollout_batch = rollout_batch
         self.seed = run_seed(seed)
         self.images = 0

@@ -127,10 +127,19 @@ class ExpertModule(AlignmentModule):
             ConfigError: A size is not positive.
         """
         super().__init__(
-            backbone, sampler, rewards, optimizer, lr_scheduler, guidance, clip_norm, rollout_batch, seed
+            backbone,
+            sampler,
+            rewards,
+            optimizer,
+            lr_scheduler,
+            guidance,
+            clip_norm,
+            micro_batch,
+            rollout_batch,
+            seed,
         )
         sizes = {"max_ratio": max_ratio, "updates": updates, "inner_epochs": inner_epochs}
-        sizes |= {"timestep_fraction": timestep_fraction, "micro_batch": micro_batch}
+        sizes["timestep_fraction"] = timestep_fraction
         for name, value in sizes.items():
             if not value > 0:
                 raise ConfigError(f"{name}: {value} must be positive")
@@ -138,7 +147,6 @@ class ExpertModule(AlignmentModule):
         self.expert_betas = expert_betas
         self.max_ratio = max_ratio
         self.updates, self.inner_epochs = updates, inner_epochs
-        self.micro_batch = micro_batch
         self.stochastic_steps = self.sampler.stochastic.nonzero().flatten()
         self.steps_per_image = max(1, round(min(timestep_fraction, 1) * len(self.stochastic_steps)))
         for name in self.trained:

@@ -76,17 +76,23 @@ class JointModule(AlignmentModule):
         """Wire the parts; the arguments are documented where a method gives them defaults."""
         banks = [task.rewards for task in tasks.values()]
         super().__init__(
-            backbone, sampler, banks[0], optimizer, lr_scheduler, guidance, clip_norm, rollout_batch, seed
+            backbone,
+            sampler,
+            banks[0],
+            optimizer,
+            lr_scheduler,
+            guidance,
+            clip_norm,
+            micro_batch,
+            rollout_batch,
+            seed,
         )
-        if not micro_batch > 0:
-            raise ConfigError(f"micro_batch: {micro_batch} must be positive")
         if task_order not in ("sequence", "interleaved"):
             raise ConfigError(f"task_order: {task_order!r} must be sequence or interleaved")
         self.banks = nn.ModuleList(banks)  # so that the trainer moves them
         self.tasks = dict(tasks)
         self.task_order = task_order
         self.pretraining = pretraining
-        self.micro_batch = micro_batch
         self.step_scale = dict.fromkeys(tasks, 1.0)
         self.denoising_steps = 0
 

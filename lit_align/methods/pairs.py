@@ -82,11 +82,17 @@ class PairModule(AlignmentModule, Generic[Prepared]):
     ) -> None:
         """Wire the parts; the arguments are documented where a method gives them defaults."""
         super().__init__(
-            backbone, sampler, rewards, optimizer, lr_scheduler, guidance, clip_norm, rollout_batch, seed
+            backbone,
+            sampler,
+            rewards,
+            optimizer,
+            lr_scheduler,
+            guidance,
+            clip_norm,
+            micro_batch,
+            rollout_batch,
+            seed,
         )
-        if micro_batch < 1:
-            raise ConfigError(f"micro_batch: {micro_batch} must be at least 1")
-        self.micro_batch = micro_batch
         self.batches = 0
         self.sampling = 0.0  # seconds since the last update for what a method draws itself, waiting included
         self._latents: LatentCache | None = None

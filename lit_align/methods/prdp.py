@@ -164,7 +164,16 @@ class PRDPModule(AlignmentModule):
             ConfigError: The sampler is deterministic, or a value is not positive.
         """
         super().__init__(
-            backbone, sampler, rewards, optimizer, lr_scheduler, guidance, clip_norm, rollout_batch, seed
+            backbone,
+            sampler,
+            rewards,
+            optimizer,
+            lr_scheduler,
+            guidance,
+            clip_norm,
+            micro_batch,
+            rollout_batch,
+            seed,
         )
         self.stochastic_steps = self.sampler.stochastic.nonzero().flatten()
         if not len(self.stochastic_steps):
@@ -172,7 +181,7 @@ class PRDPModule(AlignmentModule):
                 "sampler: PRDP needs noise in the steps, and eta is 0, which has no density; "
                 "set sampler.init_args.eta to 1"
             )
-        counts = {"updates": updates, "inner_epochs": inner_epochs, "micro_batch": micro_batch}
+        counts = {"updates": updates, "inner_epochs": inner_epochs}
         for name, value in (counts | {"beta": beta, "clip_range": clip_range}).items():
             if value is not None and not value > 0:
                 raise ConfigError(f"{name}: {value} must be positive")
@@ -181,7 +190,6 @@ class PRDPModule(AlignmentModule):
         self.convention: Convention = convention
         self.updates = updates
         self.inner_epochs = inner_epochs
-        self.micro_batch = micro_batch
 
     def setup(self, stage: str) -> None:
         """Check what depends on the data.
