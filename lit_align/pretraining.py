@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_align.backbones import DiffusionBackbone
 from lit_align.data import CaptionedPictures
 from lit_align.data.splits import Permutation
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, check_positive
 from lit_align.objectives import denoising_error
 from lit_align.samplers import Sampler
 
@@ -51,9 +51,7 @@ class Pretraining:
     order: Order = "after"
 
     def __post_init__(self) -> None:
-        for name, value in {"batch": self.batch, "weight": self.weight}.items():
-            if not value > 0:
-                raise ConfigError(f"pretraining.{name}: {value} must be positive")
+        check_positive({"pretraining.batch": self.batch, "pretraining.weight": self.weight})
         if self.order not in ("before", "after", "every"):
             raise ConfigError(f"pretraining.order: {self.order!r} must be before, after or every")
 

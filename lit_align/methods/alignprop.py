@@ -17,7 +17,7 @@ from torch import Tensor
 from lit_align.backbones import POLICY, REFERENCE, Conditioning, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, check_positive
 from lit_align.gaussian import GaussianStep, Generators
 from lit_align.methods.base import AlignmentModule, named
 from lit_align.randomness import generator
@@ -203,8 +203,7 @@ class AlignPropModule(AlignmentModule):
             seed,
         )
         _check_rewards(rewards)
-        if not coefficient > 0:
-            raise ConfigError(f"coefficient: {coefficient} must be positive")
+        check_positive({"coefficient": coefficient})
         if target is not None and ceiling is not None:
             raise ConfigError(
                 f"target {target} and ceiling {ceiling} are two losses; set one of them to null"

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lit_align.backbones import POLICY, REFERENCE, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch, MultiTaskDataModule
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, check_positive
 from lit_align.evaluation import diversity
 from lit_align.gaussian import GaussianStep, Policy
 from lit_align.randomness import generator, run_seed
@@ -80,10 +80,7 @@ class AlignmentModule(LightningModule):
     ) -> None:
         """Wire the parts; the arguments are documented where a method gives them defaults."""
         super().__init__()
-        sizes = {"clip_norm": clip_norm, "micro_batch": micro_batch, "rollout_batch": rollout_batch}
-        for name, value in sizes.items():
-            if not value > 0:
-                raise ConfigError(f"{name}: {value} must be positive")
+        check_positive({"clip_norm": clip_norm, "micro_batch": micro_batch, "rollout_batch": rollout_batch})
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds what is trained, not the frozen models
         self.backbone = backbone

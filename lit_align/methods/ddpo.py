@@ -16,7 +16,7 @@ from lit_align.advantages import Advantages
 from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, check_positive
 from lit_align.methods.joint import Collection, Figures, JointModule, TaskOrder
 from lit_align.pretraining import Pretraining
 from lit_align.randomness import generator
@@ -142,9 +142,7 @@ class DDPOModule(JointModule):
         self.stochastic_steps = self.sampler.stochastic.nonzero().flatten()
         counts = {"updates": updates, "inner_epochs": inner_epochs, "shared_timesteps": shared_timesteps}
         sizes = {"timestep_fraction": timestep_fraction, "clip_range": clip_range, "kl_target": kl_target}
-        for name, value in (counts | sizes).items():
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}: {value} must be positive")
+        check_positive(counts | sizes)
         _check_steps(len(self.stochastic_steps), updates, timestep_fraction, shared_timesteps)
         steps = updates * inner_epochs * (shared_timesteps or 1)
         if clip_range is None and steps > 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_align.backbones import REFERENCE, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import PairBatch
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, check_positive
 from lit_align.methods.pairs import Figures, Noised, PairModule
 from lit_align.rewards import RewardBank
 
@@ -67,8 +67,7 @@ class DPOModule(PairModule[tuple[Noised, Noised]]):
             rollout_batch,
             seed,
         )
-        if not beta > 0:
-            raise ConfigError(f"beta: {beta} must be positive")
+        check_positive({"beta": beta})
         self.beta = beta
         self.shared_noise = shared_noise
 

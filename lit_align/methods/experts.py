@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_align.backbones import REFERENCE, DenoisingPolicy, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch, PromptDataModule
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, check_positive
 from lit_align.methods.base import AlignmentModule, Samples
 from lit_align.replay import Pairs, Replay, draw_pairs
 from lit_align.rewards import RewardBank
@@ -140,9 +140,7 @@ class ExpertModule(AlignmentModule):
         )
         sizes = {"max_ratio": max_ratio, "updates": updates, "inner_epochs": inner_epochs}
         sizes["timestep_fraction"] = timestep_fraction
-        for name, value in sizes.items():
-            if not value > 0:
-                raise ConfigError(f"{name}: {value} must be positive")
+        check_positive(sizes)
         self.objectives, self.trained = objectives, list(objectives)
         self.expert_betas = expert_betas
         self.max_ratio = max_ratio

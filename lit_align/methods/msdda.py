@@ -21,7 +21,7 @@ from torch import Tensor
 from lit_align.backbones import POLICY, REFERENCE, DenoisingPolicy, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, check_positive
 from lit_align.fusion import FusedPolicy, RandomExpertPolicy, draw_choices, fusion_weights
 from lit_align.gaussian import Policy, fuse
 from lit_align.methods.experts import ExpertModule
@@ -118,9 +118,7 @@ class MSDDAModule(ExpertModule):
         _check_names(experts, weights, betas or {}, samplers or {}, rewards)
         positive = {"beta": beta, "target_beta": target_beta}
         positive |= {f"betas.{name}": value for name, value in (betas or {}).items()}
-        for name, value in positive.items():
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}: {value} must be positive")
+        check_positive(positive)
         for point in joint or []:
             _check_weights("joint", point, experts)
         for point in sweep.points if sweep else []:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lit_align.backbones import REFERENCE, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch, PromptDataModule
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, check_positive
 from lit_align.methods.base import AlignmentModule
 from lit_align.replay import Pairs, Replay
 from lit_align.rewards import RewardBank
@@ -182,9 +182,7 @@ class PRDPModule(AlignmentModule):
                 "set sampler.init_args.eta to 1"
             )
         counts = {"updates": updates, "inner_epochs": inner_epochs}
-        for name, value in (counts | {"beta": beta, "clip_range": clip_range}).items():
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}: {value} must be positive")
+        check_positive(counts | {"beta": beta, "clip_range": clip_range})
         self.beta = beta
         self.clip_range = clip_range
         self.convention: Convention = convention

@@ -131,6 +131,16 @@ def test_a_cell_can_be_tested_on_the_prompts_that_it_was_trained_on_too(plan, tm
     rows = (tmp_path / "results" / "tiny" / "ddpo_seed1.csv").read_text().splitlines()
     assert len(rows) == 5  # of the test proper
 
+    more = replace(also, also={"seen": seen, "warm": ["--data.init_args.test_prompts=2"]})
+    assert run(more, tmp_path) == {}  # the fit and the first further test stand; what follows is run
+    again = read(tmp_path, 1)
+    assert again["commands"][:2] == found["commands"][:2]
+    assert [name.split()[3] for name in again["commands"]] == ["fit", "test", "test", "test"]
+    assert again["also"]["seen"] == found["also"]["seen"]
+    assert again["also"]["warm"]["reward"]["num_pairs"] == 4
+    assert again["test"] == found["test"]
+    assert again["fingerprint"] != found["fingerprint"]
+
 
 def test_what_a_sweep_left_is_that_of_the_test_proper(plan, tmp_path):
     def launch(arguments: list[str], log: Path, keep: int) -> int:

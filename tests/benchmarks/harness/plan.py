@@ -46,7 +46,17 @@ class Cell:
         parts = [self.arguments, _contents(self.arguments), weights]
         if self.also:
             parts.append({name: [list(added), _contents(added)] for name, added in self.also.items()})
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return _hash(parts)
+
+    def stages(self, weights: str) -> dict[str, str]:
+        """What the cell runs, in order, with fingerprints: a test that is added leaves the fit alone."""
+        added: dict[str, Sequence[str]] = {"fit": (), **self.also, "test": ()}
+        given = {stage: [*self.arguments, *more] for stage, more in added.items()}
+        return {stage: _hash([stage, args, _contents(args), weights]) for stage, args in given.items()}
+
+
+def _hash(parts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _contents(arguments: Sequence[str]) -> list[Any]:

@@ -48,13 +48,14 @@ def pictures(cell: Cell, out: Path) -> dict[str, list[float]]:
     return {name: [float(row[name]) for row in rows] for name in rows[0]}
 
 
-def record(cell: Cell, run: Path, state: dict[str, Any]) -> dict[str, Any]:
+def record(cell: Cell, run: Path, fingerprint: str, stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The result of a cell.
 
     Args:
         cell: The cell.
         run: Folder of its run.
-        state: Of the harness: fingerprint, commands, seconds.
+        fingerprint: Of the cell, when it began.
+        stages: Of each, its commands and seconds.
     """
     validation, test = (json.loads((run / f"{split}.json").read_text()) for split in ("validation", "test"))
     also = {name: json.loads((run / f"{name}.json").read_text())["figures"] for name in cell.also}
@@ -65,13 +66,13 @@ def record(cell: Cell, run: Path, state: dict[str, Any]) -> dict[str, Any]:
         "cell": cell.name,
         "config": cell.config,
         "seed": cell.seed,
-        "fingerprint": state["fingerprint"],
-        "commands": state["commands"],
+        "fingerprint": fingerprint,
+        "commands": [given for stage in stages.values() for given in stage["commands"]],
         "shapes_weights": WEIGHTS_HASH,
         "commit": commit(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "seconds": {stage: round(value, 1) for stage, value in state["seconds"].items()},
+        "seconds": {name: round(stage["seconds"], 1) for name, stage in stages.items()},
         "images": validation["images"],
         "reward_queries": validation["reward_queries"],
         "run": os.path.relpath(run, ROOT),

@@ -24,6 +24,8 @@ Launch = Callable[[list[str], Path, int], int]
 """``(arguments of lit_align, log file, descriptor to keep open) -> exit status``."""
 Tell = Callable[[Cell, str], None]
 """``(cell, what it does now)``."""
+State = dict[str, dict[str, Any]]
+"""Of each stage of a cell: its fingerprint, whether it is done, its commands, its seconds."""
 
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 
@@ -118,20 +120,16 @@ def run_cell(cell: Cell, out: Path, work: Path, launch: Launch, tell: Tell) -> N
         return
     folder = work.absolute() / cell.plan / cell.name
     with _alone(folder) as lock:
-        state = _state(folder, cell)
-        if cell.continues and not state["commands"]:
+        fingerprint, state = cell.fingerprint(WEIGHTS_HASH), _state(folder, cell)
+        if cell.continues and not state["fit"]["commands"]:
             _take_over(cell.continues, folder, state)
-        for stage in _stages(cell):
-            if stage not in state["done"]:
+        for stage in state:
+            if not state[stage]["done"]:
                 _run_stage(cell, stage, folder, state, launch, lock, tell)
+        result = record(cell, folder / "version_0", fingerprint, state)
         keep_pictures(cell, folder / "version_0", out)
-        write(result_path(cell, out), json.dumps(record(cell, folder / "version_0", state), indent=1) + "\n")
+        write(result_path(cell, out), json.dumps(result, indent=1) + "\n")
     tell(cell, "done")
-
-
-def _stages(cell: Cell) -> list[str]:
-    """In their order."""
-    return ["fit", *cell.also, "test"]
 
 
 def command(cell: Cell, stage: str, folder: Path, checkpoint: Path | None) -> list[str]:
@@ -144,7 +142,7 @@ def command(cell: Cell, stage: str, folder: Path, checkpoint: Path | None) -> li
 
 
 def _run_stage(
-    cell: Cell, stage: str, folder: Path, state: dict[str, Any], launch: Launch, lock: int, tell: Tell
+    cell: Cell, stage: str, folder: Path, state: State, launch: Launch, lock: int, tell: Tell
 ) -> None:
     run = folder / "version_0"
     checkpoint: Path | None = run / "checkpoints" / "last.ckpt"
@@ -152,7 +150,8 @@ def _run_stage(
         shutil.rmtree(run, ignore_errors=True)
         checkpoint = None
     arguments = command(cell, stage, folder, checkpoint)
-    state["commands"].append(" ".join(["python -m lit_align", *arguments]).replace(f"{ROOT}/", ""))
+    own = state[stage]
+    own["commands"].append(" ".join(["python -m lit_align", *arguments]).replace(f"{ROOT}/", ""))
     _save(folder, state)
     tell(cell, f"{stage}, resumed" if stage == "fit" and checkpoint else stage)
     if stage != "fit":  # what another test, or a shorter run, has left there
@@ -163,8 +162,8 @@ def _run_stage(
         for kind in ("json", "csv"):  # test_train.json, where it was on the prompts of training
             (found,) = run.glob(f"test*.{kind}")
             found.replace(run / f"{stage}.{kind}")
-    state["seconds"][stage] += time.monotonic() - started
-    state["done"] += [stage] if status == 0 else []
+    own["seconds"] += time.monotonic() - started
+    own["done"] = status == 0
     _save(folder, state)
     if status:
         tail = log.read_text(errors="replace").splitlines()[-20:] if log.exists() else []
@@ -176,43 +175,44 @@ def _remove(folder: Path, *patterns: str) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _state(folder: Path, cell: Cell) -> dict[str, Any]:
-    """What was done for this cell so far; what other settings left behind is removed."""
-    state, fingerprint = _read_state(folder), cell.fingerprint(WEIGHTS_HASH)
-    if state is not None and state["fingerprint"] == fingerprint:
-        return state
-    shutil.rmtree(folder / "version_0", ignore_errors=True)
-    for log in folder.glob("*.log"):
-        log.unlink()
-    seconds = dict.fromkeys(_stages(cell), 0.0)
-    return {"fingerprint": fingerprint, "done": [], "commands": [], "seconds": seconds}
+def _state(folder: Path, cell: Cell) -> State:
+    """What was done for this cell so far; what other settings left behind is removed.
+
+    All that follows a stage whose settings changed is done again: tests put their files in one place.
+    """
+    found, same = _read_state(folder), True
+    state: State = {}
+    for stage, fingerprint in cell.stages(WEIGHTS_HASH).items():
+        same = same and found.get(stage, {}).get("fingerprint") == fingerprint
+        fresh = {"fingerprint": fingerprint, "done": False, "commands": [], "seconds": 0.0}
+        state[stage] = found[stage] if same else fresh
+        if not same:
+            (folder / f"{stage}.log").unlink(missing_ok=True)
+            if stage == "fit":
+                shutil.rmtree(folder / "version_0", ignore_errors=True)
+    return state
 
 
-def _read_state(folder: Path) -> dict[str, Any] | None:
+def _read_state(folder: Path) -> State:
     path = folder / "state.json"
-    found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    found: State = json.loads(path.read_text()) if path.exists() else {}
     return found
 
 
 def _take_over(shorter: Cell, folder: Path, state: dict[str, Any]) -> None:
     """Let a run begin as a copy of a shorter one, if that is finished and of what its cell is now."""
     other = folder.parent / shorter.name
-    found = _read_state(other)
-    if (
-        found is None
-        or found["fingerprint"] != shorter.fingerprint(WEIGHTS_HASH)
-        or "fit" not in found["done"]
-    ):
+    fit = _read_state(other).get("fit")
+    if fit is None or not fit["done"] or fit["fingerprint"] != shorter.stages(WEIGHTS_HASH)["fit"]:
         return
     shutil.rmtree(folder / "version_0", ignore_errors=True)
     shutil.copytree(
         other / "version_0", folder / "version_0", ignore=shutil.ignore_patterns("test*", "sweep*", "config*")
     )
-    state["commands"] = [given for given in found["commands"] if given.startswith("python -m lit_align fit")]
-    state["seconds"]["fit"] = found["seconds"]["fit"]
+    state["fit"] |= {"commands": fit["commands"], "seconds": fit["seconds"]}
 
 
-def _save(folder: Path, state: dict[str, Any]) -> None:
+def _save(folder: Path, state: State) -> None:
     write(folder / "state.json", json.dumps(state, indent=1) + "\n")
 
 
