@@ -82,7 +82,7 @@ class RunSummary(Callback):
         pairs = next(iter(found.values())).num_pairs
         table = Table(title=f"{split}: {pairs} pictures, same prompts and noise")
         for header in ("", "before", "after", "difference ± standard error", "better"):
-            table.add_column(header, justify="right" if header else "left")
+            table.add_column(header, justify="right" if header else "left", no_wrap=not header)
         for name, c in found.items():
             change = f"{c.difference:+.4f} ± {c.standard_error:.4f}"
             wins = f"{c.win_rate:.0%} ± {c.win_rate_error:.0%}"

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
 from tests.benchmarks.harness.plan import ROOT, Plan, load_plan
 from tests.benchmarks.harness.report import verdict
+from tests.benchmarks.harness.sweeps import sweeps
 from tests.benchmarks.results import make
 
 DDPO = ROOT / "configs" / "ddpo.yaml"
@@ -142,6 +144,45 @@ def test_a_cell_can_be_tested_on_the_prompts_that_it_was_trained_on_too(plan, tm
     assert again["fingerprint"] != found["fingerprint"]
 
 
+def made_up_sweep(lead: float) -> dict[str, Any]:
+    """Of two objectives, at one weight: MSDDA is ahead of a soup by ``lead``, with an error of 0.3."""
+    rewards = {"reward/a": 1.0, "reward/a/se": 0.1, "reward/b": 2.0, "reward/b/se": 0.1, "seconds": 0.5}
+    even = {"weight/a": 0.5, "weight/b": 0.5, "gain": 1.0, "gain/se": 0.3, "truth": 0.7, "truth/se": 0.01}
+    return {
+        "pictures": 8,
+        "objectives": ["a", "b"],
+        "hypervolume": {"base": 1.0, "MSDDA": 1.5, "soup": 1.5 - lead},
+        "hypervolume_error": {"base": 0.3, "MSDDA": 0.3, "soup": 0.3},
+        "hypervolume_lead": {"base": 0.5, "soup": lead},
+        "hypervolume_lead_error": {"base": 0.3, "soup": 0.3},
+        "points": [
+            {"method": "base", "weight/a": None, "weight/b": None, "kl": 0.0, "kl/se": 0.0} | rewards,
+            {"method": "MSDDA", "kl": 1.0, "kl/se": 0.3} | even | rewards,
+            {"method": "soup", "lead": lead, "lead/se": 0.3} | even | rewards,
+        ],
+    }
+
+
+def test_sweeps_of_several_seeds_are_pooled():
+    lines = sweeps([made_up_sweep(lead) for lead in (1.0, 2.0, -0.9)])
+    assert lines[0] == "Sweep of 8 pictures, 3 seeds:"
+    error = math.sqrt(3 * 0.3**2) / 3
+    assert f"| soup | 0.800 ± {error:.3f} | +0.700 ± {error:.3f} | 2 ahead, 1 behind |" in lines
+    assert "| MSDDA | 1.500 ± 0.173 |  |  |" in lines
+    (base,) = [line for line in lines if line.startswith("|  | base |")]
+    assert base.endswith("| 0.000 ± 0.000 |  |  |  | 0.500 |")
+    soup = lines[-1].split(" | ")
+    assert soup[:2] == ["| 0.5 0.5", "soup"]
+    assert soup[4:] == [
+        "0.700 ± 0.006",
+        "",
+        "+1.000 ± 0.173",
+        "+0.700 ± 0.173",
+        "2 ahead, 1 behind",
+        "0.500 |",
+    ]
+
+
 def test_what_a_sweep_left_is_that_of_the_test_proper(plan, tmp_path):
     def launch(arguments: list[str], log: Path, keep: int) -> int:
         """Does nothing but write a sweep, where a test would: beside any that is there."""
@@ -152,7 +193,7 @@ def test_what_a_sweep_left_is_that_of_the_test_proper(plan, tmp_path):
             place = run_folder / ("sweep-2" if (run_folder / "sweep").exists() else "sweep")
             place.mkdir()
             (place / "sweep.json").write_text(
-                json.dumps({"of": [cell, "--data.init_args.test_split=train" in arguments]})
+                json.dumps(made_up_sweep(float("--data.init_args.test_split=train" in arguments)))
             )
         return status
 
@@ -170,7 +211,7 @@ def test_what_a_sweep_left_is_that_of_the_test_proper(plan, tmp_path):
     assert run(both, tmp_path, launch) == {}
     for name in ("ddpo", "more"):
         found = json.loads((tmp_path / "results" / "tiny" / f"{name}_seed1.json").read_text())
-        assert found["sweep"] == {"of": [f"{name}_seed1", False]}
+        assert found["sweep"] == made_up_sweep(0.0)
 
 
 def test_a_longer_run_goes_on_from_a_shorter_one_as_if_it_had_never_stopped(plan, tmp_path):

@@ -12,6 +12,7 @@ matplotlib.use("Agg")  # before pyplot: a benchmark has no screen
 import matplotlib.pyplot as plt
 
 from tests.benchmarks.harness.plan import ROOT, Plan
+from tests.benchmarks.harness.report import SWEEP_PICTURES
 
 
 def plot_curves(plan: Plan, results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -41,9 +42,12 @@ def plot_curves(plan: Plan, results: Sequence[dict[str, Any]], path: Path) -> No
 
 
 def copy_pictures(plan: Plan, results: Sequence[dict[str, Any]], out: Path) -> None:
-    """For each configuration the grids of its last seed: before the first update, and at the end."""
+    """Of each configuration's last seed: grids before the first update and at the end, and the sweep's."""
     for config, result in {result["config"]: result for result in results}.items():
         grids = sorted((ROOT / result["run"] / "pictures").glob("validation_*.png"))
         if grids:  # the run's folder may be gone; then the copies stay what they are
             shutil.copyfile(grids[0], out / plan.name / f"{config}_before.png")
             shutil.copyfile(grids[-1], out / plan.name / f"{config}_after.png")
+        for kind in SWEEP_PICTURES:
+            if (picture := ROOT / result["run"] / "sweep" / f"{kind}.png").exists():
+                shutil.copyfile(picture, out / plan.name / f"{config}_{kind}.png")

@@ -8,6 +8,7 @@ import torch
 
 from lit_align.evaluation import Comparison, compare
 from tests.benchmarks.harness.plan import Plan
+from tests.benchmarks.harness.sweeps import sweeps
 
 Result = dict[str, Any]
 """A cell's JSON."""
@@ -18,6 +19,8 @@ PAIRS = 256
 """(prompt, noise) pairs that a claim needs."""
 RISE, FALL = 3.0, 2.0
 """Standard errors: the reward must rise by the first, reward and truth not fall by more than the second."""
+SWEEP_PICTURES = ("front", "strip")
+"""Kept of a cell's sweep."""
 KL = "KL to the pretrained model, nats a picture"
 
 
@@ -212,12 +215,22 @@ def _section(plan: Plan, config: str, results: Sequence[Result]) -> list[str]:
         *lines,
         *table(results),
         *further_tests(plan, results),
+        *_swept(plan, config, results),
         "",
         _origin(results),
         "",
         *pictures,
         f"| {grids} |",
     ]
+
+
+def _swept(plan: Plan, config: str, results: Sequence[Result]) -> list[str]:
+    found = [result["sweep"] for result in results if "sweep" in result]
+    if not found:
+        return []
+    pictures = [f"![{kind}]({plan.name}/{config}_{kind}.png)" for kind in SWEEP_PICTURES]
+    shown = ["", f"Front and pictures of seed {results[-1]['seed']}:", "", *pictures]
+    return ["", *sweeps(found), *shown]
 
 
 def _origin(results: Sequence[Result]) -> str:
