@@ -350,6 +350,8 @@ def test_validate_test_and_predict_of_a_trained_run(small):
     main(["predict", *small, *without_judge(), "--ckpt_path=last"])
     assert (run / "predictions-2" / "metadata.jsonl").exists()
     assert [path.name for path in Path("logs/ddpo").iterdir()] == ["version_0"]
+    stages = {"config", "config-test", "config-validate", "config-predict", "config-predict-2"}
+    assert {path.stem for path in run.glob("config*")} == stages
 
 
 def test_full_fine_tuning_leaves_a_pipeline(small):

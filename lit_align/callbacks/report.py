@@ -11,6 +11,7 @@ from typing import Any
 from lightning import Callback, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -118,7 +119,7 @@ class RunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         folder = run_folder(trainer)
-        name = "config.yaml" if stage == "fit" else f"config-{stage}.yaml"
+        name = "config.yaml" if stage == "fit" else f"config-{TrainerFn(stage).value}.yaml"
         text = self.parser.dump(self.config, skip_none=False)
         write(unused(folder / name), text)
         if isinstance(trainer.logger, TensorBoardLogger):
