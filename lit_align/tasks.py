@@ -146,17 +146,25 @@ def check_rewards(
                     f"{where}: its scope is the batch, of which each of {world} processes sees a part; train "
                     "on one device, or derive it from SetReward, which gathers what it needs"
                 )
-        elif reward.scope == "group" and data.images_per_prompt < reward.smallest:
+        elif reward.scope == "group" and (few := _too_few(data, reward.smallest)):
             raise ConfigError(
                 f"{where}: with credit {reward.credit} it needs {reward.smallest} images of a prompt, and "
-                f"there are {data.images_per_prompt}; raise data.images_per_prompt"
+                f"there are {getattr(data, few)}; raise data.{few}"
             )
         elif reward.credit == "shared" and (baseline == "group" or baseline == reward.scope == "batch"):
+            prompts = reward.scope == "group"
+            hint = " (DDPO learns from what a prompt shares with BatchAdvantages)" if prompts else ""
             raise ConfigError(
-                f"{where}: all images of a {'prompt' if reward.scope == 'group' else 'collection'} share one "
+                f"{where}: all images of a {'prompt' if prompts else 'collection'} share one "
                 f"score, and {learner} takes their mean away: nothing would be left to learn from. Set its "
-                "credit to leave_one_out (DDPO learns from what a prompt shares with BatchAdvantages)"
+                f"credit to leave_one_out{hint}"
             )
+
+
+def _too_few(data: PromptDataModule, smallest: int) -> str | None:
+    """The setting that asks for fewer images of a prompt than this."""
+    names = ("images_per_prompt", "validation_images_per_prompt", "test_images_per_prompt")
+    return next((name for name in names if getattr(data, name) < smallest), None)
 
 
 def joint_scores(scores: Mapping[str, Tensor], task: str, tasks: Mapping[str, Task]) -> dict[str, Tensor]:

@@ -85,6 +85,8 @@ class RunSummary(Callback):
         for header in ("", "before", "after", "difference ± standard error", "better"):
             table.add_column(header, justify="right" if header else "left", no_wrap=not header)
         for name, c in found.items():
+            if name == "unscored" and c.before == c.after == 0:
+                continue
             change = f"{c.difference:+.4f} ± {c.standard_error:.4f}"
             wins = f"{c.win_rate:.0%} ± {c.win_rate_error:.0%}"
             table.add_row(name, f"{c.before:.4f}", f"{c.after:.4f}", change, wins)

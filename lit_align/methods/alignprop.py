@@ -19,7 +19,7 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError, check_positive
 from lit_align.gaussian import GaussianStep, Generators
-from lit_align.methods.base import AlignmentModule, named
+from lit_align.methods.base import AlignmentModule
 from lit_align.randomness import generator
 from lit_align.rewards import RewardBank
 from lit_align.samplers import Sampler
@@ -246,7 +246,7 @@ class AlignPropModule(AlignmentModule):
         images, ends = self.backbone.decode(latents), 1 + self.truncation.copies
         scored = batch[torch.arange(len(batch)).repeat(ends)]
         output = self.rewards(images, scored.prompts, scored.groups, scored.columns)
-        for name, score in named(output).items():
+        for name, score in output.report.items():
             work.scores.setdefault(name, []).append(score[: len(batch)])
         work.sampling += time.perf_counter() - started
         # A picture without a score has no gradient; unlike a mask, the choice of rows keeps its NaN out.

@@ -48,12 +48,6 @@ class Samples:
     images: Tensor
 
 
-def named(output: RewardOutput) -> dict[str, Tensor]:
-    """Total and parts of the reward on the CPU, ``{"reward": (B,), "reward/<name>": (B,)}``."""
-    scores = {"reward": output.total} | {f"reward/{name}": part for name, part in output.parts.items()}
-    return {name: score.detach().float().cpu() for name, score in scores.items()}
-
-
 class AlignmentModule(LightningModule):
     """Base of all methods: they implement ``training_step`` on :meth:`sample`, :meth:`score`, :meth:`update`.
 
@@ -136,9 +130,9 @@ class AlignmentModule(LightningModule):
         noise = torch.stack([torch.randn(self.backbone.latent_shape, generator=draw) for draw in draws])
         return noise.to(self.device), draws
 
-    def score(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """What the rewards say of pictures, for reports (see :func:`named`)."""
-        return named(self.rewards(images, batch.prompts, batch.groups, batch.columns))
+    def score(self, images: Tensor, batch: Batch) -> RewardOutput:
+        """What the rewards say of pictures."""
+        return self.rewards(images, batch.prompts, batch.groups, batch.columns)
 
     def trajectory_kl(
         self, batch: Batch, trajectory: Trajectory, stds: Sequence[Tensor] | None = None
@@ -253,7 +247,7 @@ class AlignmentModule(LightningModule):
         """Count and log one collection.
 
         Args:
-            scores: What :meth:`score` gave on this rank.
+            scores: What :meth:`score` reports on this rank.
             figures: What the updates measured, in pieces; the mean over all pieces is ``train/<name>``.
             sampling: Seconds for sampling and scoring.
             total: Seconds for everything.
@@ -304,11 +298,12 @@ class AlignmentModule(LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Pictures ``(B, 3, H, W)`` and their rewards."""
         images = self.sample(batch, "predict").images
-        return images, self.score(images, batch)
+        return images, self.score(images, batch).report
 
     def _measure(self, batch: Batch, samples: Samples, with_kl: bool = True) -> dict[str, Tensor]:
         """Everything that is reported of a picture, each ``(B,)`` on the CPU."""
-        measured = self.score(samples.images, batch)
+        scores = self.score(samples.images, batch)
+        measured = scores.report | {"unscored": scores.total.isnan().float().cpu()}
         measured["diversity"] = diversity(samples.images, batch.groups).cpu()
         if with_kl:
             measured["kl"] = self.trajectory_kl(batch, samples.trajectory).cpu()

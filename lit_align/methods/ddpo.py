@@ -17,7 +17,7 @@ from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError, check_positive
-from lit_align.methods.joint import Collection, Figures, JointModule, TaskOrder
+from lit_align.methods.joint import Collection, Figures, JointModule, TaskOrder, of_task
 from lit_align.pretraining import Pretraining
 from lit_align.randomness import generator
 from lit_align.replay import Pairs, draw_pairs
@@ -108,8 +108,10 @@ class DDPOModule(JointModule):
             kl_weight: Weight of the KL of each step to the reference, DPOK's penalty, as a mean over latent
                 elements. Exact, where DPOK's code drops the factor of the schedule.
             kl_target: KL by which one collection should move the policy, in nats per step; the learning rate
-                is scaled towards it. Own addition, after the adaptive penalty of PPO (Schulman et al. 2017,
-                section 4): the useful range of learning rates is narrow and moves during a run.
+                is scaled towards it. It falls with the square of a task's weight, and of what a schedule has
+                left of the rate. Interleaved tasks are measured together. Own addition, after the adaptive
+                penalty of PPO (Schulman et al. 2017, section 4): the useful range of learning rates is narrow
+                and moves during a run.
             guidance: Scale of classifier-free guidance, in sampling and in training. 5 in table D.5.
             clip_norm: Largest norm of the gradient. 1 in table D.5.
             micro_batch: (image, step) pairs in one backward pass. Bounds memory and changes no result.
@@ -237,14 +239,17 @@ class DDPOModule(JointModule):
         chosen = first[drawn.rows]
         moved = collection.moved(Pairs(drawn.rows[chosen], drawn.steps[chosen]), self.micro_batch)
         kl = torch.cat(self.gather(moved)).mean()
-        figures.setdefault("kl", []).append(kl[None])
+        figures.setdefault(of_task("kl", batch), []).append(kl[None])
         # A collection that broke, or whose last update was skipped, says nothing of the steps.
         if self.kl_target is not None and kl.isfinite() and self.gradient_norm.isfinite():
-            # KL grows with the square of the step; bounded, since it is measured on few pairs.
-            wanted = (self.kl_target / kl.clamp(min=1e-12)).sqrt().clamp(0.5, 1.5).item()
+            group = self.trainer.optimizers[0].param_groups[0]
+            wished = self.tasks[batch.task].weight * group["lr"] / group.get("initial_lr", group["lr"])
+            # KL grows with the square of the step; bounded, since it is measured on few pairs. What a weight
+            # and a schedule make of the step stays: the scale must not undo it.
+            wanted = (wished**2 * self.kl_target / kl.clamp(min=1e-12)).sqrt().clamp(0.5, 1.5).item()
             scale = min(max(self.step_scale[batch.task] * wanted, 1e-3), 1e3)
             self.step_scale[batch.task] = scale
-            figures.setdefault("step_scale", []).append(torch.tensor([scale]))
+            figures.setdefault(of_task("step_scale", batch), []).append(torch.tensor([scale]))
 
 
 def _check_steps(there: int, updates: int, fraction: float, shared: int | None) -> None:

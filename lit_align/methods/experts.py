@@ -155,10 +155,10 @@ class ExpertModule(AlignmentModule):
         """One expert's policy, or the reference's."""
 
     def weighted_reward(self, scores: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-        """``(B,)``: the sum of the scaled objectives with these weights."""
+        """``(B,)``: the sum of the scaled objectives with these weights, from scores by name."""
         scales = self.rewards.weights
-        terms = [w * scales[n] * scores[f"reward/{n}"] for n, w in weights.items() if w != 0]
-        return torch.stack(terms).sum(0) if terms else torch.zeros_like(scores["reward"])
+        terms = [w * scales[n] * scores[n] for n, w in weights.items() if w != 0]
+        return torch.stack(terms).sum(0) if terms else torch.zeros_like(next(iter(scores.values())))
 
     def setup(self, stage: str) -> None:
         """Check what depends on the data.
@@ -196,9 +196,10 @@ class ExpertModule(AlignmentModule):
             samples = self.sample(batch, "rollout", REFERENCE)
             scores = self.score(samples.images, batch)
         sampled = time.perf_counter()
-        lessons = [self._lesson(name, batch, samples, scores) for name in self.objectives]
+        parts = {name: part.float().cpu() for name, part in scores.parts.items()}
+        lessons = [self._lesson(name, batch, samples, parts) for name in self.objectives]
         figures = self._learn(lessons, batch)
-        self.log_collection(scores, figures, sampled - started, time.perf_counter() - started)
+        self.log_collection(scores.report, figures, sampled - started, time.perf_counter() - started)
 
     def _learn(self, lessons: Sequence[Lesson], batch: Batch) -> dict[str, list[Tensor]]:
         """All updates of a collection; returns what was measured in each micro-batch."""

@@ -20,16 +20,22 @@ from lit_align.backbones import REFERENCE, DenoisingPolicy, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError
-from lit_align.methods.base import AlignmentModule, named
+from lit_align.methods.base import AlignmentModule
 from lit_align.pretraining import OTHER_SIZE, Pretraining, denoising_loss
 from lit_align.randomness import generator
 from lit_align.replay import Replay
+from lit_align.rewards import RewardOutput
 from lit_align.tasks import Task, data_of_tasks, joint_scores
 
 Figures = dict[str, list[Tensor]]
 """Pieces of what was measured in an iteration; the mean over all pieces is logged as ``train/<name>``."""
 
 TaskOrder = Literal["sequence", "interleaved"]
+
+
+def of_task(name: str, batch: Batch) -> str:
+    """The name under which a figure of one task is logged."""
+    return f"{name}/{batch.task}" if batch.task else name
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Collection(Replay):
     Attributes:
         reference: The pretrained policy for the rank's images.
         batch: The images' prompts and numbers.
-        scores: What the rewards said, by name, ``(B,)`` each on the CPU.
+        scores: What the rewards report, by name, ``(B,)`` each on the CPU.
         advantages: ``(B,)``, on the device.
         sampled_at: Optimiser steps that had been made when the pictures were sampled.
         seconds: For sampling and scoring.
@@ -155,24 +161,27 @@ class JointModule(AlignmentModule):
             samples = self.sample(batch, "rollout")
             scores = self.score(samples.images, batch)
         seconds = time.perf_counter() - started
-        figures.setdefault("unscored", []).append(scores["reward"].isfinite().logical_not().float())
+        rewards = scores.total.float().cpu()
+        unscored = rewards.isfinite().logical_not().float()
+        figures.setdefault(of_task("unscored", batch), []).append(unscored)
         policy = self.backbone.policy(self.sampler, self.backbone.encode(batch.prompts), self.guidance)
         return Collection(
             policy,
             samples.trajectory,
             replace(policy, weights=REFERENCE),
             batch,
-            scores,
-            self._advantages(batch, scores["reward"]).to(self.device),
+            scores.report,
+            self._advantages(batch, rewards).to(self.device),
             self.trainer.global_step,
             seconds,
         )
 
-    def score(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """What the rewards of the batch's task say; with several tasks under names that all of them have."""
-        bank = self.tasks[batch.task].rewards
-        scores = named(bank(images, batch.prompts, batch.groups, batch.columns))
-        return joint_scores(scores, batch.task, self.tasks) if batch.task else scores
+    def score(self, images: Tensor, batch: Batch) -> RewardOutput:
+        """What the rewards of the batch's task say; of several tasks, reported under names that all have."""
+        scores = self.tasks[batch.task].rewards(images, batch.prompts, batch.groups, batch.columns)
+        if not batch.task:
+            return scores
+        return replace(scores, report=joint_scores(scores.report, batch.task, self.tasks))
 
     def _advantages(self, batch: Batch, rewards: Tensor) -> Tensor:
         """Advantages of this rank's images, normalised with the images of all ranks."""

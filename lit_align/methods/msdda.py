@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from lit_align.fusion import FusedPolicy, RandomExpertPolicy, draw_choices, fusi
 from lit_align.gaussian import Policy, fuse
 from lit_align.methods.experts import ExpertModule
 from lit_align.randomness import generator
-from lit_align.rewards import RewardBank
+from lit_align.rewards import RewardBank, RewardOutput
 from lit_align.rollout import Trajectory
 from lit_align.sweep import BASE, EXPERT, FUSED, JOINT, RANDOM, Front, Measured, Point, Sweep
 
@@ -220,10 +221,12 @@ class MSDDAModule(ExpertModule):
         """KL to the reference along chains, by default of the fused policy: see :class:`AlignmentModule`."""
         return super().trajectory_kl(batch, trajectory, stds or self.stds(self.exponents(self.weights)))
 
-    def score(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """What the rewards say of pictures; the reward is the weighted sum of the scaled objectives."""
+    def score(self, images: Tensor, batch: Batch) -> RewardOutput:
+        """What the rewards say of pictures; the reported one is the weighted sum of the scaled objectives."""
         scores = super().score(images, batch)
-        return scores | {"reward": self.weighted_reward(scores, self.weights)}
+        shown = {name: scores.report[f"reward/{name}"] for name in self.rewards.names}
+        reward = self.weighted_reward(shown, self.weights)
+        return replace(scores, report=scores.report | {"reward": reward})
 
     def objective(self, name: str, images: Tensor, batch: Batch) -> Tensor:
         """The scaled reward of one objective, ``(B,)``, with its gradient."""

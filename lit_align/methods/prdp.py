@@ -219,11 +219,11 @@ class PRDPModule(AlignmentModule):
         replay, figures = Replay(policy, samples.trajectory), Figures()
         images = int((batch.groups == batch.groups[0]).sum())
         assert bool((batch.groups.view(-1, images).diff() == 0).all()), "prompts stand together, of one size"
-        rewards = scores["reward"].double().view(-1, images)
+        rewards = scores.total.cpu().double().view(-1, images)
         old = self._compare(replay, figures).view(len(rewards), images, -1)
         self._learn(replay, old, rewards, figures)
         self._measure_move(replay, images, figures)
-        self.log_collection(scores, figures, sampled - started, time.perf_counter() - started)
+        self.log_collection(scores.report, figures, sampled - started, time.perf_counter() - started)
 
     @torch.no_grad()
     def _compare(self, replay: Replay, figures: Figures) -> Tensor:

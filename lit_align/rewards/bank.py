@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_align.errors import ConfigError
-from lit_align.rewards.base import Reward, Scope
+from lit_align.rewards.base import Reward
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,14 @@ class RewardOutput:
     Attributes:
         total: ``(B,)`` weighted sum of the trained rewards; NaN where one of them is. Carries gradient for
             differentiable rewards.
-        parts: Every reward's own score by name, ``(B,)`` each, unweighted and detached: for reports.
+        parts: Every reward's own score by name, ``(B,)`` each, unweighted and detached.
+        report: What a report says of them, on the CPU: ``{"reward": (B,), "reward/<name>": (B,)}``, the
+            total and the parts, with what a set is worth in place of a picture's credit for it.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
+    report: dict[str, Tensor]
 
 
 class RewardBank(nn.Module):
@@ -82,10 +85,6 @@ class RewardBank(nn.Module):
         """Whether every trained reward has a gradient."""
         return not self.black_box
 
-    def with_scope(self, scope: Scope) -> tuple[str, ...]:
-        """Names of the trained rewards of this scope."""
-        return tuple(name for name in self.trained if self.rewards[name].scope == scope)
-
     def forward(
         self,
         images: Tensor,
@@ -95,13 +94,14 @@ class RewardBank(nn.Module):
     ) -> RewardOutput:
         """Score pictures with every reward; arguments as in :meth:`Reward.forward`."""
         images = images.to(torch.promote_types(images.dtype, torch.float32))
-        total = images.new_zeros(len(images))
+        total, worth = images.new_zeros(len(images)), images.new_zeros(len(images))
         parts: dict[str, Tensor] = {}
+        report: dict[str, Tensor] = {}
         with torch.autocast(images.device.type, enabled=False):
             for name, reward in self.rewards.items():
                 attach = torch.is_grad_enabled() and name in self.weights and reward.differentiable
                 with torch.set_grad_enabled(attach):
-                    score = reward(images, prompts, groups, columns)
+                    score, shown = reward.shared_out(images, prompts, groups, columns)
                 if score.shape != total.shape:
                     raise ConfigError(
                         f"The reward '{name}' ({type(reward).__name__}) returned the shape "
@@ -111,8 +111,9 @@ class RewardBank(nn.Module):
                     )
                 if name in self.weights:
                     total = total + self.weights[name] * score
-                parts[name] = score.detach()
-        return RewardOutput(total, parts)
+                    worth = worth + self.weights[name] * shown.detach()
+                parts[name], report[f"reward/{name}"] = score.detach(), shown.detach().float().cpu()
+        return RewardOutput(total, parts, {"reward": worth.float().cpu()} | report)
 
 
 def _check(rewards: dict[str, Reward], weights: dict[str, float]) -> None:

@@ -48,6 +48,20 @@ class Reward(nn.Module, ABC):
             ``(B,)`` float32; NaN means that there is no score for that picture.
         """
 
+    def shared_out(
+        self,
+        images: Tensor,
+        prompts: list[str],
+        groups: Tensor | None = None,
+        columns: dict[str, list[Any]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The scores, and what is reported of each picture: for all but rewards of sets the same.
+
+        Arguments as in :meth:`forward`.
+        """
+        scores = self(images, prompts, groups, columns)
+        return scores, scores
+
     def freeze(self) -> Self:
         """Take every parameter out of training and switch to evaluation mode."""
         self.requires_grad_(False)

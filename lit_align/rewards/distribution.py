@@ -27,14 +27,18 @@ class SetReward(Reward):
     ``R`` is a function of the sum of the pictures' features and of their number, which is what a subclass
     gives. Two rules say what one picture gets:
 
-    - ``shared``: ``R(S)``, the same for all, which is the paper's rule. A baseline that is the group's mean
-      takes all of it away; normalise over the batch (``BatchAdvantages``).
+    - ``shared``: ``R(S)``, the same for all, which is the paper's rule. A baseline that is the mean of the
+      set takes all of it away: a prompt's set needs a normaliser over the batch (``BatchAdvantages``), a
+      batch's one with a memory (``PerPromptAdvantages``).
     - ``leave_one_out``: ``R(S) - R(S without i)``, what the set owes to the picture. The expected policy
       gradient is the same, since the second term does not depend on picture ``i``; its variance was
       3.5 times smaller with sixteen pictures and four uneven classes (a test). Our own addition.
 
     A picture whose features are not finite is in no set: it has no score. The others of its prompt have, if
     at least :attr:`smallest` are left.
+
+    What is reported of a picture is ``R(S)`` under both rules: a mean of leave-one-out credits says nothing
+    of the set (that of :class:`PairwiseDiversity` is always 0).
 
     With the scope ``"batch"`` the set is the whole batch, of all processes: then every process must score as
     often as the others.
@@ -73,7 +77,6 @@ class SetReward(Reward):
     def value(self, total: Tensor, count: Tensor) -> Tensor:
         """``R`` of sets with these sums of features ``(N, F)`` and numbers of pictures ``(N,)``: ``(N,)``."""
 
-    @torch.no_grad()
     def forward(
         self,
         images: Tensor,
@@ -82,33 +85,45 @@ class SetReward(Reward):
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
         """Credit of ``(B, 3, H, W)`` pictures; without ``groups`` they are one set (see :class:`Reward`)."""
+        return self.shared_out(images, prompts, groups, columns)[0]
+
+    @torch.no_grad()
+    def shared_out(
+        self,
+        images: Tensor,
+        prompts: list[str],
+        groups: Tensor | None = None,
+        columns: dict[str, list[Any]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Credit of each picture, and ``R`` of the set that it is in; arguments as in :meth:`forward`."""
         features = self.features(images)
         own = slice(None)
         if self.scope == "batch":
             features, own = _of_all_processes(features)
         if self.scope == "batch" or groups is None:
             groups = torch.zeros(len(features), dtype=torch.long)
-        return self.credits(features, groups.cpu())[own].float().to(images.device)
+        credit, worth = self.credits(features, groups.cpu())
+        return credit[own].float().to(images.device), worth[own].float().to(images.device)
 
-    def credits(self, features: Tensor, groups: Tensor) -> Tensor:
-        """Credit of each picture.
+    def credits(self, features: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Credit of each picture, and ``R`` of its set.
 
         Args:
             features: ``(B, F)``, float64 so that counts are exact; NaN for a picture that is in no set.
             groups: ``(B,)`` long, the number of each picture's set.
 
         Returns:
-            ``(B,)``; NaN for a picture that is in no set, or in one of too few.
+            ``(B,)`` each; NaN for a picture that is in no set, or in one of too few.
         """
         member = features.isfinite().all(dim=1)
         own = torch.where(member[:, None], features, 0.0)
         numbers, place = groups.unique(return_inverse=True)
         total = own.new_zeros(len(numbers), own.shape[1]).index_add(0, place, own)[place]
         count = own.new_zeros(len(numbers)).index_add(0, place, member.to(own))[place]
-        credit = self.value(total, count)
-        if self.credit == "leave_one_out":
-            credit = credit - self.value(total - own, count - 1)
-        return torch.where(member & (count >= self.smallest), credit, torch.nan)
+        worth = self.value(total, count)
+        credit = worth - self.value(total - own, count - 1) if self.credit == "leave_one_out" else worth
+        known = member & (count >= self.smallest)
+        return torch.where(known, credit, torch.nan), torch.where(known, worth, torch.nan)
 
 
 class StatisticalParity(SetReward):
@@ -118,10 +133,9 @@ class StatisticalParity(SetReward):
     the word "norm"), or minus its square. With ``C`` classes and ``u = 1/C`` it lies between
     ``-sqrt(1 - 1/C)`` and 0; but even pictures that are drawn with the wanted shares have ``E[SP^2] =
     (1 - 1/C) / n``, so give ``n`` with any value of it, and compare with that floor. The square has, but for
-    the factor ``1 - 1/n``, the gradient of the square for infinitely many pictures; the root is biased.
-
-    Under ``leave_one_out`` the reported reward is the mean credit; to read the parity itself, watch the same
-    reward with ``credit: shared`` beside it.
+    the factor ``1 - 1/n``, the gradient of the square for infinitely many pictures; the root is biased. Both
+    for equal shares: sets of few pictures overshoot another target, ``E[SP^2]`` being least at ``p = (n u -
+    1/C) / (n - 1)`` (.73, .09, .09, .09 for .7, .1, .1, .1 and sixteen pictures).
 
     The default classifier names the colour of the objects of Shapes, to find and remove the bias of prompts
     that leave it open. The paper's use is skin tone (four classes, by a model that was never released). Such

@@ -209,6 +209,16 @@ def test_the_step_is_scaled_to_the_kl_target_from_below_and_from_above(tiny, tmp
     assert abs(math.log(found[target] / target)) < 0.5 * abs(math.log(found[None] / target))
 
 
+def test_a_schedule_lowers_the_kl_target_too(tiny, tmp_path):
+    """To a quarter of the rate after ten updates: a sixteenth of the KL, which goes with the square."""
+    falling = partial(torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.25, total_iters=10)
+    recorder = Recorder()
+    learner = module(tiny, lr=1e-3, kl_target=1e-3, updates=2, lr_scheduler=falling)
+    trainer(tmp_path, 12, recorder).fit(learner, data())
+    found = [figures["train/kl"] for figures in recorder.logged]
+    assert 1e-3 / 64 < sum(found[-4:]) / 4 < 1e-3 / 4
+
+
 def test_steps_without_noise_are_not_replayed(tiny, tmp_path):
     recorder = Recorder()
     aligned = module(tiny)

@@ -220,7 +220,7 @@ def test_each_expert_learns_its_own_reward_and_the_fused_policy_lies_between(tin
     means: dict[str, dict[str, float]] = {}
     with torch.no_grad():
         for name in (REFERENCE, "bright", "red", POLICY):
-            scores = learner.score(learner.sample(held_out, "validation", name).images, held_out)
+            scores = learner.score(learner.sample(held_out, "validation", name).images, held_out).report
             means[name] = {n: scores[n].mean().item() for n in ("reward/bright", "reward/red", "reward")}
     for name, other in (("bright", "red"), ("red", "bright")):
         own, spread = f"reward/{name}", learner.baseline[f"reward/{name}"].std().item()
@@ -282,7 +282,8 @@ def test_a_sweep_measures_every_way_at_every_weight_on_the_same_noise(tiny, tmp_
     with torch.no_grad():
         own = fused.sample(held_out, "test", "red")
         assert torch.equal(
-            found["expert", grid[3]].figures["reward/red"], fused.score(own.images, held_out)["reward/red"]
+            found["expert", grid[3]].figures["reward/red"],
+            fused.score(own.images, held_out).report["reward/red"],
         )
         assert torch.equal(found["expert", grid[3]].images, own.images[:2])
         fused.backbone.mix_weights("by hand", {"bright": 0.2, "red": 0.8})

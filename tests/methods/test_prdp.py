@@ -291,7 +291,7 @@ def collection(aligned: PRDPModule, images: int = 4, prompts: int = 2) -> tuple[
     aligned.draw_noise = noise_like_weights
     with torch.no_grad():
         samples = aligned.sample(batch, "rollout")
-        rewards = aligned.score(samples.images, batch)["reward"].double().view(prompts, images)
+        rewards = aligned.score(samples.images, batch).total.double().view(prompts, images)
     policy = aligned.backbone.policy(
         aligned.sampler, aligned.backbone.encode(batch.prompts), aligned.guidance
     )

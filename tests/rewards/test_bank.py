@@ -115,12 +115,9 @@ def test_capabilities(images: Tensor) -> None:
     mixed = RewardBank(rewards, {"red": 1.0, "jpeg": 1.0, "column": 1.0})
     assert not mixed.differentiable
     assert mixed.black_box == ("jpeg", "column")
-    assert mixed.with_scope("group") == ("column",)
-    assert mixed.with_scope("sample") == ("red", "jpeg")
     watching = RewardBank(rewards, {"red": 1.0})
     assert watching.differentiable
     assert watching.black_box == ()
-    assert watching.with_scope("group") == ()
 
 
 @pytest.mark.parametrize("name", ["type", "keys", "forward", "a-b_9"])

@@ -11,7 +11,13 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 from lit_align.errors import ConfigError
-from lit_align.rewards import BatchStatisticalParity, PairwiseDiversity, SetReward, StatisticalParity
+from lit_align.rewards import (
+    BatchStatisticalParity,
+    PairwiseDiversity,
+    RewardBank,
+    SetReward,
+    StatisticalParity,
+)
 from lit_align.rewards.distribution import Credit
 from lit_align.shapes.recipe.classifier import balanced_caption, colours_of
 from lit_align.shapes.recipe.pictures import numpy_rng
@@ -103,6 +109,35 @@ def test_pictures_without_a_class_are_no_members(four: str) -> None:
     assert ignoring.nan_to_num(9).tolist() == pytest.approx([9, 9, -1 / 6, -1 / 6])
 
 
+def test_what_is_reported_of_a_set_is_its_own_value_whatever_the_credit(four: str) -> None:
+    images, groups = pictures([0, 0, 0, 1, 2, None, 1, 3]), torch.tensor([5, 5, 5, 5, 7, 7, 7, 7])
+    for kind in (ByBrightness(four), PairwiseDiversity()):
+        bank = RewardBank({"set": kind}, {"set": 2.0})
+        found = bank(images, ["a star"] * 8, groups)
+        assert torch.equal(
+            found.total.nan_to_num(9), (2 * kind(images, ["a star"] * 8, groups)).nan_to_num(9)
+        )
+        kind.credit = "shared"
+        worth = kind(images, ["a star"] * 8, groups)
+        assert torch.equal(found.report["reward/set"].nan_to_num(9), worth.nan_to_num(9))
+        assert torch.equal(found.report["reward"].nan_to_num(9), (2 * worth).nan_to_num(9))
+        assert found.report["reward"].nanmean() != pytest.approx(float(found.total.nanmean()), abs=1e-3)
+
+
+def test_a_target_of_unequal_shares_is_overshot_by_as_much_as_is_said(four: str) -> None:
+    """The expectation of the square over all draws of sixteen pictures, from its moments, is least there."""
+    count, target = 16, torch.tensor([0.7, 0.1, 0.1, 0.1], dtype=torch.float64)
+    shares = target.clone().requires_grad_()
+    expected = ((shares * (1 - shares)) / count + (shares - target).square()).sum()
+    (slope,) = torch.autograd.grad(expected, shares)
+    assert float((slope - slope.mean()).norm()) > 0.04
+    least = ((count * target - 1 / 4) / (count - 1)).requires_grad_()
+    expected = ((least * (1 - least)) / count + (least - target).square()).sum()
+    (slope,) = torch.autograd.grad(expected, least)
+    assert float((slope - slope.mean()).norm()) < 1e-12
+    assert least.tolist() == pytest.approx([0.73, 0.09, 0.09, 0.09])
+
+
 def toy(squared: bool, credit: Credit, four: str) -> SetReward:
     return ByBrightness(four, squared=squared, credit=credit)
 
@@ -114,11 +149,11 @@ def test_leave_one_out_equals_brute_force(four: str, squared: bool) -> None:
     features = torch.nn.functional.one_hot(classes, 4).double()
     features[4] = torch.nan
     groups = torch.tensor([7, 7, 7, 7, 7, 1, 1, 1, 7])
-    found = credit.credits(features, groups)
+    found, _ = credit.credits(features, groups)
     for row in range(9):
         others = torch.arange(9) != row
-        whole = shared.credits(features, groups)[row]
-        fewer = shared.credits(features[others], groups[others])
+        whole = shared.credits(features, groups)[0][row]
+        fewer, _ = shared.credits(features[others], groups[others])
         without = fewer[groups[others] == groups[row]].nanmean()  # shared: the same for all of the set
         torch.testing.assert_close(found[row], whole - without, equal_nan=True)
 
@@ -149,7 +184,7 @@ def expected_gradient(reward: SetReward, logits: Tensor, count: int) -> Tensor:
     for classes in itertools.product(range(4), repeat=count):
         shown = torch.nn.functional.one_hot(torch.tensor(classes), 4).double()
         chance = likely[list(classes)].prod()
-        total += chance * (reward.credits(shown, groups)[:, None] * (shown - likely)).sum(0)
+        total += chance * (reward.credits(shown, groups)[0][:, None] * (shown - likely)).sum(0)
     return total
 
 
@@ -177,7 +212,7 @@ def test_leave_one_out_has_a_fraction_of_the_variance(four: str) -> None:
     shown, groups = torch.nn.functional.one_hot(sets, 4).double(), torch.arange(400).repeat_interleave(16)
     variance = []
     for credit in ("shared", "leave_one_out"):
-        credits = toy(True, credit, four).credits(shown, groups)
+        credits, _ = toy(True, credit, four).credits(shown, groups)
         centred = (credits - credits.mean())[:, None] * (shown - logits.softmax(0))
         gradients = centred.view(400, 16, 4).sum(1)
         variance.append(gradients.var(0).sum())
@@ -239,5 +274,5 @@ def test_a_batch_of_two_processes_is_one_batch(four: str, tmp_path: Path) -> Non
     torch.save(features, file)
     torch.multiprocessing.start_processes(gather_and_score, (four, file), nprocs=2, start_method="fork")
     found = torch.stack([torch.load(f"{file}.{rank}") for rank in range(2)], 1).flatten()
-    wanted = BatchStatisticalParity(four).credits(features, torch.zeros(8, dtype=torch.long)).float()
+    wanted = BatchStatisticalParity(four).credits(features, torch.zeros(8, dtype=torch.long))[0].float()
     assert torch.equal(found.nan_to_num(9), wanted.nan_to_num(9))

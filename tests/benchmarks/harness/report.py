@@ -96,6 +96,9 @@ def _kl_text(figure: dict[str, float | None]) -> str:
 def columns(tests: Sequence[Figures]) -> list[str]:
     """Names of the figures in the table's order: what is claimed first, what it cost last."""
     measured = dict.fromkeys(name for test in tests for name in test)
+    unscored = [test["unscored"] for test in tests if "unscored" in test]
+    if all(figure["before"] == figure["after"] == 0 for figure in unscored):
+        measured.pop("unscored", None)
     if "truth" in measured:
         measured.pop("reward/truth", None)
     first, last = ("reward", "truth"), ("diversity",)
