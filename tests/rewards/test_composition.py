@@ -20,6 +20,8 @@ from transformers import (
     GroundingDinoForObjectDetection,
     GroundingDinoImageProcessor,
     GroundingDinoProcessor,
+    MMGroundingDinoConfig,
+    MMGroundingDinoForObjectDetection,
     Owlv2Config,
     Owlv2ForObjectDetection,
     Owlv2ImageProcessor,
@@ -111,6 +113,14 @@ def owlv2(folder: Path) -> None:
 
 
 def grounding_dino(folder: Path) -> None:
+    save_grounding(GroundingDinoConfig, GroundingDinoForObjectDetection, folder)
+
+
+def mm_grounding_dino(folder: Path) -> None:
+    save_grounding(MMGroundingDinoConfig, MMGroundingDinoForObjectDetection, folder)
+
+
+def save_grounding(config_class: Any, model_class: Any, folder: Path) -> None:
     text = BertConfig(
         vocab_size=len(WORDS),
         hidden_size=16,
@@ -122,7 +132,7 @@ def grounding_dino(folder: Path) -> None:
     vision = SwinConfig(
         image_size=32, embed_dim=8, depths=[1, 1, 1], num_heads=[1, 1, 1], window_size=2, out_indices=[2, 3]
     )
-    config = GroundingDinoConfig(
+    config = config_class(
         backbone_config=vision,
         text_config=text,
         use_timm_backbone=False,
@@ -138,7 +148,7 @@ def grounding_dino(folder: Path) -> None:
         max_text_len=24,
     )
     torch.manual_seed(0)
-    GroundingDinoForObjectDetection(config).save_pretrained(folder)
+    model_class(config).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     pictures = GroundingDinoImageProcessor(size={"shortest_edge": 32, "longest_edge": 48})
     GroundingDinoProcessor(pictures, BertTokenizerFast(str(folder / "vocab.txt"))).save_pretrained(folder)
@@ -149,7 +159,9 @@ def images() -> Tensor:
     return torch.rand(3, 3, 48, 40, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("make", [detr, owlvit, owlv2, grounding_dino], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "make", [detr, owlvit, owlv2, grounding_dino, mm_grounding_dino], ids=lambda m: m.__name__
+)
 def test_every_family_is_loaded_and_asked(
     make: Callable[[Path], None], tmp_path: Path, images: Tensor
 ) -> None:
