@@ -96,12 +96,12 @@ class RewardBank(nn.Module):
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         total, worth = images.new_zeros(len(images)), images.new_zeros(len(images))
         parts: dict[str, Tensor] = {}
-        report: dict[str, Tensor] = {}
+        shown: dict[str, Tensor] = {}
         with torch.autocast(images.device.type, enabled=False):
             for name, reward in self.rewards.items():
                 attach = torch.is_grad_enabled() and name in self.weights and reward.differentiable
                 with torch.set_grad_enabled(attach):
-                    score, shown = reward.shared_out(images, prompts, groups, columns)
+                    score, value = reward.shared_out(images, prompts, groups, columns)
                 if score.shape != total.shape:
                     raise ConfigError(
                         f"The reward '{name}' ({type(reward).__name__}) returned the shape "
@@ -111,9 +111,10 @@ class RewardBank(nn.Module):
                     )
                 if name in self.weights:
                     total = total + self.weights[name] * score
-                    worth = worth + self.weights[name] * shown.detach()
-                parts[name], report[f"reward/{name}"] = score.detach(), shown.detach().float().cpu()
-        return RewardOutput(total, parts, {"reward": worth.float().cpu()} | report)
+                    worth = worth + self.weights[name] * value.detach()
+                parts[name], shown[f"reward/{name}"] = score.detach(), value.detach()
+        report = {name: value.float().cpu() for name, value in ({"reward": worth} | shown).items()}
+        return RewardOutput(total, parts, report)
 
 
 def _check(rewards: dict[str, Reward], weights: dict[str, float]) -> None:

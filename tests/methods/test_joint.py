@@ -530,6 +530,15 @@ def test_an_impossible_pair_is_refused_with_the_remedy(
         check_task("a", Task(bank(reward), advantages), data, 1, world)
 
 
+@pytest.mark.parametrize("stage", ["validation", "test"])
+def test_a_set_that_could_not_be_scored_on_held_out_prompts_is_refused(stage: str) -> None:
+    few: dict[str, Any] = {f"{stage}_images_per_prompt": 1}
+    data = PromptDataModule(ShapesPrompts(["open"]), images_per_prompt=4, prompts_per_collection=4, **few)
+    task = Task(bank(EvenBrightness("shared")), BatchAdvantages())
+    with pytest.raises(ConfigError, match=rf"there are 1; raise data\.{stage}_images_per_prompt"):
+        check_task("a", task, data, 1, 1)
+
+
 def test_tasks_and_data_must_name_the_same(tiny: Path, tmp_path: Path) -> None:
     task = Task(bank(Brightness()), BatchAdvantages())
     with pytest.raises(ConfigError, match=r"the model has a, and the data b"):

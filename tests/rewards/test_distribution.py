@@ -125,7 +125,12 @@ def test_what_is_reported_of_a_set_is_its_own_value_whatever_the_credit(four: st
 
 
 def test_a_target_of_unequal_shares_is_overshot_by_as_much_as_is_said(four: str) -> None:
-    """The expectation of the square over all draws of sixteen pictures, from its moments, is least there."""
+    """Over all draws of four pictures, and from the moments of sixteen."""
+    wanted = {"dark": 0.7, "dim": 0.1, "light": 0.1, "bright": 0.1}
+    reward = ByBrightness(four, squared=True, credit="shared", target=wanted)
+    least = (4 * reward.target - 1 / 4) / 3
+    assert float(expected_gradient(reward, reward.target.log(), 4).norm()) > 0.05
+    assert float(expected_gradient(reward, least.log(), 4).norm()) < 1e-12
     count, target = 16, torch.tensor([0.7, 0.1, 0.1, 0.1], dtype=torch.float64)
     shares = target.clone().requires_grad_()
     expected = ((shares * (1 - shares)) / count + (shares - target).square()).sum()

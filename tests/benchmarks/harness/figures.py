@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # before pyplot: a benchmark has no screen
 import matplotlib.pyplot as plt
 
 from tests.benchmarks.harness.plan import ROOT, Plan
-from tests.benchmarks.harness.report import SWEEP_PICTURES
+from tests.benchmarks.harness.sweeps import PICTURES
 
 
 def plot_curves(plan: Plan, results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -48,6 +48,6 @@ def copy_pictures(plan: Plan, results: Sequence[dict[str, Any]], out: Path) -> N
         if grids:  # the run's folder may be gone; then the copies stay what they are
             shutil.copyfile(grids[0], out / plan.name / f"{config}_before.png")
             shutil.copyfile(grids[-1], out / plan.name / f"{config}_after.png")
-        for kind in SWEEP_PICTURES:
+        for kind in PICTURES:
             if (picture := ROOT / result["run"] / "sweep" / f"{kind}.png").exists():
                 shutil.copyfile(picture, out / plan.name / f"{config}_{kind}.png")

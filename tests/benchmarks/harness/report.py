@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from lit_align.evaluation import Comparison, compare
+from tests.benchmarks.harness import markdown as md
 from tests.benchmarks.harness.plan import Plan
-from tests.benchmarks.harness.sweeps import sweeps
+from tests.benchmarks.harness.sweeps import PICTURES, sweeps
 
 Result = dict[str, Any]
 """A cell's JSON."""
@@ -19,8 +20,6 @@ PAIRS = 256
 """(prompt, noise) pairs that a claim needs."""
 RISE, FALL = 3.0, 2.0
 """Standard errors: the reward must rise by the first, reward and truth not fall by more than the second."""
-SWEEP_PICTURES = ("front", "strip")
-"""Kept of a cell's sweep."""
 KL = "KL to the pretrained model, nats a picture"
 
 
@@ -110,14 +109,14 @@ def table(results: Sequence[Result]) -> list[str]:
     """Markdown rows, a seed each, of one configuration's figures on the test split."""
     names = columns([result["test"] for result in results])
     header = ["seed", *names, KL, "pictures", "reward queries", "minutes"]
-    rows = [header, ["---"] * len(header)]
+    rows = []
     for result in results:
         figures = _figures(result["test"], names)
         kl = _kl_text(result["test"]["kl"]) if "kl" in result["test"] else ""
         minutes = f"{sum(result['seconds'].values()) / 60:.1f}"
         counts = [f"{result['images']:,}", f"{result['reward_queries']:,}", minutes]
         rows.append([str(result["seed"]), *figures, kl, *counts])
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return md.table(header, rows)
 
 
 def _figures(test: Figures, names: Sequence[str]) -> list[str]:
@@ -130,14 +129,12 @@ def further_tests(plan: Plan, results: Sequence[Result]) -> list[str]:
     for also, added in plan.also.items():
         tests = {result["seed"]: result["also"][also] for result in results}
         names = columns(list(tests.values()))
-        rows = [["seed", *names, KL], ["---"] * (2 + len(names))]
-        rows += [
+        rows = [
             [str(seed), *_figures(test, names), _kl_text(test["kl"]) if "kl" in test else ""]
             for seed, test in tests.items()
         ]
         given = " ".join(added)
-        lines += ["", f"Tested once more, {also}, `{given}`:", ""]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
+        lines += ["", f"Tested once more, {also}, `{given}`:", "", *md.table(["seed", *names, KL], rows)]
     return lines
 
 
@@ -163,9 +160,7 @@ def comparisons(plan: Plan, pictures: Pictures) -> list[str]:
         both = [seed for seed in plan.seeds if {(first, seed), (second, seed)} <= set(pictures)]
         found = {seed: beside(pictures[first, seed], pictures[second, seed]) for seed in both}
         names = list(dict.fromkeys(name for one in found.values() for name in one))
-        header = ["seed", *names]
-        rows = [header, ["---"] * len(header)]
-        rows += [
+        rows = [
             [str(seed), *(_against(one[name]) if name in one else "" for name in names)]
             for seed, one in found.items()
         ]
@@ -175,8 +170,8 @@ def comparisons(plan: Plan, pictures: Pictures) -> list[str]:
             "",
             "Difference, and share of the pictures in which it is higher.",
             "",
+            *md.table(["seed", *names], rows),
         ]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
     return lines
 
 
@@ -231,7 +226,7 @@ def _swept(plan: Plan, config: str, results: Sequence[Result]) -> list[str]:
     found = [result["sweep"] for result in results if "sweep" in result]
     if not found:
         return []
-    pictures = [f"![{kind}]({plan.name}/{config}_{kind}.png)" for kind in SWEEP_PICTURES]
+    pictures = [f"![{kind}]({plan.name}/{config}_{kind}.png)" for kind in PICTURES]
     shown = ["", f"Front and pictures of seed {results[-1]['seed']}:", "", *pictures]
     return ["", *sweeps(found), *shown]
 

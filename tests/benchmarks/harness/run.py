@@ -199,7 +199,7 @@ def _read_state(folder: Path) -> State:
     return found
 
 
-def _take_over(shorter: Cell, folder: Path, state: dict[str, Any]) -> None:
+def _take_over(shorter: Cell, folder: Path, state: State) -> None:
     """Let a run begin as a copy of a shorter one, if that is finished and of what its cell is now."""
     other = folder.parent / shorter.name
     fit = _read_state(other).get("fit")

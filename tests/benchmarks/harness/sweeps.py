@@ -4,8 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from tests.benchmarks.harness.markdown import table
+
 CLEAR = 2.0
 """Standard errors from which a lead of one seed is counted."""
+PICTURES = ("front", "strip")
+"""Kept of a sweep."""
+Figure = tuple[float | None, float | None]
+"""A value and its standard error in one seed; None where there is none."""
 
 
 def sweeps(found: Sequence[dict[str, Any]]) -> list[str]:
@@ -17,15 +23,20 @@ def sweeps(found: Sequence[dict[str, Any]]) -> list[str]:
     Args:
         found: ``sweep.json`` of each seed; all have the same points.
     """
-    methods = found[0]["hypervolume"]
-    rows = [["method", "hypervolume", "MSDDA's lead", "clear in"], ["---"] * 4]
-    for method in methods:
-        volumes = [(s["hypervolume"][method], s["hypervolume_error"][method]) for s in found]
-        leads = [(s["hypervolume_lead"].get(method), s["hypervolume_lead_error"].get(method)) for s in found]
-        rows.append([method, *_pooled(volumes), *(_pooled(leads, sign="+") + _clear(leads))])
-    lines = [f"Sweep of {found[0]['pictures']} pictures, {len(found)} seeds:", "", *_table(rows)]
-
     objectives = found[0]["objectives"]
+    rewards = [f"reward/{name}" for name in objectives]
+    by_point = sorted(
+        zip(*(sweep["points"] for sweep in found), strict=True),
+        key=lambda points: _weights(points[0], objectives),
+    )
+    rows = []
+    for points in by_point:
+        weights = " ".join(f"{weight:g}" for weight in _weights(points[0], objectives))
+        measured = [_pooled(_of(points, name)) for name in (*rewards, "truth", "kl")]
+        gain, leads = _of(points, "gain"), _of(points, "lead")
+        seconds = sum(point["seconds"] for point in points) / len(points)
+        compared = [_pooled(gain, "+"), _pooled(leads, "+"), _clear(leads)]
+        rows.append([weights, points[0]["method"], *measured, *compared, f"{seconds:.3f}"])
     header = [
         "weights",
         "method",
@@ -37,18 +48,24 @@ def sweeps(found: Sequence[dict[str, Any]]) -> list[str]:
         "clear in",
         "s/picture",
     ]
-    rows = [header, ["---"] * len(header)]
-    for points in sorted(
-        zip(*(s["points"] for s in found), strict=True), key=lambda p: _weights(p[0], objectives)
-    ):
-        cells = [_pooled(_of(points, name)) for name in (*(f"reward/{n}" for n in objectives), "truth", "kl")]
-        leads = _of(points, "lead")
-        compared = [_pooled(_of(points, "gain"), sign="+"), _pooled(leads, sign="+"), _clear(leads)]
-        weights = " ".join(f"{weight:g}" for weight in _weights(points[0], objectives))
-        seconds = sum(point["seconds"] for point in points) / len(points)
-        flat = [text for cell in (*cells, *compared) for text in cell]
-        rows.append([weights, points[0]["method"], *flat, f"{seconds:.3f}"])
-    return [*lines, "", *_table(rows)]
+    return [
+        f"Sweep of {found[0]['pictures']} pictures, {len(found)} seeds:",
+        "",
+        *table(["method", "hypervolume", "MSDDA's lead", "clear in"], _volumes(found)),
+        "",
+        *table(header, rows),
+    ]
+
+
+def _volumes(found: Sequence[dict[str, Any]]) -> list[list[str]]:
+    rows = []
+    for method in found[0]["hypervolume"]:
+        volumes, leads = (
+            [(sweep[name].get(method), sweep[f"{name}_error"].get(method)) for sweep in found]
+            for name in ("hypervolume", "hypervolume_lead")
+        )
+        rows.append([method, _pooled(volumes), _pooled(leads, "+"), _clear(leads)])
+    return rows
 
 
 def _weights(point: dict[str, Any], objectives: Sequence[str]) -> tuple[float, ...]:
@@ -56,28 +73,28 @@ def _weights(point: dict[str, Any], objectives: Sequence[str]) -> tuple[float, .
     return tuple(point[f"weight/{n}"] for n in objectives if point[f"weight/{n}"] is not None)
 
 
-def _of(points: Sequence[dict[str, Any]], name: str) -> list[tuple[float | None, float | None]]:
+def _of(points: Sequence[dict[str, Any]], name: str) -> list[Figure]:
     return [(point.get(name), point.get(f"{name}/se")) for point in points]
 
 
-def _pooled(values: Sequence[tuple[float | None, float | None]], sign: str = "") -> list[str]:
+def _known(figures: Sequence[Figure]) -> list[tuple[float, float]]:
+    """The figures, or nothing where a seed has none."""
+    known = [(value, error) for value, error in figures if value is not None and error is not None]
+    return known if len(known) == len(figures) else []
+
+
+def _pooled(figures: Sequence[Figure], sign: str = "") -> str:
     """Mean and standard error; empty where a seed has no figure."""
-    known = [(value, error) for value, error in values if value is not None and error is not None]
-    if len(known) < len(values):
-        return [""]
+    if not (known := _known(figures)):
+        return ""
     mean = sum(value for value, _ in known) / len(known)
     error = math.sqrt(sum(error**2 for _, error in known)) / len(known)
-    return [f"{mean:{sign}.3f} ± {error:.3f}"]
+    return f"{mean:{sign}.3f} ± {error:.3f}"
 
 
-def _clear(leads: Sequence[tuple[float | None, float | None]]) -> list[str]:
+def _clear(leads: Sequence[Figure]) -> str:
     """In how many seeds MSDDA is ahead, and behind, by more than its error allows."""
-    known = [(value, error) for value, error in leads if value is not None and error is not None]
-    if len(known) < len(leads):
-        return [""]
+    if not (known := _known(leads)):
+        return ""
     ahead, behind = (sum(side * value > CLEAR * error for value, error in known) for side in (1, -1))
-    return [f"{ahead} ahead, {behind} behind"]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return f"{ahead} ahead, {behind} behind"
