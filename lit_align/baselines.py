@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_align.backbones import REFERENCE, DenoisingPolicy, DiffusionBackbone
 from lit_align.data import Batch
 from lit_align.errors import ConfigError
+from lit_align.fusion import is_one_hot
 from lit_align.gaussian import GaussianStep, Policy
 from lit_align.randomness import generator
 from lit_align.rewards import RewardBank
@@ -43,12 +44,10 @@ class Baseline(ABC):
 
     Attributes:
         name: In tables and plots; two of one class need names of their own.
-        at_experts: Whether it is something of its own where all weight is on one expert.
         has_kl: Whether its steps are Gaussians with the sampler's std.
     """
 
     name: str
-    at_experts: ClassVar[bool] = True
     has_kl: ClassVar[bool] = True
 
     def prepare(self, host: Host) -> None:
@@ -63,6 +62,11 @@ class Baseline(ABC):
     def policy(self, host: Host, weights: Mapping[str, float], batch: Batch) -> Policy:
         """The policy for these weights and images."""
 
+    def is_expert(self, host: Host, weights: Mapping[str, float]) -> bool:
+        """Whether it is just an expert at these weights, which then is not sampled twice."""
+        del host, weights
+        return False
+
 
 class Soup(Baseline):
     """Rewarded soup (Ramé et al. 2023, arXiv 2306.04488): the model with the weighted sum of the updates.
@@ -71,7 +75,6 @@ class Soup(Baseline):
     """
 
     name = "soup"
-    at_experts: ClassVar[bool] = False
 
     def prepare(self, host: Host) -> None:
         host.backbone.mix_weights(self.name, dict.fromkeys(host.experts, 0.0))  # refuses whole models now
@@ -81,12 +84,17 @@ class Soup(Baseline):
         host.backbone.mix_weights(self.name, exponents)
         return host.expert(self.name, batch)
 
+    def is_expert(self, host: Host, weights: Mapping[str, float]) -> bool:
+        return is_one_hot(weights) and is_one_hot(host.exponents(weights))
+
 
 class FactorSoup(Baseline):
-    """The soup of public code: the means of the adapters' factors, which is not linear in the updates."""
+    """The soup of public code: the means of the adapters' factors, which is not linear in the updates.
+
+    It knows no KL strengths, and goes no further than the experts.
+    """
 
     name = "soup of factors"
-    at_experts: ClassVar[bool] = False
 
     def prepare(self, host: Host) -> None:
         host.backbone.add_weights("factors")
@@ -95,6 +103,10 @@ class FactorSoup(Baseline):
     def policy(self, host: Host, weights: Mapping[str, float], batch: Batch) -> Policy:
         host.backbone.average_factors("factors", weights)
         return host.expert("factors", batch)
+
+    def is_expert(self, host: Host, weights: Mapping[str, float]) -> bool:
+        del host
+        return is_one_hot(weights)
 
 
 class CoDe(Baseline):
@@ -119,6 +131,13 @@ class CoDe(Baseline):
         self.candidates = candidates
         self.every = every
         self.name = name
+
+    def prepare(self, host: Host) -> None:
+        if sets := [name for name in host.experts if name in host.rewards.of_sets]:
+            raise ConfigError(
+                f"sweep.baselines: CoDe scores candidates one by one, and {sets[0]} is a reward of sets of "
+                "pictures; take CoDe out"
+            )
 
     def policy(self, host: Host, weights: Mapping[str, float], batch: Batch) -> Policy:
         draws = [generator(host.seed, "candidates", i) for i in batch.index.tolist()]
@@ -169,36 +188,49 @@ class RewardGradient(Baseline):
 
         def guided(x: Tensor, k: int | Tensor) -> GaussianStep:
             assert isinstance(k, int), "guidance is one step for all images"
-            step = base(x, k)
             if not base.sampler.stochastic[k]:
-                return step
+                return base(x, k)
+            prediction, gradients = self._gradients(host, base, weights, batch, x, k)
+            step = base.sampler.step(x, prediction, k)
             shift = torch.zeros_like(step.mean)
-            for name, weight in weights.items():
-                if weight != 0:
-                    gradient = self._gradient(host, base, name, batch, x, k)
-                    norm = gradient.norm(dim=1, keepdim=True).clamp(min=1e-12)
-                    shift += weight * gradient / norm / self.temperature
+            for name, gradient in gradients.items():
+                norm = gradient.norm(dim=1, keepdim=True).clamp(min=1e-12)
+                shift += weights[name] * gradient / norm / self.temperature
             strength = min(1.0, (1 + self.growth) ** k - 1)
             return GaussianStep(step.mean + strength * step.std.square() * shift, step.std)
 
         return guided
 
-    def _gradient(
-        self, host: Host, base: DenoisingPolicy, name: str, batch: Batch, x: Tensor, k: int
-    ) -> Tensor:
+    def _gradients(
+        self,
+        host: Host,
+        base: DenoisingPolicy,
+        weights: Mapping[str, float],
+        batch: Batch,
+        x: Tensor,
+        k: int,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The prediction at ``x``, and of each objective that has a weight the gradient at ``x``."""
         with torch.inference_mode(False), torch.enable_grad():
             # Copies: what was made in inference mode cannot enter a graph.
             cond = replace(base.cond, embeds=base.cond.embeds.clone(), null=base.cond.null.clone())
             state = x.clone().requires_grad_()
-            score = score_clean(host, replace(base, cond=cond), {name: 1.0}, batch, state, k)
-            (gradient,) = torch.autograd.grad(score.sum(), state)
-        return gradient
+            prediction = replace(base, cond=cond).predict(state, k)
+            images = host.backbone.decode(predict_clean(base, state, prediction, k))
+            names = [name for name, weight in weights.items() if weight != 0]
+            scores = [host.objective(name, images, batch).sum() for name in names]
+            gradients = [torch.autograd.grad(score, state, retain_graph=True)[0] for score in scores]
+        return prediction.detach(), dict(zip(names, gradients, strict=True))
+
+
+def predict_clean(policy: DenoisingPolicy, x: Tensor, prediction: Tensor, k: int) -> Tensor:
+    """The clean latents that a prediction at states of step ``k`` implies."""
+    return policy.sampler.predict_x0(x, prediction, int(policy.sampler.timesteps[k]))
 
 
 def score_clean(
     host: Host, policy: DenoisingPolicy, weights: Mapping[str, float], batch: Batch, x: Tensor, k: int
 ) -> Tensor:
     """The mixed reward ``(B,)`` of the clean pictures that the denoiser predicts at states of step ``k``."""
-    t = int(policy.sampler.timesteps[k])
-    images = host.backbone.decode(policy.sampler.predict_x0(x, policy.predict(x, k), t))
+    images = host.backbone.decode(predict_clean(policy, x, policy.predict(x, k), k))
     return torch.stack([w * host.objective(n, images, batch) for n, w in weights.items() if w != 0]).sum(0)

@@ -11,6 +11,9 @@ from lit_align.backbones import REFERENCE, DenoisingPolicy
 from lit_align.errors import ConfigError
 from lit_align.gaussian import GaussianStep, fuse
 
+TOLERANCE = 1e-6
+"""What sums of weights may be beside 1, as people round them."""
+
 
 def fusion_weights(
     weights: Mapping[str, float], beta: float, betas: Mapping[str, float] | None = None
@@ -37,7 +40,12 @@ def fusion_weights(
     """
     exponents = {name: weight * (betas or {}).get(name, beta) / beta for name, weight in weights.items()}
     rest = 1 - math.fsum(exponents.values())
-    return exponents | {REFERENCE: 0.0 if abs(rest) < 1e-9 else rest}
+    return exponents | {REFERENCE: 0.0 if abs(rest) <= TOLERANCE else rest}
+
+
+def is_one_hot(weights: Mapping[str, float]) -> bool:
+    """Whether one name has all of the weight, 1."""
+    return [weight for weight in weights.values() if weight != 0] == [1]
 
 
 @dataclass(frozen=True)

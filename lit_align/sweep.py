@@ -12,6 +12,9 @@ from lit_align.errors import ConfigError
 from lit_align.evaluation import compare
 from lit_align.pareto import hypervolume, pareto_front, simplex_grid
 
+Weights = tuple[tuple[str, float], ...]
+"""(objective, weight) pairs."""
+
 RESAMPLES = 200
 """Of the prompts, for the error of a hypervolume."""
 
@@ -59,11 +62,11 @@ class Point:
     Attributes:
         method: ``base``, ``expert``, ``MSDDA`` (or ``one random expert``, where that is what is sampled),
             ``joint training``, or a baseline's name.
-        weights: (objective, weight) pairs; empty for the base.
+        weights: Empty for the base.
     """
 
     method: str
-    weights: tuple[tuple[str, float], ...] = ()
+    weights: Weights = ()
 
 
 @dataclass(frozen=True)
@@ -109,12 +112,17 @@ class Front:
     Attributes:
         objectives: Their names.
         measured: All points, base first.
-        scales: Of the objectives, by which rewards are multiplied in the mixed reward.
+        scales: Of the objectives, by which rewards are multiplied in the mixed reward. Of a penalty it is
+            negative: less of it is better, on the front and in volumes.
+        ends: Of each method the weights at which it is just an expert, and measured as such.
+        prompts: Of the pictures that are shown.
     """
 
     objectives: tuple[str, ...]
     measured: list[Measured]
     scales: dict[str, float]
+    ends: Mapping[str, Sequence[Weights]] = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)
 
     def means(self, measured: Measured) -> Tensor:
         """Mean reward by objective, ``(m,)`` float64."""
@@ -122,31 +130,32 @@ class Front:
         return torch.stack(parts)
 
     def methods(self) -> dict[str, list[Measured]]:
-        """The points of each method; those that mix experts have the experts at their ends."""
+        """The points of each method, with those experts that it is at some weights."""
         found: dict[str, list[Measured]] = {}
         for one in self.measured:
             found.setdefault(one.point.method, []).append(one)
-        ends = found.get(EXPERT, [])
-        corners = {one.point.weights for one in ends}
+        experts = {one.point.weights: one for one in found.get(EXPERT, [])}
         return {
-            method: points
-            if method in (BASE, EXPERT) or corners & {one.point.weights for one in points}
-            else [*points, *ends]
+            method: [*points, *(experts[weights] for weights in self.ends.get(method, ()))]
             for method, points in found.items()
         }
 
+    def merits(self, means: Tensor) -> Tensor:
+        """Means ``(..., m)`` so that higher is better: those of penalties are turned round."""
+        return means * means.new_tensor([math.copysign(1, self.scales[name]) for name in self.objectives])
+
     def reference(self) -> tuple[Tensor, Tensor]:
-        """The reference point of hypervolumes and their units: the base less one standard deviation."""
+        """The reference point of hypervolumes, as merits, and units: the base less one standard deviation."""
         base = self.measured[0]
         parts = [base.figures[f"reward/{name}"].double() for name in self.objectives]
         units = torch.stack([part[part.isfinite()].std() for part in parts]).clamp(min=1e-12)
-        return self.means(base) - units, units
+        return self.merits(self.means(base)) - units, units
 
     def hypervolumes(self) -> dict[str, float]:
         """Of each method, in units of the base's standard deviations; the base alone is 1."""
         reference, units = self.reference()
         return {
-            method: _volume((torch.stack([self.means(p) for p in points]) - reference) / units)
+            method: _volume((self.merits(torch.stack([self.means(p) for p in points])) - reference) / units)
             for method, points in self.methods().items()
         }
 
@@ -167,7 +176,7 @@ class Front:
         (reference, units), found = self.reference(), {}
         for method, points in self.methods().items():
             means = torch.stack([self._weighted_means(point, times) for point in points], dim=1)
-            gains = (means - reference) / units
+            gains = (self.merits(means) - reference) / units
             found[method] = torch.tensor([_volume(one) for one in gains], dtype=torch.float64)
         return found
 
@@ -197,7 +206,8 @@ class Front:
         weights to this method.
         """
         fused = {one.point.weights: one for one in self.measured if one.point.method == FUSED}
-        on_front = pareto_front(torch.stack([self.means(one) for one in self.measured])).tolist()
+        merits = self.merits(torch.stack([self.means(one) for one in self.measured]))
+        on_front = pareto_front(merits).tolist()
         rows: list[dict[str, str | float | bool]] = []
         for one, front in zip(self.measured, on_front, strict=True):
             weights = dict(one.point.weights)

@@ -87,9 +87,13 @@ def strip(front: Front) -> Image.Image:
         key=lambda m: [weight for _, weight in m.point.weights],
         reverse=True,
     )
-    labels = ["\n".join(f"{n} {w:.2g}" for n, w in m.point.weights if w) or BASE for m in shown]
+    labels = []
+    for m in shown[1:]:
+        parts = [f"{n} {w:.2g}" for n, w in m.point.weights if w]
+        labels.append("\n".join([EXPERT, *parts] if m.point.method == EXPERT else parts))
     images = torch.stack([m.images for m in shown], dim=1)  # (pictures, columns, 3, H, W)
-    return picture_grid(images.flatten(0, 1), labels * len(images), columns=len(shown), side=96)
+    rows = [label for prompt in front.prompts for label in (f"{BASE}: {prompt}", *labels)]
+    return picture_grid(images.flatten(0, 1), rows, columns=len(shown), side=112)
 
 
 def plot(front: Front) -> Image.Image | None:

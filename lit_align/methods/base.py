@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from rich.progress import Progress
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
@@ -334,6 +335,12 @@ class AlignmentModule(LightningModule):
         return merged
 
     # ---- ranks, files and checkpoints
+
+    def bar(self) -> Progress:
+        """A bar for long work inside a batch, where a person may be looking: the Trainer's counts batches."""
+        return Progress(
+            transient=True, disable=not (self.trainer.is_global_zero and self.trainer.progress_bar_callback)
+        )
 
     def export(self, folder: Path) -> None:
         """Write what was trained, for diffusers."""

@@ -173,6 +173,14 @@ class ExpertModule(AlignmentModule):
             raise ConfigError(
                 "experts: all are loaded, and nothing is left to train; run test, or set one to null"
             )
+        used = {
+            name for objective in self.objectives.values() for name, weight in objective.items() if weight
+        }
+        if sets := sorted(used & set(self.rewards.of_sets)):
+            raise ConfigError(
+                f"experts: {sets[0]} is a reward of sets of pictures, which no step of one picture has; "
+                "train it with DDPOModule, and give the adapter/ folder of that run"
+            )
         if not len(self.stochastic_steps):
             raise ConfigError("sampler: fit needs noise in the steps; set sampler.init_args.eta to 1")
         data = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -23,13 +23,20 @@ from lit_align.backbones import POLICY, REFERENCE, DenoisingPolicy, DiffusionBac
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError, check_positive
-from lit_align.fusion import FusedPolicy, RandomExpertPolicy, draw_choices, fusion_weights
+from lit_align.fusion import (
+    TOLERANCE,
+    FusedPolicy,
+    RandomExpertPolicy,
+    draw_choices,
+    fusion_weights,
+    is_one_hot,
+)
 from lit_align.gaussian import Policy, fuse
 from lit_align.methods.experts import ExpertModule
 from lit_align.randomness import generator
 from lit_align.rewards import RewardBank, RewardOutput
 from lit_align.rollout import Trajectory
-from lit_align.sweep import BASE, EXPERT, FUSED, JOINT, RANDOM, Front, Measured, Point, Sweep
+from lit_align.sweep import BASE, EXPERT, FUSED, JOINT, RANDOM, Front, Measured, Point, Sweep, Weights
 
 
 class MSDDAModule(ExpertModule):
@@ -100,8 +107,8 @@ class MSDDAModule(ExpertModule):
             one_expert_per_step: Follow one expert in each step, at random with its weight, instead of the
                 fused policy: the cost of one model, not exact.
             sweep: Weights and baselines that ``test`` measures; null for none.
-            joint: ``fit`` also trains one adapter on the mixed reward at each of these weights: what fusing
-                saves, and the oracle of the sweep.
+            joint: ``fit`` also trains one adapter on the mixed reward at each of these weights, at
+                ``target_beta``: what fusing saves, and the oracle of the sweep.
             max_ratio: Bound on importance weights in ``fit``. Own choice.
             updates: Optimiser steps per pass over a collection; each takes whole prompts.
             inner_epochs: Passes over a collection. Its pictures are the reference's, and never grow stale.
@@ -132,7 +139,7 @@ class MSDDAModule(ExpertModule):
             sampler,
             rewards,
             objectives | mixed,
-            dict.fromkeys(mixed, beta) | all_betas,
+            dict.fromkeys(mixed, target_beta or beta) | all_betas,
             optimizer,
             lr_scheduler,
             max_ratio,
@@ -163,6 +170,7 @@ class MSDDAModule(ExpertModule):
         self.sweep = sweep
         self.front: Front | None = None
         self._swept: dict[Point, list[dict[str, Tensor]]] = {}
+        self._shown: list[str] = []
         for baseline in sweep.baselines if sweep else []:
             baseline.prepare(self)
         backbone.train_only(self.trained)
@@ -174,7 +182,7 @@ class MSDDAModule(ExpertModule):
 
     def policy(self, batch: Batch, weights: str = POLICY) -> Policy:
         """The fused policy, or that of a weight set."""
-        return self.fused(self.weights, batch) if weights == POLICY else super().policy(batch, weights)
+        return self.fused(self.weights, batch) if weights == POLICY else self.expert(weights, batch)
 
     def fused(self, weights: Mapping[str, float], batch: Batch) -> Policy:
         """The policy for any weights of the objectives."""
@@ -230,8 +238,7 @@ class MSDDAModule(ExpertModule):
 
     def objective(self, name: str, images: Tensor, batch: Batch) -> Tensor:
         """The scaled reward of one objective, ``(B,)``, with its gradient."""
-        reward = self.rewards.rewards[name]
-        return self.rewards.weights[name] * reward(images, batch.prompts, batch.groups, batch.columns)
+        return self.rewards.weighted(name, images, batch.prompts, batch.groups, batch.columns)
 
     # ---- the sweep
 
@@ -261,44 +268,53 @@ class MSDDAModule(ExpertModule):
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The fused policy and the reference on the same noise, then the sweep."""
         images = super().test_step(batch, batch_idx)
-        for point, policy in self._points().items():
-            started = time.perf_counter()
-            samples = self.sample_from(policy, batch, "test")
-            samples.images.sum().item()  # a GPU has then done its work
-            seconds = (time.perf_counter() - started) / len(batch)
-            figures = self._measure(batch, samples, with_kl=False)
-            figures["seconds"] = torch.full((len(batch),), seconds)
-            if self._has_kl(point):
-                stds = self.stds(exponents) if (exponents := self._exponents_at(point)) else None
-                figures["kl"] = super().trajectory_kl(batch, samples.trajectory, stds).cpu()
-            assert self.sweep is not None
-            figures["images"] = samples.images[: self.sweep.pictures if batch_idx == 0 else 0].cpu()
-            self._swept.setdefault(point, []).append(figures)
+        if self.sweep is None:
+            return images
+        # The first picture of each of the first prompts is shown.
+        first = torch.cat([torch.tensor([True]), batch.groups[1:] != batch.groups[:-1]]).nonzero().flatten()
+        rows = first[: self.sweep.pictures if batch_idx == 0 else 0]
+        self._shown += [batch.prompts[row] for row in rows.tolist()]
+        with self.bar() as bar:
+            for point, policy in bar.track(self._points()[0].items(), description="Sweep"):
+                started = time.perf_counter()
+                samples = self.sample_from(policy, batch, "test")
+                samples.images.sum().item()  # a GPU has then done its work
+                seconds = (time.perf_counter() - started) / len(batch)
+                figures = self._measure(batch, samples, with_kl=False)
+                figures["seconds"] = torch.full((len(batch),), seconds)
+                if self._has_kl(point):
+                    stds = self.stds(exponents) if (exponents := self._exponents_at(point)) else None
+                    figures["kl"] = super().trajectory_kl(batch, samples.trajectory, stds).cpu()
+                figures["images"] = samples.images[rows.to(samples.images.device)].cpu()
+                self._swept.setdefault(point, []).append(figures)
         return images
 
-    def _points(self) -> dict[Point, Callable[[Batch], Policy]]:
-        """All policies of the sweep, in order."""
-        if self.sweep is None:
-            return {}
-        grid = self.sweep.weights(list(self.experts))
+    def _points(self) -> tuple[dict[Point, Callable[[Batch], Policy]], dict[str, list[Weights]]]:
+        """All policies of the sweep, in order; and of each method where it is an expert, sampled as such."""
+        assert self.sweep is not None
+        grid = {tuple(weights.items()): weights for weights in self.sweep.weights(list(self.experts))}
         found: dict[Point, Callable[[Batch], Policy]] = {Point(BASE): partial(self.expert, REFERENCE)}
         method = RANDOM if self.one_expert_per_step else FUSED
-        for weights in grid:
-            of = tuple(weights.items())
-            if max(weights.values()) == 1:
+        ends: dict[str, list[Weights]] = {method: []}
+        for of, weights in grid.items():
+            if is_one_hot(weights):
                 (name,) = (name for name, weight in of if weight)
                 found[Point(EXPERT, of)] = partial(self.expert, name)
-                if self.exponents(weights)[REFERENCE] == 0:
-                    continue  # the fused policy is the expert
+                if is_one_hot(self.exponents(weights)):
+                    ends[method].append(of)
+                    continue
             found[Point(method, of)] = partial(self.fused, weights)
         for baseline in self.sweep.baselines:
-            for weights in grid:
-                if baseline.at_experts or max(weights.values()) < 1:
-                    point = Point(baseline.name, tuple(weights.items()))
-                    found[point] = partial(baseline.policy, self, weights)
+            own = [of for of, weights in grid.items() if baseline.is_expert(self, weights)]
+            ends[baseline.name] = own
+            for of, weights in grid.items():
+                if of not in own:
+                    found[Point(baseline.name, of)] = partial(baseline.policy, self, weights)
         for name, weights in self.joint.items():
             found[Point(JOINT, tuple(weights.items()))] = partial(self.expert, name)
-        return found
+        # Training on all of the weight is training the expert, where both have one KL strength.
+        ends[JOINT] = [of for of in ends[method] if Point(JOINT, of) not in found]
+        return found, ends
 
     def _exponents_at(self, point: Point) -> dict[str, float]:
         """Those of the kernels whose product is sampled at a point; empty where it is none of experts."""
@@ -323,8 +339,9 @@ class MSDDAModule(ExpertModule):
             figures = {name: values[order] for name, values in merged.items()}
             groups, seconds = figures.pop("group"), float(figures.pop("seconds").mean())
             measured.append(Measured(point, figures, groups, seconds, images))
-        self._swept = {}
-        self.front = Front(tuple(self.experts), measured, self.rewards.weights)
+        shown = [prompt for rank in self.gather(self._shown) for prompt in rank][: self.sweep.pictures]
+        self._swept, self._shown = {}, []
+        self.front = Front(tuple(self.experts), measured, self.rewards.weights, self._points()[1], shown)
         volumes = self.front.hypervolumes().items()
         self.log_dict({f"test/hypervolume/{name.replace(' ', '_')}": volume for name, volume in volumes})
 
@@ -346,13 +363,14 @@ class MSDDAModule(ExpertModule):
     def export(self, folder: Path) -> None:
         """Write each trained expert to ``folder/<name>``, and in ``folder`` the rewarded soup of all experts.
 
-        The soup is one adapter at the configured weights, linear in the updates, for programs that cannot
-        fuse: an approximation of the fused policy.
+        The soup is one adapter at the configured weights, linear in the updates and as far as the fused
+        policy goes, for programs that cannot fuse: an approximation of it.
         """
         for name in self.trained:
             self.backbone.save_weights(folder / name, name)
         with suppress(ConfigError):  # whole models have no soup
-            self.backbone.mix_weights("soup", self.weights)
+            exponents = {name: a for name, a in self.exponents(self.weights).items() if name != REFERENCE}
+            self.backbone.mix_weights("soup", exponents)
             self.backbone.save_weights(folder, "soup")
 
 
@@ -388,7 +406,7 @@ def _check_weights(place: str, weights: Mapping[str, float], experts: Mapping[st
     """Refuse names that are no experts, and weights outside the simplex."""
     if unknown := [name for name in weights if name not in experts]:
         raise ConfigError(f"{place}: there is no expert {unknown[0]}, only {', '.join(experts)}")
-    if min(weights.values(), default=0) < 0 or not 0 < sum(weights.values()) <= 1 + 1e-6:
+    if min(weights.values(), default=0) < 0 or not 0 < sum(weights.values()) <= 1 + TOLERANCE:
         raise ConfigError(
             f"{place}: {dict(weights)} must not be negative and sum to more than 0 and at most 1; what is "
             "missing to 1 is the reference's"

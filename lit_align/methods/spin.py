@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
-from rich.progress import Progress
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -289,17 +288,11 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
             left = min(left, trainer.max_steps - self.batches)
         return max(1, int(left))
 
-    def _bar(self) -> Progress:
-        """A bar of its own, where a person may be looking: the Trainer's counts updates."""
-        return Progress(
-            transient=True, disable=not (self.trainer.is_global_zero and self.trainer.progress_bar_callback)
-        )
-
     def _coming_rows(self, batches: int) -> dict[int, str]:
         """Row and prompt of this rank's coming pairs, each of which is read once to see that it can be."""
         rows = self.trainer.datamodule.train_rows(self.batches, batches)  # type: ignore[attr-defined]
         total = batches * self.trainer.datamodule.pairs_per_batch // self.trainer.world_size  # type: ignore[attr-defined]
-        with self._bar() as bar:
+        with self.bar() as bar:
             return dict(bar.track(rows, total, description=f"Pairs of iteration {self.iteration}"))
 
     def _fill_pool(self, batch_idx: int) -> None:
@@ -323,7 +316,7 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
     def _add_to_pool(self, share: list[int], prompts: dict[int, str], padding: list[int]) -> None:
         """Draw and store ``share``; ``padding`` is drawn only, as all ranks call a sharded model together."""
         assert self.pool is not None
-        with self._bar() as bar:
+        with self.bar() as bar:
             task = bar.add_task(f"Pictures of opponent {self.iteration}", total=len(share))
             for start in range(0, len(share + padding), SHARD):
                 rows = (share + padding)[start : start + SHARD]

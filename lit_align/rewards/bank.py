@@ -81,6 +81,11 @@ class RewardBank(nn.Module):
         return tuple(name for name in self.trained if not self.rewards[name].differentiable)
 
     @property
+    def of_sets(self) -> tuple[str, ...]:
+        """Names of the trained rewards that say nothing of a picture alone."""
+        return tuple(name for name in self.trained if self.rewards[name].scope != "sample")
+
+    @property
     def differentiable(self) -> bool:
         """Whether every trained reward has a gradient."""
         return not self.black_box
@@ -93,7 +98,7 @@ class RewardBank(nn.Module):
         columns: dict[str, list[Any]] | None = None,
     ) -> RewardOutput:
         """Score pictures with every reward; arguments as in :meth:`Reward.forward`."""
-        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        images = at_least_float32(images)
         total, worth = images.new_zeros(len(images)), images.new_zeros(len(images))
         parts: dict[str, Tensor] = {}
         shown: dict[str, Tensor] = {}
@@ -115,6 +120,24 @@ class RewardBank(nn.Module):
                 parts[name], shown[f"reward/{name}"] = score.detach(), value.detach()
         report = {name: value.float().cpu() for name, value in ({"reward": worth} | shown).items()}
         return RewardOutput(total, parts, report)
+
+    def weighted(
+        self,
+        name: str,
+        images: Tensor,
+        prompts: list[str],
+        groups: Tensor | None = None,
+        columns: dict[str, list[Any]] | None = None,
+    ) -> Tensor:
+        """One trained reward times its weight, ``(B,)``, with gradient; arguments as in :meth:`forward`."""
+        with torch.autocast(images.device.type, enabled=False):
+            score = self.rewards[name](at_least_float32(images), prompts, groups, columns)
+        return self.weights[name] * score
+
+
+def at_least_float32(images: Tensor) -> Tensor:
+    """Pictures as rewards take them."""
+    return images.to(torch.promote_types(images.dtype, torch.float32))
 
 
 def _check(rewards: dict[str, Reward], weights: dict[str, float]) -> None:

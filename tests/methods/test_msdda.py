@@ -11,7 +11,7 @@ from lightning import Callback, Trainer
 from numpy.polynomial.hermite_e import hermegauss
 
 from lit_align.backbones import POLICY, REFERENCE, LoRA, StableDiffusionBackbone
-from lit_align.baselines import CoDe, FactorSoup, RewardGradient, Soup
+from lit_align.baselines import CoDe, FactorSoup, RewardGradient, Soup, score_clean
 from lit_align.callbacks import SweepReport
 from lit_align.cli import main
 from lit_align.data import Batch, PromptDataModule, ShapesPrompts
@@ -19,9 +19,16 @@ from lit_align.errors import ConfigError
 from lit_align.gaussian import GaussianStep
 from lit_align.methods import MSDDAModule
 from lit_align.methods.experts import centred, step_loss
-from lit_align.rewards import Brightness, JPEGCompressibility, Redness, Reward, RewardBank
+from lit_align.rewards import (
+    Brightness,
+    JPEGCompressibility,
+    PairwiseDiversity,
+    Redness,
+    Reward,
+    RewardBank,
+)
 from lit_align.samplers import DDIM
-from lit_align.sweep import Sweep
+from lit_align.sweep import Front, Measured, Point, Sweep
 
 CONFIG = Path(__file__).parents[2] / "configs" / "msdda.yaml"
 BOTH = {"bright": None, "red": None}
@@ -285,11 +292,11 @@ def test_a_sweep_measures_every_way_at_every_weight_on_the_same_noise(tiny, tmp_
             found["expert", grid[3]].figures["reward/red"],
             fused.score(own.images, held_out).report["reward/red"],
         )
-        assert torch.equal(found["expert", grid[3]].images, own.images[:2])
+        assert torch.equal(found["expert", grid[3]].images, own.images[[0, 2]])
         fused.backbone.mix_weights("by hand", {"bright": 0.2, "red": 0.8})
         soup = fused.sample(held_out, "test", "by hand").images
-    assert torch.equal(found["soup", grid[2]].images, soup[:2])
-    assert not torch.equal(found["MSDDA", grid[2]].images, soup[:2])
+    assert torch.equal(found["soup", grid[2]].images, soup[[0, 2]])
+    assert not torch.equal(found["MSDDA", grid[2]].images, soup[[0, 2]])
     assert (base["kl"] == 0).all()
     assert "kl" not in found["CoDe", grid[0]].figures
     assert (found["MSDDA", grid[1]].figures["kl"] > 0).all()
@@ -509,7 +516,8 @@ def test_a_target_further_than_the_experts_moves_the_mixtures_and_not_the_expert
     trainer(tmp_path, 1).test(fused, data(), verbose=False)
     assert fused.front is not None
     found = {(m.point.method, tuple(w for _, w in m.point.weights)): m for m in fused.front.measured}
-    assert {method for method, weights in found if weights == (0.0, 1.0)} == {"expert", "MSDDA"}
+    assert {method for method, weights in found if weights == (0.0, 1.0)} == {"expert", "MSDDA", "soup"}
+    assert all(fused.front.ends[name] == [] for name in ("MSDDA", "soup", "joint training"))
     loaded = data()
     loaded.setup("test")
     held_out = next(iter(loaded.test_dataloader()))
@@ -517,9 +525,108 @@ def test_a_target_further_than_the_experts_moves_the_mixtures_and_not_the_expert
         expert = fused.sample(held_out, "test", "red").images
         fused.backbone.mix_weights("by hand", {"bright": 1.0, "red": 1.0})
         soup = fused.sample(held_out, "test", "by hand").images
-    assert torch.equal(found["expert", (0.0, 1.0)].images, expert[:4])
-    assert not torch.equal(found["MSDDA", (0.0, 1.0)].images, expert[:4])
-    assert torch.equal(found["soup", (0.5, 0.5)].images, soup[:4])
+        fused.backbone.mix_weights("by hand", {"red": 2.0})
+        corner = fused.sample(held_out, "test", "by hand").images
+        fused.export(tmp_path / "adapter")  # at the configured weights, .5 and .5: as far as the product
+        fused.backbone.load_weights("read", tmp_path / "adapter")
+        torch.testing.assert_close(fused.sample(held_out, "test", "read").images, soup, atol=1e-5, rtol=0)
+    assert torch.equal(found["soup", (0.0, 1.0)].images, corner[::2])
+    assert torch.equal(found["expert", (0.0, 1.0)].images, expert[::2])
+    assert not torch.equal(found["MSDDA", (0.0, 1.0)].images, expert[::2])
+    assert torch.equal(found["soup", (0.5, 0.5)].images, soup[::2])
+
+
+def test_where_one_expert_has_another_strength_only_the_other_end_is_an_expert(tiny, tmp_path):
+    fused = module(tiny, betas={"red": 0.1}, sweep=Sweep(2, baselines=[Soup(), FactorSoup()]))
+    randomise(fused)
+    trainer(tmp_path, 1).test(fused, data(), verbose=False)
+    assert fused.front is not None
+    bright, red = ((("bright", float(i)), ("red", float(1 - i))) for i in (1, 0))
+    assert fused.front.ends == {"MSDDA": [bright], "soup": [bright], "soup of factors": [bright, red]} | {
+        "joint training": [bright]
+    }
+    for method in ("MSDDA", "soup", "soup of factors"):
+        points = fused.front.methods()[method]
+        assert len(points) == 3
+        assert {one.point.weights for one in points} >= {bright, red}
+
+
+def test_less_of_a_penalty_is_better_on_the_front_and_in_volumes():
+    def point(method: str, gain: float, cost: float) -> Measured:
+        base = torch.linspace(-1, 1, 8)
+        figures = {"reward/gain": base + gain, "reward/cost": base + cost}
+        return Measured(Point(method), figures, torch.arange(8), 0.0, torch.zeros(0))
+
+    measured = [point("base", 0, 0), point("good", 1, -1), point("bad", 1, 1)]
+    front = Front(("gain", "cost"), measured, {"gain": 2.0, "cost": -3.0})
+    assert [row["front"] for row in front.rows()] == [False, True, False]
+    volumes = front.hypervolumes()
+    assert volumes["good"] > volumes["base"] > volumes["bad"]
+
+
+def test_a_weight_set_is_sampled_with_its_own_sampler(tiny):
+    own = {"red": partial(DDIM, num_steps=4, eta=0.5)}
+    fused, other = module(tiny, samplers=own, weights={"red": 1.0}), module(tiny)
+    randomise(fused)
+    randomise(other)
+    with torch.no_grad():
+        alone = fused.sample(batch(), "test", "red").images
+        assert torch.equal(alone, fused.sample(batch(), "test").images)
+        assert not torch.equal(alone, other.sample(batch(), "test", "red").images)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_objectives_are_scored_outside_autocast(tiny, dtype):
+    """As everywhere else: what search and gradients follow must not change with the precision."""
+    seen = []
+
+    class Watcher(Brightness):
+        def forward(self, images, prompts, groups=None, columns=None):
+            seen.append((torch.is_autocast_enabled("cpu"), images.dtype))
+            return super().forward(images, prompts, groups, columns)
+
+    fused = module(tiny)
+    fused.rewards = RewardBank({"bright": Watcher()}, {"bright": 10.0})
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = fused.objective("bright", torch.full((4, 3, 8, 8), 0.5, dtype=dtype), batch())
+    assert seen == [(False, torch.float32)]
+    torch.testing.assert_close(scores, torch.full((4,), 5.0))
+
+
+def test_guidance_by_gradients_predicts_once_a_step(tiny, monkeypatch):
+    fused, calls = module(tiny), []
+    predict = StableDiffusionBackbone.predict
+    monkeypatch.setattr(
+        StableDiffusionBackbone,
+        "predict",
+        lambda self, *given, **named: calls.append(1) or predict(self, *given, **named),
+    )
+    noise, _ = fused.draw_noise(torch.arange(4), "test")
+    with torch.no_grad():
+        step = RewardGradient(growth=0.5, temperature=2.0).policy(fused, dict.fromkeys(BOTH, 0.5), batch())(
+            noise, 1
+        )
+    assert len(calls) == 1
+    # The same from one gradient at a time.
+    base, x = fused.expert(REFERENCE, batch()), noise.clone().requires_grad_()
+    found = base(x, 1)
+    shift = torch.zeros_like(noise)
+    for name in BOTH:
+        score = score_clean(fused, base, {name: 1.0}, batch(), x, 1).sum()
+        (gradient,) = torch.autograd.grad(score, x)
+        shift += 0.5 * gradient / gradient.norm(dim=1, keepdim=True) / 2.0
+    torch.testing.assert_close(step.mean, found.mean + 0.5 * found.std.square() * shift)
+
+
+def test_rewards_of_sets_are_no_objectives_of_single_steps_or_candidates(tiny, tmp_path):
+    bank = RewardBank({"bright": Brightness(), "varied": PairwiseDiversity()}, {"bright": 1.0, "varied": 1.0})
+    options = {"weights": {"bright": 1.0}, "guidance": 1.0, "experts": {"bright": None, "varied": None}}
+    sampler, backbone = partial(DDIM, num_steps=2), StableDiffusionBackbone(str(tiny))
+    with pytest.raises(ConfigError, match=r"varied is a reward of sets.*take CoDe out"):
+        MSDDAModule(backbone, sampler, bank, sweep=Sweep(2, baselines=[CoDe()]), **options)
+    fused = MSDDAModule(StableDiffusionBackbone(str(tiny)), sampler, bank, **options)
+    with pytest.raises(ConfigError, match=r"varied is a reward of sets.*train it with DDPOModule"):
+        trainer(tmp_path, 1).fit(fused, data())
 
 
 def test_one_random_expert_is_called_so(tiny, tmp_path):
