@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, get_args
 from lit_align.data.sources import ParquetPrompts, PromptSource, TextPrompts
 from lit_align.errors import ConfigError
 from lit_align.shapes import PROMPTS
-from lit_align.shapes.world import Kind, PromptSpace
+from lit_align.shapes.world import ALL_PAIRS, Kind, PromptSpace, shape_pairs
 
 SetName = Literal["small", "large", "open", "pairs", "validation", "test"]
 
@@ -15,15 +15,22 @@ class ShapesPrompts(PromptSource):
 
     Args:
         kinds: Which kinds of caption, each of "single", "open", "pair", "relation" at most once.
+        only: Captions of two groups have these shapes together, such as "circle and star", and no others.
+        without: They have not these: to test on pairs of shapes that were never trained on.
 
     Raises:
-        ConfigError: A kind is unknown or there twice, or none is given.
+        ConfigError: A kind is unknown or there twice, none is given, or a pair is no pair of shapes.
     """
 
     distinct: ClassVar[bool] = True
 
-    def __init__(self, kinds: list[Kind]) -> None:
-        self._space = PromptSpace(kinds)
+    def __init__(
+        self, kinds: list[Kind], only: list[str] | None = None, without: list[str] | None = None
+    ) -> None:
+        pairs = (ALL_PAIRS if only is None else shape_pairs(only)) - shape_pairs(without or [])
+        if not pairs:
+            raise ConfigError("only and without of ShapesPrompts leave no pair of shapes; name other pairs")
+        self._space = PromptSpace(kinds, pairs)
         self._length = len(self._space)
         if not kinds:
             raise ConfigError("kinds of ShapesPrompts is empty: give some of single, open, pair, relation")

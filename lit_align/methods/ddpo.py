@@ -72,7 +72,6 @@ class DDPOModule(JointModule):
         inner_epochs: int = 1,
         timestep_fraction: float = 1.0,
         shared_timesteps: int | None = None,
-        first_steps: int | None = None,
         kl_weight: float = 0.0,
         kl_target: float | None = None,
         guidance: float = 5.0,
@@ -106,10 +105,6 @@ class DDPOModule(JointModule):
             shared_timesteps: Instead of both: so many of the stochastic steps, at random and the same for all
                 images, each with an optimiser step of its own on the whole collection; 5 of 50 in Zhang et
                 al. 2024 (arXiv 2401.12244). Then ``updates`` is 1 and ``timestep_fraction`` 1.
-            first_steps: Replay only the first so many stochastic steps, and mean those by the three options
-                above; all if not given. What a picture shows, where and in which colour is decided early;
-                later steps add noise to the gradient and take KL. Own addition, after MixGRPO (arXiv
-                2507.21802), whose window of replayed steps moves from the first steps on.
             kl_weight: Weight of the KL of each step to the reference, DPOK's penalty, as a mean over latent
                 elements. Exact, where DPOK's code drops the factor of the schedule.
             kl_target: KL by which one collection should move the policy, in nats per step; the learning rate
@@ -146,13 +141,11 @@ class DDPOModule(JointModule):
             rollout_batch,
             seed,
         )
-        stochastic = self.sampler.stochastic.nonzero().flatten()
-        self.replayed_steps = stochastic[:first_steps]
+        self.stochastic_steps = self.sampler.stochastic.nonzero().flatten()
         counts = {"updates": updates, "inner_epochs": inner_epochs, "shared_timesteps": shared_timesteps}
-        counts |= {"first_steps": first_steps}
         sizes = {"timestep_fraction": timestep_fraction, "clip_range": clip_range, "kl_target": kl_target}
         check_positive(counts | sizes)
-        _check_steps(len(stochastic), first_steps, updates, timestep_fraction, shared_timesteps)
+        _check_steps(len(self.stochastic_steps), updates, timestep_fraction, shared_timesteps)
         steps = updates * inner_epochs * (shared_timesteps or 1)
         if clip_range is None and steps > 1:
             raise ConfigError(
@@ -169,7 +162,7 @@ class DDPOModule(JointModule):
         self.clip_range = clip_range
         self.updates = updates
         self.inner_epochs = inner_epochs
-        share = max(1, round(timestep_fraction * len(self.replayed_steps)))
+        share = max(1, round(timestep_fraction * len(self.stochastic_steps)))
         self.steps_per_image = shared_timesteps or share
         self.shared_timesteps = shared_timesteps
         self.kl_weight = kl_weight
@@ -202,12 +195,12 @@ class DDPOModule(JointModule):
     def _draw_updates(self, batch: Batch, epoch: int) -> list[Pairs]:
         """What each update of a pass replays: whole prompts with steps of their own, or one step for all."""
         if self.shared_timesteps is None:
-            pairs = draw_pairs(batch.index, self.replayed_steps, self.steps_per_image, self.seed, epoch)
+            pairs = draw_pairs(batch.index, self.stochastic_steps, self.steps_per_image, self.seed, epoch)
             return pairs.split(len(pairs.rows) // self.updates)
         draw = generator(self.seed, "shared steps", self.images, list(self.tasks).index(batch.task), epoch)
-        chosen = torch.randperm(len(self.replayed_steps), generator=draw)[: self.shared_timesteps]
+        chosen = torch.randperm(len(self.stochastic_steps), generator=draw)[: self.shared_timesteps]
         rows = torch.arange(len(batch))
-        return [Pairs(rows, step.expand(len(batch))) for step in self.replayed_steps[chosen]]
+        return [Pairs(rows, step.expand(len(batch))) for step in self.stochastic_steps[chosen]]
 
     def _loss(self, collection: Collection, pairs: Pairs, size: int, figures: Figures) -> Tensor:
         """The part of some pairs in the mean loss of an update of ``size`` pairs."""
@@ -241,7 +234,7 @@ class DDPOModule(JointModule):
         batch = collection.batch
         first = torch.cat([torch.tensor([True]), batch.groups[1:] != batch.groups[:-1]])
         drawn = draw_pairs(
-            batch.index, self.replayed_steps, self.steps_per_image, self.seed, self.inner_epochs
+            batch.index, self.stochastic_steps, self.steps_per_image, self.seed, self.inner_epochs
         )
         chosen = first[drawn.rows]
         moved = collection.moved(Pairs(drawn.rows[chosen], drawn.steps[chosen]), self.micro_batch)
@@ -259,7 +252,7 @@ class DDPOModule(JointModule):
             figures.setdefault(of_task("step_scale", batch), []).append(torch.tensor([scale]))
 
 
-def _check_steps(there: int, first: int | None, updates: int, fraction: float, shared: int | None) -> None:
+def _check_steps(there: int, updates: int, fraction: float, shared: int | None) -> None:
     """Refuse a choice of steps that cannot be made."""
     if not there:
         raise ConfigError(
@@ -273,7 +266,5 @@ def _check_steps(there: int, first: int | None, updates: int, fraction: float, s
             f"shared_timesteps: every step has an update of its own, but updates is {updates} and "
             f"timestep_fraction {fraction}; set both to 1, or shared_timesteps to null"
         )
-    if first is not None and first > there:
-        raise ConfigError(f"first_steps: {first} is more than the {there} noisy steps of the sampler")
-    if shared is not None and shared > (replayed := first or there):
-        raise ConfigError(f"shared_timesteps: {shared} is more than the {replayed} noisy steps to draw from")
+    if shared is not None and shared > there:
+        raise ConfigError(f"shared_timesteps: {shared} is more than the {there} noisy steps of the sampler")

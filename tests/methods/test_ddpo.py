@@ -148,7 +148,7 @@ def test_at_the_first_update_every_ratio_is_one_and_the_loss_is_minus_the_mean_a
 def test_replay_in_the_batch_shape_of_the_rollout_gives_ratios_of_exactly_one(tiny, tmp_path):
     recorder = Recorder()
     aligned = module(tiny, micro_batch=16, rollout_batch=16, timestep_fraction=0.25)
-    aligned.replayed_steps = torch.tensor([2])  # one step for all images: the batch is the rollout's
+    aligned.stochastic_steps = torch.tensor([2])  # one step for all images: the batch is the rollout's
     trainer(tmp_path, 1, recorder).fit(aligned, data())
     assert recorder.logged[0]["train/ratio_deviation"] == 0
 
@@ -230,38 +230,11 @@ def test_steps_without_noise_are_not_replayed(tiny, tmp_path):
         guidance=1.0,
         micro_batch=16,
     )
-    assert aligned.replayed_steps.tolist() == [0, 1]
+    assert aligned.stochastic_steps.tolist() == [0, 1]
     assert aligned.steps_per_image == 2
     trainer(tmp_path, 2, recorder).fit(aligned, data())
     assert all(gradient.isfinite().all() for gradient in recorder.gradients[0])
     assert recorder.logged[0]["train/ratio_deviation"] < 1e-6
-
-
-def test_of_the_noisy_steps_only_the_first_are_replayed(tiny, tmp_path):
-    gradients = []
-    for first in (2, None):
-        recorder, aligned = Recorder(), module(tiny, first_steps=first)
-        if first is None:
-            aligned.replayed_steps, aligned.steps_per_image = torch.tensor([0, 1]), 2
-        assert aligned.replayed_steps.tolist() == [0, 1]
-        assert int(aligned.sampler.stochastic.sum()) > 2
-        trainer(tmp_path, 1, recorder).fit(aligned, data())
-        gradients.append(recorder.gradients[0])
-    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
-    assert any(gradient.abs().max() > 0 for gradient in gradients[0])
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"first_steps": 9}, "first_steps: 9 is more than the 4 noisy steps"),
-        ({"first_steps": 0}, "first_steps"),
-        ({"first_steps": 2, "shared_timesteps": 3}, "shared_timesteps: 3 is more than the 2 noisy steps"),
-    ],
-)
-def test_steps_that_are_not_there_cannot_be_replayed(tiny, options, named):
-    with pytest.raises(ConfigError, match=named):
-        module(tiny, **options)
 
 
 def test_pictures_without_a_score_give_no_gradient_and_no_nan(tiny, tmp_path):

@@ -11,6 +11,7 @@ from PIL import Image, ImageFilter
 
 from lit_align.errors import ConfigError
 from lit_align.shapes.world import (
+    ALL_PAIRS,
     BORDER,
     COLOURS,
     FAVOURITE_SHARE,
@@ -32,6 +33,7 @@ from lit_align.shapes.world import (
     render,
     sample_caption,
     sample_scene,
+    shape_pairs,
 )
 
 LENGTHS: dict[Kind, int] = {"single": 4032, "open": 864, "pair": 1539072, "relation": 1026048}
@@ -128,6 +130,19 @@ def test_prompt_space_joins_kinds_in_order() -> None:
             space[outside]
     with pytest.raises(ConfigError, match="'open'"):
         PromptSpace(["open", "open"])
+
+
+def test_pairs_of_shapes_can_be_held_out() -> None:
+    held_out = shape_pairs(["star and circle", "heart and heart"])
+    trained, tested = (PromptSpace(["pair", "single"], pairs) for pairs in (ALL_PAIRS - held_out, held_out))
+    assert len(trained) + len(tested) == LENGTHS["pair"] + 2 * LENGTHS["single"]
+    for space, allowed in ((trained, ALL_PAIRS - held_out), (tested, held_out)):
+        prompts = [space[i] for i in range(0, len(space) - LENGTHS["single"], 997)]
+        found = {frozenset(group.shape for group in parse(prompt).groups) for prompt in prompts}
+        assert found == allowed
+        assert space[len(space) - 1] == PromptSpace(["single"])[LENGTHS["single"] - 1]
+    with pytest.raises(ConfigError, match=r"'circle and moon' is no pair of shapes.*circle and star"):
+        shape_pairs(["circle and moon"])
 
 
 def test_scenes_keep_their_distances_and_the_relation() -> None:

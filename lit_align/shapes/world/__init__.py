@@ -46,12 +46,13 @@ from lit_align.shapes.world.scenes import (
     Scene,
     sample_scene,
 )
-from lit_align.shapes.world.space import Kind, PromptSpace
+from lit_align.shapes.world.space import ALL_PAIRS, Kind, PromptSpace, ShapePairs, shape_pairs
 from lit_align.shapes.world.taste import AESTHETIC_WEIGHT, aesthetics, utility
 from lit_align.shapes.world.verdict import Verdict, judge
 
 __all__ = [
     "AESTHETIC_WEIGHT",
+    "ALL_PAIRS",
     "BORDER",
     "COLOURS",
     "COUNTS",
@@ -76,6 +77,7 @@ __all__ = [
     "PromptSpace",
     "Scene",
     "Seen",
+    "ShapePairs",
     "Verdict",
     "aesthetics",
     "judge",
@@ -84,5 +86,6 @@ __all__ = [
     "render",
     "sample_caption",
     "sample_scene",
+    "shape_pairs",
     "utility",
 ]

@@ -65,6 +65,21 @@ def _contents(arguments: Sequence[str]) -> list[Any]:
 
 
 @dataclass(frozen=True)
+class SideBySide:
+    """Single-task configurations and a joint one, all on the same tasks.
+
+    Attributes:
+        test: The further test that has the figures; a configuration without it has them in its own test.
+        figures: For each single-task configuration the figure that is its task's.
+        joint: The configuration that is trained on all tasks.
+    """
+
+    test: str
+    figures: dict[str, str]
+    joint: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a plan's YAML says.
 
@@ -77,6 +92,10 @@ class Plan:
         continues: Configurations that are another one's run taken further, ``{longer: shorter}``: where the
             shorter run is there, it is copied and resumed.
         also: ``{name: [--option=value, ...]}``: every cell is tested once more with these.
+        leaves_out: ``{configuration: [names]}``: further tests that it does not have.
+        towards: ``{configuration: {figure: bound}}``: the report says which share of the way from the
+            pretrained model's score to the bound it went.
+        side_by_side: What is reported of all configurations in one table; see :class:`SideBySide`.
         compare: Pairs of configurations; the second is reported against the first, picture by picture.
     """
 
@@ -88,6 +107,9 @@ class Plan:
     continues: dict[str, str]
     also: dict[str, list[str]]
     compare: list[list[str]]
+    leaves_out: dict[str, list[str]]
+    towards: dict[str, dict[str, float]]
+    side_by_side: SideBySide | None
 
     def cells(self) -> list[Cell]:
         """All cells, configuration by configuration."""
@@ -103,7 +125,8 @@ class Plan:
         arguments = (*own, *self.overrides, *budget, f"--seed_everything={seed}")
         shorter = self.continues.get(config)
         before = self._cell(shorter, seed) if shorter else None
-        return Cell(self.name, config, seed, arguments, before, self.also)
+        also = {n: given for n, given in self.also.items() if n not in self.leaves_out.get(config, [])}
+        return Cell(self.name, config, seed, arguments, before, also)
 
 
 def _text(value: Any) -> str:
@@ -127,26 +150,39 @@ def load_plan(path: Path) -> Plan:
         "continues": {},
         "also": {},
         "compare": [],
+        "leaves_out": {},
+        "towards": {},
+        "side_by_side": None,
     }
     if unknown := sorted(set(content) - set(known)):
         raise ConfigError(f"{path}: unknown {', '.join(unknown)}; a plan has {', '.join(known)}")
-    plan = Plan(**known | content)
+    given = known | content
+    table = given["side_by_side"]
+    plan = Plan(**given | {"side_by_side": SideBySide(**table) if table else None})
     if not plan.configs or not plan.seeds:
         raise ConfigError(f"{path}: give configs (name: list of files) and seeds (a list)")
-    given = {"overrides": plan.overrides} | {f"also.{name}": options for name, options in plan.also.items()}
-    for place, options in given.items():
+    options_of = {"overrides": plan.overrides}
+    options_of |= {f"also.{name}": options for name, options in plan.also.items()}
+    for place, options in options_of.items():
         if not isinstance(options, list):
             raise ConfigError(f"{path}: {place}: {options!r} is no list; give [--option=value, ...]")
         if wrong := [option for option in options if not option.startswith("--") or "=" not in option]:
             raise ConfigError(f"{path}: {place}: {wrong[0]!r} is not of the form --option=value")
     named = {name for pair in [*plan.compare, *plan.continues.items()] for name in pair}
+    named |= {*plan.leaves_out, *plan.towards}
+    if plan.side_by_side:
+        named |= {*plan.side_by_side.figures, plan.side_by_side.joint}
     if strangers := sorted(named - set(plan.configs)):
         raise ConfigError(f"{path}: there is no {strangers[0]} in configs: {', '.join(plan.configs)}")
+    tests = {name for names in plan.leaves_out.values() for name in names}
+    tests |= {plan.side_by_side.test} if plan.side_by_side else set()
+    if strangers := sorted(tests - set(plan.also)):
+        raise ConfigError(f"{path}: there is no {strangers[0]} in also: {', '.join(plan.also)}")
     taken = ("fit", "test", "validation")
     if bad := [name for name in plan.also if name in taken or not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
         raise ConfigError(f"{path}: also: {bad[0]!r} cannot name a further test; use letters, not {taken}")
     files = [entry for entries in plan.configs.values() for entry in entries if not entry.startswith("--")]
-    options = [option for options in given.values() for option in options]
+    options = [option for options in options_of.values() for option in options]
     files += [option.removeprefix("--config=") for option in options if option.startswith("--config=")]
     if missing := [file for file in files if not (ROOT / file).is_file()]:
         raise ConfigError(f"{path}: there is no {missing[0]} in {ROOT}")

@@ -127,7 +127,9 @@ def further_tests(plan: Plan, results: Sequence[Result]) -> list[str]:
     """Markdown: a table for each further test of one configuration."""
     lines: list[str] = []
     for also, added in plan.also.items():
-        tests = {result["seed"]: result["also"][also] for result in results}
+        tests = {result["seed"]: result["also"][also] for result in results if also in result["also"]}
+        if not tests:
+            continue
         names = columns(list(tests.values()))
         rows = [
             [str(seed), *_figures(test, names), _kl_text(test["kl"]) if "kl" in test else ""]
@@ -136,6 +138,86 @@ def further_tests(plan: Plan, results: Sequence[Result]) -> list[str]:
         given = " ".join(added)
         lines += ["", f"Tested once more, {also}, `{given}`:", "", *md.table(["seed", *names, KL], rows)]
     return lines
+
+
+def shares(plan: Plan, config: str, results: Sequence[Result]) -> list[str]:
+    """Markdown: which share of the way to its bounds a configuration went, in every test."""
+    rows = []
+    for figure, bound in plan.towards.get(config, {}).items():
+        for test in ("test", *plan.also):
+            found = {result["seed"]: figures_of(result, test).get(figure) for result in results}
+            known = {seed: one for seed, one in found.items() if one is not None}
+            if known:
+                went = [f"{seed}: {_share(one, bound)}" for seed, one in known.items()]
+                rows.append([figure, f"{bound:g}", test, ", ".join(went)])
+    if not rows:
+        return []
+    header = ["figure", "bound", "test", "seed: share of the way"]
+    return ["", "From the pretrained model's score towards a bound:", "", *md.table(header, rows)]
+
+
+def _share(figure: dict[str, float | None], bound: float) -> str:
+    before, difference, error = _values(figure, "before", "difference", "standard_error")
+    way = bound - before
+    return f"{difference / way:.0%} ± {abs(error / way):.0%}"
+
+
+def figures_of(result: Result, test: str) -> Figures:
+    """The figures of a further test, by its name, or of the cell's own; empty where it has none."""
+    own: Figures = result["test"] if test == "test" else result["also"].get(test, {})
+    return own
+
+
+def side_by_side(plan: Plan, results: Sequence[Result]) -> list[str]:
+    """Markdown: every configuration on every task, and what the joint one keeps of each single gain."""
+    asked = plan.side_by_side
+    if asked is None:
+        return []
+    tests = {(one["config"], one["seed"]): figures_of(one, asked.test) or one["test"] for one in results}
+    configs, names = [*asked.figures, asked.joint], list(asked.figures.values())
+    whole = [seed for seed in plan.seeds if {(config, seed) for config in configs} <= set(tests)]
+    if not whole:
+        return []
+    rows = [
+        ["pretrained", *(_mean([tests[asked.joint, s][name]["before"] for s in whole]) for name in names)]
+    ]
+    for config in configs:
+        gains = [_gain([tests[config, seed][name] for seed in whole]) for name in names]
+        rows.append([config, *gains])
+    kept = []
+    for seed in whole:
+        ratios = []
+        for config, name in asked.figures.items():
+            single, joint = (
+                _values(tests[one, seed][name], "difference")[0] for one in (config, asked.joint)
+            )
+            ratios.append(f"{joint / single:.0%}")
+        kept.append([str(seed), *ratios])
+    return [
+        "",
+        "## All tasks side by side",
+        "",
+        f"Means over seeds {', '.join(map(str, whole))}, each on the same prompts and noise; difference to",
+        "the pretrained model, ± the standard error of the mean if the seeds' own errors are independent.",
+        "",
+        *md.table(["trained on", *names], rows),
+        "",
+        f"Share of the gain of training on a task alone that {asked.joint} keeps:",
+        "",
+        *md.table(["seed", *names], kept),
+    ]
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [math.nan if value is None else value for value in values]
+    return f"{sum(known) / len(known):.3f}"
+
+
+def _gain(figures: Sequence[dict[str, float | None]]) -> str:
+    found = [_values(figure, "difference", "standard_error") for figure in figures]
+    error = math.sqrt(sum(error**2 for _, error in found)) / len(found)
+    change = sum(difference for difference, _ in found) / len(found)
+    return f"{_mean([figure['after'] for figure in figures])} ({change:+.3f} ± {error:.3f})"
 
 
 Pictures = dict[tuple[str, int], dict[str, list[float]]]
@@ -198,7 +280,7 @@ def markdown(plan: Plan, results: Sequence[Result], pictures: Pictures, source: 
     ]
     for config in plan.configs:
         lines += ["", *_section(plan, config, [result for result in results if result["config"] == config])]
-    lines += comparisons(plan, pictures)
+    lines += [*side_by_side(plan, results), *comparisons(plan, pictures)]
     return "\n".join([*lines, "", f"![Reward and truth against images seen]({plan.name}.png)"])
 
 
@@ -213,6 +295,7 @@ def _section(plan: Plan, config: str, results: Sequence[Result]) -> list[str]:
         *lines,
         *table(results),
         *further_tests(plan, results),
+        *shares(plan, config, results),
         *_swept(plan, config, results),
         "",
         _origin(results),

@@ -1,0 +1,75 @@
+"""What the scores of the large-scale tasks could be at best on Shapes, for the tables of their gains.
+
+    python -m tests.benchmarks.bounds [--renders 4] [--draws 2000]
+
+For fairness the statistical parity of 16 pictures whose colours are drawn evenly from those that a prompt
+allows (no object has its background's colour), over the prompts of the test split and the first that
+training sees. For composition the score that the detector gives to true renders of such prompts.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from lit_align.data import PromptDataModule, ShapesPrompts
+from lit_align.rewards import ObjectPresence, StatisticalParity
+from lit_align.shapes.world import COLOURS, parse, render, sample_scene
+
+ROOT = Path(__file__).parents[2]
+
+
+def prompts_of(overlay: str, split: str, count: int = 128) -> list[str]:
+    """The prompts on which a task is tested."""
+    data = yaml.safe_load((ROOT / "configs" / "variant" / overlay).read_text())["data"]["init_args"]
+    source = ShapesPrompts(**data["source"]["init_args"])
+    sizes = {"test_prompts": count, "test_images_per_prompt": 1}
+    module = PromptDataModule(source, seed=1, test_split=split, **sizes)  # type: ignore[arg-type]
+    module.setup("test")
+    return [prompt for batch in module.test_dataloader() for prompt in batch.prompts]
+
+
+def least_parity(prompts: Sequence[str], draws: int, images: int = 16) -> float:
+    """Mean statistical parity of sets of pictures with even colours."""
+    rng, reward, names = np.random.default_rng(0), StatisticalParity(), list(COLOURS)
+    found = []
+    for prompt in prompts:
+        allowed = [i for i, name in enumerate(names) if name != parse(prompt).background]
+        colours = rng.choice(allowed, size=(draws, images))
+        counts = torch.stack([torch.from_numpy(np.bincount(row, minlength=8)) for row in colours])
+        found.append(-reward.value(counts.double(), torch.full((draws,), images)).mean())
+    return float(torch.stack(found).mean())
+
+
+def score_of_renders(prompts: Sequence[str], renders: int) -> float:
+    """Mean presence of the objects in true pictures of the prompts."""
+    rng, repeated = np.random.default_rng(0), [prompt for prompt in prompts for _ in range(renders)]
+    pictures = [render(sample_scene(parse(prompt), rng)) for prompt in repeated]
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    return float(ObjectPresence()(images, repeated).mean())
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Compute and print; returns the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--renders", type=int, default=4, help="true pictures of a prompt")
+    parser.add_argument("--draws", type=int, default=2000, help="sets of 16 colours of a prompt")
+    options = parser.parse_args(arguments)
+    figures = {
+        split: {
+            "parity": least_parity(prompts_of("pinterest_fairness.yaml", split, 32), options.draws),
+            "presence": score_of_renders(prompts_of("pinterest_composition.yaml", split), options.renders),
+        }
+        for split in ("test", "train")
+    }
+    print(json.dumps(figures, indent=1))
+    return figures
+
+
+if __name__ == "__main__":
+    main()
