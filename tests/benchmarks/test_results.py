@@ -15,8 +15,8 @@ import yaml
 from lit_align.cli import main as lit_align
 from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
-from tests.benchmarks.harness.plan import ROOT, Plan, load_plan
-from tests.benchmarks.harness.report import verdict
+from tests.benchmarks.harness.plan import ROOT, Plan, SideBySide, load_plan
+from tests.benchmarks.harness.report import shares, side_by_side, verdict
 from tests.benchmarks.harness.sweeps import sweeps
 from tests.benchmarks.results import make
 
@@ -277,6 +277,9 @@ def test_a_cell_runs_again_when_its_settings_change_and_others_go_on_after_a_fai
         ({"also": {"a/b": []}}, "'a/b' cannot name a further test"),
         ({"also": {"seen": ["--config=configs/nothing.yaml"]}}, "there is no configs/nothing.yaml"),
         ({"compare": [["ddpo", "prdp"]]}, "no prdp in configs: ddpo"),
+        ({"towards": {"prdp": {"reward": 1.0}}}, "no prdp in configs: ddpo"),
+        ({"leaves_out": {"ddpo": ["seen"]}}, "no seen in also"),
+        ({"side_by_side": {"test": "seen", "figures": {}, "joint": "ddpo"}}, "no seen in also"),
     ],
 )
 def test_a_plan_that_cannot_run_is_refused(tmp_path, changes, told):
@@ -326,6 +329,46 @@ def result(seed: int, reward: float | None, truth: float | None, pairs: int = 25
 )
 def test_verdicts(others, says):
     assert verdict([result(1, 4, 1), result(2, 5, 2), *others], [1, 2, 3]) == says
+
+
+def made_up(config: str, seed: int, **gains: float) -> dict[str, Any]:
+    """A result whose further test raised each figure from 0.5 by so much, with an error of 0.1."""
+    figures = {
+        f"reward/{name}": {"before": 0.5, "after": 0.5 + by, "difference": by, "standard_error": 0.1}
+        for name, by in gains.items()
+    }
+    return {"config": config, "seed": seed, "test": figures, "also": {"table": figures}}
+
+
+def test_the_way_to_a_bound_is_reported_of_every_test(plan):
+    plan = replace(plan, also={"table": []}, towards={"ddpo": {"reward/a": 0.9, "reward/b": 1.0}})
+    lines = shares(plan, "ddpo", [made_up("ddpo", 1, a=0.1), made_up("ddpo", 2, a=-0.2)])
+    assert lines[-2:] == [
+        f"| reward/a | 0.9 | {test} | 1: 25% ± 25%, 2: -50% ± 25% |" for test in ("test", "table")
+    ]
+    assert shares(plan, "other", [made_up("other", 1, a=0.1)]) == []
+
+
+def test_joint_training_is_put_beside_training_on_each_task(plan):
+    asked = SideBySide("table", {"one": "reward/a", "two": "reward/b"}, "joint")
+    plan = replace(plan, also={"table": []}, side_by_side=asked)
+    results = []
+    for seed in (1, 2):
+        joint = made_up("joint", seed, a=0.3, b=0.1) | {"also": {}}  # its own test is on all tasks
+        results += [made_up("one", seed, a=0.4, b=-0.1), made_up("two", seed, a=0.0, b=0.1 * seed), joint]
+    lines = side_by_side(plan, results)
+    error = f"{0.1 / math.sqrt(2):.3f}"
+    assert f"| one | 0.900 (+0.400 ± {error}) | 0.400 (-0.100 ± {error}) |" in lines
+    assert f"| joint | 0.800 (+0.300 ± {error}) | 0.600 (+0.100 ± {error}) |" in lines
+    assert "| pretrained | 0.500 | 0.500 |" in lines
+    assert lines[-2:] == ["| 1 | 75% | 100% |", "| 2 | 75% | 50% |"]
+    assert side_by_side(plan, results[:2]) == []  # no seed has all
+
+
+def test_a_configuration_can_leave_out_a_further_test(plan):
+    also = {"seen": ["--data.init_args.test_split=train"], "more": ["--data.init_args.test_prompts=3"]}
+    found = replace(plan, also=also, leaves_out={"ddpo": ["seen"]}).cells()[0].also
+    assert set(found) == {"more"}
 
 
 @pytest.mark.slow
