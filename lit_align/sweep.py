@@ -30,7 +30,7 @@ class Sweep:
             and the even mixtures of two.
         points: These weights as well, such as ``{preference: 0.8, aesthetic: 0.2}``.
         baselines: Measured at the same weights. The pretrained model and the experts always are.
-        pictures: Rows of the strip of pictures along the weights: the first pictures of the test.
+        pictures: Rows of the strip of pictures along the weights: one of each of the first prompts.
 
     Raises:
         ConfigError: Two baselines have one name, or there is no such grid.
