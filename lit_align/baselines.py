@@ -16,6 +16,7 @@ from lit_align.fusion import is_one_hot
 from lit_align.gaussian import GaussianStep, Policy
 from lit_align.randomness import generator
 from lit_align.rewards import RewardBank
+from lit_align.samplers import Sampler
 
 
 class Host(Protocol):
@@ -31,6 +32,13 @@ class Host(Protocol):
 
     def exponents(self, weights: Mapping[str, float]) -> dict[str, float]:
         """How far the method goes with each expert at these weights; the rest is the reference's."""
+
+    @property
+    def samplers(self) -> Mapping[str, Sampler]:
+        """Own samplers of experts."""
+
+    def alone(self, weights: Mapping[str, float]) -> str | None:
+        """The expert that is all that the method does at these weights."""
 
     def expert(self, name: str, batch: Batch) -> DenoisingPolicy:
         """The policy of a weight set."""
@@ -85,28 +93,32 @@ class Soup(Baseline):
         return host.expert(self.name, batch)
 
     def is_expert(self, host: Host, weights: Mapping[str, float]) -> bool:
-        return is_one_hot(weights) and is_one_hot(host.exponents(weights))
+        if host.samplers:  # it mixes weights, and samples as the common sampler does
+            return False
+        return host.alone(weights) is not None
 
 
 class FactorSoup(Baseline):
     """The soup of public code: the means of the adapters' factors, which is not linear in the updates.
 
-    It knows no KL strengths, and goes no further than the experts.
+    It knows no KL strengths, and goes no further than the experts; where weights sum to less than 1, both
+    factors shrink, and the update by the square.
     """
 
     name = "soup of factors"
 
     def prepare(self, host: Host) -> None:
         host.backbone.add_weights("factors")
-        host.backbone.average_factors("factors", dict.fromkeys(host.experts, 1.0))  # refuses different ranks
+        host.backbone.average_factors(
+            "factors", dict.fromkeys(host.experts, 1.0)
+        )  # refuses what has no means
 
     def policy(self, host: Host, weights: Mapping[str, float], batch: Batch) -> Policy:
         host.backbone.average_factors("factors", weights)
         return host.expert("factors", batch)
 
     def is_expert(self, host: Host, weights: Mapping[str, float]) -> bool:
-        del host
-        return is_one_hot(weights)
+        return is_one_hot(weights) and not host.samplers
 
 
 class CoDe(Baseline):

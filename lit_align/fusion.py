@@ -11,8 +11,8 @@ from lit_align.backbones import REFERENCE, DenoisingPolicy
 from lit_align.errors import ConfigError
 from lit_align.gaussian import GaussianStep, fuse
 
-TOLERANCE = 1e-6
-"""What sums of weights may be beside 1, as people round them."""
+TOLERANCE = 1e-5
+"""What sums of weights may be beside 1, as people round them (.333333 three times)."""
 
 
 def fusion_weights(
@@ -39,8 +39,10 @@ def fusion_weights(
         :math:`a_i` of every expert, and that of the reference.
     """
     exponents = {name: weight * (betas or {}).get(name, beta) / beta for name, weight in weights.items()}
-    rest = 1 - math.fsum(exponents.values())
-    return exponents | {REFERENCE: 0.0 if abs(rest) <= TOLERANCE else rest}
+    total = math.fsum(exponents.values())
+    if abs(1 - total) <= TOLERANCE:
+        return {name: exponent / total for name, exponent in exponents.items()} | {REFERENCE: 0.0}
+    return exponents | {REFERENCE: 1 - total}
 
 
 def is_one_hot(weights: Mapping[str, float]) -> bool:

@@ -47,6 +47,8 @@ class Sweep:
             raise ConfigError(f"sweep.baselines: two are called {min(twice)!r}; give one another name")
         if self.grid < 1:
             raise ConfigError(f"sweep.grid: {self.grid} must be at least 1")
+        if self.pictures < 0:
+            raise ConfigError(f"sweep.pictures: {self.pictures} must not be negative; 0 shows none")
 
     def weights(self, names: Sequence[str]) -> list[dict[str, float]]:
         """All weights, from all on the first objective to all on the last."""
@@ -126,8 +128,8 @@ class Front:
 
     def means(self, measured: Measured) -> Tensor:
         """Mean reward by objective, ``(m,)`` float64."""
-        parts = [measured.figures[f"reward/{name}"].double().nanmean() for name in self.objectives]
-        return torch.stack(parts)
+        parts = [measured.figures[f"reward/{name}"].double() for name in self.objectives]
+        return torch.stack([part[part.isfinite()].mean() for part in parts])
 
     def methods(self) -> dict[str, list[Measured]]:
         """The points of each method, with those experts that it is at some weights."""
@@ -145,10 +147,14 @@ class Front:
         return means * means.new_tensor([math.copysign(1, self.scales[name]) for name in self.objectives])
 
     def reference(self) -> tuple[Tensor, Tensor]:
-        """The reference point of hypervolumes, as merits, and units: the base less one standard deviation."""
+        """The reference point of hypervolumes, as merits, and their units, NaN where the base does not vary.
+
+        It is the base less one standard deviation.
+        """
         base = self.measured[0]
         parts = [base.figures[f"reward/{name}"].double() for name in self.objectives]
-        units = torch.stack([part[part.isfinite()].std() for part in parts]).clamp(min=1e-12)
+        units = torch.stack([part[part.isfinite()].std() for part in parts])
+        units = units.where(units > 0, torch.nan)  # what does not vary has no unit
         return self.merits(self.means(base)) - units, units
 
     def hypervolumes(self) -> dict[str, float]:
@@ -205,9 +211,9 @@ class Front:
         ``gain`` is the paired difference of the mixed reward to the base, ``lead`` that of MSDDA at the same
         weights to this method.
         """
-        fused = {one.point.weights: one for one in self.measured if one.point.method == FUSED}
+        fused = {one.point.weights: one for one in self.methods().get(FUSED, [])}
         merits = self.merits(torch.stack([self.means(one) for one in self.measured]))
-        on_front = pareto_front(merits).tolist()
+        on_front = (pareto_front(merits) & merits.isfinite().all(1)).tolist()
         rows: list[dict[str, str | float | bool]] = []
         for one, front in zip(self.measured, on_front, strict=True):
             weights = dict(one.point.weights)
@@ -220,7 +226,8 @@ class Front:
                 pair = [self._mixed(which, weights) for which in (self.measured[0], one)]
                 gain = compare(pair[0], pair[1], one.groups)
                 row |= {"gain": gain.difference, "gain/se": gain.standard_error}
-            if weights and one.point.method != FUSED and (best := fused.get(one.point.weights)):
+            best = fused.get(one.point.weights)
+            if weights and best is not None and best is not one:
                 lead = compare(self._mixed(one, weights), self._mixed(best, weights), one.groups)
                 row |= {"lead": lead.difference, "lead/se": lead.standard_error}
             rows.append(row | {"seconds": one.seconds, "front": front})

@@ -77,6 +77,12 @@ def test_one_hot_is_the_expert_bit_for_bit_and_only_it_is_asked(experts, x):
         assert torch.equal(fused.log_probs, alone.log_probs)
 
 
+def test_weights_as_people_round_them_leave_nothing_to_the_reference():
+    found = fusion_weights(dict.fromkeys("abc", 0.333333), 1.0)
+    assert found == dict.fromkeys("abc", pytest.approx(1 / 3, abs=1e-12)) | {REFERENCE: 0.0}
+    assert fusion_weights({"a": 0.9999}, 1.0)[REFERENCE] == pytest.approx(1e-4)
+
+
 def test_experts_of_weight_zero_are_not_asked(experts, x):
     experts.asked.clear()
     FusedPolicy(experts.policies(), [0.5, 0.0, 0.5])(x, 2)

@@ -152,16 +152,20 @@ class StableDiffusionBackbone(DiffusionBackbone):
         self._sets.append(name)
 
     def mix_weights(self, name: str, weights: Mapping[str, float]) -> None:
-        if whole := [source for source in weights if source not in self._adapters]:
-            raise ConfigError(
-                f"{whole[0]} is a whole model, and mixtures are made of adapters; give adapters"
-            )
+        self._refuse_whole(weights)
         self._adapters.mix(name, weights)
         if name not in self._sets:
             self._sets.append(name)
 
     def average_factors(self, name: str, weights: Mapping[str, float]) -> None:
+        self._refuse_whole(weights)
         self._adapters.average_factors(name, weights)
+
+    def _refuse_whole(self, names: Collection[str]) -> None:
+        if whole := [name for name in names if name not in self._adapters]:
+            raise ConfigError(
+                f"{whole[0]} is a whole model, and mixtures are made of adapters; give adapters"
+            )
 
     def train_only(self, names: Collection[str]) -> None:
         trained = {parameter for name in names for parameter in self.parameters_of(name)}

@@ -37,13 +37,14 @@ class SweepReport(Callback):
         rows, volumes = front.rows(), front.volumes()
         write(draft / "sweep.csv", _csv(rows))
         write(draft / "sweep.json", json.dumps(self._summary(front, rows, volumes, pl_module.seed), indent=1))
-        pictures = {"strip": strip(front)} | ({"front": drawn} if (drawn := plot(front)) else {})
+        os.replace(draft, folder)  # whatever becomes of the pictures
+        pictures = {"strip": strip(front)} if front.prompts else {}
+        pictures |= {"front": drawn} if (drawn := plot(front)) else {}
         for name, picture in pictures.items():
-            picture.save(draft / f"{name}.png")
+            picture.save(folder / f"{name}.png")
             if isinstance(trainer.logger, TensorBoardLogger):
                 pixels = np.asarray(picture)
                 trainer.logger.experiment.add_image(f"sweep/{name}", pixels, 0, dataformats="HWC")
-        os.replace(draft, folder)
         _show(front, rows, volumes, folder)
 
     def _summary(
@@ -65,8 +66,10 @@ class SweepReport(Callback):
             "hypervolume_error": finite({name: volume.error for name, volume in volumes.items()}),
             "hypervolume_lead": finite({name: volume.lead for name, volume in others.items()}),
             "hypervolume_lead_error": finite({name: volume.lead_error for name, volume in others.items()}),
-            "hypervolume_reference": reference.tolist(),
-            "hypervolume_units": units.tolist(),
+            "hypervolume_reference": front.merits(reference).tolist(),
+            "hypervolume_units": list(
+                finite(dict(zip(front.objectives, units.tolist(), strict=True))).values()
+            ),
             "points": points,
         }
 

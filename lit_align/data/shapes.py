@@ -30,6 +30,11 @@ class ShapesPrompts(PromptSource):
         pairs = (ALL_PAIRS if only is None else shape_pairs(only)) - shape_pairs(without or [])
         if not pairs:
             raise ConfigError("only and without of ShapesPrompts leave no pair of shapes; name other pairs")
+        if (only or without) and not {"pair", "relation"} & set(kinds):
+            raise ConfigError(
+                f"only and without of ShapesPrompts are of captions with two groups, and kinds is {kinds}; "
+                "add pair or relation, or take them out"
+            )
         self._space = PromptSpace(kinds, pairs)
         self._length = len(self._space)
         if not kinds:

@@ -4,12 +4,13 @@ Shapes: ``B`` images, ``T`` steps. Sampling is the same function for training, v
 the purpose of the random draws differs.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning import LightningModule
@@ -31,6 +32,11 @@ from lit_align.gaussian import GaussianStep, Policy
 from lit_align.randomness import generator, run_seed
 from lit_align.rewards import RewardBank, RewardOutput
 from lit_align.rollout import Trajectory, rollout
+
+Item = TypeVar("Item")
+
+SECONDS_A_FRAME = 0.1
+"""From one drawing of a bar to the next."""
 
 MAX_SKIPPED = 10
 """Updates with a non-finite gradient that may follow each other before a run is given up."""
@@ -336,11 +342,17 @@ class AlignmentModule(LightningModule):
 
     # ---- ranks, files and checkpoints
 
-    def bar(self) -> Progress:
-        """A bar for long work inside a batch, where a person may be looking: the Trainer's counts batches."""
-        return Progress(
-            transient=True, disable=not (self.trainer.is_global_zero and self.trainer.progress_bar_callback)
-        )
+    def track(self, items: Iterable[Item], total: int, description: str) -> Iterator[Item]:
+        """The items, with a bar where a person may be looking: the Trainer's own counts whole batches."""
+        looking = self.trainer.is_global_zero and self.trainer.progress_bar_callback
+        with Progress(transient=True, disable=not looking) as bar:
+            task, drawn = bar.add_task(description, total=total), 0.0
+            for item in items:
+                yield item
+                # Inside the Trainer's bar nothing else draws it.
+                refresh = time.monotonic() - drawn > SECONDS_A_FRAME
+                bar.update(task, advance=1, refresh=refresh)
+                drawn = time.monotonic() if refresh else drawn
 
     def export(self, folder: Path) -> None:
         """Write what was trained, for diffusers."""

@@ -179,7 +179,7 @@ class ExpertModule(AlignmentModule):
         if sets := sorted(used & set(self.rewards.of_sets)):
             raise ConfigError(
                 f"experts: {sets[0]} is a reward of sets of pictures, which no step of one picture has; "
-                "train it with DDPOModule, and give the adapter/ folder of that run"
+                "train it with DDPOModule, give the adapter/ folder of that run, and take it out of joint"
             )
         if not len(self.stochastic_steps):
             raise ConfigError("sampler: fit needs noise in the steps; set sampler.init_args.eta to 1")

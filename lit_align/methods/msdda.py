@@ -170,7 +170,7 @@ class MSDDAModule(ExpertModule):
         self.sweep = sweep
         self.front: Front | None = None
         self._swept: dict[Point, list[dict[str, Tensor]]] = {}
-        self._shown: list[str] = []
+        self._shown: list[tuple[int, str]] = []
         for baseline in sweep.baselines if sweep else []:
             baseline.prepare(self)
         backbone.train_only(self.trained)
@@ -202,6 +202,12 @@ class MSDDAModule(ExpertModule):
     def exponents(self, weights: Mapping[str, float]) -> dict[str, float]:
         """The powers of the experts' kernels and of the reference's in the fused one."""
         return fusion_weights(weights, self.target_beta, self.betas)
+
+    def alone(self, weights: Mapping[str, float]) -> str | None:
+        """The expert which the fused policy is where all weight is on it, if it goes just as far."""
+        if not (is_one_hot(weights) and is_one_hot(self.exponents(weights))):
+            return None
+        return next(name for name, weight in weights.items() if weight)
 
     def stds(self, exponents: Mapping[str, float]) -> list[Tensor] | None:
         """Stds of the steps of a product of kernels; None where they are the sampler's."""
@@ -271,22 +277,22 @@ class MSDDAModule(ExpertModule):
         if self.sweep is None:
             return images
         # The first picture of each of the first prompts is shown.
-        first = torch.cat([torch.tensor([True]), batch.groups[1:] != batch.groups[:-1]]).nonzero().flatten()
-        rows = first[: self.sweep.pictures if batch_idx == 0 else 0]
-        self._shown += [batch.prompts[row] for row in rows.tolist()]
-        with self.bar() as bar:
-            for point, policy in bar.track(self._points()[0].items(), description="Sweep"):
-                started = time.perf_counter()
-                samples = self.sample_from(policy, batch, "test")
-                samples.images.sum().item()  # a GPU has then done its work
-                seconds = (time.perf_counter() - started) / len(batch)
-                figures = self._measure(batch, samples, with_kl=False)
-                figures["seconds"] = torch.full((len(batch),), seconds)
-                if self._has_kl(point):
-                    stds = self.stds(exponents) if (exponents := self._exponents_at(point)) else None
-                    figures["kl"] = super().trajectory_kl(batch, samples.trajectory, stds).cpu()
-                figures["images"] = samples.images[rows.to(samples.images.device)].cpu()
-                self._swept.setdefault(point, []).append(figures)
+        first = torch.cat([torch.tensor([True]), batch.groups[1:] != batch.groups[:-1]])
+        rows = (first & (batch.groups < self.sweep.pictures)).nonzero().flatten()
+        self._shown += [(int(batch.groups[row]), batch.prompts[row]) for row in rows.tolist()]
+        points, _ = self._points()
+        for point, policy in self.track(points.items(), len(points), "Sweep"):
+            started = time.perf_counter()
+            samples = self.sample_from(policy, batch, "test")
+            samples.images.sum().item()  # a GPU has then done its work
+            seconds = (time.perf_counter() - started) / len(batch)
+            figures = self._measure(batch, samples, with_kl=False)
+            figures["seconds"] = torch.full((len(batch),), seconds)
+            if self._has_kl(point):
+                stds = self.stds(exponents) if (exponents := self._exponents_at(point)) else None
+                figures["kl"] = super().trajectory_kl(batch, samples.trajectory, stds).cpu()
+            figures["images"] = samples.images[rows.to(samples.images.device)].cpu()
+            self._swept.setdefault(point, []).append(figures)
         return images
 
     def _points(self) -> tuple[dict[Point, Callable[[Batch], Policy]], dict[str, list[Weights]]]:
@@ -300,7 +306,7 @@ class MSDDAModule(ExpertModule):
             if is_one_hot(weights):
                 (name,) = (name for name, weight in of if weight)
                 found[Point(EXPERT, of)] = partial(self.expert, name)
-                if is_one_hot(self.exponents(weights)):
+                if self.alone(weights):
                     ends[method].append(of)
                     continue
             found[Point(method, of)] = partial(self.fused, weights)
@@ -312,8 +318,9 @@ class MSDDAModule(ExpertModule):
                     found[Point(baseline.name, of)] = partial(baseline.policy, self, weights)
         for name, weights in self.joint.items():
             found[Point(JOINT, tuple(weights.items()))] = partial(self.expert, name)
-        # Training on all of the weight is training the expert, where both have one KL strength.
-        ends[JOINT] = [of for of in ends[method] if Point(JOINT, of) not in found]
+        # Training on all of the weight is training the expert, where fit does so at the same KL strength.
+        trained = [of for of in ends[method] if self.alone(grid[of]) in self.trained]
+        ends[JOINT] = [of for of in trained if Point(JOINT, of) not in found]
         return found, ends
 
     def _exponents_at(self, point: Point) -> dict[str, float]:
@@ -331,17 +338,19 @@ class MSDDAModule(ExpertModule):
         super().on_test_epoch_end()
         if self.sweep is None:
             return
+        shown = [one for rank in self.gather(self._shown) for one in rank]
+        placed = sorted(range(len(shown)), key=shown.__getitem__)  # ranks hold prompts in turns
         measured = []
         for point, own in self._swept.items():
             parts = [part for rank in self.gather(own) for part in rank]
             merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            images, order = merged.pop("images")[: self.sweep.pictures], merged.pop("index").argsort()
+            images, order = merged.pop("images")[placed], merged.pop("index").argsort()
             figures = {name: values[order] for name, values in merged.items()}
             groups, seconds = figures.pop("group"), float(figures.pop("seconds").mean())
             measured.append(Measured(point, figures, groups, seconds, images))
-        shown = [prompt for rank in self.gather(self._shown) for prompt in rank][: self.sweep.pictures]
         self._swept, self._shown = {}, []
-        self.front = Front(tuple(self.experts), measured, self.rewards.weights, self._points()[1], shown)
+        prompts = [shown[place][1] for place in placed]
+        self.front = Front(tuple(self.experts), measured, self.rewards.weights, self._points()[1], prompts)
         volumes = self.front.hypervolumes().items()
         self.log_dict({f"test/hypervolume/{name.replace(' ', '_')}": volume for name, volume in volumes})
 

@@ -292,8 +292,7 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
         """Row and prompt of this rank's coming pairs, each of which is read once to see that it can be."""
         rows = self.trainer.datamodule.train_rows(self.batches, batches)  # type: ignore[attr-defined]
         total = batches * self.trainer.datamodule.pairs_per_batch // self.trainer.world_size  # type: ignore[attr-defined]
-        with self.bar() as bar:
-            return dict(bar.track(rows, total, description=f"Pairs of iteration {self.iteration}"))
+        return dict(self.track(rows, total, f"Pairs of iteration {self.iteration}"))
 
     def _fill_pool(self, batch_idx: int) -> None:
         """Sample the opponent for the coming pairs; what the run's folder has of it already is kept."""
@@ -316,14 +315,12 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
     def _add_to_pool(self, share: list[int], prompts: dict[int, str], padding: list[int]) -> None:
         """Draw and store ``share``; ``padding`` is drawn only, as all ranks call a sharded model together."""
         assert self.pool is not None
-        with self.bar() as bar:
-            task = bar.add_task(f"Pictures of opponent {self.iteration}", total=len(share))
-            for start in range(0, len(share + padding), SHARD):
-                rows = (share + padding)[start : start + SHARD]
-                samples = self._play(rows, [prompts[row] for row in rows])
-                if stored := share[start : start + SHARD]:
-                    self.pool.add(stored, samples[: len(stored)])
-                bar.update(task, advance=len(stored))
+        starts = range(0, len(share + padding), SHARD)
+        for start in self.track(starts, len(starts), f"Pictures of opponent {self.iteration}"):
+            rows = (share + padding)[start : start + SHARD]
+            samples = self._play(rows, [prompts[row] for row in rows])
+            if stored := share[start : start + SHARD]:
+                self.pool.add(stored, samples[: len(stored)])
 
     def _play(self, rows: list[int], prompts: list[str]) -> Tensor:
         """The opponent's latents, ``(N, C, H, W)``; its chains, ``(N, T + 1, C, H, W)``, if exact."""

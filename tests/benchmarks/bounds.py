@@ -1,10 +1,11 @@
-"""What the scores of the large-scale tasks could be at best on Shapes, for the tables of their gains.
+"""What the gains of the large-scale tasks on Shapes are measured by.
 
-    python -m tests.benchmarks.bounds [--renders 4] [--draws 2000]
+    python -m tests.benchmarks.bounds [--prompts 128] [--renders 4] [--draws 2000]
 
 For fairness the statistical parity of 16 pictures whose colours are drawn evenly from those that a prompt
 allows (no object has its background's colour), over the prompts of the test split and the first that
-training sees. For composition the score that the detector gives to true renders of such prompts.
+training sees (those of seed 1). For composition the score that the detector gives to true renders of such
+prompts, which a generated picture may exceed.
 """
 
 import argparse
@@ -24,12 +25,16 @@ from lit_align.shapes.world import COLOURS, parse, render, sample_scene
 ROOT = Path(__file__).parents[2]
 
 
-def prompts_of(overlay: str, split: str, count: int = 128) -> list[str]:
+def source_of(task: str) -> dict[str, Any]:
+    """Arguments of the prompts on which a task is trained."""
+    overlay = yaml.safe_load((ROOT / "configs" / "variant" / f"pinterest_{task}.yaml").read_text())
+    return dict(overlay["data"]["init_args"]["source"]["init_args"])
+
+
+def prompts_of(source: dict[str, Any], split: str, count: int, **sources: Any) -> list[str]:
     """The prompts on which a task is tested."""
-    data = yaml.safe_load((ROOT / "configs" / "variant" / overlay).read_text())["data"]["init_args"]
-    source = ShapesPrompts(**data["source"]["init_args"])
     sizes = {"test_prompts": count, "test_images_per_prompt": 1}
-    module = PromptDataModule(source, seed=1, test_split=split, **sizes)  # type: ignore[arg-type]
+    module = PromptDataModule(ShapesPrompts(**source), seed=1, test_split=split, **sizes, **sources)  # type: ignore[arg-type]
     module.setup("test")
     return [prompt for batch in module.test_dataloader() for prompt in batch.prompts]
 
@@ -57,15 +62,24 @@ def score_of_renders(prompts: Sequence[str], renders: int) -> float:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Compute and print; returns the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--prompts", type=int, default=128, help="of two objects; of fairness at most 32")
     parser.add_argument("--renders", type=int, default=4, help="true pictures of a prompt")
     parser.add_argument("--draws", type=int, default=2000, help="sets of 16 colours of a prompt")
     options = parser.parse_args(arguments)
+    fairness, composition = source_of("fairness"), source_of("composition")
+    unseen = ShapesPrompts(kinds=composition["kinds"], only=composition["without"])
+    of_pairs = {
+        "test": prompts_of(composition, "test", options.prompts),
+        "seen": prompts_of(composition, "train", options.prompts),
+        "unseen_pairs": prompts_of(composition, "test", options.prompts, test_source=unseen),
+    }
+    of_open = {"test": "test", "seen": "train"}
     figures = {
-        split: {
-            "parity": least_parity(prompts_of("pinterest_fairness.yaml", split, 32), options.draws),
-            "presence": score_of_renders(prompts_of("pinterest_composition.yaml", split), options.renders),
-        }
-        for split in ("test", "train")
+        "parity": {
+            test: least_parity(prompts_of(fairness, split, min(32, options.prompts)), options.draws)
+            for test, split in of_open.items()
+        },
+        "presence": {test: score_of_renders(prompts, options.renders) for test, prompts in of_pairs.items()},
     }
     print(json.dumps(figures, indent=1))
     return figures

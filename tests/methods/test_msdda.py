@@ -5,10 +5,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from numpy.polynomial.hermite_e import hermegauss
+from PIL import Image
+from rich.progress import Progress
 
 from lit_align.backbones import POLICY, REFERENCE, LoRA, StableDiffusionBackbone
 from lit_align.baselines import CoDe, FactorSoup, RewardGradient, Soup, score_clean
@@ -86,11 +90,10 @@ def trainer(tmp_path: Path, collections: int, *callbacks: Callback, **options: A
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=False,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         callbacks=list(callbacks),
-        **({"accelerator": "cpu"} | options),
+        **({"accelerator": "cpu", "enable_progress_bar": False} | options),
     )
 
 
@@ -472,6 +475,7 @@ def test_adapters_of_a_run_are_experts_of_another_and_a_mixture_for_predict(tiny
         ({"joint": [{"brihgt": 0.5, "red": 0.5}]}, r"joint.*no expert brihgt"),
         ({"joint": [{"bright": 0.9, "red": 0.5}]}, r"joint.*at most 1"),
         ({"lora": None, "sweep": Sweep(2, baselines=[Soup()])}, "mixtures are made of adapters"),
+        ({"lora": None, "sweep": Sweep(2, baselines=[FactorSoup()])}, "mixtures are made of adapters"),
     ],
 )
 def test_what_cannot_work_is_named(tiny, options, named):
@@ -485,6 +489,8 @@ def test_sweeps_that_cannot_be_told_apart_or_made_are_refused():
     assert len(Sweep(2, baselines=[CoDe(4, 5), CoDe(20, 5, name="CoDe, 20")]).baselines) == 2
     with pytest.raises(ConfigError, match="grid"):
         Sweep(0)
+    with pytest.raises(ConfigError, match="pictures: -1"):
+        Sweep(2, pictures=-1)
 
 
 def test_the_gradient_of_a_black_box_is_refused_before_anything_runs(tiny):
@@ -562,6 +568,85 @@ def test_less_of_a_penalty_is_better_on_the_front_and_in_volumes():
     assert [row["front"] for row in front.rows()] == [False, True, False]
     volumes = front.hypervolumes()
     assert volumes["good"] > volumes["base"] > volumes["bad"]
+    again = front.resampled_hypervolumes()
+    assert all(abs(again[name].mean() - volumes[name]) < 0.3 for name in volumes)
+
+
+def test_what_does_not_vary_or_has_no_score_has_no_volume_and_no_place_on_the_front():
+    figures = [
+        {"reward/a": torch.full((4,), value), "reward/b": torch.arange(4.0)} for value in (1.0, math.nan)
+    ]
+    measured = [
+        Measured(Point(name), own, torch.arange(4), 0.0, torch.zeros(0))
+        for name, own in zip(("base", "unscored"), figures, strict=True)
+    ]
+    front = Front(("a", "b"), measured, {"a": 1.0, "b": 1.0})
+    assert all(math.isnan(volume) for volume in front.hypervolumes().values())
+    assert [row["front"] for row in front.rows()] == [True, False]
+
+
+def test_where_the_fused_policy_is_an_expert_it_leads_as_that():
+    base = torch.linspace(-1, 1, 8)
+    corner, even = (("a", 1.0), ("b", 0.0)), (("a", 0.5), ("b", 0.5))
+    gains = {
+        Point("base"): 0.0,
+        Point("expert", corner): 2.0,
+        Point("MSDDA", even): 1.0,
+        Point("CoDe", corner): 3.0,
+    }
+    measured = [
+        Measured(
+            point, {f"reward/{name}": base + gain for name in "ab"}, torch.arange(8), 0.0, torch.zeros(0)
+        )
+        for point, gain in gains.items()
+    ]
+    rows = Front(("a", "b"), measured, {"a": 1.0, "b": 1.0}, {"MSDDA": [corner]}).rows()
+    assert [row.get("lead") for row in rows[:3]] == [None, None, None]
+    assert rows[3]["lead"] == pytest.approx(-1.0)
+
+
+def test_a_sweep_of_two_processes_is_that_of_one(tiny, tmp_path):
+    found = []
+    for devices in (1, 2):
+        fused = module(tiny, sweep=Sweep(2, baselines=[Soup()], pictures=3))
+        randomise(fused)
+        folder = tmp_path / str(devices)
+        strategy = "ddp_spawn" if devices == 2 else "auto"
+        trainer(folder, 1, SweepReport(), devices=devices, strategy=strategy).test(
+            fused, data(), verbose=False
+        )
+        (summary,) = folder.glob("**/sweep.json")
+        found.append(
+            (json.loads(summary.read_text()), np.asarray(Image.open(summary.with_name("strip.png"))))
+        )
+    (one, strip_one), (two, strip_two) = found
+    assert one["pictures"] == two["pictures"] == 8
+    for before, after in zip(one["points"], two["points"], strict=True):
+        assert before.keys() == after.keys()
+        for name in before.keys() - {"seconds"}:
+            assert before[name] == pytest.approx(after[name], abs=1e-4), name
+    assert one["hypervolume_error"] == pytest.approx(two["hypervolume_error"], abs=1e-3)
+    assert strip_one.shape == strip_two.shape
+    assert np.abs(strip_one.astype(int) - strip_two).max() <= 2
+
+
+def test_the_bar_of_a_sweep_moves_inside_the_trainers(tiny, tmp_path, monkeypatch):
+    drawn: list[float] = []
+    refresh = Progress.refresh
+
+    def watched(self: Progress) -> None:
+        drawn.extend(task.completed for task in self.tasks if task.description == "Sweep")
+        refresh(self)
+
+    monkeypatch.setattr(Progress, "refresh", watched)
+    monkeypatch.setattr("lit_align.methods.base.SECONDS_A_FRAME", 0.0)
+    fused = module(tiny, sweep=Sweep(2, baselines=[], pictures=0))
+    randomise(fused)
+    run = trainer(tmp_path, 1, SweepReport(), RichProgressBar(), enable_progress_bar=True)
+    run.test(fused, data(), verbose=False)
+    assert {1.0, 2.0, 3.0, 4.0} <= set(drawn)  # the base, both experts, and between them
+    assert not list(tmp_path.glob("**/strip.png"))  # no pictures were asked for
+    assert list(tmp_path.glob("**/sweep.csv"))
 
 
 def test_a_weight_set_is_sampled_with_its_own_sampler(tiny):

@@ -93,8 +93,8 @@ class Plan:
             shorter run is there, it is copied and resumed.
         also: ``{name: [--option=value, ...]}``: every cell is tested once more with these.
         leaves_out: ``{configuration: [names]}``: further tests that it does not have.
-        towards: ``{configuration: {figure: bound}}``: the report says which share of the way from the
-            pretrained model's score to the bound it went.
+        towards: ``{configuration: {figure: {test: bound}}}``: the report says which share of the way from the
+            pretrained model's score to the bound it went, in the own ``test`` and further ones.
         side_by_side: What is reported of all configurations in one table; see :class:`SideBySide`.
         compare: Pairs of configurations; the second is reported against the first, picture by picture.
     """
@@ -108,7 +108,7 @@ class Plan:
     also: dict[str, list[str]]
     compare: list[list[str]]
     leaves_out: dict[str, list[str]]
-    towards: dict[str, dict[str, float]]
+    towards: dict[str, dict[str, dict[str, float]]]
     side_by_side: SideBySide | None
 
     def cells(self) -> list[Cell]:
@@ -158,6 +158,8 @@ def load_plan(path: Path) -> Plan:
         raise ConfigError(f"{path}: unknown {', '.join(unknown)}; a plan has {', '.join(known)}")
     given = known | content
     table = given["side_by_side"]
+    if table is not None and set(table) != (keys := {"test", "figures", "joint"}):
+        raise ConfigError(f"{path}: side_by_side has {sorted(table)}; give {', '.join(sorted(keys))}")
     plan = Plan(**given | {"side_by_side": SideBySide(**table) if table else None})
     if not plan.configs or not plan.seeds:
         raise ConfigError(f"{path}: give configs (name: list of files) and seeds (a list)")
@@ -175,7 +177,11 @@ def load_plan(path: Path) -> Plan:
     if strangers := sorted(named - set(plan.configs)):
         raise ConfigError(f"{path}: there is no {strangers[0]} in configs: {', '.join(plan.configs)}")
     tests = {name for names in plan.leaves_out.values() for name in names}
-    tests |= {plan.side_by_side.test} if plan.side_by_side else set()
+    tests |= {test for bounds in plan.towards.values() for one in bounds.values() for test in one} - {"test"}
+    if asked := plan.side_by_side:
+        tests.add(asked.test)
+        if lacking := [name for name in asked.figures if asked.test in plan.leaves_out.get(name, [])]:
+            raise ConfigError(f"{path}: side_by_side: {lacking[0]} leaves out {asked.test}; let it have that")
     if strangers := sorted(tests - set(plan.also)):
         raise ConfigError(f"{path}: there is no {strangers[0]} in also: {', '.join(plan.also)}")
     taken = ("fit", "test", "validation")

@@ -143,12 +143,11 @@ def further_tests(plan: Plan, results: Sequence[Result]) -> list[str]:
 def shares(plan: Plan, config: str, results: Sequence[Result]) -> list[str]:
     """Markdown: which share of the way to its bounds a configuration went, in every test."""
     rows = []
-    for figure, bound in plan.towards.get(config, {}).items():
-        for test in ("test", *plan.also):
+    for figure, bounds in plan.towards.get(config, {}).items():
+        for test, bound in bounds.items():
             found = {result["seed"]: figures_of(result, test).get(figure) for result in results}
-            known = {seed: one for seed, one in found.items() if one is not None}
-            if known:
-                went = [f"{seed}: {_share(one, bound)}" for seed, one in known.items()]
+            went = [f"{seed}: {_share(one, bound)}" for seed, one in found.items() if one is not None]
+            if went:
                 rows.append([figure, f"{bound:g}", test, ", ".join(went)])
     if not rows:
         return []
@@ -158,7 +157,8 @@ def shares(plan: Plan, config: str, results: Sequence[Result]) -> list[str]:
 
 def _share(figure: dict[str, float | None], bound: float) -> str:
     before, difference, error = _values(figure, "before", "difference", "standard_error")
-    way = bound - before
+    if (way := bound - before) == 0:
+        return "there from the beginning"
     return f"{difference / way:.0%} ± {abs(error / way):.0%}"
 
 
@@ -186,13 +186,11 @@ def side_by_side(plan: Plan, results: Sequence[Result]) -> list[str]:
         rows.append([config, *gains])
     kept = []
     for seed in whole:
-        ratios = []
-        for config, name in asked.figures.items():
-            single, joint = (
-                _values(tests[one, seed][name], "difference")[0] for one in (config, asked.joint)
-            )
-            ratios.append(f"{joint / single:.0%}")
-        kept.append([str(seed), *ratios])
+        pairs = [
+            (tests[config, seed][name], tests[asked.joint, seed][name])
+            for config, name in asked.figures.items()
+        ]
+        kept.append([str(seed), *(_kept(single, joint) for single, joint in pairs)])
     return [
         "",
         "## All tasks side by side",
@@ -206,6 +204,14 @@ def side_by_side(plan: Plan, results: Sequence[Result]) -> list[str]:
         "",
         *md.table(["seed", *names], kept),
     ]
+
+
+def _kept(single: dict[str, float | None], joint: dict[str, float | None]) -> str:
+    """The joint gain as a share of the single one, where that is clear enough to be shared."""
+    gain, error = _values(single, "difference", "standard_error")
+    if not gain > FALL * error:
+        return "no clear gain alone"
+    return f"{_values(joint, 'difference')[0] / gain:.0%}"
 
 
 def _mean(values: Sequence[float | None]) -> str:
