@@ -39,6 +39,8 @@ SMALL = [
     "--data.init_args.test_images_per_prompt=2",
     "--data.init_args.eval_batch=4",
 ]
+OWN = {"pinterest_joint": ["--data.init_args.tasks.preference.prompts_per_collection=4"]}
+"""Further sizes, of configurations that have some of their own."""
 ON_PAIRS = {"dpo", "sft", "spin"}
 """Methods on pairs of pictures: no reward scores what they train on."""
 OF_PROMPTS = ("--data.init_args.images_per_prompt", "--data.init_args.prompts_per_collection")
@@ -90,6 +92,7 @@ def test_every_shipped_config_trains_through_the_real_entry_point(config: Path):
             "--config",
             str(config),
             *(SMALL_PAIRS if on_pairs else SMALL),
+            *OWN.get(config.stem, []),
             "--trainer.max_epochs=1",
             "--trainer.limit_train_batches=2",
             "--data.init_args.eval_batch=8",  # one batch: there are many configurations
