@@ -129,17 +129,28 @@ def plot(front: Front) -> Image.Image | None:
                 zorder=3 if corner else 2,
                 label=method,
             )
-            if method == FUSED:
-                for (x, y), point in zip(means.tolist(), points, strict=True):
-                    weights = "/".join(f"{weight:.2g}" for _, weight in point.point.weights)
-                    axes.annotate(weights, (x, y), textcoords="offset points", xytext=(5, -9), fontsize=7)
         axes.set_xlabel(front.objectives[i])
         axes.set_ylabel(front.objectives[j])
         axes.grid(alpha=0.3)
     if pairs:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    canvas.draw()  # now it is known where points lie
+    for axes, (i, j) in zip(figure.axes, pairs, strict=True):
+        _name_weights(axes, front, i, j)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _name_weights(axes: Any, front: Front, i: int, j: int) -> None:
+    """Write its weights beside each fused point, where that is not upon those of another."""
+    taken: list[np.ndarray] = []
+    for one in front.methods().get(FUSED, []):
+        x, y = front.means(one)[[i, j]].tolist()
+        place = axes.transData.transform((x, y))
+        if np.isfinite(place).all() and all((np.abs(place - other) > (55, 11)).any() for other in taken):
+            weights = "/".join(f"{weight:.2g}" for _, weight in one.point.weights)
+            axes.annotate(weights, (x, y), textcoords="offset points", xytext=(5, -9), fontsize=7)
+            taken.append(place)
 
 
 def _show(front: Front, rows: Sequence[dict[str, Any]], volumes: dict[str, Volume], folder: Path) -> None:

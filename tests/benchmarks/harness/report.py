@@ -292,7 +292,7 @@ def markdown(plan: Plan, results: Sequence[Result], pictures: Pictures, source: 
 
 def _section(plan: Plan, config: str, results: Sequence[Result]) -> list[str]:
     given = " ".join(plan.cells_of(config)[0].arguments[:-1])
-    lines = [f"## {config}", "", f"`{given}`", "", f"{verdict(results, plan.seeds)}.", ""]
+    lines = [f"## {config}", "", f"`{given}`", "", verdict(results, plan.seeds).rstrip(".") + ".", ""]
     if not results:
         return lines[:-1]
     grids = " | ".join(f"![{when}]({plan.name}/{config}_{when}.png)" for when in ("before", "after"))
