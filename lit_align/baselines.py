@@ -109,9 +109,8 @@ class FactorSoup(Baseline):
 
     def prepare(self, host: Host) -> None:
         host.backbone.add_weights("factors")
-        host.backbone.average_factors(
-            "factors", dict.fromkeys(host.experts, 1.0)
-        )  # refuses what has no means
+        # Refuses what has no means.
+        host.backbone.average_factors("factors", dict.fromkeys(host.experts, 1.0))
 
     def policy(self, host: Host, weights: Mapping[str, float], batch: Batch) -> Policy:
         host.backbone.average_factors("factors", weights)

@@ -15,8 +15,9 @@ import yaml
 from lit_align.cli import main as lit_align
 from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
+from tests.benchmarks.harness.gains import shares, side_by_side
 from tests.benchmarks.harness.plan import ROOT, Plan, SideBySide, load_plan
-from tests.benchmarks.harness.report import shares, side_by_side, verdict
+from tests.benchmarks.harness.report import verdict
 from tests.benchmarks.harness.sweeps import sweeps
 from tests.benchmarks.results import make
 

@@ -8,13 +8,9 @@ import torch
 
 from lit_align.evaluation import Comparison, compare
 from tests.benchmarks.harness import markdown as md
+from tests.benchmarks.harness.gains import Figures, Result, shares, side_by_side, values_of
 from tests.benchmarks.harness.plan import Plan
 from tests.benchmarks.harness.sweeps import PICTURES, sweeps
-
-Result = dict[str, Any]
-"""A cell's JSON."""
-Figures = dict[str, dict[str, float | None]]
-"""What one test found, by the figure's name."""
 
 PAIRS = 256
 """(prompt, noise) pairs that a claim needs."""
@@ -23,14 +19,9 @@ RISE, FALL = 3.0, 2.0
 KL = "KL to the pretrained model, nats a picture"
 
 
-def _values(figure: dict[str, float | None], *names: str) -> list[float]:
-    """JSON's null is what has no value."""
-    return [math.nan if (value := figure[name]) is None else value for name in names]
-
-
 def deviation(figure: dict[str, float | None]) -> float:
     """A difference in standard errors; infinite where the error is 0, NaN where a figure has no value."""
-    difference, error = _values(figure, "difference", "standard_error")
+    difference, error = values_of(figure, "difference", "standard_error")
     if error == 0:
         return math.copysign(math.inf, difference) if difference else 0.0
     return difference / error
@@ -81,14 +72,14 @@ def _doubts(result: Result) -> list[str]:
 
 def figure_text(figure: dict[str, float | None]) -> str:
     """Before, after, and the difference with its standard error."""
-    before, after, difference, error = _values(figure, "before", "after", "difference", "standard_error")
+    before, after, difference, error = values_of(figure, "before", "after", "difference", "standard_error")
     by = f"{deviation(figure):+.1f} s.e."
     return f"{before:.3f} -> {after:.3f} ({difference:+.3f} ± {error:.3f}, {by})"
 
 
 def _kl_text(figure: dict[str, float | None]) -> str:
     """The KL starts at 0: how many standard errors away it is says nothing."""
-    after, error = _values(figure, "after", "standard_error")
+    after, error = values_of(figure, "after", "standard_error")
     return f"{after:.2f} ± {error:.2f}"
 
 
@@ -138,92 +129,6 @@ def further_tests(plan: Plan, results: Sequence[Result]) -> list[str]:
         given = " ".join(added)
         lines += ["", f"Tested once more, {also}, `{given}`:", "", *md.table(["seed", *names, KL], rows)]
     return lines
-
-
-def shares(plan: Plan, config: str, results: Sequence[Result]) -> list[str]:
-    """Markdown: which share of the way to its bounds a configuration went, in every test."""
-    rows = []
-    for figure, bounds in plan.towards.get(config, {}).items():
-        for test, bound in bounds.items():
-            found = {result["seed"]: figures_of(result, test).get(figure) for result in results}
-            went = [f"{seed}: {_share(one, bound)}" for seed, one in found.items() if one is not None]
-            if went:
-                rows.append([figure, f"{bound:g}", test, ", ".join(went)])
-    if not rows:
-        return []
-    header = ["figure", "bound", "test", "seed: share of the way"]
-    return ["", "From the pretrained model's score towards a bound:", "", *md.table(header, rows)]
-
-
-def _share(figure: dict[str, float | None], bound: float) -> str:
-    before, difference, error = _values(figure, "before", "difference", "standard_error")
-    if (way := bound - before) == 0:
-        return "there from the beginning"
-    return f"{difference / way:.0%} ± {abs(error / way):.0%}"
-
-
-def figures_of(result: Result, test: str) -> Figures:
-    """The figures of a further test, by its name, or of the cell's own; empty where it has none."""
-    own: Figures = result["test"] if test == "test" else result["also"].get(test, {})
-    return own
-
-
-def side_by_side(plan: Plan, results: Sequence[Result]) -> list[str]:
-    """Markdown: every configuration on every task, and what the joint one keeps of each single gain."""
-    asked = plan.side_by_side
-    if asked is None:
-        return []
-    tests = {(one["config"], one["seed"]): figures_of(one, asked.test) or one["test"] for one in results}
-    configs, names = [*asked.figures, asked.joint], list(asked.figures.values())
-    whole = [seed for seed in plan.seeds if {(config, seed) for config in configs} <= set(tests)]
-    if not whole:
-        return []
-    rows = [
-        ["pretrained", *(_mean([tests[asked.joint, s][name]["before"] for s in whole]) for name in names)]
-    ]
-    for config in configs:
-        gains = [_gain([tests[config, seed][name] for seed in whole]) for name in names]
-        rows.append([config, *gains])
-    kept = []
-    for seed in whole:
-        pairs = [
-            (tests[config, seed][name], tests[asked.joint, seed][name])
-            for config, name in asked.figures.items()
-        ]
-        kept.append([str(seed), *(_kept(single, joint) for single, joint in pairs)])
-    return [
-        "",
-        "## All tasks side by side",
-        "",
-        f"Means over seeds {', '.join(map(str, whole))}, each on the same prompts and noise; difference to",
-        "the pretrained model, ± the standard error of the mean if the seeds' own errors are independent.",
-        "",
-        *md.table(["trained on", *names], rows),
-        "",
-        f"Share of the gain of training on a task alone that {asked.joint} keeps:",
-        "",
-        *md.table(["seed", *names], kept),
-    ]
-
-
-def _kept(single: dict[str, float | None], joint: dict[str, float | None]) -> str:
-    """The joint gain as a share of the single one, where that is clear enough to be shared."""
-    gain, error = _values(single, "difference", "standard_error")
-    if not gain > FALL * error:
-        return "no clear gain alone"
-    return f"{_values(joint, 'difference')[0] / gain:.0%}"
-
-
-def _mean(values: Sequence[float | None]) -> str:
-    known = [math.nan if value is None else value for value in values]
-    return f"{sum(known) / len(known):.3f}"
-
-
-def _gain(figures: Sequence[dict[str, float | None]]) -> str:
-    found = [_values(figure, "difference", "standard_error") for figure in figures]
-    error = math.sqrt(sum(error**2 for _, error in found)) / len(found)
-    change = sum(difference for difference, _ in found) / len(found)
-    return f"{_mean([figure['after'] for figure in figures])} ({change:+.3f} ± {error:.3f})"
 
 
 Pictures = dict[tuple[str, int], dict[str, list[float]]]
