@@ -31,6 +31,7 @@ from lit_align.data import (
 from lit_align.data.loaders import CollectionLoader, FixedLoader, Rank
 from lit_align.data.splits import Permutation, PromptSet
 from lit_align.errors import ConfigError
+from lit_align.shapes.world import parse
 
 ROWS = [
     {"prompt": "a cat", "level": 1},
@@ -431,3 +432,19 @@ def test_a_resume_with_more_prompts_warns() -> None:
     state = module(table(40)).train_dataloader().state_dict()
     with pytest.warns(UserWarning, match="50 usable prompts, 40 when"):
         module(table(50)).train_dataloader().load_state_dict(state)
+
+
+def test_shapes_prompts_hold_out_pairs_of_shapes():
+    pair, held_out = "circle and star", ShapesPrompts(["pair"], only=["star and circle"])
+    rest = ShapesPrompts(["pair"], without=[pair])
+    assert len(rest) + len(held_out) == len(ShapesPrompts(["pair"]))
+    for source, there in ((rest, False), (held_out, True)):
+        rows = range(0, len(source), len(source) // 200)
+        shapes = [{group.shape for group in parse(source.prompt(row)).groups} for row in rows]
+        assert all((found == {"circle", "star"}) is there for found in shapes)
+    with pytest.raises(ConfigError, match="leave no pair"):
+        ShapesPrompts(["pair"], only=[pair], without=[pair])
+    with pytest.raises(ConfigError, match="add pair or relation"):
+        ShapesPrompts(["open"], without=[pair])
+    with pytest.raises(ConfigError, match="no pair of shapes"):
+        ShapesPrompts(["pair"], without=["circle"])
