@@ -16,7 +16,6 @@ from lit_align.fusion import is_one_hot
 from lit_align.gaussian import GaussianStep, Policy
 from lit_align.randomness import generator
 from lit_align.rewards import RewardBank
-from lit_align.samplers import Sampler
 
 
 class Host(Protocol):
@@ -32,10 +31,6 @@ class Host(Protocol):
 
     def exponents(self, weights: Mapping[str, float]) -> dict[str, float]:
         """How far the method goes with each expert at these weights; the rest is the reference's."""
-
-    @property
-    def samplers(self) -> Mapping[str, Sampler]:
-        """Own samplers of experts."""
 
     def alone(self, weights: Mapping[str, float]) -> str | None:
         """The expert that is all that the method does at these weights."""
@@ -93,8 +88,6 @@ class Soup(Baseline):
         return host.expert(self.name, batch)
 
     def is_expert(self, host: Host, weights: Mapping[str, float]) -> bool:
-        if host.samplers:  # it mixes weights, and samples as the common sampler does
-            return False
         return host.alone(weights) is not None
 
 
@@ -117,7 +110,8 @@ class FactorSoup(Baseline):
         return host.expert("factors", batch)
 
     def is_expert(self, host: Host, weights: Mapping[str, float]) -> bool:
-        return is_one_hot(weights) and not host.samplers
+        del host
+        return is_one_hot(weights)
 
 
 class CoDe(Baseline):

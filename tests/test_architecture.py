@@ -30,7 +30,7 @@ ALLOWED = {
     "rewards": {"errors", "pretrained", "shapes"},
     "fusion": {"errors", "gaussian", "backbones"},
     "pareto": set(),
-    "baselines": {"errors", "randomness", "gaussian", "samplers", "fusion", "backbones", "data", "rewards"},
+    "baselines": {"errors", "randomness", "gaussian", "fusion", "backbones", "data", "rewards"},
     "sweep": {"errors", "evaluation", "pareto", "baselines"},
     "backbones": {"errors", "gaussian", "samplers", "pretrained", "shapes"},
     "methods": {

@@ -311,7 +311,8 @@ class MSDDAModule(ExpertModule):
                     continue
             found[Point(method, of)] = partial(self.fused, weights)
         for baseline in self.sweep.baselines:
-            own = [of for of, weights in grid.items() if baseline.is_expert(self, weights)]
+            # With samplers of their own experts are nobody else's ends: all others sample by the common one.
+            own = [] if self.samplers else [of for of, w in grid.items() if baseline.is_expert(self, w)]
             ends[baseline.name] = own
             for of, weights in grid.items():
                 if of not in own:

@@ -11,7 +11,6 @@ prompts, which a generated picture may exceed.
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,7 @@ import yaml
 from lit_align.data import PromptDataModule, ShapesPrompts
 from lit_align.rewards import ObjectPresence, StatisticalParity
 from lit_align.shapes.world import COLOURS, parse, render, sample_scene
-
-ROOT = Path(__file__).parents[2]
+from tests.benchmarks.harness.plan import ROOT
 
 
 def source_of(task: str) -> dict[str, Any]:

@@ -3,7 +3,8 @@ import yaml
 
 from lit_align.data import ShapesPrompts
 from lit_align.shapes.world import shape_pairs
-from tests.benchmarks.bounds import ROOT, least_parity, main
+from tests.benchmarks.bounds import least_parity, main
+from tests.benchmarks.harness.plan import ROOT
 
 
 def test_the_bounds_of_parity_and_presence():
