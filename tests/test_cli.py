@@ -6,23 +6,28 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lit_align.cli import main
+from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
+from lit_align.methods.base import _check_strategy
 from lit_align.shapes import CLIP, PIPELINE
 
 ROOT = Path(__file__).parents[1]
 DDPO = ROOT / "configs" / "ddpo.yaml"
+FSDP = ROOT / "configs" / "backbone" / "fsdp.yaml"
 METHODS = sorted(ROOT.glob("configs/*.yaml"))
 VARIANTS = sorted(ROOT.glob("configs/variant/*.yaml"))
 SMALL = [
@@ -282,18 +287,34 @@ def test_a_terminated_run_says_so_and_can_be_resumed(small, monkeypatch):
     assert len({point.step for point in scalars(run).Scalars("train/reward")}) > 2
 
 
-def test_two_processes_from_the_command_line_leave_what_one_leaves(small):
+def fit_with_two_processes(*arguments: str) -> None:
+    """A fit in processes of its own; says what they said where they fail."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lit_align", "fit", *arguments],
+        timeout=240,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not done.returncode, done.stderr[-2000:]
+
+
+def adapter(name: str) -> dict[str, torch.Tensor]:
+    """What the first run of this name hands on."""
+    (file,) = Path(f"logs/{name}/version_0/adapter").iterdir()
+    return load_file(file)
+
+
+@pytest.mark.parametrize("how", ["--trainer.devices=2", f"--config={FSDP}"], ids=["ddp", "fsdp"])
+def test_two_processes_from_the_command_line_leave_what_one_leaves(small, how):
     arguments = [*small, *without_judge(), "--trainer.max_epochs=1"]
     main(["fit", *arguments, "--trainer.logger.init_args.name=one"])
-    command = [sys.executable, "-m", "lit_align", "fit", *arguments, "--trainer.devices=2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*command, "--trainer.logger.init_args.name=two"],
-        check=True,
-        timeout=240,
-        env=environment,
-        capture_output=True,
-    )
+    fit_with_two_processes(*arguments, how, "--trainer.logger.init_args.name=two")
+    one, two = adapter("one"), adapter("two")
+    assert one.keys() == two.keys()
+    # Adam's first steps are signs of gradients, of which some are 0 but for rounding.
+    torch.testing.assert_close(two, one, atol=2e-4, rtol=0)
     files = [
         {str(path.relative_to(run)) for path in run.rglob("*") if "events" not in path.name}
         for run in (Path("logs/one/version_0"), Path("logs/two/version_0"))
@@ -302,6 +323,29 @@ def test_two_processes_from_the_command_line_leave_what_one_leaves(small):
     for tag in ("val/reward", "train/reward", "train/kl", "progress/images"):
         curves = [scalars(Path(f"logs/{name}/version_0")).Scalars(tag) for name in ("one", "two")]
         assert [p.value for p in curves[0]] == pytest.approx([p.value for p in curves[1]], rel=1e-2, abs=1e-5)
+
+
+def test_a_sharded_run_that_is_resumed_equals_the_uninterrupted_one(small):
+    """Adam must not count the empty step by which torch finds out what it saves."""
+    arguments = [*small, *without_judge(), f"--config={FSDP}", "--trainer.limit_train_batches=2"]
+    fit_with_two_processes(*arguments, "--trainer.logger.init_args.name=whole")
+    fit_with_two_processes(*arguments, "--trainer.logger.init_args.name=cut", "--trainer.max_epochs=1")
+    fit_with_two_processes(*arguments, "--trainer.logger.init_args.name=cut", "--ckpt_path=last")
+    assert_equal(adapter("whole"), adapter("cut"))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "replicas", "message"),
+    [
+        (FSDPStrategy(), 2, "configs/backbone/fsdp.yaml"),
+        (ModelParallelStrategy(), 1, "data_parallel_size, which is 1 with 2 processes"),
+        (ModelParallelStrategy(), 2, "save_distributed_checkpoint"),
+    ],
+)
+def test_a_strategy_that_shards_otherwise_is_refused(strategy, replicas, message):
+    strategy._device_mesh = {"data_parallel": SimpleNamespace(size=lambda: replicas)}
+    with pytest.raises(ConfigError, match=message):
+        _check_strategy(strategy, world=2)
 
 
 def test_weights_of_another_kind_are_refused(small, capsys):

@@ -1,7 +1,14 @@
 """Diffusion models behind one interface; to add one, see CONTRIBUTING.md."""
 
 from lit_align.backbones.adapters import LoRA
-from lit_align.backbones.base import POLICY, REFERENCE, Conditioning, DenoisingPolicy, DiffusionBackbone
+from lit_align.backbones.base import (
+    POLICY,
+    REFERENCE,
+    Conditioning,
+    DenoisingPolicy,
+    DiffusionBackbone,
+    whole,
+)
 from lit_align.backbones.stable_diffusion import StableDiffusionBackbone
 
 __all__ = [
@@ -12,4 +19,5 @@ __all__ = [
     "DiffusionBackbone",
     "LoRA",
     "StableDiffusionBackbone",
+    "whole",
 ]

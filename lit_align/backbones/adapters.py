@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lit_align.backbones.base import whole
 from lit_align.errors import ConfigError
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -162,14 +163,20 @@ class Adapters:
                 terms = [share * factor for share, factor in zip(shares.values(), factors, strict=True)]
                 target.copy_(torch.stack(terms).sum(0))
 
-    def save(self, folder: Path, name: str) -> None:
-        """Write a set as one adapter that diffusers loads; a mixture has its factors side by side."""
+    def save(self, folder: Path | None, name: str) -> None:
+        """Write a set as one adapter that diffusers loads; a mixture has its factors side by side.
+
+        All processes must call this where the denoiser is sharded; those without a folder write nothing.
+        """
         chosen = self._sets[name]
         if chosen == {name: 1.0}:
-            layers = get_peft_model_state_dict(self.denoiser, adapter_name=name)
+            found = get_peft_model_state_dict(self.denoiser, adapter_name=name)
+            layers = {key: whole(factor) for key, factor in found.items()}
             config = self.denoiser.peft_config[name]
         else:
             layers, config = self._concatenated(chosen)
+        if folder is None:
+            return
         StableDiffusionPipeline.save_lora_weights(
             folder,
             unet_lora_layers=convert_state_dict_to_diffusers(layers),
@@ -184,8 +191,10 @@ class Adapters:
         for layer, path in paths.items():
             scales = self._scales[layer]
             if there := [adapter for adapter in chosen if adapter in scales]:
-                down = [layer.lora_A[name].weight.detach() for name in there]
-                up = [chosen[name] * scales[name] * layer.lora_B[name].weight.detach() for name in there]
+                down = [whole(layer.lora_A[name].weight.detach()) for name in there]
+                up = [
+                    chosen[name] * scales[name] * whole(layer.lora_B[name].weight.detach()) for name in there
+                ]
                 factors[path] = torch.cat(down), torch.cat(up, dim=1)
         rank = max(len(down) for down, _ in factors.values())
         filled: dict[str, Tensor] = {}

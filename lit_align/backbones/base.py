@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from lit_align.errors import ConfigError
 from lit_align.gaussian import GaussianStep
@@ -26,6 +27,11 @@ REFERENCE = "reference"
 
 SamplerFactory = Callable[[Mapping[str, Any]], Sampler]
 """A sampler but for its first argument, the scheduler's configuration."""
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, for which all processes must ask; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True)
@@ -155,8 +161,13 @@ class DiffusionBackbone(nn.Module, ABC):
         """Complete a sampler with the configuration of this model's noise schedule."""
 
     @abstractmethod
-    def save_weights(self, folder: Path, weights: str = POLICY) -> None:
-        """Write a weight set in the form that diffusers loads (an adapter, or a pipeline folder)."""
+    def save_weights(self, folder: Path | None, weights: str = POLICY) -> None:
+        """Write a weight set in the form that diffusers loads (an adapter, or a pipeline folder).
+
+        Args:
+            folder: Where; null on a process that only gives its shards. All processes must call.
+            weights: The set.
+        """
 
     @abstractmethod
     def shard(self, mesh: DeviceMesh) -> None:

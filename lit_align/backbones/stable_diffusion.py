@@ -15,7 +15,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from lit_align.backbones.adapters import Adapters, LoRA
-from lit_align.backbones.base import POLICY, REFERENCE, Conditioning, DiffusionBackbone, SamplerFactory
+from lit_align.backbones.base import (
+    POLICY,
+    REFERENCE,
+    Conditioning,
+    DiffusionBackbone,
+    SamplerFactory,
+    whole,
+)
 from lit_align.errors import ConfigError
 from lit_align.pretrained import loading, resolve
 from lit_align.samplers import Sampler
@@ -258,11 +265,18 @@ class StableDiffusionBackbone(DiffusionBackbone):
 
     # ---- files and scale
 
-    def save_weights(self, folder: Path, weights: str = POLICY) -> None:
+    def save_weights(self, folder: Path | None, weights: str = POLICY) -> None:
         if weights in self._adapters:
             self._adapters.save(folder, weights)
             return
-        self.pipeline.unet = self.unets[weights]
+        unet = self.unets[weights]
+        if isinstance(unet, FSDPModule):
+            parameters = {name: whole(value).cpu() for name, value in unet.state_dict().items()}
+            unet = UNet2DConditionModel.from_config(unet.config)
+            unet.load_state_dict(parameters)
+        if folder is None:
+            return
+        self.pipeline.unet = unet
         self.pipeline.save_pretrained(folder)
         self.pipeline.unet = self.unet
 

@@ -7,7 +7,7 @@ from typing import Any
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from lit_align.callbacks.folder import run_folder, writes
+from lit_align.callbacks.folder import run_folder
 from lit_align.data import Batch
 from lit_align.methods import AlignmentModule
 
@@ -83,7 +83,10 @@ class AdapterExport(Callback):
         self._export(trainer, pl_module)
 
     def _export(self, trainer: Trainer, module: AlignmentModule) -> None:
-        if not writes(trainer):
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not trainer.is_global_zero:
+            module.export(None)  # its shards
             return
         folder = run_folder(trainer) / "adapter"
         draft, old = folder.with_name(".adapter.draft"), folder.with_name(".adapter.old")

@@ -16,14 +16,14 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.progress import Progress
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.lr_scheduler import LRScheduler
 
-from lit_align.backbones import POLICY, REFERENCE, DiffusionBackbone
+from lit_align.backbones import POLICY, REFERENCE, DiffusionBackbone, whole
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch, MultiTaskDataModule
 from lit_align.errors import ConfigError, check_positive
@@ -170,8 +170,8 @@ class AlignmentModule(LightningModule):
         """Check what depends on the Trainer.
 
         Raises:
-            ConfigError: The precision would round the states of the chains, or the data has several tasks and
-                the method learns one.
+            ConfigError: The precision would round the states of the chains, the strategy shards in a way that
+                the methods do not know, or the data has several tasks and the method learns one.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit" and isinstance(data, MultiTaskDataModule) and not self.several_tasks:
@@ -185,6 +185,8 @@ class AlignmentModule(LightningModule):
                 "use 32-true, bf16-mixed or 16-mixed"
             )
 
+        _check_strategy(self.trainer.strategy, self.trainer.world_size)
+
     def configure_model(self) -> None:
         if self.device_mesh is not None:
             self.backbone.shard(self.device_mesh["data_parallel"])
@@ -195,6 +197,13 @@ class AlignmentModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer([{"params": group} for group in self.parameter_groups()])
+        if self.device_mesh is not None:
+            # When a sharded optimiser is saved, torch finds out what its state looks like by a step without
+            # gradients, if it has made none. Adam would count it, so it is done here and set back.
+            get_optimizer_state_dict(self, optimizer)
+            for state in optimizer.state.values():
+                if "step" in state:
+                    state["step"].zero_()
         if self._lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
@@ -234,8 +243,7 @@ class AlignmentModule(LightningModule):
         """Clip, and drop an update that is not finite; here fp16 gradients are unscaled and ranks agree."""
         groups = [group["params"] for group in optimizer.param_groups]
         norms = [torch.nn.utils.clip_grad_norm_(group, self.clip_norm) for group in groups]
-        whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-        self.gradient_norm = torch.stack(whole).max()
+        self.gradient_norm = torch.stack([whole(norm) for norm in norms]).max()
         if self.gradient_norm.isfinite():
             self._skipped = 0
             return
@@ -354,8 +362,8 @@ class AlignmentModule(LightningModule):
                 bar.update(task, advance=1, refresh=refresh)
                 drawn = time.monotonic() if refresh else drawn
 
-    def export(self, folder: Path) -> None:
-        """Write what was trained, for diffusers."""
+    def export(self, folder: Path | None) -> None:
+        """Write what was trained, for diffusers; every rank must call it, and only one gives a folder."""
         self.backbone.save_weights(folder)
 
     def gather(self, value: Any) -> list[Any]:
@@ -379,6 +387,7 @@ class AlignmentModule(LightningModule):
             "reward_queries": self.reward_queries,
             "skipped": self._skipped,
             "baseline": self.baseline,
+            "trained": {name: list(p.shape) for name, p in kept.items()},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -387,9 +396,10 @@ class AlignmentModule(LightningModule):
         Raises:
             ConfigError: The checkpoint holds other trained weights than this configuration has.
         """
-        own = {name: p.shape for name, p in self.kept().items()}
-        saved = {name: value.shape for name, value in checkpoint["state_dict"].items()}
-        if "progress" not in checkpoint or own != saved:
+        own = {name: list(p.shape) for name, p in self.kept().items()}
+        # Not those of state_dict, which a strategy that shards has taken out by now.
+        saved = checkpoint.get("progress", {}).get("trained", {})
+        if own != saved:
             raise ConfigError(
                 f"ckpt_path: the checkpoint holds other trained weights ({len(saved)} tensors) than this "
                 f"configuration ({len(own)}); give the config.yaml of its run, or the same lora settings"
@@ -397,3 +407,25 @@ class AlignmentModule(LightningModule):
         progress = checkpoint["progress"]
         self.images, self.reward_queries = progress["images"], progress["reward_queries"]
         self._skipped, self.baseline = progress["skipped"], progress["baseline"]
+
+
+def _check_strategy(strategy: Strategy, world: int) -> None:
+    """Refuse a strategy that would train copies apart, or write what cannot be resumed."""
+    if isinstance(strategy, FSDPStrategy):
+        raise ConfigError(
+            "trainer.strategy: fsdp wraps the whole module, of which a method calls parts; to shard the "
+            "denoiser add --config configs/backbone/fsdp.yaml"
+        )
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    if strategy.device_mesh["data_parallel"].size() != world:
+        raise ConfigError(
+            f"trainer.strategy: the denoiser is sharded over data_parallel_size, which is "
+            f"{strategy.device_mesh['data_parallel'].size()} with {world} processes; set it to {world}, and "
+            "tensor_parallel_size to 1"
+        )
+    if strategy._save_distributed_checkpoint:  # there is no public name
+        raise ConfigError(
+            "trainer.strategy: a checkpoint in shards would ask for the frozen weights, which none holds; "
+            "set save_distributed_checkpoint to false"
+        )

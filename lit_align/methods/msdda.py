@@ -370,14 +370,14 @@ class MSDDAModule(ExpertModule):
                 "out, and give it to the test"
             )
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path | None) -> None:
         """Write each trained expert to ``folder/<name>``, and in ``folder`` the rewarded soup of all experts.
 
         The soup is one adapter at the configured weights, linear in the updates and as far as the fused
         policy goes, for programs that cannot fuse: an approximation of it.
         """
         for name in self.trained:
-            self.backbone.save_weights(folder / name, name)
+            self.backbone.save_weights(folder and folder / name, name)
         with suppress(ConfigError):  # whole models have no soup
             exponents = {name: a for name, a in self.exponents(self.weights).items() if name != REFERENCE}
             self.backbone.mix_weights("soup", exponents)

@@ -18,9 +18,8 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from lit_align.backbones import POLICY, DenoisingPolicy, DiffusionBackbone
+from lit_align.backbones import POLICY, DenoisingPolicy, DiffusionBackbone, whole
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import PairBatch
 from lit_align.errors import ConfigError
@@ -260,9 +259,8 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
         for name, parameter in self.backbone.named_parameters():
             if parameter.requires_grad:
                 continue  # the policy, which moves on
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             digest.update(name.encode())
-            digest.update(whole.detach().float().cpu().contiguous().numpy().tobytes())
+            digest.update(whole(parameter.detach()).float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def _pool_folder(self) -> Path | None:
