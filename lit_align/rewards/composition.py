@@ -33,8 +33,8 @@ Bytes = NDArray[np.uint8]
 QUERIES = {
     "owlvit": "a photo of a {}",
     "owlv2": "a photo of a {}",
-    "grounding-dino": "{}",
-    "mm-grounding-dino": "{}",
+    "grounding-dino": "{}.",
+    "mm-grounding-dino": "{}.",
 }
 """The open-vocabulary families, and how each wants to be asked for an object (their model cards)."""
 
@@ -185,15 +185,19 @@ class OpenVocabulary(Detector):
         self.model = load_whole(load, pretrained, SHAPES_DETECTOR, "detector", "detector")
         with loading(pretrained):
             self.processor = AutoProcessor.from_pretrained(resolve(pretrained, SHAPES_DETECTOR))
-            self.prepare(BLANK, text=[["nothing"]])
-        self.query = QUERIES[self.model.config.model_type]
+            self.prepare(BLANK, text=["nothing."])
+        config: Any = self.model.config
+        self.query = QUERIES[config.model_type]
+        longest = getattr(config, "max_text_len", config.text_config.max_position_embeddings)
+        self.as_tokens = {"padding": True, "truncation": True, "max_length": longest}
 
     def forward(self, pictures: Bytes, objects: Sequence[list[str]]) -> list[Tensor]:
         """Highest probability over queries, and over the words of the text."""
         counts = [len(names) for names in objects]
-        texts = [[self.query.format(name.lower())] for names in objects for name in names]
+        # Flat: OWL's processors pad each inner list for itself.
+        texts = [self.query.format(name.lower()) for names in objects for name in names]
         repeated = pictures.repeat(counts, axis=0)
-        logits = self.run(repeated, text=texts, padding=True).logits
+        logits = self.run(repeated, text=texts, **self.as_tokens).logits
         return list(logits.float().sigmoid().amax(dim=(1, 2)).cpu().split(counts))
 
 

@@ -176,6 +176,19 @@ def test_every_family_is_loaded_and_asked(
     assert each[2].isnan()  # no objects, no score
 
 
+@pytest.mark.parametrize("make", [owlvit, owlv2, grounding_dino, mm_grounding_dino], ids=lambda m: m.__name__)
+def test_objects_may_have_names_of_any_length(
+    make: Callable[[Path], None], tmp_path: Path, images: Tensor
+) -> None:
+    make(tmp_path)
+    reward = ObjectPresence(str(tmp_path), column="objects")
+    names: list[list[str]] = [["circle", "star heart circle"], ["st. star"], ["heart" + " circle" * 30]]
+    together = reward(images, [""] * 3, columns={"objects": names})
+    for row, those in enumerate(names):
+        alone = [reward(images[[row]], [""], columns={"objects": [[name]]}).item() for name in those]
+        assert together[row].item() == pytest.approx(sum(alone) / len(alone), abs=1e-5)
+
+
 def test_a_missing_package_is_named_at_construction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     owlv2(tmp_path)
     monkeypatch.setitem(BACKENDS_MAPPING, "scipy", (lambda: False, BACKENDS_MAPPING["scipy"][1]))
