@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_align.advantages import Advantages, BatchAdvantages
+from lit_align.advantages import Advantages, BatchAdvantages, PerPromptAdvantages
 from lit_align.data import MultiTaskDataModule, PromptDataModule
 from lit_align.errors import ConfigError
 from lit_align.rewards import RewardBank, Scope, SetReward
@@ -103,6 +103,7 @@ def check_task(name: str, task: Task, data: PromptDataModule, updates: int, worl
             "BatchAdvantages"
         )
     check_updates(data, updates, world, place)
+    _check_shared(task, data, place)
     baseline: Scope = "batch" if isinstance(task.advantages, BatchAdvantages) else "sample"
     baseline = "group" if task.advantages.needs_groups else baseline
     check_rewards(task.rewards, data, world, normaliser, baseline, place)
@@ -158,6 +159,25 @@ def check_rewards(
                 f"{where}: all images of a {'prompt' if prompts else 'collection'} share one "
                 f"score, and {learner} takes their mean away: nothing would be left to learn from. Set its "
                 f"credit to leave_one_out{hint}"
+            )
+
+
+def _check_shared(task: Task, data: PromptDataModule, place: str) -> None:
+    """Refuse a score that all images of a prompt share, where the normaliser only knows these images."""
+    bank, advantages = task.rewards, task.advantages
+    if isinstance(advantages, BatchAdvantages) and data.prompts_per_collection == 1:
+        remedy = "Set data.prompts_per_collection above 1"
+    elif isinstance(advantages, PerPromptAdvantages) and advantages.buffer_size <= data.images_per_prompt:
+        remedy = f"Set its buffer_size, {advantages.buffer_size}, to several times data.images_per_prompt"
+    else:
+        return
+    for name in bank.trained:
+        reward = bank.rewards[name]
+        if isinstance(reward, SetReward) and (reward.scope, reward.credit) == ("group", "shared"):
+            raise ConfigError(
+                f"{place}reward '{name}': all images of a prompt share one score, which "
+                f"{type(advantages).__name__} compares with nothing else: nothing would be left to learn from. "
+                f"{remedy}, or credit to leave_one_out"
             )
 
 

@@ -142,8 +142,10 @@ class MultiTaskDataModule(LightningDataModule):
         self.tasks = {
             name: PromptDataModule(
                 task.source,
-                task.images_per_prompt or images_per_prompt,
-                task.prompts_per_collection or prompts_per_collection,
+                images_per_prompt if task.images_per_prompt is None else task.images_per_prompt,
+                prompts_per_collection
+                if task.prompts_per_collection is None
+                else task.prompts_per_collection,
                 collections_per_epoch,
                 validation_fraction,
                 test_fraction,

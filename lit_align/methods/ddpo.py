@@ -145,6 +145,8 @@ class DDPOModule(JointModule):
         counts = {"updates": updates, "inner_epochs": inner_epochs, "shared_timesteps": shared_timesteps}
         sizes = {"timestep_fraction": timestep_fraction, "clip_range": clip_range, "kl_target": kl_target}
         check_positive(counts | sizes)
+        if not kl_weight >= 0:
+            raise ConfigError(f"kl_weight: {kl_weight} must not be negative")
         _check_steps(len(self.stochastic_steps), updates, timestep_fraction, shared_timesteps)
         steps = updates * inner_epochs * (shared_timesteps or 1)
         if clip_range is None and steps > 1:
@@ -230,7 +232,8 @@ class DDPOModule(JointModule):
 
     def look_back(self, collection: Collection, figures: Figures) -> None:
         """Measure how far the collection moved the policy; scale the next one's steps to ``kl_target``."""
-        # On each prompt's first image: little work, and the same pairs whatever micro-batch and ranks.
+        # On each prompt's first image: the same pairs whatever micro-batch and ranks, and little work where a
+        # prompt has several.
         batch = collection.batch
         first = torch.cat([torch.tensor([True]), batch.groups[1:] != batch.groups[:-1]])
         drawn = draw_pairs(
@@ -240,8 +243,9 @@ class DDPOModule(JointModule):
         moved = collection.moved(Pairs(drawn.rows[chosen], drawn.steps[chosen]), self.micro_batch)
         kl = torch.cat(self.gather(moved)).mean()
         figures.setdefault(of_task("kl", batch), []).append(kl[None])
-        # A collection that broke, or whose last update was skipped, says nothing of the steps.
-        if self.kl_target is not None and kl.isfinite() and self.gradient_norm.isfinite():
+        # A collection that broke, had no signal, or whose last update was skipped, says nothing of the steps.
+        whole = collection.informative and kl.isfinite() and self.gradient_norm.isfinite()
+        if self.kl_target is not None and whole:
             group = self.trainer.optimizers[0].param_groups[0]
             wished = self.tasks[batch.task].weight * group["lr"] / group.get("initial_lr", group["lr"])
             # KL grows with the square of the step; bounded, since it is measured on few pairs. What a weight

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_align.backbones import REFERENCE, DenoisingPolicy, DiffusionBackbone
@@ -47,6 +48,7 @@ class Collection(Replay):
         batch: The images' prompts and numbers.
         scores: What the rewards report, by name, ``(B,)`` each on the CPU.
         advantages: ``(B,)``, on the device.
+        informative: Whether any picture, of all ranks, has an advantage other than 0.
         sampled_at: Optimiser steps that had been made when the pictures were sampled.
         seconds: For sampling and scoring.
     """
@@ -55,6 +57,7 @@ class Collection(Replay):
     batch: Batch
     scores: dict[str, Tensor]
     advantages: Tensor
+    informative: bool
     sampled_at: int
     seconds: float
 
@@ -136,23 +139,25 @@ class JointModule(AlignmentModule):
         batches = batch if isinstance(batch, list) else [batch]
         batches = [one for one in batches if self.tasks[one.task].weight]
         rounds = [batches] if self.task_order == "interleaved" else [[one] for one in batches]
-        done: list[Collection] = []
         self._denoise("before", figures)
-        for together in rounds:
-            collections = [self.collect(one, figures) for one in together]
-            self._learn(collections, figures)
-            for collection in collections:
-                self.look_back(collection, figures)
-            done += collections
+        done = [result for together in rounds for result in self._round(together, figures)]
         self._denoise("after", figures)
-        scores = {name: torch.cat([one.scores[name] for one in done]) for name in done[0].scores}
-        sampling = sum(one.seconds for one in done)
+        scores = {name: torch.cat([said[name] for said, _ in done]) for name in done[0][0]}
+        sampling = sum(seconds for _, seconds in done)
         self.log_collection(scores, figures, sampling, time.perf_counter() - started)
 
-    def _learn(self, collections: Sequence[Collection], figures: Figures) -> None:
-        """All updates on some collections, which alternate."""
+    def _round(self, batches: Sequence[Batch], figures: Figures) -> list[tuple[dict[str, Tensor], float]]:
+        """Collect for some tasks and make all their updates, which alternate.
+
+        Returns:
+            Of each collection what the rewards report and its seconds; the chains, which are large, go.
+        """
+        collections = [self.collect(one, figures) for one in batches]
         for _ in zip_longest(*(self.learn(collection, figures) for collection in collections)):
             pass
+        for collection in collections:
+            self.look_back(collection, figures)
+        return [(collection.scores, collection.seconds) for collection in collections]
 
     def collect(self, batch: Batch, figures: Figures) -> Collection:
         """Sample pictures of a task with the weights of now, and score them."""
@@ -164,6 +169,7 @@ class JointModule(AlignmentModule):
         rewards = scores.total.float().cpu()
         unscored = rewards.isfinite().logical_not().float()
         figures.setdefault(of_task("unscored", batch), []).append(unscored)
+        advantages, informative = self._advantages(batch, rewards)
         policy = self.backbone.policy(self.sampler, self.backbone.encode(batch.prompts), self.guidance)
         return Collection(
             policy,
@@ -171,7 +177,8 @@ class JointModule(AlignmentModule):
             replace(policy, weights=REFERENCE),
             batch,
             scores.report,
-            self._advantages(batch, rewards).to(self.device),
+            advantages.to(self.device),
+            informative,
             self.trainer.global_step,
             seconds,
         )
@@ -183,8 +190,8 @@ class JointModule(AlignmentModule):
             return scores
         return replace(scores, report=joint_scores(scores.report, batch.task, self.tasks))
 
-    def _advantages(self, batch: Batch, rewards: Tensor) -> Tensor:
-        """Advantages of this rank's images, normalised with the images of all ranks."""
+    def _advantages(self, batch: Batch, rewards: Tensor) -> tuple[Tensor, bool]:
+        """Advantages of this rank's images, normalised with the images of all ranks; whether any is not 0."""
         ranks = self.gather((batch.index, rewards, batch.groups, batch.prompts))
         index, rewards, groups = (torch.cat([rank[part] for rank in ranks]) for part in range(3))
         prompts = [prompt for rank in ranks for prompt in rank[3]]
@@ -192,7 +199,12 @@ class JointModule(AlignmentModule):
         order = index.argsort()
         normalise = self.tasks[batch.task].advantages
         ordered = normalise(rewards[order], groups[order], [prompts[i] for i in order.tolist()])
-        return ordered[torch.searchsorted(index[order], batch.index)]
+        if not (informative := bool(ordered.any())):
+            rank_zero_warn(
+                f"{of_task('collection', batch)}: all advantages are 0, so there is nothing to learn from; "
+                "the pictures have one score, or the normaliser takes away what they share"
+            )
+        return ordered[torch.searchsorted(index[order], batch.index)], informative
 
     # ---- updates
 

@@ -29,7 +29,7 @@ class SetReward(Reward):
 
     - ``shared``: ``R(S)``, the same for all, which is the paper's rule. A baseline that is the mean of the
       set takes all of it away: a prompt's set needs a normaliser over the batch (``BatchAdvantages``), a
-      batch's one with a memory (``PerPromptAdvantages``).
+      batch's one with a memory (``PerPromptAdvantages``), which only prompts that come again have.
     - ``leave_one_out``: ``R(S) - R(S without i)``, what the set owes to the picture. The expected policy
       gradient is the same, since the second term does not depend on picture ``i``; its variance was
       3.5 times smaller with sixteen pictures and four uneven classes (a test). Our own addition.
@@ -41,7 +41,8 @@ class SetReward(Reward):
     of the set (that of :class:`PairwiseDiversity` is always 0).
 
     With the scope ``"batch"`` the set is the whole batch, of all processes: then every process must score as
-    often as the others.
+    often as the others. In validation and test that is one batch of ``eval_batch`` pictures times the
+    processes, so figures of runs with other numbers are of sets of another size.
 
     Args:
         credit: The rule.
@@ -173,6 +174,10 @@ class StatisticalParity(SetReward):
         credit: Credit = "leave_one_out",
     ) -> None:
         super().__init__(credit)
+        if not 0 <= min_confidence <= 1:
+            raise ConfigError(
+                f"min_confidence: {min_confidence} is no probability; with more than 1 no picture has a class"
+            )
         self.model: PreTrainedModel = load_whole(
             AutoModelForImageClassification.from_pretrained,
             pretrained,
