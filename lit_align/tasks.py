@@ -176,8 +176,8 @@ def _check_shared(task: Task, data: PromptDataModule, place: str) -> None:
         if isinstance(reward, SetReward) and (reward.scope, reward.credit) == ("group", "shared"):
             raise ConfigError(
                 f"{place}reward '{name}': all images of a prompt share one score, which "
-                f"{type(advantages).__name__} compares with nothing else: nothing would be left to learn from. "
-                f"{remedy}, or credit to leave_one_out"
+                f"{type(advantages).__name__} compares with nothing else: nothing would be left to learn "
+                f"from. {remedy}, or credit to leave_one_out"
             )
 
 

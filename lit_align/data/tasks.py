@@ -139,13 +139,12 @@ class MultiTaskDataModule(LightningDataModule):
         if not tasks:
             raise ConfigError("data.tasks is empty: give the prompts of at least one task, by its name")
         self.test_split = test_split
+        images, prompts = images_per_prompt, prompts_per_collection
         self.tasks = {
             name: PromptDataModule(
                 task.source,
-                images_per_prompt if task.images_per_prompt is None else task.images_per_prompt,
-                prompts_per_collection
-                if task.prompts_per_collection is None
-                else task.prompts_per_collection,
+                images if task.images_per_prompt is None else task.images_per_prompt,
+                prompts if task.prompts_per_collection is None else task.prompts_per_collection,
                 collections_per_epoch,
                 validation_fraction,
                 test_fraction,
