@@ -46,7 +46,7 @@ class CollectionCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = run_folder(trainer) / "checkpoints" / "last.ckpt"
-            trainer.save_checkpoint(trainer.strategy.broadcast(path), weights_only=False)
+            trainer.save_checkpoint(trainer.strategy.broadcast(path), False)  # not the weights alone
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -530,6 +530,39 @@ def test_an_impossible_pair_is_refused_with_the_remedy(
         check_task("a", Task(bank(reward), advantages), data, 1, world)
 
 
+@pytest.mark.parametrize(
+    ("advantages", "prompts", "named"),
+    [
+        (BatchAdvantages(), 1, "prompts_per_collection above 1"),
+        (BatchAdvantages(), 2, ""),
+        (PerPromptAdvantages(buffer_size=4, min_count=2), 2, "its buffer_size, 4, to several times"),
+        (PerPromptAdvantages(buffer_size=16, min_count=2), 2, ""),
+    ],
+)
+def test_a_shared_score_needs_others_to_be_compared_with(
+    advantages: Advantages, prompts: int, named: str
+) -> None:
+    data = PromptDataModule(ShapesPrompts(["open"]), images_per_prompt=4, prompts_per_collection=prompts)
+    task = Task(bank(EvenBrightness("shared")), advantages)
+    if not named:
+        check_task("a", task, data, 1, 1)
+        return
+    with pytest.raises(ConfigError, match=named):
+        check_task("a", task, data, 1, 1)
+
+
+def test_a_collection_without_a_signal_is_told_and_leaves_the_step_alone(tiny: Path, tmp_path: Path) -> None:
+    module = make(tiny, rewards=bank(Still()), advantages=BatchAdvantages(), kl_target=1.0)
+    with pytest.warns(UserWarning, match="all advantages are 0"):
+        fit(module, PromptDataModule(ShapesPrompts(["open"]), **SIZES), tmp_path, iterations=2)
+    assert module.step_scale == {"": 1.0}
+
+
+def test_a_task_of_no_pictures_is_not_given_the_default() -> None:
+    with pytest.raises(ConfigError, match="images_per_prompt"):
+        MultiTaskDataModule({"a": TaskPrompts(ShapesPrompts(["open"]), images_per_prompt=0)}, **SIZES)
+
+
 @pytest.mark.parametrize("stage", ["validation", "test"])
 def test_a_set_that_could_not_be_scored_on_held_out_prompts_is_refused(stage: str) -> None:
     few: dict[str, Any] = {f"{stage}_images_per_prompt": 1}

@@ -256,6 +256,8 @@ def test_refuses_what_cannot_work(four: str, options: dict[str, Any], named: str
 
 def test_a_classifier_of_ones_own_is_read_with_its_processor(four: str) -> None:
     """The real path through transformers: another size of picture, another number of classes."""
+    with pytest.raises(ConfigError, match="no probability"):
+        StatisticalParity(four, min_confidence=1.5)
     reward = StatisticalParity(four, min_confidence=0)
     images = torch.rand(4, 3, 30, 20, generator=torch.Generator().manual_seed(0))
     assert reward.features(images).shape == (4, 4)
