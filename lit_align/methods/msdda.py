@@ -361,13 +361,18 @@ class MSDDAModule(ExpertModule):
         """As for all experts; those with a sampler of their own cannot be trained.
 
         Raises:
-            ConfigError: There is nothing to train, or it cannot be trained like this.
+            ConfigError: There is nothing to train, or it cannot be trained, or followed, like this.
         """
         super().setup(stage)
         if stage == "fit" and (own := [name for name in self.samplers if name in self.trained]):
             raise ConfigError(
                 f"samplers: fit learns {own[0]} from chains of the common sampler; take its own "
                 "out, and give it to the test"
+            )
+        if self.one_expert_per_step and self.device_mesh is not None:
+            raise ConfigError(
+                "one_expert_per_step: processes draw different experts, and one that shares its weights with "
+                "others waits for them for ever; use DDP (trainer.devices), or set it to false"
             )
 
     def export(self, folder: Path | None) -> None:
