@@ -56,6 +56,7 @@ def differentiable_rollout(
     draws: Generators = None,
     reference: Predict | None = None,
     one_shot: bool = False,
+    graphs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Sample a chain whose end is a differentiable function of the attached predictions.
 
@@ -71,6 +72,7 @@ def differentiable_rollout(
         draws: Where the steps' noise comes from.
         reference: The denoiser of the reference, to measure KL on the attached steps.
         one_shot: Return the clean states that the attached predictions imply (ReFL), one per image.
+        graphs: ``(T,)`` bool, the steps that get a graph, if they are more than those with an attached image.
 
     Returns:
         Clean latents ``(B, ...)``, and the KL to the reference in nats, summed over the attached steps,
@@ -78,10 +80,11 @@ def differentiable_rollout(
     """
     x = jumped = noise
     kl = noise.new_zeros(len(noise))
+    graphs = attached.any(1) if graphs is None else graphs
     # After the last jump nothing is left to sample.
-    steps = int(attached.any(1).nonzero().max()) + 1 if one_shot else sampler.num_steps
+    steps = int(graphs.nonzero().max()) + 1 if one_shot else sampler.num_steps
     for k in range(steps):
-        used, keep = bool(attached[k].any()), attached[k].to(x.device)
+        used, keep = bool(graphs[k]), attached[k].to(x.device)
         here = keep.view(-1, *(1,) * (x.ndim - 1))
         with torch.set_grad_enabled(used and torch.is_grad_enabled()):
             prediction = predict(x, k)
@@ -231,18 +234,22 @@ class AlignPropModule(AlignmentModule):
         work = Collection(batch, torch.stack(drawn, dim=1))
         # Alike windows together: a micro-batch needs the graph of its longest.
         order = work.attached.int().argmax(0).argsort(stable=True)
-        self.update([partial(self._loss, work, rows) for rows in order.split(self.micro_batch)])
+        parts = order.split(self.micro_batch)
+        graphs = [work.attached[:, rows].any(1) for rows in parts]
+        if self.device_mesh is not None:  # whoever shares the weights must go back through the same steps
+            graphs = [torch.stack(those).any(0) for those in zip(*self.gather(graphs), strict=True)]
+        self.update([partial(self._loss, work, *part) for part in zip(parts, graphs, strict=True)])
         work.figures["grad_norm"] = [self.gradient_norm.detach()[None]]
         work.figures["attached_steps"] = [work.attached.sum(0)]
         scores = {name: torch.cat(pieces)[order.argsort()] for name, pieces in work.scores.items()}
         self.reward_queries += self.truncation.copies * len(batch) * self.trainer.world_size
         self.log_collection(scores, work.figures, work.sampling, time.perf_counter() - started)
 
-    def _loss(self, work: Collection, rows: Tensor) -> Tensor:
-        """The part of some images in the mean loss of the collection."""
+    def _loss(self, work: Collection, rows: Tensor, graphs: Tensor) -> Tensor:
+        """The part of some images in the mean loss of the collection, with graphs of some steps."""
         started = time.perf_counter()
         batch = work.batch[rows]
-        latents, kl = self.differentiable_sample(batch, work.attached[:, rows])
+        latents, kl = self.differentiable_sample(batch, work.attached[:, rows], graphs)
         images, ends = self.backbone.decode(latents), 1 + self.truncation.copies
         scored = batch[torch.arange(len(batch)).repeat(ends)]
         output = self.rewards(images, scored.prompts, scored.groups, scored.columns)
@@ -260,12 +267,15 @@ class AlignPropModule(AlignmentModule):
             total = total + self.kl_weight * penalty.sum()
         return total / len(work.batch)
 
-    def differentiable_sample(self, batch: Batch, attached: Tensor) -> tuple[Tensor, Tensor]:
+    def differentiable_sample(
+        self, batch: Batch, attached: Tensor, graphs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The latents that :meth:`sample` draws for training, with a gradient, and their KL.
 
         Args:
             batch: ``B`` images.
             attached: ``(T, B)`` bool.
+            graphs: As in :func:`differentiable_rollout`.
 
         Returns:
             As :func:`differentiable_rollout`, and after the latents their ``m`` copies.
@@ -275,7 +285,7 @@ class AlignPropModule(AlignmentModule):
         policy = partial(self._predict, cond, POLICY)
         reference = partial(self._predict, cond, REFERENCE) if self.kl_weight else None
         latents, kl = differentiable_rollout(
-            policy, self.sampler, noise, attached, draws, reference, self.truncation.one_shot
+            policy, self.sampler, noise, attached, draws, reference, self.truncation.one_shot, graphs
         )
         return last_step_again(policy, self.sampler, latents, self.truncation.copies, draws), kl
 
