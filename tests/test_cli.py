@@ -334,6 +334,13 @@ def test_a_sharded_run_that_is_resumed_equals_the_uninterrupted_one(small):
     assert_equal(adapter("whole"), adapter("cut"))
 
 
+def test_processes_that_share_the_weights_go_back_through_the_same_steps(small):
+    """AlignProp draws the steps of each picture: one that went back through fewer would wait for ever."""
+    arguments = ["--config", str(ROOT / "configs" / "alignprop.yaml"), *small[2:], *without_judge()]
+    fit_with_two_processes(*arguments, f"--config={FSDP}", "--trainer.limit_train_batches=2")
+    assert adapter("alignprop")
+
+
 @pytest.mark.parametrize(
     ("strategy", "replicas", "message"),
     [
