@@ -24,6 +24,11 @@ class TaskPrompts:
         prompts_per_collection: Prompts of one collection; the module's if not given.
         validation_source: Validate on these prompts; a share of ``source`` if not given.
         test_source: Test on these prompts; a share of ``source`` if not given.
+        validation_prompts: Of this task; the module's if not given, as for all that follow.
+        validation_images_per_prompt: Images of each of these.
+        test_prompts: Of this task. Many prompts of few images give smaller errors; rewards of a prompt's set
+            need several images of each.
+        test_images_per_prompt: Images of each of these.
     """
 
     source: PromptSource
@@ -31,6 +36,10 @@ class TaskPrompts:
     prompts_per_collection: int | None = None
     validation_source: PromptSource | None = None
     test_source: PromptSource | None = None
+    validation_prompts: int | None = None
+    validation_images_per_prompt: int | None = None
+    test_prompts: int | None = None
+    test_images_per_prompt: int | None = None
 
 
 class JointLoader:
@@ -139,24 +148,26 @@ class MultiTaskDataModule(LightningDataModule):
         if not tasks:
             raise ConfigError("data.tasks is empty: give the prompts of at least one task, by its name")
         self.test_split = test_split
-        images, prompts = images_per_prompt, prompts_per_collection
+        common = {
+            "images_per_prompt": images_per_prompt,
+            "prompts_per_collection": prompts_per_collection,
+            "validation_prompts": validation_prompts,
+            "validation_images_per_prompt": validation_images_per_prompt,
+            "test_prompts": test_prompts,
+            "test_images_per_prompt": test_images_per_prompt,
+        }
         self.tasks = {
             name: PromptDataModule(
                 task.source,
-                images if task.images_per_prompt is None else task.images_per_prompt,
-                prompts if task.prompts_per_collection is None else task.prompts_per_collection,
-                collections_per_epoch,
-                validation_fraction,
-                test_fraction,
-                task.validation_source,
-                task.test_source,
-                validation_prompts,
-                validation_images_per_prompt,
-                test_prompts,
-                test_images_per_prompt,
-                eval_batch,
+                collections_per_epoch=collections_per_epoch,
+                validation_fraction=validation_fraction,
+                test_fraction=test_fraction,
+                validation_source=task.validation_source,
+                test_source=task.test_source,
+                eval_batch=eval_batch,
                 seed=seed,
                 test_split=test_split,
+                **_sizes(task, common),
             )
             for name, task in tasks.items()
         }
@@ -191,6 +202,12 @@ class MultiTaskDataModule(LightningDataModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave batches on the CPU: their tensors count images and are read by the host."""
         return batch
+
+
+def _sizes(task: TaskPrompts, common: Mapping[str, int]) -> dict[str, Any]:
+    """A task's own sizes where it has them."""
+    own = {name: getattr(task, name) for name in common}
+    return {name: size if own[name] is None else own[name] for name, size in common.items()}
 
 
 def _of_task(batch: Batch, name: str, count: int, number: int) -> Batch:

@@ -52,6 +52,26 @@ def test_one_task_has_the_batches_of_a_plain_module() -> None:
         assert torch.equal(batch.groups, wanted.groups)
 
 
+def test_a_task_may_be_tested_on_sizes_of_its_own() -> None:
+    """Many prompts of few pictures beside few of many, which rewards of sets need."""
+    tasks = {
+        "liked": TaskPrompts(prompts("any"), test_prompts=4, test_images_per_prompt=1),
+        "fair": TaskPrompts(prompts("open"), validation_prompts=3, validation_images_per_prompt=2),
+    }
+    shares = {"validation_fraction": 0.3, "test_fraction": 0.3}
+    sizes = {"validation_prompts": 1, "validation_images_per_prompt": 4}
+    data = MultiTaskDataModule(tasks, **shares, **sizes, test_prompts=2, test_images_per_prompt=3)
+    data.setup("test")
+    batches = list(data.test_dataloader())
+    assert [(batch.task, len(batch), len(batch.groups.unique())) for batch in batches] == [
+        ("liked", 4, 4),
+        ("fair", 6, 2),
+    ]
+    assert torch.equal(torch.cat([batch.index for batch in batches]), torch.arange(10))
+    data.setup("validate")
+    assert [(batch.task, len(batch)) for batch in data.val_dataloader()] == [("liked", 4), ("fair", 6)]
+
+
 def test_validation_numbers_all_pictures_from_zero() -> None:
     sizes = {"validation_prompts": 3, "validation_fraction": 0.3, "eval_batch": 8}
     batches = list(module("validate", **sizes).val_dataloader())
