@@ -177,9 +177,11 @@ class Adapters:
             layers, config = self._concatenated(chosen)
         if folder is None:
             return
+        # Renamed are only the layers of attention, and diffusers reads a file by the style of its first name.
+        renamed = convert_state_dict_to_diffusers(layers)
         StableDiffusionPipeline.save_lora_weights(
             folder,
-            unet_lora_layers=convert_state_dict_to_diffusers(layers),
+            unet_lora_layers=layers if any(".lora_A." in key for key in renamed) else renamed,
             unet_lora_adapter_metadata=config.to_dict(),
         )
 

@@ -158,8 +158,13 @@ def test_train_mode_does_not_reach_the_models(tiny):
     assert not any(module.training for module in backbone.modules())
 
 
-def test_the_adapter_folder_loads_in_diffusers_and_draws_the_live_picture(tiny, tmp_path):
-    backbone = StableDiffusionBackbone(str(tiny), lora=LoRA(rank=3, alpha=6.0))
+@pytest.mark.parametrize(
+    "further", [[], ["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"]], ids=len
+)
+def test_the_adapter_folder_loads_in_diffusers_and_draws_the_live_picture(tiny, tmp_path, further):
+    lora = LoRA(rank=3, alpha=6.0)
+    lora.target_modules += further
+    backbone = StableDiffusionBackbone(str(tiny), lora=lora)
     perturb(backbone)
     backbone.save_weights(tmp_path / "adapter")
     sampler = backbone.make_sampler(partial(DDIM, num_steps=4, eta=0.0))
