@@ -147,17 +147,21 @@ class JointModule(AlignmentModule):
         self.log_collection(scores, figures, sampling, time.perf_counter() - started)
 
     def _round(self, batches: Sequence[Batch], figures: Figures) -> list[tuple[dict[str, Tensor], float]]:
-        """Collect for some tasks and make all their updates, which alternate.
+        """Collect for some tasks and make all their updates.
 
         Returns:
             Of each collection what the rewards report and its seconds; the chains, which are large, go.
         """
         collections = [self.collect(one, figures) for one in batches]
-        for _ in zip_longest(*(self.learn(collection, figures) for collection in collections)):
-            pass
+        self._learn(collections, figures)
         for collection in collections:
             self.look_back(collection, figures)
         return [(collection.scores, collection.seconds) for collection in collections]
+
+    def _learn(self, collections: Sequence[Collection], figures: Figures) -> None:
+        """All updates on some collections, which alternate."""
+        for _ in zip_longest(*(self.learn(collection, figures) for collection in collections)):
+            pass
 
     def collect(self, batch: Batch, figures: Figures) -> Collection:
         """Sample pictures of a task with the weights of now, and score them."""
