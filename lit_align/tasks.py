@@ -12,6 +12,9 @@ from lit_align.data import MultiTaskDataModule, PromptDataModule
 from lit_align.errors import ConfigError
 from lit_align.rewards import RewardBank, Scope, SetReward
 
+BATCH_LEARNS = " (DDPO learns from what a prompt shares with BatchAdvantages)"
+"""Where a prompt's mean is taken away and its images share one score."""
+
 
 @dataclass
 class Task:
@@ -103,10 +106,7 @@ def check_task(name: str, task: Task, data: PromptDataModule, updates: int, worl
             "BatchAdvantages"
         )
     check_updates(data, updates, world, place)
-    _check_shared(task, data, place)
-    baseline: Scope = "batch" if isinstance(task.advantages, BatchAdvantages) else "sample"
-    baseline = "group" if task.advantages.needs_groups else baseline
-    check_rewards(task.rewards, data, world, normaliser, baseline, place)
+    check_rewards(task.rewards, data, world, normaliser, *_baseline(task.advantages, data), place)
 
 
 def check_updates(data: PromptDataModule, updates: int, world: int, place: str = "") -> None:
@@ -123,7 +123,13 @@ def check_updates(data: PromptDataModule, updates: int, world: int, place: str =
 
 
 def check_rewards(
-    rewards: RewardBank, data: PromptDataModule, world: int, learner: str, baseline: Scope, place: str = ""
+    rewards: RewardBank,
+    data: PromptDataModule,
+    world: int,
+    learner: str,
+    baseline: Scope,
+    remedy: str = BATCH_LEARNS,
+    place: str = "",
 ) -> None:
     """Refuse trained rewards that could say nothing of a collection's images, or not what they mean.
 
@@ -133,6 +139,7 @@ def check_rewards(
         world: Number of processes.
         learner: What compares the scores, for messages.
         baseline: Whose mean it subtracts: that of a prompt's images (``group``), of all (``batch``), or none.
+        remedy: What helps, beside another credit, where it subtracts a prompt's mean.
         place: Of the bank, for messages.
 
     Raises:
@@ -154,31 +161,24 @@ def check_rewards(
             )
         elif reward.credit == "shared" and (baseline == "group" or baseline == reward.scope == "batch"):
             prompts = reward.scope == "group"
-            hint = " (DDPO learns from what a prompt shares with BatchAdvantages)" if prompts else ""
             raise ConfigError(
                 f"{where}: all images of a {'prompt' if prompts else 'collection'} share one "
                 f"score, and {learner} takes their mean away: nothing would be left to learn from. Set its "
-                f"credit to leave_one_out{hint}"
+                f"credit to leave_one_out{remedy if prompts else ''}"
             )
 
 
-def _check_shared(task: Task, data: PromptDataModule, place: str) -> None:
-    """Refuse a score that all images of a prompt share, where the normaliser only knows these images."""
-    bank, advantages = task.rewards, task.advantages
-    if isinstance(advantages, BatchAdvantages) and data.prompts_per_collection == 1:
-        remedy = "Set data.prompts_per_collection above 1"
-    elif isinstance(advantages, PerPromptAdvantages) and advantages.buffer_size <= data.images_per_prompt:
-        remedy = f"Set its buffer_size, {advantages.buffer_size}, to several times data.images_per_prompt"
-    else:
-        return
-    for name in bank.trained:
-        reward = bank.rewards[name]
-        if isinstance(reward, SetReward) and (reward.scope, reward.credit) == ("group", "shared"):
-            raise ConfigError(
-                f"{place}reward '{name}': all images of a prompt share one score, which "
-                f"{type(advantages).__name__} compares with nothing else: nothing would be left to learn "
-                f"from. {remedy}, or credit to leave_one_out"
-            )
+def _baseline(advantages: Advantages, data: PromptDataModule) -> tuple[Scope, str]:
+    """Whose mean a normaliser takes away, and, if it is that of a prompt's images, what else would help."""
+    if advantages.needs_groups:
+        return "group", BATCH_LEARNS
+    if isinstance(advantages, BatchAdvantages):
+        alone = data.prompts_per_collection == 1
+        return ("group", ", or data.prompts_per_collection above 1") if alone else ("batch", "")
+    if isinstance(advantages, PerPromptAdvantages) and advantages.buffer_size <= data.images_per_prompt:
+        memory = f"its buffer_size, {advantages.buffer_size}, to several times data.images_per_prompt"
+        return "group", f", or give {type(advantages).__name__} a memory: {memory}"
+    return "sample", ""
 
 
 def _too_few(data: PromptDataModule, smallest: int) -> str | None:

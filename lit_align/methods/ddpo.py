@@ -241,11 +241,12 @@ class DDPOModule(JointModule):
         )
         chosen = first[drawn.rows]
         moved = collection.moved(Pairs(drawn.rows[chosen], drawn.steps[chosen]), self.micro_batch)
-        kl = torch.cat(self.gather(moved)).mean()
+        ranks = self.gather((moved, bool(collection.advantages.any())))
+        kl, informative = torch.cat([one for one, _ in ranks]).mean(), any(told for _, told in ranks)
         figures.setdefault(of_task("kl", batch), []).append(kl[None])
         # A collection that broke, had no signal, or whose last update was skipped, says nothing of the steps.
-        whole = collection.informative and kl.isfinite() and self.gradient_norm.isfinite()
-        if self.kl_target is not None and whole:
+        measured = informative and kl.isfinite() and self.gradient_norm.isfinite()
+        if self.kl_target is not None and measured:
             group = self.trainer.optimizers[0].param_groups[0]
             wished = self.tasks[batch.task].weight * group["lr"] / group.get("initial_lr", group["lr"])
             # KL grows with the square of the step; bounded, since it is measured on few pairs. What a weight

@@ -48,7 +48,6 @@ class Collection(Replay):
         batch: The images' prompts and numbers.
         scores: What the rewards report, by name, ``(B,)`` each on the CPU.
         advantages: ``(B,)``, on the device.
-        informative: Whether any picture, of all ranks, has an advantage other than 0.
         sampled_at: Optimiser steps that had been made when the pictures were sampled.
         seconds: For sampling and scoring.
     """
@@ -57,7 +56,6 @@ class Collection(Replay):
     batch: Batch
     scores: dict[str, Tensor]
     advantages: Tensor
-    informative: bool
     sampled_at: int
     seconds: float
 
@@ -173,7 +171,6 @@ class JointModule(AlignmentModule):
         rewards = scores.total.float().cpu()
         unscored = rewards.isfinite().logical_not().float()
         figures.setdefault(of_task("unscored", batch), []).append(unscored)
-        advantages, informative = self._advantages(batch, rewards)
         policy = self.backbone.policy(self.sampler, self.backbone.encode(batch.prompts), self.guidance)
         return Collection(
             policy,
@@ -181,8 +178,7 @@ class JointModule(AlignmentModule):
             replace(policy, weights=REFERENCE),
             batch,
             scores.report,
-            advantages.to(self.device),
-            informative,
+            self._advantages(batch, rewards).to(self.device),
             self.trainer.global_step,
             seconds,
         )
@@ -194,8 +190,8 @@ class JointModule(AlignmentModule):
             return scores
         return replace(scores, report=joint_scores(scores.report, batch.task, self.tasks))
 
-    def _advantages(self, batch: Batch, rewards: Tensor) -> tuple[Tensor, bool]:
-        """Advantages of this rank's images, normalised with the images of all ranks; whether any is not 0."""
+    def _advantages(self, batch: Batch, rewards: Tensor) -> Tensor:
+        """Advantages of this rank's images, normalised with the images of all ranks."""
         ranks = self.gather((batch.index, rewards, batch.groups, batch.prompts))
         index, rewards, groups = (torch.cat([rank[part] for rank in ranks]) for part in range(3))
         prompts = [prompt for rank in ranks for prompt in rank[3]]
@@ -203,12 +199,12 @@ class JointModule(AlignmentModule):
         order = index.argsort()
         normalise = self.tasks[batch.task].advantages
         ordered = normalise(rewards[order], groups[order], [prompts[i] for i in order.tolist()])
-        if not (informative := bool(ordered.any())):
+        if not ordered.any():
             rank_zero_warn(
                 f"{of_task('collection', batch)}: all advantages are 0, so there is nothing to learn from; "
                 "the pictures have one score, or the normaliser takes away what they share"
             )
-        return ordered[torch.searchsorted(index[order], batch.index)], informative
+        return ordered[torch.searchsorted(index[order], batch.index)]
 
     # ---- updates
 
