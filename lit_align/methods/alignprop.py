@@ -211,6 +211,8 @@ class AlignPropModule(AlignmentModule):
             raise ConfigError(
                 f"target {target} and ceiling {ceiling} are two losses; set one of them to null"
             )
+        if not kl_weight >= 0:
+            raise ConfigError(f"kl_weight: {kl_weight} must not be negative")
         if kl_weight and not self.sampler.stochastic.any():
             raise ConfigError(
                 "kl_weight: steps without noise have no KL, and sampler.init_args.eta is 0; "

@@ -648,6 +648,7 @@ class OfTheGroup(Redness):
     ("options", "named"),
     [
         ({"reward": OfTheGroup()}, "several pictures"),
+        ({"kl_weight": -0.1}, "kl_weight"),
         ({"kl_weight": 1.0, "sampler": partial(DDIM, num_steps=STEPS, eta=0.0)}, "eta"),
         ({"coefficient": 0.0}, "coefficient"),
         ({"target": 1.0, "ceiling": 2.0}, "target 1.0 and ceiling 2.0"),
