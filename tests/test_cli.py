@@ -44,7 +44,16 @@ SMALL = [
     "--data.init_args.test_images_per_prompt=2",
     "--data.init_args.eval_batch=4",
 ]
-OWN = {"pinterest_joint": ["--data.init_args.tasks.preference.prompts_per_collection=4"]}
+OWN = {
+    "pinterest_joint": [
+        "--data.init_args.tasks.preference.prompts_per_collection=4",
+        "--data.init_args.tasks.fairness.images_per_prompt=2",
+        "--data.init_args.tasks.fairness.validation_prompts=4",
+        "--data.init_args.tasks.fairness.validation_images_per_prompt=2",
+        "--data.init_args.tasks.fairness.test_prompts=4",
+        "--data.init_args.tasks.fairness.test_images_per_prompt=2",
+    ]
+}
 """Further sizes, of configurations that have some of their own."""
 ON_PAIRS = {"dpo", "sft", "spin"}
 """Methods on pairs of pictures: no reward scores what they train on."""

@@ -107,7 +107,7 @@ class PromptDataModule(LightningDataModule):
         for name in ("validation_images_per_prompt", "test_images_per_prompt"):
             if not 1 <= (value := getattr(self, name)) <= self.eval_batch:
                 raise ConfigError(
-                    f"data.{name} is {value}: give 1 to data.eval_batch, which is {self.eval_batch}"
+                    f"data.{name} is {value}: give 1 to {self.eval_batch}, as data.eval_batch is"
                 )
         for name in ("validation_fraction", "test_fraction"):
             if not 0 <= (value := getattr(self, name)) < 1:

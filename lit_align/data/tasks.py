@@ -156,21 +156,23 @@ class MultiTaskDataModule(LightningDataModule):
             "test_prompts": test_prompts,
             "test_images_per_prompt": test_images_per_prompt,
         }
-        self.tasks = {
-            name: PromptDataModule(
-                task.source,
-                collections_per_epoch=collections_per_epoch,
-                validation_fraction=validation_fraction,
-                test_fraction=test_fraction,
-                validation_source=task.validation_source,
-                test_source=task.test_source,
-                eval_batch=eval_batch,
-                seed=seed,
-                test_split=test_split,
-                **_sizes(task, common),
-            )
-            for name, task in tasks.items()
-        }
+        self.tasks: dict[str, PromptDataModule] = {}
+        for name, task in tasks.items():
+            try:
+                self.tasks[name] = PromptDataModule(
+                    task.source,
+                    collections_per_epoch=collections_per_epoch,
+                    validation_fraction=validation_fraction,
+                    test_fraction=test_fraction,
+                    validation_source=task.validation_source,
+                    test_source=task.test_source,
+                    eval_batch=eval_batch,
+                    seed=seed,
+                    test_split=test_split,
+                    **_sizes(task, common),
+                )
+            except ConfigError as error:
+                raise ConfigError(f"task {name}: {error}") from None
 
     def prepare_data(self) -> None:
         """Index large sources, once a machine."""
