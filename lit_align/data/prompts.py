@@ -106,9 +106,7 @@ class PromptDataModule(LightningDataModule):
             raise ConfigError(f"data.test_split is {self.test_split!r}: give test or train")
         for name in ("validation_images_per_prompt", "test_images_per_prompt"):
             if not 1 <= (value := getattr(self, name)) <= self.eval_batch:
-                raise ConfigError(
-                    f"data.{name} is {value}: give 1 to {self.eval_batch}, as data.eval_batch is"
-                )
+                raise ConfigError(f"data.{name} is {value}: give 1 to {self.eval_batch} (data.eval_batch)")
         for name in ("validation_fraction", "test_fraction"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ConfigError(f"data.{name} is {value}: give a share from 0 to below 1")

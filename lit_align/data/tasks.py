@@ -172,7 +172,7 @@ class MultiTaskDataModule(LightningDataModule):
                     **_sizes(task, common),
                 )
             except ConfigError as error:
-                raise ConfigError(f"task {name}: {error}") from None
+                raise ConfigError(f"tasks.{name}: {error}") from None
 
     def prepare_data(self) -> None:
         """Index large sources, once a machine."""

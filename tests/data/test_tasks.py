@@ -112,5 +112,5 @@ def test_no_task_is_refused() -> None:
 
 def test_a_bad_size_of_one_task_names_the_task() -> None:
     tasks = {"fair": TaskPrompts(prompts("open"), test_images_per_prompt=16)}
-    with pytest.raises(ConfigError, match=r"task fair: data\.test_images_per_prompt is 16: give 1 to 8"):
+    with pytest.raises(ConfigError, match=r"tasks\.fair: data\.test_images_per_prompt is 16: give 1 to 8"):
         MultiTaskDataModule(tasks, eval_batch=8)
