@@ -1,7 +1,7 @@
 """Advantages: how a batch of rewards becomes the signal of a policy gradient.
 
-Every class sees the rewards of a whole collection (gathered over all ranks), and gives an advantage of 0 to
-an image without a score.
+Every class sees the rewards of a whole rollout batch (gathered over all ranks), and gives an advantage of 0
+to an image without a score.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from lit_align.errors import ConfigError
 
 
 class Advantages(ABC):
-    """Normalises the rewards of one collection.
+    """Normalises the rewards of one rollout batch.
 
     The statistics are computed in float64, so that equal rewards give exactly 0.
 
@@ -36,7 +36,7 @@ class Advantages(ABC):
         self.clip = clip
 
     def __call__(self, rewards: Tensor, groups: Tensor, prompts: list[str]) -> Tensor:
-        """Advantages of one collection; running statistics, where a class has them, are updated.
+        """Advantages of one rollout batch; running statistics, where a class has them, are updated.
 
         Args:
             rewards: ``(N,)``; one that is not finite is no score: left out of all statistics, its advantage
@@ -71,7 +71,7 @@ class Advantages(ABC):
 
 
 class BatchAdvantages(Advantages):
-    """Rewards standardised over the whole collection.
+    """Rewards standardised over the whole rollout batch.
 
     DDPO's normaliser where its per-prompt tracker is off (arXiv 2305.13301, as in its PyTorch code).
 
@@ -127,8 +127,8 @@ class PerPromptAdvantages(Advantages):
 
     DDPO's tracker (arXiv 2305.13301, as in its PyTorch code, 1e-6 added to the std). The new rewards enter
     the history first. A prompt whose history is still shorter than ``min_count`` uses the mean and std of the
-    current collection. With many prompts that is nearly always so (398 prompts and 256 images a collection:
-    for the first 25 collections).
+    current rollout batch. With many prompts that is nearly always so (398 prompts and 256 images a batch: for
+    the first 25 batches).
 
     Args:
         buffer_size: Newest rewards that are remembered per prompt.

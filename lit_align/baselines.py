@@ -117,7 +117,7 @@ class FactorSoup(Baseline):
 class CoDe(Baseline):
     """Candidate search (CoDe, Singh et al. 2025, arXiv 2502.00968) with the pretrained model.
 
-    In every so many steps several next states are drawn, and the one goes on whose predicted clean picture
+    In every so many steps several next states are drawn, and the one goes on whose predicted clean image
     scores best: the variant of Diffusion Blend's code, which looks one step ahead, with 20 candidates in
     every 5th of 50 steps. A candidate without a score is never chosen where another has one.
 
@@ -141,7 +141,7 @@ class CoDe(Baseline):
         if sets := [name for name in host.experts if name in host.rewards.of_sets]:
             raise ConfigError(
                 f"sweep.baselines: CoDe scores candidates one by one, and {sets[0]} is a reward of sets of "
-                "pictures; take CoDe out"
+                "images; take CoDe out"
             )
 
     def policy(self, host: Host, weights: Mapping[str, float], batch: Batch) -> Policy:
@@ -166,7 +166,7 @@ class RewardGradient(Baseline):
     """Reward-gradient guidance of the pretrained model, as in Diffusion Blend's code.
 
     The mean of a step moves by ``lambda sigma^2`` times the weighted sum of the objectives' gradients at the
-    predicted clean picture, each with its norm over channels set to 1 and divided by 0.1.
+    predicted clean image, each with its norm over channels set to 1 and divided by 0.1.
 
     Args:
         growth: ``lambda`` of step ``i`` is ``min(1, (1 + growth)^i - 1)``; 0.024 for 50 steps there.
@@ -236,6 +236,6 @@ def predict_clean(policy: DenoisingPolicy, x: Tensor, prediction: Tensor, k: int
 def score_clean(
     host: Host, policy: DenoisingPolicy, weights: Mapping[str, float], batch: Batch, x: Tensor, k: int
 ) -> Tensor:
-    """The mixed reward ``(B,)`` of the clean pictures that the denoiser predicts at states of step ``k``."""
+    """The mixed reward ``(B,)`` of the clean images that the denoiser predicts at states of step ``k``."""
     images = host.backbone.decode(predict_clean(policy, x, policy.predict(x, k), k))
     return torch.stack([w * host.objective(n, images, batch) for n, w in weights.items() if w != 0]).sum(0)

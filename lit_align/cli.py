@@ -25,10 +25,10 @@ import lit_align.samplers
 import lit_align.truncation
 from lit_align.callbacks import (
     AdapterExport,
+    BatchCheckpoint,
     BestCheckpoint,
-    CollectionCheckpoint,
-    PictureGrids,
-    PictureWriter,
+    ImageGrids,
+    ImageWriter,
     RewardHistograms,
     RunConfig,
     RunSummary,
@@ -96,9 +96,9 @@ def _callbacks(trainer: Any) -> list[Any]:
     """What every run has, but for what the user gives with settings of their own."""
     given = trainer.callbacks or []
     names = {c.class_path.rpartition(".")[2] for c in (given if isinstance(given, list) else [given])}
-    callbacks = [PictureGrids(), AdapterExport(), PictureWriter(), RewardHistograms()]
+    callbacks = [ImageGrids(), AdapterExport(), ImageWriter(), RewardHistograms()]
     if trainer.enable_checkpointing is not False:
-        callbacks += [CollectionCheckpoint(), BestCheckpoint()]
+        callbacks += [BatchCheckpoint(), BestCheckpoint()]
     callbacks += [RunSummary(), SweepReport()]
     return [callback for callback in callbacks if type(callback).__name__ not in names]
 

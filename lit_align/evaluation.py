@@ -40,7 +40,7 @@ def compare(before: Tensor, after: Tensor, groups: Tensor) -> Comparison:
     Args:
         before: Scores of the first model, ``(N,)``; NaN where there is none.
         after: Scores of the second model on the same pairs, ``(N,)``.
-        groups: ``(N,)`` prompt numbers. Pictures of one prompt are not independent, so the standard error is
+        groups: ``(N,)`` prompt numbers. Images of one prompt are not independent, so the standard error is
             that of the prompts' sums of differences around their expectation (clustered by prompt).
 
     Returns:
@@ -67,19 +67,19 @@ def compare(before: Tensor, after: Tensor, groups: Tensor) -> Comparison:
 
 
 def diversity(images: Tensor, groups: Tensor, side: int = 16) -> Tensor:
-    """Distance of each picture to the others of its prompt.
+    """Distance of each image to the others of its prompt.
 
-    It is the root mean square difference of pixels, averaged over the others. Pictures are first averaged
+    It is the root mean square difference of pixels, averaged over the others. Images are first averaged
     down to ``side`` pixels, so that layout and colour count and fine texture does not. In units of the pixel
-    range: 0 for identical pictures; two independent noise pictures without averaging would be at 0.41.
+    range: 0 for identical images; two independent noise images without averaging would be at 0.41.
 
     Args:
         images: ``(B, 3, H, W)`` in [0, 1].
-        groups: ``(B,)``; pictures with the same number belong to the same prompt.
-        side: Pixels a side of the averaged pictures.
+        groups: ``(B,)``; images with the same number belong to the same prompt.
+        side: Pixels a side of the averaged images.
 
     Returns:
-        ``(B,)``; NaN for a picture that is the only one of its prompt.
+        ``(B,)``; NaN for an image that is the only one of its prompt.
     """
     small = torch.nn.functional.adaptive_avg_pool2d(images.float(), side).flatten(1)
     distance = torch.cdist(small, small, compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(

@@ -82,7 +82,7 @@ class RandomExpertPolicy:
     """Each image and step follows one expert, drawn with its weight: the cost of one model, not exact.
 
     The approximation of Diffusion Blend (arXiv 2505.18547, there DB-MPA-LS). Its steps have the right mean
-    over draws, but a picture sees one expert at a time.
+    over draws, but an image sees one expert at a time.
 
     Attributes:
         policies: Policies for the same images.

@@ -42,7 +42,7 @@ class GaussianStep:
     def rsample(self, generator: Generators = None) -> Tensor:
         """Draw the next state, differentiable with respect to ``mean`` and ``std``.
 
-        Noise is drawn on the CPU and then moved, so that a picture does not depend on the device.
+        Noise is drawn on the CPU and then moved, so that an image does not depend on the device.
 
         Args:
             generator: None for the global CPU generator, one CPU generator, or a list of ``B``: then the

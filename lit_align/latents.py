@@ -1,4 +1,4 @@
-"""The latents of stored pictures, on disk: each is encoded once, in all runs that share a folder."""
+"""The latents of stored images, on disk: each is encoded once, in all runs that share a folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ class LatentCache:
 
     Args:
         folder: Of all caches; each lies in a folder of its own below, named by its key.
-        key: Hash of all that decides the latents: the autoencoder, the pictures and their size.
+        key: Hash of all that decides the latents: the autoencoder, the images and their size.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -24,16 +24,16 @@ class LatentCache:
         return len(self._pool)
 
     def known(self, row: int, side: int) -> bool:
-        """Whether a picture's latent is there, so that the picture need not be read."""
+        """Whether an image's latent is there, so that the image need not be read."""
         return 2 * row + side in self._pool
 
     def get(self, rows: Tensor, side: int, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        """Latents ``(B, C, H, W)`` of pictures, on the CPU.
+        """Latents ``(B, C, H, W)`` of images, on the CPU.
 
         Args:
             rows: Rows of their pairs, ``(B,)``.
-            side: 0 for the preferred pictures, 1 for the others.
-            encode: Makes the latents of the pictures at some places of the batch, ``(N,)``, and is called
+            side: 0 for the preferred images, 1 for the others.
+            encode: Makes the latents of the images at some places of the batch, ``(N,)``, and is called
                 where some are not known.
         """
         numbers = 2 * rows + side

@@ -1,6 +1,6 @@
-"""Pure losses that several methods share: of a denoiser's predictions, and of pairs of pictures.
+"""Pure losses that several methods share: of a denoiser's predictions, and of pairs of images.
 
-Shapes: ``B`` pictures or pairs, ``T`` steps. A prediction and what it should be are compared in the network's
+Shapes: ``B`` images or pairs, ``T`` steps. A prediction and what it should be are compared in the network's
 own space (noise, velocity or clean state), as in the training scripts of diffusers; that is the noise in
 every published result here. Another space is another weight of each timestep.
 """
@@ -11,7 +11,7 @@ from torch.nn.functional import softplus
 
 
 def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Squared error of a prediction, its *mean* over the elements of each picture, in at least float32.
+    """Squared error of a prediction, its *mean* over the elements of each image, in at least float32.
 
     Args:
         prediction: The network's output, ``(B, ...)``.
@@ -33,7 +33,7 @@ def error_margin(
 
     The argument of the logistic in Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908) and in SPIN's
     approximate objective (Yuan et al. 2024, arXiv 2402.10210, equation 4.9), where the reference is the
-    opponent and the loser its picture. ``beta`` is in the convention of the released code of Diffusion-DPO:
+    opponent and the loser its image. ``beta`` is in the convention of the released code of Diffusion-DPO:
     errors are means over elements, and the factor 1/2 stands before it. With sums over ``D`` elements and no
     factor the same loss has ``beta / (2 D)``.
 

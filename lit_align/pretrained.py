@@ -110,7 +110,7 @@ def load_whole(
 
 
 def processor_config(pretrained: str, shapes: Path) -> dict[str, Any]:
-    """What a model's folder says about preparing pictures; empty where it says nothing."""
+    """What a model's folder says about preparing images; empty where it says nothing."""
     try:
         config, _ = ImageProcessingMixin.get_image_processor_dict(resolve(pretrained, shapes))
     except OSError:

@@ -1,4 +1,4 @@
-"""The loss of pre-training beside a reward: a denoiser that still fits captioned pictures stays natural."""
+"""The loss of pre-training beside a reward: a denoiser that still fits captioned images stays natural."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_align.backbones import DiffusionBackbone
-from lit_align.data import CaptionedPictures
+from lit_align.data import CaptionedImages
 from lit_align.data.splits import Permutation
 from lit_align.errors import ConfigError, check_positive
 from lit_align.objectives import denoising_error
@@ -16,23 +16,23 @@ from lit_align.samplers import Sampler
 
 Order = Literal["before", "after", "every"]
 
-OTHER_SIZE = "give pretraining.source pictures of that size"
-"""What to do about captioned pictures that are not of the model's size."""
+OTHER_SIZE = "give pretraining.source images of that size"
+"""What to do about captioned images that are not of the model's size."""
 
 
 @dataclass
 class Pretraining:
-    r"""A batch of captioned pictures mixed into every iteration, for :math:`L_{pre}`.
+    r"""A batch of captioned images mixed into every iteration, for :math:`L_{pre}`.
 
     Zhang et al. 2024 (arXiv 2401.12244, section 3.1) add :math:`\beta L_{pre}` to the objective and leave
     :math:`\beta` open, in the text and in the released configuration. There it is one optimiser step an
-    iteration beside five of the policy gradient: ``before`` the pictures are sampled in the released code,
+    iteration beside five of the policy gradient: ``before`` the images are sampled in the released code,
     ``after`` all tasks in the paper's listing.
 
     Args:
-        source: The pictures: 12 M of LAION-5B with an aesthetic score above 6 in the paper. Every batch is
+        source: The images: 12 M of LAION-5B with an aesthetic score above 6 in the paper. Every batch is
             read when it is needed.
-        batch: Pictures of one step, over all ranks. The paper: 16 on each of 128 GPUs.
+        batch: Images of one step, over all ranks. The paper: 16 on each of 128 GPUs.
         weight: With ``every`` the :math:`\beta` of the loss. In a step of its own, ``before`` or ``after``, a
             factor on its learning rate (one on the loss would be undone by Adam), which does little: Adam's
             momentum carries the gradient on into the tasks' updates at their full rate, and its second
@@ -45,7 +45,7 @@ class Pretraining:
         ConfigError: A size or a weight is not positive, or the order is none of these.
     """
 
-    source: CaptionedPictures
+    source: CaptionedImages
     batch: int = 16
     weight: float = 1.0
     order: Order = "after"
@@ -56,7 +56,7 @@ class Pretraining:
             raise ConfigError(f"pretraining.order: {self.order!r} must be before, after or every")
 
     def rows(self, seed: int, numbers: Sequence[int]) -> list[int]:
-        """Rows of the pictures with these numbers, counted over the run; every pass has its own order."""
+        """Rows of the images with these numbers, counted over the run; every pass has its own order."""
         passes = [divmod(number, len(self.source)) for number in numbers]
         orders = {
             one: Permutation(len(self.source), seed, one, purpose="pretraining order") for one, _ in passes
@@ -67,7 +67,7 @@ class Pretraining:
 def denoising_loss(
     backbone: DiffusionBackbone,
     sampler: Sampler,
-    pictures: Tensor,
+    images: Tensor,
     captions: Sequence[str],
     draws: Sequence[torch.Generator],
 ) -> Tensor:
@@ -79,17 +79,17 @@ def denoising_loss(
     Args:
         backbone: The policy is its weight set of that name.
         sampler: Of the same model; only its noise schedule counts.
-        pictures: ``(B, 3, H, W)`` in [0, 1].
+        images: ``(B, 3, H, W)`` in [0, 1].
         captions: ``B``.
-        draws: Where timestep and noise of each picture come from.
+        draws: Where timestep and noise of each image come from.
 
     Returns:
         ``(B,)``.
 
     Raises:
-        ConfigError: The pictures are not of the model's size.
+        ConfigError: The images are not of the model's size.
     """
-    clean = backbone.clean_latents(pictures, OTHER_SIZE)
+    clean = backbone.clean_latents(images, OTHER_SIZE)
     count = sampler.num_train_timesteps
     t = torch.stack([torch.randint(count, (), generator=draw) for draw in draws])
     noise = torch.stack([torch.randn(backbone.latent_shape, generator=draw) for draw in draws]).to(clean)

@@ -1,6 +1,6 @@
 """Counter-based randomness: every draw is a pure function of a seed, a purpose and counters.
 
-Nothing here has a state, so a run that is interrupted needs to remember only its counters, and a picture
+Nothing here has a state, so a run that is interrupted needs to remember only its counters, and an image
 depends neither on the batch that it was made in, nor on the rank, nor on the device.
 """
 
@@ -21,7 +21,7 @@ def derive_seed(seed: int, purpose: str, *counters: int) -> int:
     Args:
         seed: The run's seed.
         purpose: What the draws are for ("rollout", "steps", ...): two purposes never share a stream.
-        counters: Collection number, global image number and the like.
+        counters: Rollout batch number, global image number and the like.
     """
     text = ":".join([str(seed), purpose, *(str(counter) for counter in counters)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -16,7 +16,7 @@ from lit_align.rollout import Trajectory
 
 @dataclass(frozen=True)
 class Pairs:
-    """Some (image, step) pairs of a collection: what is replayed in one backward pass.
+    """Some (image, step) pairs of a rollout batch: what is replayed in one backward pass.
 
     Attributes:
         rows: Which image of the rank's batch, ``(N,)``.

@@ -79,7 +79,7 @@ class DDIM(Sampler):
         eta: Noise of the steps, from 0 (none) to 1 (DDPM's).
         noisy_steps: Only the first so many steps draw noise, the others are deterministic (eta 0); all of
             them if not given. A policy gradient then spends neither work nor KL on the last steps, whose
-            noise decides little of a picture; mixed ODE-SDE sampling, as in MixGRPO.
+            noise decides little of an image; mixed ODE-SDE sampling, as in MixGRPO.
 
     Raises:
         ConfigError: The config clips or thresholds predictions, is of another family, or does not allow these

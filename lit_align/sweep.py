@@ -30,7 +30,7 @@ class Sweep:
             and the even mixtures of two.
         points: These weights as well, such as ``{preference: 0.8, aesthetic: 0.2}``.
         baselines: Measured at the same weights. The pretrained model and the experts always are.
-        pictures: Rows of the strip of pictures along the weights: one of each of the first prompts.
+        images: Rows of the strip of images along the weights: one of each of the first prompts.
 
     Raises:
         ConfigError: Two baselines have one name, or there is no such grid.
@@ -39,7 +39,7 @@ class Sweep:
     grid: int = 4
     points: list[dict[str, float]] = field(default_factory=list)
     baselines: list[Baseline] = field(default_factory=lambda: [Soup()])
-    pictures: int = 4
+    images: int = 4
 
     def __post_init__(self) -> None:
         names = [BASE, EXPERT, FUSED, RANDOM, JOINT, *(baseline.name for baseline in self.baselines)]
@@ -47,8 +47,8 @@ class Sweep:
             raise ConfigError(f"sweep.baselines: two are called {min(twice)!r}; give one another name")
         if self.grid < 1:
             raise ConfigError(f"sweep.grid: {self.grid} must be at least 1")
-        if self.pictures < 0:
-            raise ConfigError(f"sweep.pictures: {self.pictures} must not be negative; 0 shows none")
+        if self.images < 0:
+            raise ConfigError(f"sweep.images: {self.images} must not be negative; 0 shows none")
 
     def weights(self, names: Sequence[str]) -> list[dict[str, float]]:
         """All weights, from all on the first objective to all on the last."""
@@ -59,7 +59,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Point:
-    """One policy of a sweep: how it serves which weights. Hashable: pictures are collected by it.
+    """One policy of a sweep: how it serves which weights. Hashable: images are collected by it.
 
     Attributes:
         method: ``base``, ``expert``, ``MSDDA`` (or ``one random expert``, where that is what is sampled),
@@ -77,14 +77,14 @@ class Measured:
 
     Attributes:
         point: The policy.
-        figures: Each ``(N,)`` by picture: the rewards as the bank names them, truth, diversity, KL.
+        metrics: Each ``(N,)`` by image: the rewards as the bank names them, truth, diversity, KL.
         groups: ``(N,)`` prompt numbers.
-        seconds: Per picture, sampling alone.
-        images: The first pictures, ``(n, 3, H, W)``.
+        seconds: Per image, sampling alone.
+        images: The first images, ``(n, 3, H, W)``.
     """
 
     point: Point
-    figures: dict[str, Tensor]
+    metrics: dict[str, Tensor]
     groups: Tensor
     seconds: float
     images: Tensor
@@ -117,7 +117,7 @@ class Front:
         scales: Of the objectives, by which rewards are multiplied in the mixed reward. Of a penalty it is
             negative: less of it is better, on the front and in volumes.
         ends: Of each method the weights at which it is just an expert, and measured as such.
-        prompts: Of the pictures that are shown.
+        prompts: Of the images that are shown.
     """
 
     objectives: tuple[str, ...]
@@ -128,7 +128,7 @@ class Front:
 
     def means(self, measured: Measured) -> Tensor:
         """Mean reward by objective, ``(m,)`` float64."""
-        parts = [measured.figures[f"reward/{name}"].double() for name in self.objectives]
+        parts = [measured.metrics[f"reward/{name}"].double() for name in self.objectives]
         return torch.stack([part[part.isfinite()].mean() for part in parts])
 
     def methods(self) -> dict[str, list[Measured]]:
@@ -152,7 +152,7 @@ class Front:
         It is the base less one standard deviation.
         """
         base = self.measured[0]
-        parts = [base.figures[f"reward/{name}"].double() for name in self.objectives]
+        parts = [base.metrics[f"reward/{name}"].double() for name in self.objectives]
         units = torch.stack([part[part.isfinite()].std() for part in parts])
         units = units.where(units > 0, torch.nan)  # what does not vary has no unit
         return self.merits(self.means(base)) - units, units
@@ -187,8 +187,8 @@ class Front:
         return found
 
     def _weighted_means(self, measured: Measured, times: Tensor) -> Tensor:
-        """Mean rewards ``(R, m)`` where picture ``i`` counts ``times[:, i]`` times, ``(R, N)``."""
-        parts = [measured.figures[f"reward/{name}"].double() for name in self.objectives]
+        """Mean rewards ``(R, m)`` where image ``i`` counts ``times[:, i]`` times, ``(R, N)``."""
+        parts = [measured.metrics[f"reward/{name}"].double() for name in self.objectives]
         scored = [part.isfinite() for part in parts]
         means = [
             times @ torch.where(known, part, 0.0) / (times @ known.double())
@@ -219,7 +219,7 @@ class Front:
             weights = dict(one.point.weights)
             row: dict[str, str | float | bool] = {"method": one.point.method}
             row |= {f"weight/{name}": weights.get(name, math.nan) for name in self.objectives}
-            for name, values in one.figures.items():
+            for name, values in one.metrics.items():
                 found = compare(torch.zeros_like(values), values, one.groups)
                 row |= {name: found.difference, f"{name}/se": found.standard_error}
             if weights:
@@ -234,7 +234,7 @@ class Front:
         return rows
 
     def _mixed(self, measured: Measured, weights: Mapping[str, float]) -> Tensor:
-        terms = [w * self.scales[n] * measured.figures[f"reward/{n}"] for n, w in weights.items() if w != 0]
+        terms = [w * self.scales[n] * measured.metrics[f"reward/{n}"] for n, w in weights.items() if w != 0]
         return torch.stack(terms).sum(0)
 
 

@@ -21,13 +21,13 @@ class Task:
     """One of several things to learn at the same time; its prompts stand in the data under the same name.
 
     Args:
-        rewards: What is maximised and what is watched on the task's prompts.
+        rewards: What is maximised and what is monitored on the task's prompts.
         advantages: How its rewards become advantages; they never see another task's.
         weight: Factor on the learning rate of the task's updates, 1 for all in the paper. Not on the loss:
             Adam would undo it. What is left of a gradient in Adam's momentum is applied by the updates of
             the other tasks, so that a small weight counts for more than it says: with two tasks of four
             updates each .5 moves by .73 of what 1 does, .1 by .52; with the optimizer's ``betas: [0, 0.999]``
-            by .5 and .1. A task of weight 0 is watched: validated and tested, never trained on.
+            by .5 and .1. A task of weight 0 is monitored: validated and tested, never trained on.
     """
 
     rewards: RewardBank
@@ -92,7 +92,7 @@ def check_task(name: str, task: Task, data: PromptDataModule, updates: int, worl
         name: Of the task.
         task: Its rewards and advantages.
         data: Its prompts.
-        updates: Into how many parts a collection is divided.
+        updates: Into how many parts a rollout batch is divided.
         world: Number of processes.
 
     Raises:
@@ -110,15 +110,15 @@ def check_task(name: str, task: Task, data: PromptDataModule, updates: int, worl
 
 
 def check_updates(data: PromptDataModule, updates: int, world: int, place: str = "") -> None:
-    """Refuse prompts of a collection that do not divide into its updates.
+    """Refuse prompts of a rollout batch that do not divide into its updates.
 
     Raises:
         ConfigError: With what to change; ``place`` stands before it.
     """
-    if data.prompts_per_collection % (updates * world):
+    if data.prompts_per_batch % (updates * world):
         raise ConfigError(
-            f"{place}updates: the {data.prompts_per_collection} prompts of a collection do not divide into "
-            f"{updates} updates on {world} processes; change model.updates or data.prompts_per_collection"
+            f"{place}updates: the {data.prompts_per_batch} prompts of a rollout batch do not divide into "
+            f"{updates} updates on {world} processes; change model.updates or data.prompts_per_batch"
         )
 
 
@@ -131,7 +131,7 @@ def check_rewards(
     remedy: str = BATCH_LEARNS,
     place: str = "",
 ) -> None:
-    """Refuse trained rewards that could say nothing of a collection's images, or not what they mean.
+    """Refuse trained rewards that could say nothing of a rollout batch's images, or not what they mean.
 
     Args:
         rewards: Of a task.
@@ -162,7 +162,7 @@ def check_rewards(
         elif reward.credit == "shared" and (baseline == "group" or baseline == reward.scope == "batch"):
             prompts = reward.scope == "group"
             raise ConfigError(
-                f"{where}: all images of a {'prompt' if prompts else 'collection'} share one "
+                f"{where}: all images of a {'prompt' if prompts else 'rollout batch'} share one "
                 f"score, and {learner} takes their mean away: nothing would be left to learn from. Set its "
                 f"credit to leave_one_out{remedy if prompts else ''}"
             )
@@ -173,8 +173,8 @@ def _baseline(advantages: Advantages, data: PromptDataModule) -> tuple[Scope, st
     if advantages.needs_groups:
         return "group", BATCH_LEARNS
     if isinstance(advantages, BatchAdvantages):
-        alone = data.prompts_per_collection == 1
-        return ("group", ", or data.prompts_per_collection above 1") if alone else ("batch", "")
+        alone = data.prompts_per_batch == 1
+        return ("group", ", or data.prompts_per_batch above 1") if alone else ("batch", "")
     if isinstance(advantages, PerPromptAdvantages) and advantages.buffer_size <= data.images_per_prompt:
         memory = f"its buffer_size, {advantages.buffer_size}, to several times data.images_per_prompt"
         return "group", f", or give {type(advantages).__name__} a memory: {memory}"
@@ -188,14 +188,14 @@ def _too_few(data: PromptDataModule, smallest: int) -> str | None:
 
 
 def joint_scores(scores: Mapping[str, Tensor], task: str, tasks: Mapping[str, Task]) -> dict[str, Tensor]:
-    """Scores of one task's pictures under names that the pictures of all tasks have.
+    """Scores of one task's images under names that the images of all tasks have.
 
-    ``reward/<task>`` and ``reward/<task>/<name>`` are NaN for the pictures of another task, ``reward`` for
-    those of a task that is only watched; ``reward/truth`` stays what it is.
+    ``reward/<task>`` and ``reward/<task>/<name>`` are NaN for the images of another task, ``reward`` for
+    those of a task that is only monitored; ``reward/truth`` stays what it is.
 
     Args:
         scores: ``reward`` and ``reward/<name>``, ``(B,)`` each.
-        task: Whose pictures they are.
+        task: Whose images they are.
         tasks: All of them.
     """
     nothing = torch.full_like(scores["reward"], torch.nan)

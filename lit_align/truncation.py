@@ -14,16 +14,16 @@ from lit_align.errors import ConfigError
 
 
 class Truncation(ABC):
-    """Which predictions of a chain the gradient goes through; drawn anew for every picture.
+    """Which predictions of a chain the gradient goes through; drawn anew for every image.
 
-    The paper draws once a rollout, and its code once (or once a step) for a micro-batch of pictures. Here
-    every picture has a draw of its own, so that an update averages over windows and does not depend on how
-    pictures were dealt to micro-batches and ranks.
+    The paper draws once a rollout, and its code once (or once a step) for a micro-batch of images. Here
+    every image has a draw of its own, so that an update averages over windows and does not depend on how
+    images were dealt to micro-batches and ranks.
 
     Attributes:
-        one_shot: Whether the picture is the clean state that the attached prediction implies, instead of the
+        one_shot: Whether the image is the clean state that the attached prediction implies, instead of the
             end of the chain.
-        copies: How often the last step is taken again, each time from the finished picture, noised anew.
+        copies: How often the last step is taken again, each time from the finished image, noised anew.
     """
 
     one_shot: ClassVar[bool] = False
@@ -31,7 +31,7 @@ class Truncation(ABC):
 
     @abstractmethod
     def attached(self, num_steps: int, draw: torch.Generator) -> Tensor:
-        """``(T,)`` bool, with at least one step: a picture without a gradient would be wasted.
+        """``(T,)`` bool, with at least one step: an image without a gradient would be wasted.
 
         Raises:
             ConfigError: The settings do not fit this number of steps.
@@ -50,7 +50,7 @@ class Window(Truncation, ABC):
 
 
 class NoTruncation(Window):
-    """The whole chain: exact, and in the paper the way to one picture for all prompts within two epochs."""
+    """The whole chain: exact, and in the paper the way to one image for all prompts within two epochs."""
 
     def length(self, num_steps: int, draw: torch.Generator) -> int:
         return num_steps
@@ -72,16 +72,16 @@ class FixedWindow(Window):
 
 
 class LowVariance(Window):
-    """DRaFT-LV: the last step, and the same step again from ``m`` re-noised copies of the finished picture.
+    """DRaFT-LV: the last step, and the same step again from ``m`` re-noised copies of the finished image.
 
-    A copy is the picture, without its gradient, at the noise level where the last step begins. Its own last
+    A copy is the image, without its gradient, at the noise level where the last step begins. Its own last
     step, decoding and reward give one more gradient for a small part of a chain's cost. The update takes the
     mean over the chain's end and its copies, where DRaFT's algorithm 1 takes the sum: Adam hides the factor.
-    Where noising a picture leads back to the distribution that the last step met, the expectation is that of
+    Where noising an image leads back to the distribution that the last step met, the expectation is that of
     ``FixedWindow(1)``, with less variance.
 
     Args:
-        copies: ``m``; 2 in the paper. Each is one more reward query a picture.
+        copies: ``m``; 2 in the paper. Each is one more reward query an image.
 
     Raises:
         ConfigError: No copies: that is ``FixedWindow(1)``.
@@ -102,7 +102,7 @@ class UniformWindow(Window):
     """A uniform number of steps: AlignProp's randomised truncation, which its human study preferred.
 
     Args:
-        low: Smallest ``K``. The paper begins at 0, which is a picture without a gradient.
+        low: Smallest ``K``. The paper begins at 0, which is an image without a gradient.
         high: Largest ``K``; all steps if not given, as in the paper.
     """
 
@@ -155,7 +155,7 @@ class PerStep(Truncation):
 
 
 class OneShot(Truncation):
-    """ReFL: the chain stops at a random late step, whose prediction gives the clean picture at once.
+    """ReFL: the chain stops at a random late step, whose prediction gives the clean image at once.
 
     Args:
         low: Latest step, counted from the end: 1 is the last.

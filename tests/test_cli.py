@@ -37,7 +37,7 @@ SMALL = [
     "--trainer.enable_model_summary=false",
     "--trainer.enable_progress_bar=false",
     "--data.init_args.images_per_prompt=2",
-    "--data.init_args.prompts_per_collection=4",
+    "--data.init_args.prompts_per_batch=4",
     "--data.init_args.validation_prompts=4",
     "--data.init_args.validation_images_per_prompt=2",
     "--data.init_args.test_prompts=4",
@@ -46,7 +46,7 @@ SMALL = [
 ]
 OWN = {
     "pinterest_joint": [
-        "--data.init_args.tasks.preference.prompts_per_collection=4",
+        "--data.init_args.tasks.preference.prompts_per_batch=4",
         "--data.init_args.tasks.fairness.images_per_prompt=2",
         "--data.init_args.tasks.fairness.validation_prompts=4",
         "--data.init_args.tasks.fairness.validation_images_per_prompt=2",
@@ -56,8 +56,8 @@ OWN = {
 }
 """Further sizes, of configurations that have some of their own."""
 ON_PAIRS = {"dpo", "sft", "spin"}
-"""Methods on pairs of pictures: no reward scores what they train on."""
-OF_PROMPTS = ("--data.init_args.images_per_prompt", "--data.init_args.prompts_per_collection")
+"""Methods on pairs of images: no reward scores what they train on."""
+OF_PROMPTS = ("--data.init_args.images_per_prompt", "--data.init_args.prompts_per_batch")
 SMALL_PAIRS = [a for a in SMALL if not a.startswith(OF_PROMPTS)] + ["--data.init_args.pairs_per_batch=4"]
 
 
@@ -74,7 +74,7 @@ def small(tiny: Path) -> list[str]:
 
 
 def without_judge() -> list[str]:
-    """A tiny model's pictures are not of Shapes' size, which its judge refuses."""
+    """A tiny model's images are not of Shapes' size, which its judge refuses."""
     rewards = {"brightness": {"class_path": "Brightness"}, "redness": {"class_path": "Redness"}}
     return [
         f"--model.init_args.rewards.init_args.rewards={json.dumps(rewards)}",
@@ -136,7 +136,7 @@ def test_a_run_leaves_what_it_promises(capsys):
     }
     wanted |= {"perf/sampling_fraction", "progress/reward_queries", "train/reward/truth", "val/reward/clip"}
     assert wanted <= set(events.Tags()["scalars"])
-    assert [path.name for path in sorted((run / "pictures").iterdir())] == [
+    assert [path.name for path in sorted((run / "images").iterdir())] == [
         "validation_00000000.png",
         "validation_00000016.png",
     ]
@@ -155,7 +155,7 @@ def test_a_run_leaves_what_it_promises(capsys):
     assert all(".lora_" in name for name in checkpoint["state_dict"])
     assert (run / "checkpoints" / "last.ckpt").stat().st_size < 20e6
     report = json.loads((run / "validation.json").read_text())
-    assert report["figures"]["reward"]["num_pairs"] == 8
+    assert report["metrics"]["reward"]["num_pairs"] == 8
     printed = capsys.readouterr().out
     assert "before" in printed
     assert "adapter" in printed
@@ -189,7 +189,7 @@ def test_overlays_for_real_models_train_one_batch(overlays, model, request, tmp_
 
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, collection: int) -> None:
-    """The process dies in the middle of a collection, after its rollout and before its end."""
+    """The process dies in the middle of a rollout batch, after its rollout and before its end."""
     look_back, calls = DDPOModule.look_back, []
 
     def dying(self: DDPOModule, *arguments: Any) -> None:
@@ -344,7 +344,7 @@ def test_a_sharded_run_that_is_resumed_equals_the_uninterrupted_one(small):
 
 
 def test_processes_that_share_the_weights_go_back_through_the_same_steps(small):
-    """AlignProp draws the steps of each picture: one that went back through fewer would wait for ever."""
+    """AlignProp draws the steps of each image: one that went back through fewer would wait for ever."""
     arguments = ["--config", str(ROOT / "configs" / "alignprop.yaml"), *small[2:], *without_judge()]
     fit_with_two_processes(*arguments, f"--config={FSDP}", "--trainer.limit_train_batches=2")
     assert adapter("alignprop")
@@ -399,11 +399,11 @@ def test_validate_test_and_predict_of_a_trained_run(small):
     run = Path("logs/ddpo/version_0")
     main(["test", *small, *without_judge(), "--ckpt_path=last"])
     report = json.loads((run / "test.json").read_text())
-    assert report["figures"]["reward"]["num_pairs"] == 8
-    assert report["figures"]["reward"]["difference"] != 0
+    assert report["metrics"]["reward"]["num_pairs"] == 8
+    assert report["metrics"]["reward"]["difference"] != 0
     with (run / "test.csv").open() as file:
-        pictures = [float(row["reward"]) - float(row["base/reward"]) for row in csv.DictReader(file)]
-    assert sum(pictures) / 8 == pytest.approx(report["figures"]["reward"]["difference"], abs=1e-5)
+        images = [float(row["reward"]) - float(row["base/reward"]) for row in csv.DictReader(file)]
+    assert sum(images) / 8 == pytest.approx(report["metrics"]["reward"]["difference"], abs=1e-5)
     main(["validate", *small, *without_judge(), "--ckpt_path=last"])
     main(["predict", *small, *without_judge(), f"--ckpt_path={run}/checkpoints/last.ckpt"])
     rows = [json.loads(line) for line in (run / "predictions" / "metadata.jsonl").read_text().splitlines()]

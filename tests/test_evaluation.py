@@ -40,24 +40,24 @@ def test_standard_error_covers_the_truth_as_often_as_it_says():
     assert 0.92 < inside / 400 < 0.98
 
 
-def test_standard_error_counts_prompts_when_their_pictures_move_together():
+def test_standard_error_counts_prompts_when_their_images_move_together():
     generator = torch.Generator().manual_seed(1)
     groups = torch.arange(32).repeat_interleave(4)
     inside = 0
     for _ in range(400):
-        shift = 0.3 + torch.randn(32, generator=generator)[groups]  # all pictures of a prompt gain the same
+        shift = 0.3 + torch.randn(32, generator=generator)[groups]  # all images of a prompt gain the same
         found = compare(torch.zeros(128), shift, groups)
         inside += abs(found.difference - 0.3) < 2 * found.standard_error
     assert 0.90 < inside / 400 < 0.98
 
 
-def test_a_picture_of_nan_spoils_no_other_prompt():
+def test_a_image_of_nan_spoils_no_other_prompt():
     images = torch.zeros(4, 3, 32, 32)
     images[0] = math.nan
     assert diversity(images, torch.tensor([0, 0, 1, 1]))[2:].tolist() == [0.0, 0.0]
 
 
-def test_diversity_is_zero_for_equal_pictures_and_the_distance_for_flat_ones():
+def test_diversity_is_zero_for_equal_images_and_the_distance_for_flat_ones():
     images = torch.zeros(5, 3, 32, 32)
     images[1] += 0.5
     images[4] += 0.2

@@ -138,7 +138,7 @@ def test_one_random_expert_per_step_has_the_cost_of_one_model_and_the_right_mean
     assert sorted(experts.asked) == ["a", "c"]
     wanted = [policies[i](x, 2).mean[row] for row, i in enumerate((0, 2))]
     torch.testing.assert_close(step.mean, torch.stack(wanted), rtol=1e-5, atol=1e-6)
-    # A picture's choices are its own, whatever the others of the batch.
+    # An image's choices are its own, whatever the others of the batch.
     again = draw_choices(weights, 4000, [torch.Generator().manual_seed(1)])
     assert torch.equal(again[:, 0], choices[:, 1])
     with pytest.raises(ConfigError, match="chance"):

@@ -32,8 +32,8 @@ PROMPTS = {"source": "small", "validation_source": "validation", "test_source": 
 
 SOURCES: dict[str, dict[str, Any]] = {
     name: {"class_path": "ShapesPick"} for name in ("PickaPicFiles", "PickaPicHub")
-} | {"HubPictures": {"class_path": "tests.methods.test_joint.Greys"}}
-"""Shipped pairs, and captioned pictures of the tiny model's size, for downloaded ones, by class."""
+} | {"HubImages": {"class_path": "tests.methods.test_joint.Greys"}}
+"""Shipped pairs, and captioned images of the tiny model's size, for downloaded ones, by class."""
 
 DOWNLOADED = (
     "TextPrompts",
@@ -54,7 +54,7 @@ SIZES: dict[str, Any] = {
     "num_steps": 3,
     "noisy_steps": 2,
     "images_per_prompt": 2,
-    "prompts_per_collection": 4,
+    "prompts_per_batch": 4,
     "pairs_per_batch": 4,
     "resolution": 16,
     "validation_prompts": 4,
@@ -113,10 +113,10 @@ def test_published_settings_train_one_batch(config: Path, tiny: Path, tmp_path: 
     ]
     main(["fit", *arguments, *(f"--trainer.{option}" for option in quiet)])
     (run,) = Path("logs").glob("*/version_0")
-    figures = scalars(run)
-    (loss,) = figures.Scalars("train/loss")
+    metrics = scalars(run)
+    (loss,) = metrics.Scalars("train/loss")
     assert math.isfinite(loss.value)
-    assert {"train/loss", "val/reward", "val/kl"} <= set(figures.Tags()["scalars"])
+    assert {"train/loss", "val/reward", "val/kl"} <= set(metrics.Tags()["scalars"])
 
 
 def test_nothing_else_is_replaced(tiny):
@@ -150,7 +150,7 @@ def test_prdp_has_the_published_values(name, queries, model, rate, weights):
     config = yaml.safe_load((ROOT / "configs" / "paper" / f"{name}.yaml").read_text())
     trainer, settings, data = config["trainer"], config["model"]["init_args"], config["data"]["init_args"]
     collections = trainer["max_epochs"] * trainer["limit_train_batches"]
-    assert collections * data["prompts_per_collection"] * data["images_per_prompt"] == queries
+    assert collections * data["prompts_per_batch"] * data["images_per_prompt"] == queries
     assert (settings["beta"], settings["clip_range"], settings["inner_epochs"]) == model
     assert settings["optimizer"]["init_args"] == {"lr": rate, "weight_decay": 1e-4}
     assert settings["rewards"]["init_args"]["weights"] == weights
@@ -170,7 +170,7 @@ def test_pinterest_has_the_published_values(name):
     collections = data.get("tasks") or {name: data}
     assert set(tasks) == set(collections)
     for task, sizes in collections.items():
-        assert sizes["prompts_per_collection"] * sizes["images_per_prompt"] == 2048
+        assert sizes["prompts_per_batch"] * sizes["images_per_prompt"] == 2048
         assert sizes["images_per_prompt"] == (16 if task == "fairness" else 1)
         assert tasks[task]["advantages"] == {"class_path": "BatchAdvantages", "init_args": {"clip": 10}}
         for reward in tasks[task]["rewards"]["init_args"]["rewards"].values():

@@ -105,7 +105,7 @@ def test_the_log_prob_of_a_sample_has_the_expectation_of_the_entropy() -> None:
     assert abs(mean - expected) < 5 * math.sqrt(0.5 / (16 * num_elements))
 
 
-def test_one_generator_per_image_makes_pictures_independent_of_their_batch() -> None:
+def test_one_generator_per_image_makes_images_independent_of_their_batch() -> None:
     def run(*seeds: int) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return rollout(

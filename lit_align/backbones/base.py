@@ -126,28 +126,28 @@ class DiffusionBackbone(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents ``(B, C, H, W)`` to float32 pictures in [0, 1], ``(B, 3, H', W')``; differentiable."""
+        """Latents ``(B, C, H, W)`` to float32 images in [0, 1], ``(B, 3, H', W')``; differentiable."""
 
     @abstractmethod
     def latents(self, images: Tensor) -> Tensor:
-        """Pictures in [0, 1], ``(B, 3, H', W')``, to the mode of their latents ``(B, C, H, W)``."""
+        """Images in [0, 1], ``(B, 3, H', W')``, to the mode of their latents ``(B, C, H, W)``."""
 
     @torch.no_grad()
     def clean_latents(self, images: Tensor, remedy: str) -> Tensor:
-        """:meth:`latents` in float32, of a dataset's pictures.
+        """:meth:`latents` in float32, of a dataset's images.
 
         Args:
             images: ``(B, 3, H', W')``, in [0, 1].
             remedy: What to do where they have another size than the model's.
 
         Raises:
-            ConfigError: The pictures are not of the model's size.
+            ConfigError: The images are not of the model's size.
         """
         clean = self.latents(images).float().contiguous()
         if clean.shape[1:] != self.latent_shape:
             side = images.shape[-1] * self.latent_shape[-1] // clean.shape[-1]
             raise ConfigError(
-                f"the dataset's pictures have {images.shape[-1]} pixels a side, but the model draws {side}; "
+                f"the dataset's images have {images.shape[-1]} pixels a side, but the model draws {side}; "
                 f"{remedy}"
             )
         return clean

@@ -56,7 +56,7 @@ class StableDiffusionBackbone(DiffusionBackbone):
             checkpointing: Recompute each prediction, and each decoding, in the backward pass instead of
                 keeping its activations. Saves memory where a loss holds several predictions at once; where it
                 holds one, as in DDPO, lower the method's ``micro_batch`` instead.
-            decode_batch: Pictures decoded at once; bounds the memory of the autoencoder.
+            decode_batch: Images decoded at once; bounds the memory of the autoencoder.
             prompt_cache: Number of prompts whose embeddings are remembered.
 
         Raises:

@@ -1,21 +1,21 @@
-"""What a run leaves behind: checkpoints, adapters, picture grids, predictions, and a summary at its end."""
+"""What a run leaves behind: checkpoints, adapters, image grids, predictions, and a summary at its end."""
 
-from lit_align.callbacks.checkpoints import AdapterExport, BestCheckpoint, CollectionCheckpoint
+from lit_align.callbacks.checkpoints import AdapterExport, BatchCheckpoint, BestCheckpoint
 from lit_align.callbacks.folder import run_folder
-from lit_align.callbacks.pictures import PictureGrids, PictureWriter, picture_grid
+from lit_align.callbacks.images import ImageGrids, ImageWriter, image_grid
 from lit_align.callbacks.report import RewardHistograms, RunConfig, RunSummary
 from lit_align.callbacks.sweep import SweepReport
 
 __all__ = [
     "AdapterExport",
+    "BatchCheckpoint",
     "BestCheckpoint",
-    "CollectionCheckpoint",
-    "PictureGrids",
-    "PictureWriter",
+    "ImageGrids",
+    "ImageWriter",
     "RewardHistograms",
     "RunConfig",
     "RunSummary",
     "SweepReport",
-    "picture_grid",
+    "image_grid",
     "run_folder",
 ]

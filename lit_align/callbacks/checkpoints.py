@@ -12,16 +12,16 @@ from lit_align.data import Batch
 from lit_align.methods import AlignmentModule
 
 
-class CollectionCheckpoint(Checkpoint):
-    """Writes ``checkpoints/last.ckpt`` at the end of collections: an interrupt loses at most the one in hand.
+class BatchCheckpoint(Checkpoint):
+    """Writes ``checkpoints/last.ckpt`` at the end of rollout batches: an interrupt loses at most one batch.
 
-    The first is written before the first collection, after its validation.
+    The first is written before the first rollout batch, after its validation.
 
-    The last collection of an epoch counts as ended when the epoch's validation is done, so that a run that is
-    killed in its validation repeats it.
+    The last rollout batch of an epoch counts as ended when the epoch's validation is done, so that a run that
+    is killed in its validation repeats it.
 
     Args:
-        every: Collections between two checkpoints; the end of an epoch always gets one.
+        every: Rollout batches between two checkpoints; the end of an epoch always gets one.
     """
 
     def __init__(self, every: int = 1) -> None:

@@ -22,8 +22,8 @@ def writes(trainer: Trainer) -> bool:
     return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
 
-def last_collection(trainer: Trainer) -> int:
-    """Number of the newest collection: TensorBoard's step axis, as Lightning has it for scalars."""
+def global_batch(trainer: Trainer) -> int:
+    """Number of the newest rollout batch: TensorBoard's step axis, as Lightning has it for scalars."""
     return max(trainer.fit_loop.total_batch_idx, 0)
 
 
@@ -44,6 +44,6 @@ def write(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-def finite(figures: dict[str, float]) -> dict[str, float | None]:
+def finite(metrics: dict[str, float]) -> dict[str, float | None]:
     """JSON knows no NaN: what has no value is null."""
-    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lit_align.callbacks.folder import finite, last_collection, run_folder, unused, write, writes
+from lit_align.callbacks.folder import finite, global_batch, run_folder, unused, write, writes
 from lit_align.data import Batch
 from lit_align.evaluation import Comparison, compare
 from lit_align.methods import AlignmentModule
@@ -24,7 +24,7 @@ from lit_align.shapes import WEIGHTS_HASH
 
 
 class RewardHistograms(Callback):
-    """Shows the spread of every reward in TensorBoard, of each collection and of each validation."""
+    """Shows the spread of every reward in TensorBoard, of each rollout batch and of each validation."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -34,19 +34,19 @@ class RewardHistograms(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._show(trainer, "val", pl_module.latest)
 
-    def _show(self, trainer: Trainer, stage: str, figures: dict[str, Tensor]) -> None:
+    def _show(self, trainer: Trainer, stage: str, metrics: dict[str, Tensor]) -> None:
         if not writes(trainer) or not isinstance(trainer.logger, TensorBoardLogger):
             return
-        for name, values in figures.items():
+        for name, values in metrics.items():
             values = values[values.isfinite()]
             if name.startswith("reward") and len(values):
                 trainer.logger.experiment.add_histogram(
-                    f"{stage}_histogram/{name}", values, last_collection(trainer)
+                    f"{stage}_histogram/{name}", values, global_batch(trainer)
                 )
 
 
 class RunSummary(Callback):
-    """Says at the end of a fit or a test how the held-out figures changed, and where everything lies."""
+    """Says at the end of a fit or a test how the held-out metrics changed, and where everything lies."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._report(trainer, pl_module, "validation")
@@ -73,7 +73,7 @@ class RunSummary(Callback):
             "shapes_weights": WEIGHTS_HASH,
             "images": module.images,
             "reward_queries": module.reward_queries,
-            "figures": {name: finite(asdict(comparison)) for name, comparison in found.items()},
+            "metrics": {name: finite(asdict(comparison)) for name, comparison in found.items()},
         }
         write(folder / f"{split}.json", json.dumps(result, indent=2))
         write(folder / f"{split}.csv", _rows({"prompt": groups} | module.latest))
@@ -81,7 +81,7 @@ class RunSummary(Callback):
 
     def _print(self, found: dict[str, Comparison], folder: Path, split: str) -> None:
         pairs = next(iter(found.values())).num_pairs
-        table = Table(title=f"{split}: {pairs} pictures, same prompts and noise")
+        table = Table(title=f"{split}: {pairs} images, same prompts and noise")
         for header in ("", "before", "after", "difference ± standard error", "better"):
             table.add_column(header, justify="right" if header else "left", no_wrap=not header)
         for name, c in found.items():
@@ -92,14 +92,14 @@ class RunSummary(Callback):
             table.add_row(name, f"{c.before:.4f}", f"{c.after:.4f}", change, wins)
         console = Console()
         console.print(table)
-        for part in ("checkpoints/last.ckpt", "adapter", "pictures", f"{split}.json"):
+        for part in ("checkpoints/last.ckpt", "adapter", "images", f"{split}.json"):
             if (folder / part).exists():
                 console.print(f"{part.split('/')[0]:<12} {folder / part}", soft_wrap=True, highlight=False)
         console.print(f"{'curves':<12} tensorboard --logdir {folder}", soft_wrap=True, highlight=False)
 
 
 def _rows(columns: dict[str, Tensor]) -> str:
-    """A line for each picture, in an order that two runs with the same data and seed share."""
+    """A line for each image, in an order that two runs with the same data and seed share."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(columns)
@@ -112,7 +112,7 @@ def _rows(columns: dict[str, Tensor]) -> str:
 class RunConfig(SaveConfigCallback):
     """Writes the whole configuration to ``config.yaml``; a resumed run's stands beside the first.
 
-    TensorBoard gets it as text, and at the end of a fit as hyper-parameters with the final held-out figures
+    TensorBoard gets it as text, and at the end of a fit as hyper-parameters with the final held-out metrics
     (``final/<name>``), so that its HParams tab compares runs.
     """
 
@@ -134,7 +134,7 @@ class RunConfig(SaveConfigCallback):
         parts = {name: config[name] for name in ("seed_everything", "model", "data")}
         final = {f"final/{name}": float(values.nanmean()) for name, values in pl_module.latest.items()}
         known = {name: value for name, value in final.items() if math.isfinite(value)}
-        trainer.logger.log_hyperparams(_flat(parts), known, last_collection(trainer))
+        trainer.logger.log_hyperparams(_flat(parts), known, global_batch(trainer))
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a sweep over weights leaves: a table, a summary, the front as a plot, and pictures along it."""
+"""What a sweep over weights leaves: a table, a summary, the front as a plot, and images along it."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_align.callbacks.folder import finite, run_folder, unused, write, writes
-from lit_align.callbacks.pictures import picture_grid
+from lit_align.callbacks.images import image_grid
 from lit_align.methods import MSDDAModule
 from lit_align.shapes import WEIGHTS_HASH
 from lit_align.sweep import BASE, EXPERT, FUSED, Front, Volume
@@ -37,13 +37,13 @@ class SweepReport(Callback):
         rows, volumes = front.rows(), front.volumes()
         write(draft / "sweep.csv", _csv(rows))
         write(draft / "sweep.json", json.dumps(self._summary(front, rows, volumes, pl_module.seed), indent=1))
-        os.replace(draft, folder)  # whatever becomes of the pictures
-        pictures = {"strip": strip(front)} if front.prompts else {}
-        pictures |= {"front": drawn} if (drawn := plot(front)) else {}
-        for name, picture in pictures.items():
-            picture.save(folder / f"{name}.png")
+        os.replace(draft, folder)  # whatever becomes of the images
+        images = {"strip": strip(front)} if front.prompts else {}
+        images |= {"front": drawn} if (drawn := plot(front)) else {}
+        for name, image in images.items():
+            image.save(folder / f"{name}.png")
             if isinstance(trainer.logger, TensorBoardLogger):
-                pixels = np.asarray(picture)
+                pixels = np.asarray(image)
                 trainer.logger.experiment.add_image(f"sweep/{name}", pixels, 0, dataformats="HWC")
         _show(front, rows, volumes, folder)
 
@@ -60,7 +60,7 @@ class SweepReport(Callback):
         return {
             "shapes_weights": WEIGHTS_HASH,
             "seed": seed,
-            "pictures": len(front.measured[0].groups),
+            "images": len(front.measured[0].groups),
             "objectives": front.objectives,
             "hypervolume": finite({name: volume.value for name, volume in volumes.items()}),
             "hypervolume_error": finite({name: volume.error for name, volume in volumes.items()}),
@@ -94,9 +94,9 @@ def strip(front: Front) -> Image.Image:
     for m in shown[1:]:
         parts = [f"{n} {w:.2g}" for n, w in m.point.weights if w]
         labels.append("\n".join([EXPERT, *parts] if m.point.method == EXPERT else parts))
-    images = torch.stack([m.images for m in shown], dim=1)  # (pictures, columns, 3, H, W)
+    images = torch.stack([m.images for m in shown], dim=1)  # (images, columns, 3, H, W)
     rows = [label for prompt in front.prompts for label in (f"{BASE}: {prompt}", *labels)]
-    return picture_grid(images.flatten(0, 1), rows, columns=len(shown), side=112)
+    return image_grid(images.flatten(0, 1), rows, columns=len(shown), side=112)
 
 
 def plot(front: Front) -> Image.Image | None:
@@ -106,7 +106,7 @@ def plot(front: Front) -> Image.Image | None:
         from matplotlib.figure import Figure
     except ImportError:
         rank_zero_warn(
-            "sweep: front.png needs matplotlib (pip install matplotlib); the figures are in sweep.csv"
+            "sweep: front.png needs matplotlib (pip install matplotlib); the metrics are in sweep.csv"
         )
         return None
     pairs = list(combinations(range(len(front.objectives)), 2))

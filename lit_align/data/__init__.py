@@ -2,7 +2,7 @@
 
 from lit_align.data.animals import Animals
 from lit_align.data.batch import Batch, PairBatch
-from lit_align.data.captioned import CaptionedPictures, HubPictures, ShapesRenders
+from lit_align.data.captioned import CaptionedImages, HubImages, ShapesRenders
 from lit_align.data.objects import ObjectPairs
 from lit_align.data.pair_files import PickaPicFiles, PickaPicHub, ShapesPick
 from lit_align.data.pair_folder import FolderPairs
@@ -27,9 +27,9 @@ __all__ = [
     "Animals",
     "Batch",
     "CSVPrompts",
-    "CaptionedPictures",
+    "CaptionedImages",
     "FolderPairs",
-    "HubPictures",
+    "HubImages",
     "HubPrompts",
     "JSONLPrompts",
     "JSONPrompts",

@@ -1,4 +1,4 @@
-"""The batches: prompts, which every method, reward and callback sees, and pairs of pictures."""
+"""The batches: prompts, which every method, reward and callback sees, and pairs of images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -51,11 +51,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """``B`` pairs of pictures of one prompt each, of which people preferred one.
+    """``B`` pairs of images of one prompt each, of which people preferred one.
 
     Attributes:
         prompts: One a pair, length ``B``.
-        winners: ``(B, 3, H, W)`` float32 in [0, 1], the preferred pictures.
+        winners: ``(B, 3, H, W)`` float32 in [0, 1], the preferred images.
         losers: ``(B, 3, H, W)`` float32 in [0, 1], the others; None where only winners were asked for.
         index: ``(B,)`` long, on the CPU. Row of the pair in its source: the same in every epoch, on every
             rank and after a resume.
@@ -69,7 +69,7 @@ class PairBatch:
     def __post_init__(self) -> None:
         lengths = {len(self.prompts), len(self.winners), len(self.index)}
         lengths |= set() if self.losers is None else {len(self.losers)}
-        assert len(lengths) == 1, f"prompts, pictures and index differ in length: {sorted(lengths)}"
+        assert len(lengths) == 1, f"prompts, images and index differ in length: {sorted(lengths)}"
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -84,7 +84,7 @@ class PairBatch:
         )
 
     def to(self, device: torch.device) -> "PairBatch":
-        """The same pairs with their pictures on a device."""
+        """The same pairs with their images on a device."""
         losers = None if self.losers is None else self.losers.to(device, non_blocking=True)
         return replace(self, winners=self.winners.to(device, non_blocking=True), losers=losers)
 

@@ -1,4 +1,4 @@
-"""Captioned pictures, for the loss of pre-training: numbered, and each a pure function of its number."""
+"""Captioned images, for the loss of pre-training: numbered, and each a pure function of its number."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from lit_align.data.files import first_line
-from lit_align.data.pairs import UnreadablePicture, decode
+from lit_align.data.pairs import UnreadableImage, decode
 from lit_align.errors import ConfigError
 from lit_align.randomness import derive_seed
 from lit_align.shapes.world import Kind, PromptSpace, render, sample_scene
 
 
-class CaptionedPictures(ABC):
-    """Numbered pictures with captions; a subclass of yours can be named in YAML too."""
+class CaptionedImages(ABC):
+    """Numbered images with captions; a subclass of yours can be named in YAML too."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -27,16 +27,16 @@ class CaptionedPictures(ABC):
         """The caption of a row, ``0 <= row < len(self)``."""
 
     @abstractmethod
-    def picture(self, row: int) -> Tensor:
-        """The picture of a row, ``(3, H, W)`` float32 in [0, 1], of one size for all rows."""
+    def image(self, row: int) -> Tensor:
+        """The image of a row, ``(3, H, W)`` float32 in [0, 1], of one size for all rows."""
 
     def batch(self, rows: Sequence[int]) -> tuple[Tensor, list[str]]:
-        """Pictures ``(B, 3, H, W)`` and captions of some rows."""
-        return torch.stack([self.picture(row) for row in rows]), [self.caption(row) for row in rows]
+        """Images ``(B, 3, H, W)`` and captions of some rows."""
+        return torch.stack([self.image(row) for row in rows]), [self.caption(row) for row in rows]
 
 
-class ShapesRenders(CaptionedPictures):
-    """True pictures of the Shapes world: for each of its captions one, drawn when it is asked for.
+class ShapesRenders(CaptionedImages):
+    """True images of the Shapes world: for each of its captions one, drawn when it is asked for.
 
     They show what the shipped pipeline was trained on, bias included: an object whose colour a caption leaves
     open is red in 70 % of them.
@@ -59,25 +59,25 @@ class ShapesRenders(CaptionedPictures):
     def caption(self, row: int) -> str:
         return self._space[row]
 
-    def picture(self, row: int) -> Tensor:
+    def image(self, row: int) -> Tensor:
         rng = np.random.default_rng(derive_seed(0, "render", row))
         drawn = render(sample_scene(self._space.caption(row), rng))
         return torch.from_numpy(drawn).permute(2, 0, 1).float() / 255
 
 
-class HubPictures(CaptionedPictures):
-    """A dataset with pictures and captions, of the Hugging Face hub or in a folder.
+class HubImages(CaptionedImages):
+    """A dataset with images and captions, of the Hugging Face hub or in a folder.
 
     Args:
-        name: The hub id, or a folder that ``datasets.load_dataset`` reads, such as one with pictures and a
+        name: The hub id, or a folder that ``datasets.load_dataset`` reads, such as one with images and a
             ``metadata.csv`` of the columns ``file_name`` and ``text``.
-        resolution: Height and width in pixels; pictures are scaled and cropped to their centre.
+        resolution: Height and width in pixels; images are scaled and cropped to their centre.
         split: Which of the dataset's own splits to read.
-        image: The column with the pictures.
+        image: The column with the images.
         text: The column with the captions.
 
     Raises:
-        ConfigError: The dataset cannot be read or has no such column; on reading, for a broken picture.
+        ConfigError: The dataset cannot be read or has no such column; on reading, for a broken image.
     """
 
     def __init__(
@@ -105,12 +105,12 @@ class HubPictures(CaptionedPictures):
     def caption(self, row: int) -> str:
         return self._rows[row][self._text] or ""
 
-    def picture(self, row: int) -> Tensor:
+    def image(self, row: int) -> Tensor:
         stored = self._rows[row][self._image] or {"bytes": None, "path": None}
         try:
             data = stored["bytes"] or (Path(stored["path"]).read_bytes() if stored["path"] else b"")
             return decode(data, self.resolution)
-        except (UnreadablePicture, OSError) as error:
+        except (UnreadableImage, OSError) as error:
             raise ConfigError(
-                f"row {row} of dataset {self.name} is no readable picture ({first_line(error)}): remove it"
+                f"row {row} of dataset {self.name} is no readable image ({first_line(error)}): remove it"
             ) from error

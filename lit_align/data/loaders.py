@@ -1,4 +1,4 @@
-"""The loaders: collections of prompts for training, fixed prompts for everything else."""
+"""The loaders: rollout batches of prompts for training, fixed prompts for everything else."""
 
 import math
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ class Rank:
         """Every ``world``-th of ``rows``, whose number ``world`` divides: the positions and the rows.
 
         Dealt like cards, so that any run of ``world * n`` neighbours is spread evenly: the first half of
-        every rank's prompts is the first half of the collection.
+        every rank's prompts is the first half of the rollout batch.
         """
         assert len(rows) % self.world == 0, f"{len(rows)} prompts do not divide by {self.world} ranks"
         return range(self.number, len(rows), self.world), [
@@ -44,22 +44,22 @@ class Rank:
         ]
 
 
-class CollectionLoader:
-    """The train loader: one batch is this rank's part of one global collection.
+class RolloutLoader:
+    """The train loader: one batch is this rank's part of one global rollout batch.
 
-    Its position counts the collections that were handed out and goes on over the ends of epochs, so an epoch
+    Its position counts the batches that were handed out and goes on over the ends of epochs, so an epoch
     that is cut short (``limit_train_batches``) repeats nothing. Lightning saves and restores
     :meth:`state_dict`. A state that is saved while a batch is being worked on counts that batch as done; a
     resume is exact from checkpoints taken at batch ends.
 
     Each pass over the prompts has its own order. What is left at the end of a pass and does not fill a
-    collection is dropped.
+    rollout batch is dropped.
 
     Args:
         prompts: The training prompts.
-        prompts_per_collection: Over all ranks.
+        prompts_per_batch: Over all ranks.
         images_per_prompt: Images that share a prompt.
-        collections_per_epoch: Length of the loader.
+        batches_per_epoch: Length of the loader.
         seed: Seed of the order.
         rank: This process.
     """
@@ -67,17 +67,17 @@ class CollectionLoader:
     def __init__(
         self,
         prompts: PromptSet,
-        prompts_per_collection: int,
+        prompts_per_batch: int,
         images_per_prompt: int,
-        collections_per_epoch: int,
+        batches_per_epoch: int,
         seed: int = 0,
         rank: Rank = Rank(),
     ) -> None:
         self.prompts = prompts
-        self.collections_per_epoch = collections_per_epoch
+        self.batches_per_epoch = batches_per_epoch
         self.rank = rank
         self._settings = {
-            "prompts_per_collection": prompts_per_collection,
+            "prompts_per_batch": prompts_per_batch,
             "images_per_prompt": images_per_prompt,
             "seed": seed,
         }
@@ -86,11 +86,11 @@ class CollectionLoader:
         self._collections = 0
 
     def __len__(self) -> int:
-        return self.collections_per_epoch
+        return self.batches_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        for _ in range(self.collections_per_epoch):
-            slots = self._settings["prompts_per_collection"]
+        for _ in range(self.batches_per_epoch):
+            slots = self._settings["prompts_per_batch"]
             places, rows = self.rank.share(self._advance(slots))
             groups = [self._collections * slots + place for place in places]
             self._collections += 1
@@ -101,7 +101,7 @@ class CollectionLoader:
         return len(self.prompts.rows) if self.prompts.usable is None else self.prompts.usable
 
     def _advance(self, wanted: int) -> list[int]:
-        """The rows of the next collection; moves the cursor behind them."""
+        """The rows of the next rollout batch; moves the cursor behind them."""
         while True:
             order = self.prompts.training_order(self._settings["seed"], self._pass)
             rows: list[int] = []
@@ -112,7 +112,7 @@ class CollectionLoader:
                     return rows
             if self._cursor == 0:
                 raise ConfigError(
-                    f"data.prompts_per_collection is {wanted}, but {self.prompts.source} has only "
+                    f"data.prompts_per_batch is {wanted}, but {self.prompts.source} has only "
                     f"{len(rows)} training prompts: lower it or give more prompts"
                 )
             self._pass += 1
@@ -120,15 +120,15 @@ class CollectionLoader:
 
     def state_dict(self) -> dict[str, int]:
         """Position and the settings that give it its meaning, as plain integers."""
-        position = {"pass": self._pass, "cursor": self._cursor, "collections": self._collections}
+        position = {"pass": self._pass, "cursor": self._cursor, "rollout batches": self._collections}
         return {**position, **self._settings, "rows": self._usable, "pool": len(self.prompts.rows)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a saved position.
 
         Raises:
-            ConfigError: The state was saved with another seed, number of prompts per collection or of images
-                per prompt.
+            ConfigError: The state was saved with another seed, number of prompts per batch or of images per
+                prompt.
         """
         for name, value in self._settings.items():
             if state[name] != value:
@@ -143,7 +143,7 @@ class CollectionLoader:
                 f"checkpoint was written, and {pool} to draw from, then {pool_then}: training goes on, but "
                 "the prompts of this pass may repeat"
             )
-        self._pass, self._cursor, self._collections = state["pass"], state["cursor"], state["collections"]
+        self._pass, self._cursor, self._collections = state["pass"], state["cursor"], state["rollout batches"]
 
 
 class FixedLoader:

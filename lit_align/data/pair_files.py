@@ -18,13 +18,13 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from lit_align.data.files import first_line
-from lit_align.data.pairs import HeldOut, PairSource, UnreadablePicture
+from lit_align.data.pairs import HeldOut, PairSource, UnreadableImage
 from lit_align.data.shapes import ShapesPromptSet
 from lit_align.data.sources import PromptSource
 from lit_align.errors import ConfigError
 from lit_align.shapes import PICK
 
-PICTURES = ("jpg_0", "jpg_1")
+IMAGES = ("jpg_0", "jpg_1")
 LIGHT = ("caption", "label_0", "has_label")
 SPLIT = re.compile(r"([^/]+)-\d{5}-of-\d{5}[^/]*$")
 """How ``datasets`` names the files of a split."""
@@ -36,7 +36,7 @@ class PickaPicFiles(PairSource):
     """Parquet files in the schema of Pick-a-Pic v1 and v2 (Kirstain et al. 2023).
 
     At the start, the columns ``caption``, ``label_0`` and ``has_label`` are read: about 100 bytes a row.
-    Pictures are read by whole row groups, when a picture of one is asked for, and the last few are held. Each
+    Images are read by whole row groups, when an image of one is asked for, and the last few are held. Each
     rank reads all row groups, as its share of a batch lies scattered in them.
 
     Args:
@@ -68,7 +68,7 @@ class PickaPicFiles(PairSource):
         self._groups = [(f, g) for f, g in groups if self._footers[f].row_group(g).num_rows]
         sizes = [self._footers[file].row_group(g).num_rows for file, g in self._groups]
         self._starts = [0, *accumulate(sizes)]
-        self._held: OrderedDict[int, pa.Table | UnreadablePicture] = OrderedDict()
+        self._held: OrderedDict[int, pa.Table | UnreadableImage] = OrderedDict()
         self._lock = Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,14 +89,14 @@ class PickaPicFiles(PairSource):
     def blocks(self) -> Sequence[range]:
         return [range(a, b) for a, b in zip(self._starts[:-1], self._starts[1:], strict=True)]
 
-    def picture(self, row: int, side: int) -> bytes:
+    def image(self, row: int, side: int) -> bytes:
         number = bisect_right(self._starts, row) - 1
         group = self._group(number)
-        if isinstance(group, UnreadablePicture):
+        if isinstance(group, UnreadableImage):
             raise group
-        data = group[PICTURES[side]][row - self._starts[number]].as_py()
+        data = group[IMAGES[side]][row - self._starts[number]].as_py()
         if data is None:
-            raise UnreadablePicture("there is none")
+            raise UnreadableImage("there is none")
         return data
 
     def where(self, row: int) -> str:
@@ -105,7 +105,7 @@ class PickaPicFiles(PairSource):
         first = self._starts[number] - sum(self._footers[file].row_group(g).num_rows for g in range(group))
         return f"row {row - first} of {self._files[file]}"
 
-    def pictures_are(self) -> str:
+    def images_are(self) -> str:
         groups = [(f, self._footers[f].row_group(g)) for f, g in self._groups]
         return str(
             [(Path(self._files[f]).name, group.num_rows, group.total_byte_size) for f, group in groups]
@@ -114,24 +114,24 @@ class PickaPicFiles(PairSource):
     def __str__(self) -> str:
         return self.path
 
-    def _group(self, number: int) -> pa.Table | UnreadablePicture:
-        """The pictures of a row group; read by one thread at a time, so that none is read twice."""
+    def _group(self, number: int) -> pa.Table | UnreadableImage:
+        """The images of a row group; read by one thread at a time, so that none is read twice."""
         with self._lock:
             if number not in self._held:
                 while len(self._held) >= self.mixed:
                     self._held.popitem(last=False)
-                self._held[number] = self._read_pictures(*self._groups[number])
+                self._held[number] = self._read_images(*self._groups[number])
             self._held.move_to_end(number)
             return self._held[number]
 
-    def _read_pictures(self, file: int, group: int) -> pa.Table | UnreadablePicture:
+    def _read_images(self, file: int, group: int) -> pa.Table | UnreadableImage:
         try:
             with self._open(self._files[file], metadata=self._footers[file]) as shard:
-                return shard.read_row_group(group, columns=list(PICTURES))
+                return shard.read_row_group(group, columns=list(IMAGES))
         except (pa.ArrowException, OSError) as error:
             if self._system is not None and not isinstance(error, pa.ArrowException):
                 raise  # the network: another try may work, so no row is given up for it
-            return UnreadablePicture(f"row group {group} is damaged ({first_line(error)})")
+            return UnreadableImage(f"row group {group} is damaged ({first_line(error)})")
 
     def _read_light(self, file: str) -> tuple[Any, pa.Table]:
         try:
@@ -229,7 +229,7 @@ def _find(path: str) -> tuple[list[str], Any]:
 
 
 def _check_columns(file: str, schema: pa.Schema) -> None:
-    for name in ("caption", *PICTURES, "label_0"):
+    for name in ("caption", *IMAGES, "label_0"):
         if name not in schema.names:
             near = difflib.get_close_matches(name, schema.names, n=1)
             hint = f" (is it '{near[0]}'?)" if near else ""
@@ -237,10 +237,10 @@ def _check_columns(file: str, schema: pa.Schema) -> None:
             raise ConfigError(
                 f"{file} has no column '{name}'{hint}, only {there}: Pick-a-Pic's schema needs it"
             )
-    for name in PICTURES:
+    for name in IMAGES:
         kind = schema.field(name).type
         if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-            raise ConfigError(f"column '{name}' of {file} holds {kind}, not encoded pictures (binary)")
+            raise ConfigError(f"column '{name}' of {file} holds {kind}, not encoded images (binary)")
 
 
 def _verdicts(light: pa.Table) -> "np.ndarray[Any, np.dtype[np.float64]]":

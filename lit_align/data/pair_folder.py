@@ -1,4 +1,4 @@
-"""Preference data of one's own: a table of prompts, names of pictures and verdicts."""
+"""Preference data of one's own: a table of prompts, names of images and verdicts."""
 
 import hashlib
 import math
@@ -6,27 +6,27 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lit_align.data.pairs import PairSource, UnreadablePicture
+from lit_align.data.pairs import PairSource, UnreadableImage
 from lit_align.data.sources import CSVPrompts, JSONLPrompts
 from lit_align.errors import ConfigError
 
 
 class FolderPairs(PairSource):
-    """A CSV or JSON lines file that names pairs of pictures, beside their files.
+    """A CSV or JSON lines file that names pairs of images, beside their files.
 
-    A row holds a prompt, two file names relative to the table's folder, and the label of the first picture:
+    A row holds a prompt, two file names relative to the table's folder, and the label of the first image:
     1 where it is preferred, 0 where the other one is, 0.5 or nothing for a tie.
 
     Args:
         path: The table, ``*.csv`` with a header line or ``*.jsonl``.
         prompt: Column of the prompts.
-        first: Column of the first pictures.
-        second: Column of the second pictures.
+        first: Column of the first images.
+        second: Column of the second images.
         label: Column of the labels.
 
     Raises:
         ConfigError: The table cannot be read or has no such column, a label is none of these, or the
-            first row's pictures are not there.
+            first row's images are not there.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class FolderPairs(PairSource):
 
     def _check_there(self, side: int, column: str) -> None:
         try:
-            self.picture(0, side)
-        except UnreadablePicture as error:
+            self.image(0, side)
+        except UnreadableImage as error:
             raise ConfigError(
                 f"{self.where(0)}, column '{column}': {error}; names are relative to {self.folder.absolute()}"
             ) from error
@@ -78,14 +78,14 @@ class FolderPairs(PairSource):
     def label(self, row: int) -> float:
         return self._labels[row]
 
-    def picture(self, row: int, side: int) -> bytes:
+    def image(self, row: int, side: int) -> bytes:
         name = self._names[row][side]
         try:
             return (self.folder / name).read_bytes()
         except OSError as error:
-            raise UnreadablePicture(f"'{name}' cannot be read ({error.strerror})") from error
+            raise UnreadableImage(f"'{name}' cannot be read ({error.strerror})") from error
 
-    def pictures_are(self) -> str:
+    def images_are(self) -> str:
         digest = hashlib.sha256()
         for name in (name for names in self._names for name in names):
             with suppress(OSError):  # it will be reported when its turn comes

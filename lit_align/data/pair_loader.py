@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lit_align.data.batch import PairBatch
 from lit_align.data.loaders import Rank
-from lit_align.data.pairs import PairSource, UnreadablePicture, decode
+from lit_align.data.pairs import PairSource, UnreadableImage, decode
 from lit_align.data.splits import Permutation
 from lit_align.errors import ConfigError
 
@@ -83,12 +83,12 @@ class Found:
 
     Attributes:
         row: The pair's row.
-        pictures: Those that the view asks for, each ``(3, H, W)``, the winner first.
+        images: Those that the view asks for, each ``(3, H, W)``, the winner first.
         passed: Row and reason of each pair that should have come but cannot be read.
     """
 
     row: int
-    pictures: tuple[Tensor, ...]
+    images: tuple[Tensor, ...]
     passed: list[tuple[int, str]]
 
 
@@ -103,7 +103,7 @@ class PairLoader:
     alone, so all ranks, a resumed run and :meth:`rows` agree.
 
     Attributes:
-        known: Says of a row and a side (0 the winner, 1 the loser) that nobody needs the picture; it is then
+        known: Says of a row and a side (0 the winner, 1 the loser) that nobody needs the image; it is then
             not read, and all NaN.
         unreadable: Rows that cannot be read, and why.
 
@@ -113,7 +113,7 @@ class PairLoader:
         view: "winners", or "pairs" for the losers too.
         pairs_per_batch: Over all ranks.
         batches_per_epoch: Length of the loader.
-        resolution: Height and width of the pictures, in pixels.
+        resolution: Height and width of the images, in pixels.
         seed: Seed of the order.
         rank: This process.
         workers: Threads that decode.
@@ -168,14 +168,14 @@ class PairLoader:
     def rows(self, start_batch: int, num_batches: int) -> Iterator[tuple[int, str]]:
         """Yield row and prompt of each of this rank's pairs in coming batches, in their order.
 
-        Pictures are decoded to see that they can be, and not kept.
+        Images are decoded to see that they can be, and not kept.
 
         Args:
             start_batch: Number of the first batch, counted over the run.
             num_batches: How many batches.
         """
         with ThreadPoolExecutor(self.workers) as pool:
-            for number in range(start_batch, start_batch + num_batches):  # so that few pictures are held
+            for number in range(start_batch, start_batch + num_batches):  # so that few images are held
                 found = pool.map(lambda slot: self._find(*slot), self._slots(number))
                 for row in [self._report(one).row for one in found]:
                     yield row, self.source.prompt(row).strip()
@@ -194,20 +194,20 @@ class PairLoader:
             if row not in self.unreadable:
                 try:
                     return Found(row, self._decode(row), passed)
-                except UnreadablePicture as error:
+                except UnreadableImage as error:
                     passed.append((row, str(error)))
         reasons = [*self.unreadable.values(), *(reason for _, reason in passed)]
-        raise ConfigError(f"no picture of {self.source} can be read; the last one: {reasons[-1]}")
+        raise ConfigError(f"no image of {self.source} can be read; the last one: {reasons[-1]}")
 
     def _decode(self, row: int) -> tuple[Tensor, ...]:
         winner = 0 if self.source.label(row) > 0.5 else 1
         sides = (winner, 1 - winner)[: self.sides]
-        return tuple(self._picture(row, *turn) for turn in enumerate(sides))
+        return tuple(self._image(row, *turn) for turn in enumerate(sides))
 
-    def _picture(self, row: int, place: int, side: int) -> Tensor:
+    def _image(self, row: int, place: int, side: int) -> Tensor:
         if self.known is not None and self.known(row, place):
             return torch.full((), math.nan).expand(3, self.resolution, self.resolution)
-        return decode(self.source.picture(row, side), self.resolution)
+        return decode(self.source.image(row, side), self.resolution)
 
     def _report(self, found: Found) -> Found:
         """Say, once, what could not be read; every rank speaks of its own share."""
@@ -221,7 +221,7 @@ class PairLoader:
 
     def _collate(self, found: list[Found]) -> PairBatch:
         rows = [self._report(one).row for one in found]
-        sides = [torch.stack(side) for side in zip(*(one.pictures for one in found), strict=True)]
+        sides = [torch.stack(side) for side in zip(*(one.images for one in found), strict=True)]
         prompts = [self.source.prompt(row).strip() for row in rows]
         return PairBatch(prompts, sides[0], sides[1] if len(sides) == 2 else None, torch.tensor(rows))
 

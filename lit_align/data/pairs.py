@@ -1,4 +1,4 @@
-"""What preference data is to the rest: numbered pairs of pictures, whatever they are stored in."""
+"""What preference data is to the rest: numbered pairs of images, whatever they are stored in."""
 
 import hashlib
 import io
@@ -18,14 +18,14 @@ from lit_align.data.sources import PromptSource
 HeldOut = Literal["validation", "test"]
 
 
-class UnreadablePicture(Exception):
-    """The bytes of one picture are missing or cannot be decoded; the message says what is wrong with them."""
+class UnreadableImage(Exception):
+    """The bytes of one image are missing or cannot be decoded; the message says what is wrong with them."""
 
 
 class PairSource(ABC):
-    """Numbered pairs of pictures of one prompt, with a verdict; a subclass of yours can be named in YAML too.
+    """Numbered pairs of images of one prompt, with a verdict; a subclass of yours can be named in YAML too.
 
-    Several threads read pictures at the same time.
+    Several threads read images at the same time.
 
     Attributes:
         mixed: How many blocks a training order draws from at a time (see :meth:`blocks`).
@@ -43,14 +43,14 @@ class PairSource(ABC):
 
     @abstractmethod
     def label(self, row: int) -> float:
-        """1 where the first picture is preferred, 0 where the second is; anything else is no verdict."""
+        """1 where the first image is preferred, 0 where the second is; anything else is no verdict."""
 
     @abstractmethod
-    def picture(self, row: int, side: int) -> bytes:
-        """The encoded picture of a row, the first (``side`` 0) or the second.
+    def image(self, row: int, side: int) -> bytes:
+        """The encoded image of a row, the first (``side`` 0) or the second.
 
         Raises:
-            UnreadablePicture: It is not there.
+            UnreadableImage: It is not there.
         """
 
     def blocks(self) -> Sequence[range]:
@@ -62,14 +62,14 @@ class PairSource(ABC):
         return f"row {row} of {self}"
 
     def fingerprint(self) -> str:
-        """Changes with prompts, verdicts and :meth:`pictures_are`; what is kept on disk is named by it."""
-        digest = hashlib.sha256(f"{self} {self.pictures_are()}".encode())
+        """Changes with prompts, verdicts and :meth:`images_are`; what is kept on disk is named by it."""
+        digest = hashlib.sha256(f"{self} {self.images_are()}".encode())
         for row in range(len(self)):
             digest.update(f"{self.prompt(row)}\n{self.label(row)}\n".encode())
         return digest.hexdigest()
 
-    def pictures_are(self) -> str:
-        """Changes with the pictures, as far as that can be told without reading them."""
+    def images_are(self) -> str:
+        """Changes with the images, as far as that can be told without reading them."""
         return ""
 
     def held_out(self, split: HeldOut) -> PromptSource | None:
@@ -82,10 +82,10 @@ class PairSource(ABC):
 
 
 class PickaPicPrompts(PromptSource):
-    """The prompts of preference data alone, for methods that make their own pictures.
+    """The prompts of preference data alone, for methods that make their own images.
 
     Args:
-        pairs: The preference data; no picture of it is read.
+        pairs: The preference data; no image of it is read.
     """
 
     def __init__(self, pairs: PairSource) -> None:
@@ -102,10 +102,10 @@ class PickaPicPrompts(PromptSource):
 
 
 def decode(data: bytes, resolution: int) -> Tensor:
-    """A stored picture, scaled so that its shorter side fits and cropped to its centre.
+    """A stored image, scaled so that its shorter side fits and cropped to its centre.
 
     Scaled with a bilinear filter, as torchvision's ``Resize`` does by default and with it the published
-    training scripts; Pillow widens it when it makes pictures smaller, so nothing aliases. A picture of the
+    training scripts; Pillow widens it when it makes images smaller, so nothing aliases. An image of the
     right size stays as it is.
 
     Args:
@@ -116,7 +116,7 @@ def decode(data: bytes, resolution: int) -> Tensor:
         ``(3, resolution, resolution)`` float32 in [0, 1].
 
     Raises:
-        UnreadablePicture: It is cut short or no picture.
+        UnreadableImage: It is cut short or no image.
     """
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
@@ -130,7 +130,7 @@ def decode(data: bytes, resolution: int) -> Tensor:
         Image.DecompressionBombError,
     ) as error:
         what = str(error).split("\n")[0].split("<_io")[0].strip() or type(error).__name__
-        raise UnreadablePicture(what) from error
+        raise UnreadableImage(what) from error
     if image.size != (resolution, resolution):
         image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255

@@ -1,4 +1,4 @@
-"""The data of the methods that learn from pairs of pictures that people compared."""
+"""The data of the methods that learn from pairs of images that people compared."""
 
 from array import array
 from bisect import bisect_left
@@ -23,7 +23,7 @@ FEW = 10_000
 
 
 class PickaPicDataModule(LightningDataModule):
-    """Pairs of pictures for training, and fixed prompts for validation, test and predict.
+    """Pairs of images for training, and fixed prompts for validation, test and predict.
 
     A pair belongs to a split by a hash of its prompt, as in :class:`~lit_align.data.PromptDataModule`, which
     hands out the prompts. Ties and pairs without a label or a prompt are dropped and counted. A pair that
@@ -34,7 +34,7 @@ class PickaPicDataModule(LightningDataModule):
         source: The pairs; the shipped sample of Shapes-Pick if not given.
         view: "winners" (finetuning on them, SPIN), or "pairs" for the losers too (Diffusion-DPO).
         pairs_per_batch: Pairs of one training batch, over all ranks; the number of ranks must divide it.
-        resolution: Height and width of the pictures, in pixels: that of the model.
+        resolution: Height and width of the images, in pixels: that of the model.
         batches_per_epoch: Training batches of an epoch; one pass over the training pairs if not given. An
             epoch is only a length: the next one goes on where it ended.
         validation_fraction: Share of the source's prompts that is kept for validation; unused with
@@ -51,10 +51,10 @@ class PickaPicDataModule(LightningDataModule):
         eval_batch: Images in a batch of one rank in validation, test and predict, at most; prompts are kept
             whole.
         predict_source: Predict on all of these, in their order; on the test prompts if not given.
-        latent_cache: Folder in which the pictures' latents are kept, so that each is encoded once, in
-            all runs that share it; none are kept if not given. A latent takes 64 KiB for a picture of 512
+        latent_cache: Folder in which the images' latents are kept, so that each is encoded once, in
+            all runs that share it; none are kept if not given. A latent takes 64 KiB for an image of 512
             pixels.
-        workers: Threads of each rank that read and decode pictures.
+        workers: Threads of each rank that read and decode images.
         seed: Seed of the training order alone; that of ``seed_everything`` if not given.
 
     Raises:
@@ -198,8 +198,8 @@ class PickaPicDataModule(LightningDataModule):
     def train_rows(self, start_batch: int, num_batches: int) -> Iterator[tuple[int, str]]:
         """Yield row and prompt of each pair in this rank's share of coming batches, in their order.
 
-        They are what the batches will hold: a pair whose picture cannot be read is replaced here too, for
-        which the pictures are decoded, but not kept.
+        They are what the batches will hold: a pair whose image cannot be read is replaced here too, for
+        which the images are decoded, but not kept.
 
         Args:
             start_batch: Number of the first batch, counted over the run.
@@ -227,5 +227,5 @@ class PickaPicDataModule(LightningDataModule):
     def transfer_batch_to_device(
         self, batch: Batch | PairBatch, device: torch.device, dataloader_idx: int
     ) -> Batch | PairBatch:
-        """Move pictures; tensors that count stay on the CPU, where the host reads them."""
+        """Move images; tensors that count stay on the CPU, where the host reads them."""
         return batch.to(device) if isinstance(batch, PairBatch) else batch

@@ -1,4 +1,4 @@
-"""The data of the methods that make their own images: prompts, split and handed out in collections."""
+"""The data of the methods that make their own images: prompts, split and handed out in rollout batches."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lit_align.data.batch import Batch
 from lit_align.data.index import index
-from lit_align.data.loaders import CollectionLoader, FixedLoader, Rank
+from lit_align.data.loaders import FixedLoader, Rank, RolloutLoader
 from lit_align.data.sources import PromptSource
 from lit_align.data.splits import Pool, PromptSet
 from lit_align.errors import ConfigError
@@ -18,7 +18,7 @@ from lit_align.randomness import run_seed
 
 
 class PromptDataModule(LightningDataModule):
-    """Prompts in collections for training, and fixed prompts for validation, test and predict.
+    """Prompts in rollout batches for training, and fixed prompts for validation, test and predict.
 
     A prompt belongs to a split by a hash of its text, so splits are disjoint, and stay what they are when
     rows are added or moved. Empty and repeated prompts are dropped. Sizes are global: they do not depend on
@@ -29,10 +29,10 @@ class PromptDataModule(LightningDataModule):
 
     Args:
         source: The prompts.
-        images_per_prompt: Images of one prompt in a collection, kept together on one rank.
-        prompts_per_collection: Prompts of one training batch, over all ranks; the number of ranks must divide
+        images_per_prompt: Images of one prompt in a rollout batch, kept together on one rank.
+        prompts_per_batch: Prompts of one training batch, over all ranks; the number of ranks must divide
             it.
-        collections_per_epoch: Training batches of an epoch; one pass over the training prompts if not given.
+        batches_per_epoch: Training batches of an epoch; one pass over the training prompts if not given.
             An epoch is only a length: the next one goes on where it ended.
         validation_fraction: Share of the source's prompts that is kept for validation; unused with
             ``validation_source``.
@@ -61,8 +61,8 @@ class PromptDataModule(LightningDataModule):
         self,
         source: PromptSource,
         images_per_prompt: int = 8,
-        prompts_per_collection: int = 16,
-        collections_per_epoch: int | None = None,
+        prompts_per_batch: int = 16,
+        batches_per_epoch: int | None = None,
         validation_fraction: float = 0.05,
         test_fraction: float = 0.05,
         validation_source: PromptSource | None = None,
@@ -79,8 +79,8 @@ class PromptDataModule(LightningDataModule):
         super().__init__()
         self.source = source
         self.images_per_prompt = images_per_prompt
-        self.prompts_per_collection = prompts_per_collection
-        self.collections_per_epoch = collections_per_epoch
+        self.prompts_per_batch = prompts_per_batch
+        self.batches_per_epoch = batches_per_epoch
         self.validation_fraction = 0.0 if validation_source else validation_fraction
         self.test_fraction = 0.0 if test_source else test_fraction
         self.validation_source = validation_source
@@ -94,11 +94,11 @@ class PromptDataModule(LightningDataModule):
         self.predict_source = predict_source
         self.seed = run_seed(seed)
         self._sets: dict[str, PromptSet] = {}
-        self._train_loader: CollectionLoader | None = None
+        self._train_loader: RolloutLoader | None = None
         self._check_arguments()
 
     def _check_arguments(self) -> None:
-        sizes = ("images_per_prompt", "prompts_per_collection", "collections_per_epoch")
+        sizes = ("images_per_prompt", "prompts_per_batch", "batches_per_epoch")
         for name in (*sizes, "validation_prompts", "test_prompts"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"data.{name} is {value}: give at least 1")
@@ -122,7 +122,7 @@ class PromptDataModule(LightningDataModule):
                 index(source)
 
     def setup(self, stage: str | None = None) -> None:
-        """Split the prompts, once; for "fit", check that they can fill a collection on every rank."""
+        """Split the prompts, once; for "fit", check that they can fill a rollout batch on every rank."""
         if not self._sets:
             self._pool, self._sets = self._split()
         if stage in ("fit", None):
@@ -158,23 +158,23 @@ class PromptDataModule(LightningDataModule):
             removed = f"{shared} prompts removed, which validation_source or test_source has too"
             rank_zero_info(f"{self.source}: {removed}")
 
-    def _make_train_loader(self) -> CollectionLoader:
-        wanted, rank, train = self.prompts_per_collection, Rank.of(self.trainer), self._sets["train"]
+    def _make_train_loader(self) -> RolloutLoader:
+        wanted, rank, train = self.prompts_per_batch, Rank.of(self.trainer), self._sets["train"]
         if wanted % rank.world:
             raise ConfigError(
-                f"data.prompts_per_collection is {wanted}, which {rank.world} ranks cannot share equally: "
+                f"data.prompts_per_batch is {wanted}, which {rank.world} ranks cannot share equally: "
                 f"give a multiple of {rank.world}"
             )
         count = self._pool.count(self.test_fraction, 1 - self.validation_fraction)
         if wanted > count:
             raise ConfigError(
-                f"data.prompts_per_collection is {wanted}, but {self.source} has only {count} training "
+                f"data.prompts_per_batch is {wanted}, but {self.source} has only {count} training "
                 "prompts: lower it, give more prompts, or lower validation_fraction and test_fraction"
             )
-        length = self.collections_per_epoch or count // wanted
-        return CollectionLoader(train, wanted, self.images_per_prompt, length, self.seed, rank)
+        length = self.batches_per_epoch or count // wanted
+        return RolloutLoader(train, wanted, self.images_per_prompt, length, self.seed, rank)
 
-    def train_dataloader(self) -> CollectionLoader:
+    def train_dataloader(self) -> RolloutLoader:
         """The train loader: one object a fit, whose position survives a reload between epochs."""
         assert self._train_loader is not None, "setup('fit') comes first"
         return self._train_loader

@@ -8,7 +8,7 @@ set           files                                                       source
 HPDv2         ``train.json``: a list of objects with ``prompt``;          ``JSONPrompts``; a pattern such as
               ``benchmark/anime.json`` and 3 more styles: lists of texts  ``benchmark/*.json`` joins files
 Pick-a-Pic    Parquet shards with ``caption``, one row a pair             ``ParquetPrompts``, ``keep: []``
-DiffusionDB   ``metadata.parquet`` with ``prompt``, one row a picture     ``ParquetPrompts``, ``keep: []``
+DiffusionDB   ``metadata.parquet`` with ``prompt``, one row an image     ``ParquetPrompts``, ``keep: []``
 PartiPrompts  ``PartiPrompts.tsv``: ``Prompt Category Challenge Note``    ``TSVPrompts``, column ``Prompt``
 DrawBench     CSV with ``Prompts`` and ``Category``                       ``CSVPrompts``, column ``Prompts``
 animals       ship with the package                                       ``Animals``
@@ -216,7 +216,7 @@ class ParquetPrompts(TablePrompts):
             all the rows are memory-mapped from the ``datasets`` cache; the columns to keep are copied there.
         column: The column with the prompts.
         keep: The other columns that travel with the prompts; all of them if not given. Give ``[]`` where the
-            others are large, such as pictures.
+            others are large, such as images.
 
     Raises:
         ConfigError: A file is missing, empty, not Parquet, or has no such column of text.

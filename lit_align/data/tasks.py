@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from lit_align.data.batch import Batch
-from lit_align.data.loaders import CollectionLoader, FixedLoader
+from lit_align.data.loaders import FixedLoader, RolloutLoader
 from lit_align.data.prompts import PromptDataModule
 from lit_align.data.sources import PromptSource
 from lit_align.errors import ConfigError
@@ -20,8 +20,8 @@ class TaskPrompts:
 
     Args:
         source: The prompts.
-        images_per_prompt: Images of one prompt in a collection; the module's if not given.
-        prompts_per_collection: Prompts of one collection; the module's if not given.
+        images_per_prompt: Images of one prompt in a rollout batch; the module's if not given.
+        prompts_per_batch: Prompts of one rollout batch; the module's if not given.
         validation_source: Validate on these prompts; a share of ``source`` if not given.
         test_source: Test on these prompts; a share of ``source`` if not given.
         validation_prompts: Of this task; the module's if not given, as for all that follow.
@@ -33,7 +33,7 @@ class TaskPrompts:
 
     source: PromptSource
     images_per_prompt: int | None = None
-    prompts_per_collection: int | None = None
+    prompts_per_batch: int | None = None
     validation_source: PromptSource | None = None
     test_source: PromptSource | None = None
     validation_prompts: int | None = None
@@ -43,7 +43,7 @@ class TaskPrompts:
 
 
 class JointLoader:
-    """The train loader of several tasks: one batch is a collection of each, in the order of the tasks.
+    """The train loader of several tasks: one batch is a rollout batch of each, in the order of the tasks.
 
     Images and groups are numbered through the tasks, so that no two tasks share noise.
 
@@ -51,7 +51,7 @@ class JointLoader:
         loaders: The loader of each task.
     """
 
-    def __init__(self, loaders: Mapping[str, CollectionLoader]) -> None:
+    def __init__(self, loaders: Mapping[str, RolloutLoader]) -> None:
         self.loaders = dict(loaders)
 
     def __len__(self) -> int:
@@ -106,14 +106,14 @@ class JointFixedLoader:
 class MultiTaskDataModule(LightningDataModule):
     """Prompts of several tasks: each is a :class:`PromptDataModule` of its own, with the same settings.
 
-    A training batch is a list with one collection of each task, in their order; in validation, test and
+    A training batch is a list with one rollout batch of each task, in their order; in validation, test and
     predict the tasks follow each other.
 
     Args:
         tasks: Prompts by the name of the task, which the model knows too.
         images_per_prompt: See :class:`PromptDataModule`; so are all that follow.
-        prompts_per_collection: Of each task.
-        collections_per_epoch: Iterations in an epoch; one pass over the smallest source if not given.
+        prompts_per_batch: Of each task.
+        batches_per_epoch: Iterations in an epoch; one pass over the smallest source if not given.
         validation_fraction: Of the sources of tasks without a ``validation_source``.
         test_fraction: Of the sources of tasks without a ``test_source``.
         validation_prompts: Of each task.
@@ -132,8 +132,8 @@ class MultiTaskDataModule(LightningDataModule):
         self,
         tasks: dict[str, TaskPrompts],
         images_per_prompt: int = 8,
-        prompts_per_collection: int = 16,
-        collections_per_epoch: int | None = None,
+        prompts_per_batch: int = 16,
+        batches_per_epoch: int | None = None,
         validation_fraction: float = 0.05,
         test_fraction: float = 0.05,
         validation_prompts: int = 64,
@@ -150,7 +150,7 @@ class MultiTaskDataModule(LightningDataModule):
         self.test_split = test_split
         common = {
             "images_per_prompt": images_per_prompt,
-            "prompts_per_collection": prompts_per_collection,
+            "prompts_per_batch": prompts_per_batch,
             "validation_prompts": validation_prompts,
             "validation_images_per_prompt": validation_images_per_prompt,
             "test_prompts": test_prompts,
@@ -161,7 +161,7 @@ class MultiTaskDataModule(LightningDataModule):
             try:
                 self.tasks[name] = PromptDataModule(
                     task.source,
-                    collections_per_epoch=collections_per_epoch,
+                    batches_per_epoch=batches_per_epoch,
                     validation_fraction=validation_fraction,
                     test_fraction=test_fraction,
                     validation_source=task.validation_source,
@@ -186,7 +186,7 @@ class MultiTaskDataModule(LightningDataModule):
             data.setup(stage)
 
     def train_dataloader(self) -> JointLoader:
-        """A collection of each task in every batch."""
+        """A rollout batch of each task in every batch."""
         return JointLoader({name: data.train_dataloader() for name, data in self.tasks.items()})
 
     def val_dataloader(self) -> JointFixedLoader:

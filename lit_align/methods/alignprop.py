@@ -133,19 +133,19 @@ class Collection:
         batch: This rank's images.
         attached: ``(T, B)`` bool, in the order of ``batch``.
         scores: Pieces of what the rewards said, in the order of work.
-        figures: Pieces of what was measured.
+        metrics: Pieces of what was measured.
         sampling: Seconds for sampling and scoring.
     """
 
     batch: Batch
     attached: Tensor
     scores: dict[str, list[Tensor]] = field(default_factory=dict)
-    figures: dict[str, list[Tensor]] = field(default_factory=dict)
+    metrics: dict[str, list[Tensor]] = field(default_factory=dict)
     sampling: float = 0.0
 
 
 class AlignPropModule(AlignmentModule):
-    """Backpropagation of a differentiable reward through the sampler; one update per collection."""
+    """Backpropagation of a differentiable reward through the sampler; one update per rollout batch."""
 
     def __init__(
         self,
@@ -171,13 +171,13 @@ class AlignPropModule(AlignmentModule):
             backbone: The diffusion model. With real models set its ``checkpointing``: a chain of predictions
                 does not fit in memory without it.
             sampler: How it is sampled. Any eta: 0 in the released code, 1 in TRL; 50 steps in both.
-            rewards: What is maximised, by gradient, and what is watched.
+            rewards: What is maximised, by gradient, and what is monitored.
             truncation: Which predictions the gradient goes through. ``UniformWindow`` in the paper.
             optimizer: Of the trained weights. Released: AdamW, lr 1e-3, weight decay 0.1, LoRA of rank 4.
             lr_scheduler: Stepped once per update.
             target: Minimise the distance of the total reward to this, instead of maximising it. Released: 10
                 for the aesthetic score.
-            ceiling: Pictures above this total reward give no gradient. ReFL: 2 standard deviations above the
+            ceiling: Images above this total reward give no gradient. ReFL: 2 standard deviations above the
                 mean of ImageReward. Not with a target.
             coefficient: Factor on the loss, 0.01 in the released code. Adam hides it; the clip does not.
             kl_weight: Weight of the KL to the reference, summed over the attached steps and a mean over
@@ -241,14 +241,14 @@ class AlignPropModule(AlignmentModule):
         if self.device_mesh is not None:  # whoever shares the weights must go back through the same steps
             graphs = [torch.stack(those).any(0) for those in zip(*self.gather(graphs), strict=True)]
         self.update([partial(self._loss, work, *part) for part in zip(parts, graphs, strict=True)])
-        work.figures["grad_norm"] = [self.gradient_norm.detach()[None]]
-        work.figures["attached_steps"] = [work.attached.sum(0)]
+        work.metrics["grad_norm"] = [self.gradient_norm.detach()[None]]
+        work.metrics["attached_steps"] = [work.attached.sum(0)]
         scores = {name: torch.cat(pieces)[order.argsort()] for name, pieces in work.scores.items()}
         self.reward_queries += self.truncation.copies * len(batch) * self.trainer.world_size
-        self.log_collection(scores, work.figures, work.sampling, time.perf_counter() - started)
+        self.log_rollout_batch(scores, work.metrics, work.sampling, time.perf_counter() - started)
 
     def _loss(self, work: Collection, rows: Tensor, graphs: Tensor) -> Tensor:
-        """The part of some images in the mean loss of the collection, with graphs of some steps."""
+        """The part of some images in the mean loss of the rollout batch, with graphs of some steps."""
         started = time.perf_counter()
         batch = work.batch[rows]
         latents, kl = self.differentiable_sample(batch, work.attached[:, rows], graphs)
@@ -258,14 +258,14 @@ class AlignPropModule(AlignmentModule):
         for name, score in output.report.items():
             work.scores.setdefault(name, []).append(score[: len(batch)])
         work.sampling += time.perf_counter() - started
-        # A picture without a score has no gradient; unlike a mask, the choice of rows keeps its NaN out.
+        # An image without a score has no gradient; unlike a mask, the choice of rows keeps its NaN out.
         rewards = output.total[output.total.isfinite()]
         loss = self.coefficient * reward_loss(rewards, self.target, self.ceiling)
-        work.figures.setdefault("loss", []).append(loss.detach())
+        work.metrics.setdefault("loss", []).append(loss.detach())
         total = loss.sum() / ends
         if self.kl_weight:
             penalty = kl / latents[0].numel()
-            work.figures.setdefault("kl_penalty", []).append(penalty.detach())
+            work.metrics.setdefault("kl_penalty", []).append(penalty.detach())
             total = total + self.kl_weight * penalty.sum()
         return total / len(work.batch)
 
@@ -300,10 +300,10 @@ def _check_rewards(rewards: RewardBank) -> None:
     if names := ", ".join(rewards.black_box):
         raise ConfigError(
             f"rewards: AlignProp differentiates the reward, and {names} has no gradient; take it out of "
-            "rewards.init_args.weights, so that it is only watched, or train on it with DDPOModule"
+            "rewards.init_args.weights, so that it is only monitored, or train on it with DDPOModule"
         )
     if names := ", ".join(name for name, reward in rewards.rewards.items() if reward.scope != "sample"):
         raise ConfigError(
-            f"rewards: AlignProp scores pictures in micro-batches, and {names} looks at several pictures at "
+            f"rewards: AlignProp scores images in micro-batches, and {names} looks at several images at "
             "once; take it out of the bank"
         )

@@ -44,10 +44,10 @@ MAX_SKIPPED = 10
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures that were sampled for a batch, and how.
+    """Images that were sampled for a batch, and how.
 
     Attributes:
-        trajectory: The chain of each picture.
+        trajectory: The chain of each image.
         images: ``(B, 3, H, W)`` in [0, 1].
     """
 
@@ -58,13 +58,13 @@ class Samples:
 class AlignmentModule(LightningModule):
     """Base of all methods: they implement ``training_step`` on :meth:`sample`, :meth:`score`, :meth:`update`.
 
-    One batch of the training loader is one *collection*: its prompts, their pictures and all updates that are
+    One batch of the training loader is one *rollout batch*: its prompts, their images and all updates that are
     made on them. Optimisation is manual in every method, so ``Trainer``'s ``gradient_clip_val`` and
     ``accumulate_grad_batches`` are replaced by ``clip_norm`` and each method's micro-batch.
     """
 
     several_tasks: ClassVar[bool] = False
-    """Whether a training batch may be a list with a collection of each task."""
+    """Whether a training batch may be a list with a rollout batch of each task."""
 
     def __init__(
         self,
@@ -107,9 +107,9 @@ class AlignmentModule(LightningModule):
     # ---- sampling
 
     def sample(self, batch: Batch, purpose: str, weights: str = POLICY) -> Samples:
-        """Sample one picture for each row of ``batch``, in chunks of ``rollout_batch``.
+        """Sample one image for each row of ``batch``, in chunks of ``rollout_batch``.
 
-        Picture ``i`` is a pure function of the weights, its prompt, (seed, purpose) and its global number
+        Image ``i`` is a pure function of the weights, its prompt, (seed, purpose) and its global number
         ``batch.index[i]``: it depends neither on its batch nor on its rank or device.
         """
         return self.sample_from(partial(self.policy, weights=weights), batch, purpose)
@@ -132,19 +132,19 @@ class AlignmentModule(LightningModule):
         return Samples(Trajectory(states, means, log_probs), torch.cat([c.images for c in chunks]))
 
     def draw_noise(self, index: Tensor, purpose: str) -> tuple[Tensor, list[torch.Generator]]:
-        """First states ``(B, C, H, W)`` of the pictures with these numbers, and where the rest comes from."""
+        """First states ``(B, C, H, W)`` of the images with these numbers, and where the rest comes from."""
         draws = [generator(self.seed, purpose, i) for i in index.tolist()]
         noise = torch.stack([torch.randn(self.backbone.latent_shape, generator=draw) for draw in draws])
         return noise.to(self.device), draws
 
     def score(self, images: Tensor, batch: Batch) -> RewardOutput:
-        """What the rewards say of pictures."""
+        """What the rewards say of images."""
         return self.rewards(images, batch.prompts, batch.groups, batch.columns)
 
     def trajectory_kl(
         self, batch: Batch, trajectory: Trajectory, stds: Sequence[Tensor] | None = None
     ) -> Tensor:
-        """KL to the reference along chains, summed over steps: nats per picture, ``(B,)``.
+        """KL to the reference along chains, summed over steps: nats per image, ``(B,)``.
 
         Args:
             batch: The images.
@@ -256,18 +256,18 @@ class AlignmentModule(LightningModule):
                 "learning rate, or use precision bf16-mixed or 32-true"
             )
 
-    def log_collection(
-        self, scores: dict[str, Tensor], figures: dict[str, list[Tensor]], sampling: float, total: float
+    def log_rollout_batch(
+        self, scores: dict[str, Tensor], metrics: dict[str, list[Tensor]], sampling: float, total: float
     ) -> None:
-        """Count and log one collection.
+        """Count and log one rollout batch.
 
         Args:
             scores: What :meth:`score` reports on this rank.
-            figures: What the updates measured, in pieces; the mean over all pieces is ``train/<name>``.
+            metrics: What the updates measured, in pieces; the mean over all pieces is ``train/<name>``.
             sampling: Seconds for sampling and scoring.
             total: Seconds for everything.
         """
-        own = {name: torch.cat(pieces).cpu().double() for name, pieces in figures.items()}
+        own = {name: torch.cat(pieces).cpu().double() for name, pieces in metrics.items()}
         ranks = self.gather((scores, own))
         scores, measured = ({n: torch.cat([r[i][n] for r in ranks]) for n in ranks[0][i]} for i in range(2))
         self.collected, count = scores, len(scores["reward"])
@@ -297,13 +297,13 @@ class AlignmentModule(LightningModule):
             self.trainer.training = True
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """A rollout on held-out prompts with the same noise every time; returns the pictures."""
+        """A rollout on held-out prompts with the same noise every time; returns the images."""
         samples = self.sample(batch, "validation")
         self._evaluated.append(self._measure(batch, samples))
         return samples.images
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Policy and reference on the same prompts and noise; returns the policy's pictures."""
+        """Policy and reference on the same prompts and noise; returns the policy's images."""
         samples, before = self.sample(batch, "test"), self.sample(batch, "test", REFERENCE)
         base = self._measure(batch, before, with_kl=False) | {"kl": torch.zeros(len(batch))}
         earlier = {f"base/{n}": value for n, value in base.items() if n not in ("index", "group")}
@@ -311,12 +311,12 @@ class AlignmentModule(LightningModule):
         return samples.images
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pictures ``(B, 3, H, W)`` and their rewards."""
+        """Images ``(B, 3, H, W)`` and their rewards."""
         images = self.sample(batch, "predict").images
         return images, self.score(images, batch).report
 
     def _measure(self, batch: Batch, samples: Samples, with_kl: bool = True) -> dict[str, Tensor]:
-        """Everything that is reported of a picture, each ``(B,)`` on the CPU."""
+        """Everything that is reported of an image, each ``(B,)`` on the CPU."""
         scores = self.score(samples.images, batch)
         measured = scores.report | {"unscored": scores.total.isnan().float().cpu()}
         measured["diversity"] = diversity(samples.images, batch.groups).cpu()
@@ -336,7 +336,7 @@ class AlignmentModule(LightningModule):
         self.baseline = {n[5:]: v for n, v in self.latest.items() if n.startswith("base/")}
 
     def _report(self, stage: str) -> dict[str, Tensor]:
-        """Gather the pictures of all ranks in their global order, and log the mean of each figure."""
+        """Gather the images of all ranks in their global order, and log the mean of each figure."""
         parts = [part for rank in self.gather(self._evaluated) for part in rank]
         self._evaluated = []
         merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

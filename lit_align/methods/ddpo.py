@@ -2,7 +2,7 @@
 
 With the penalty of DPOK (Fan et al. 2023, arXiv 2305.16381) as an option. The chain is a Markov decision
 process: the state is ``(prompt, t, x_t)``, the action is the next latent, the reward comes once, for the
-picture. Shapes: ``B`` images, ``N`` (image, step) pairs, ``D`` latent elements.
+image. Shapes: ``B`` images, ``N`` (image, step) pairs, ``D`` latent elements.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError, check_positive
-from lit_align.methods.joint import Collection, Figures, JointModule, TaskOrder, of_task
+from lit_align.methods.joint import Collection, JointModule, Metrics, TaskOrder, of_task
 from lit_align.pretraining import Pretraining
 from lit_align.randomness import generator
 from lit_align.replay import Pairs, draw_pairs
@@ -88,7 +88,7 @@ class DDPOModule(JointModule):
         Args:
             backbone: The diffusion model.
             sampler: How it is sampled; at least one step must be stochastic (eta above 0).
-            rewards: What is maximised and what is watched; null with ``tasks``.
+            rewards: What is maximised and what is monitored; null with ``tasks``.
             advantages: How rewards become advantages. The paper normalises with running statistics of each
                 prompt.
             optimizer: Of the trained weights. The paper: AdamW, lr 1e-5 for all weights (table D.5);
@@ -97,17 +97,17 @@ class DDPOModule(JointModule):
             clip_range: PPO's clip of the ratio, null for the score-function form. As in all published code
                 the ratio is that of the *mean* over latent elements, so ``e`` is about ``e * D`` nats of a
                 step: 1e-4 (table D.5) belongs to D = 16384, 1.6 nats.
-            updates: Optimiser steps per pass over a collection; each takes whole prompts. 4 in table D.5, 1
+            updates: Optimiser steps per pass over a rollout batch; each takes whole prompts. 4 in table D.5, 1
                 for the score function.
-            inner_epochs: Passes over a collection; each draws its own timesteps. 1 in ddpo-pytorch.
+            inner_epochs: Passes over a rollout batch; each draws its own timesteps. 1 in ddpo-pytorch.
             timestep_fraction: Share of the stochastic steps, at random for each image, that is replayed. 1 in
                 ddpo-pytorch.
             shared_timesteps: Instead of both: so many of the stochastic steps, at random and the same for all
-                images, each with an optimiser step of its own on the whole collection; 5 of 50 in Zhang et
+                images, each with an optimiser step of its own on the whole rollout batch; 5 of 50 in Zhang et
                 al. 2024 (arXiv 2401.12244). Then ``updates`` is 1 and ``timestep_fraction`` 1.
             kl_weight: Weight of the KL of each step to the reference, DPOK's penalty, as a mean over latent
                 elements. Exact, where DPOK's code drops the factor of the schedule.
-            kl_target: KL by which one collection should move the policy, in nats per step; the learning rate
+            kl_target: KL by which one rollout batch should move the policy, in nats per step; the learning rate
                 is scaled towards it. It falls with the square of a task's weight, and of what a schedule has
                 left of the rate. Interleaved tasks are measured together. Own addition, after the adaptive
                 penalty of PPO (Schulman et al. 2017, section 4): the useful range of learning rates is narrow
@@ -121,7 +121,7 @@ class DDPOModule(JointModule):
                 turn, and no two rewards are added up.
             task_order: ``sequence``: a task samples with the weights that the tasks before it have left, as
                 in the paper. ``interleaved``: all sample with the same weights, then their updates alternate.
-            pretraining: Captioned pictures whose denoising loss is mixed in; off if not given.
+            pretraining: Captioned images whose denoising loss is mixed in; off if not given.
             seed: Seed of all noise and of the choice of timesteps; that of ``seed_everything`` if not given.
 
         Raises:
@@ -151,7 +151,7 @@ class DDPOModule(JointModule):
         steps = updates * inner_epochs * (shared_timesteps or 1)
         if clip_range is None and steps > 1:
             raise ConfigError(
-                "clip_range: the score-function form (null) allows one update per collection, but updates is "
+                "clip_range: the score-function form (null) allows one update per rollout batch, but updates is "
                 f"{updates}, inner_epochs {inner_epochs} and shared_timesteps {shared_timesteps}; "
                 "allow one, or set clip_range"
             )
@@ -174,7 +174,7 @@ class DDPOModule(JointModule):
         """Check what depends on the data.
 
         Raises:
-            ConfigError: The advantages need several images per prompt, or the prompts of a collection do not
+            ConfigError: The advantages need several images per prompt, or the prompts of a rollout batch do not
                 divide into the updates.
         """
         super().setup(stage)
@@ -183,15 +183,15 @@ class DDPOModule(JointModule):
             for name in (name for name in there if self.tasks[name].weight):
                 check_task(name, self.tasks[name], there[name], self.updates, self.trainer.world_size)
 
-    def learn(self, collection: Collection, figures: Figures) -> Iterator[None]:
-        """All updates on a collection."""
+    def learn(self, collection: Collection, metrics: Metrics) -> Iterator[None]:
+        """All updates on a rollout batch."""
         for epoch in range(self.inner_epochs):
             for part in self._draw_updates(collection.batch, epoch):
                 losses = [
-                    partial(self._loss, collection, micro, len(part.rows), figures)
+                    partial(self._loss, collection, micro, len(part.rows), metrics)
                     for micro in part.split(self.micro_batch)
                 ]
-                self.optimise(losses, collection.batch.task, figures)
+                self.optimise(losses, collection.batch.task, metrics)
                 yield
 
     def _draw_updates(self, batch: Batch, epoch: int) -> list[Pairs]:
@@ -204,7 +204,7 @@ class DDPOModule(JointModule):
         rows = torch.arange(len(batch))
         return [Pairs(rows, step.expand(len(batch))) for step in self.stochastic_steps[chosen]]
 
-    def _loss(self, collection: Collection, pairs: Pairs, size: int, figures: Figures) -> Tensor:
+    def _loss(self, collection: Collection, pairs: Pairs, size: int, metrics: Metrics) -> Tensor:
         """The part of some pairs in the mean loss of an update of ``size`` pairs."""
         now, then, drawn = collection.step(pairs)
         # The mean over D: the convention of published clip ranges.
@@ -215,23 +215,23 @@ class DDPOModule(JointModule):
         else:
             loss = clipped_surrogate(log_ratio, advantages, self.clip_range)
             outside = (log_ratio.detach().exp() - 1).abs() > self.clip_range
-            figures.setdefault("clip_fraction", []).append(outside.float())
-        figures.setdefault("loss", []).append(loss.detach())
+            metrics.setdefault("clip_fraction", []).append(outside.float())
+        metrics.setdefault("loss", []).append(loss.detach())
         # Until the first update the weights are those that sampled, so this is rounding alone.
         if self.trainer.global_step == collection.sampled_at:
-            figures.setdefault("ratio_deviation", []).append(log_ratio.detach().expm1().abs())
+            metrics.setdefault("ratio_deviation", []).append(log_ratio.detach().expm1().abs())
         if self.kl_weight:
             with torch.no_grad():
                 reference = collection.reference[pairs.rows](
                     collection.trajectory.states[pairs.steps, pairs.rows], pairs.steps
                 )
             penalty = now.kl(reference) / drawn[0].numel()
-            figures.setdefault("kl_penalty", []).append(penalty.detach())
+            metrics.setdefault("kl_penalty", []).append(penalty.detach())
             loss = loss + self.kl_weight * penalty
         return loss.sum() / size
 
-    def look_back(self, collection: Collection, figures: Figures) -> None:
-        """Measure how far the collection moved the policy; scale the next one's steps to ``kl_target``."""
+    def look_back(self, collection: Collection, metrics: Metrics) -> None:
+        """Measure how far the rollout batch moved the policy; scale the next one's steps to ``kl_target``."""
         # On each prompt's first image: the same pairs whatever micro-batch and ranks, and little work where a
         # prompt has several.
         batch = collection.batch
@@ -243,8 +243,8 @@ class DDPOModule(JointModule):
         moved = collection.moved(Pairs(drawn.rows[chosen], drawn.steps[chosen]), self.micro_batch)
         ranks = self.gather((moved, bool(collection.advantages.any())))
         kl, informative = torch.cat([one for one, _ in ranks]).mean(), any(told for _, told in ranks)
-        figures.setdefault(of_task("kl", batch), []).append(kl[None])
-        # A collection that broke, had no signal, or whose last update was skipped, says nothing of the steps.
+        metrics.setdefault(of_task("kl", batch), []).append(kl[None])
+        # A rollout batch that broke, had no signal, or whose last update was skipped, says nothing of the steps.
         measured = informative and kl.isfinite() and self.gradient_norm.isfinite()
         if self.kl_target is not None and measured:
             group = self.trainer.optimizers[0].param_groups[0]
@@ -254,7 +254,7 @@ class DDPOModule(JointModule):
             wanted = (wished**2 * self.kl_target / kl.clamp(min=1e-12)).sqrt().clamp(0.5, 1.5).item()
             scale = min(max(self.step_scale[batch.task] * wanted, 1e-3), 1e3)
             self.step_scale[batch.task] = scale
-            figures.setdefault(of_task("step_scale", batch), []).append(torch.tensor([scale]))
+            metrics.setdefault(of_task("step_scale", batch), []).append(torch.tensor([scale]))
 
 
 def _check_steps(there: int, updates: int, fraction: float, shared: int | None) -> None:

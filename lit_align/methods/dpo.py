@@ -1,4 +1,4 @@
-"""Diffusion-DPO: learning from compared pictures without a reward (Wallace et al. 2023, arXiv 2311.12908).
+"""Diffusion-DPO: learning from compared images without a reward (Wallace et al. 2023, arXiv 2311.12908).
 
 "Released" is the authors' code, ``train.py`` in SalesforceAIResearch/DiffusionDPO. Shapes: ``B`` pairs.
 """
@@ -11,7 +11,7 @@ from lit_align.backbones import REFERENCE, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import PairBatch
 from lit_align.errors import ConfigError, check_positive
-from lit_align.methods.pairs import Figures, Noised, PairModule
+from lit_align.methods.pairs import Metrics, Noised, PairModule
 from lit_align.rewards import RewardBank
 
 
@@ -38,7 +38,7 @@ class DPOModule(PairModule[tuple[Noised, Noised]]):
         Args:
             backbone: The diffusion model.
             sampler: How validation, test and predict sample; training uses its noise schedule alone.
-            rewards: What is watched; the weights make ``val/reward``, and nothing is trained on it.
+            rewards: What is monitored; the weights make ``val/reward``, and nothing is trained on it.
             optimizer: Of the trained weights. Released: AdamW, lr 1e-8 times the effective batch, 2048, with
                 500 steps of warm-up, for all weights.
             lr_scheduler: Stepped once per update.
@@ -79,9 +79,9 @@ class DPOModule(PairModule[tuple[Noised, Noised]]):
         """
         if batch.losers is None:
             raise ConfigError(
-                "data.view: Diffusion-DPO compares pictures, and this view has winners only; set it to pairs"
+                "data.view: Diffusion-DPO compares images, and this view has winners only; set it to pairs"
             )
         return self.noised_pairs(batch, self.losers(batch), self.shared_noise)
 
-    def loss(self, prepared: tuple[Noised, Noised], rows: Tensor, figures: Figures) -> Tensor:
-        return self.preference(prepared, rows, REFERENCE, self.beta, figures)
+    def loss(self, prepared: tuple[Noised, Noised], rows: Tensor, metrics: Metrics) -> Tensor:
+        return self.preference(prepared, rows, REFERENCE, self.beta, metrics)

@@ -64,7 +64,7 @@ def step_loss(log_ratio: Tensor, kl: Tensor, advantages: Tensor, beta: float, ma
 
 @dataclass(frozen=True)
 class Lesson(Replay):
-    """The reference's chains of a collection, for one expert to learn from.
+    """The reference's chains of a rollout batch, for one expert to learn from.
 
     Attributes:
         name: Of the expert.
@@ -76,10 +76,10 @@ class Lesson(Replay):
 
 
 class ExpertModule(AlignmentModule):
-    r"""Trains experts side by side over one frozen model, on pictures of the reference.
+    r"""Trains experts side by side over one frozen model, on images of the reference.
 
-    The step reward :math:`r_t(x_{t-1})` is the mean reward of the pictures that the *reference* makes from
-    :math:`x_{t-1}`. Its samples are the rewards of the reference's own pictures, so one collection serves all
+    The step reward :math:`r_t(x_{t-1})` is the mean reward of the images that the *reference* makes from
+    :math:`x_{t-1}`. Its samples are the rewards of the reference's own images, so one rollout batch serves all
     experts and all steps, with importance weights of one step.
     """
 
@@ -114,8 +114,8 @@ class ExpertModule(AlignmentModule):
             optimizer: Of the experts.
             lr_scheduler: Stepped once per update.
             max_ratio: Bound on importance weights.
-            updates: Optimiser steps per pass over a collection.
-            inner_epochs: Passes over a collection.
+            updates: Optimiser steps per pass over a rollout batch.
+            inner_epochs: Passes over a rollout batch.
             timestep_fraction: Share of the stochastic steps of each image that an update uses.
             guidance: Scale of classifier-free guidance.
             clip_norm: Largest norm of each expert's gradient.
@@ -178,7 +178,7 @@ class ExpertModule(AlignmentModule):
         }
         if sets := sorted(used & set(self.rewards.of_sets)):
             raise ConfigError(
-                f"experts: {sets[0]} is a reward of sets of pictures, which no step of one picture has; "
+                f"experts: {sets[0]} is a reward of sets of images, which no step of one image has; "
                 "train it with DDPOModule, give the adapter/ folder of that run, and take it out of joint"
             )
         if not len(self.stochastic_steps):
@@ -198,7 +198,7 @@ class ExpertModule(AlignmentModule):
         return [self.backbone.parameters_of(name) for name in self.trained]
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect pictures of the reference and their scores, then update all experts on them."""
+        """Collect images of the reference and their scores, then update all experts on them."""
         started = time.perf_counter()
         with torch.no_grad():
             samples = self.sample(batch, "rollout", REFERENCE)
@@ -206,20 +206,20 @@ class ExpertModule(AlignmentModule):
         sampled = time.perf_counter()
         parts = {name: part.float().cpu() for name, part in scores.parts.items()}
         lessons = [self._lesson(name, batch, samples, parts) for name in self.objectives]
-        figures = self._learn(lessons, batch)
-        self.log_collection(scores.report, figures, sampled - started, time.perf_counter() - started)
+        metrics = self._learn(lessons, batch)
+        self.log_rollout_batch(scores.report, metrics, sampled - started, time.perf_counter() - started)
 
     def _learn(self, lessons: Sequence[Lesson], batch: Batch) -> dict[str, list[Tensor]]:
-        """All updates of a collection; returns what was measured in each micro-batch."""
-        figures: dict[str, list[Tensor]] = {}
+        """All updates of a rollout batch; returns what was measured in each micro-batch."""
+        metrics: dict[str, list[Tensor]] = {}
         for epoch in range(self.inner_epochs):
             pairs = draw_pairs(batch.index, self.stochastic_steps, self.steps_per_image, self.seed, epoch)
             size = len(pairs.rows) // self.updates
             for part in pairs.split(size):
                 micros = part.split(self.micro_batch)
-                self.update([partial(self._loss, lessons, micro, size, figures) for micro in micros])
-                figures.setdefault("grad_norm", []).append(self.gradient_norm.detach()[None])
-        return figures
+                self.update([partial(self._loss, lessons, micro, size, metrics) for micro in micros])
+                metrics.setdefault("grad_norm", []).append(self.gradient_norm.detach()[None])
+        return metrics
 
     def _lesson(self, name: str, batch: Batch, samples: Samples, scores: dict[str, Tensor]) -> Lesson:
         """The reference's chains, as one of the trained weight sets sees them."""
@@ -228,7 +228,7 @@ class ExpertModule(AlignmentModule):
         return Lesson(self.expert(name, batch), samples.trajectory, name, advantages)
 
     def _loss(
-        self, lessons: Sequence[Lesson], pairs: Pairs, size: int, figures: dict[str, list[Tensor]]
+        self, lessons: Sequence[Lesson], pairs: Pairs, size: int, metrics: dict[str, list[Tensor]]
     ) -> Tensor:
         """The part of some (image, step) pairs in the loss of an update of ``size`` pairs, over all experts.
 
@@ -241,7 +241,7 @@ class ExpertModule(AlignmentModule):
             beta = self.expert_betas[lesson.name]
             loss = step_loss(now.log_ratio(then, drawn), kl, advantages, beta, self.max_ratio)
             for key, value in {"loss": loss, "kl": kl}.items():
-                figures.setdefault(key, []).append(value.detach())
-                figures.setdefault(f"{key}/{lesson.name}", []).append(value.detach())
+                metrics.setdefault(key, []).append(value.detach())
+                metrics.setdefault(f"{key}/{lesson.name}", []).append(value.detach())
             total = total + loss.sum() / size
         return total

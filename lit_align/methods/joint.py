@@ -1,7 +1,7 @@
-"""Base of methods that learn from scores of their own pictures, for one task or several at the same time.
+"""Base of methods that learn from scores of their own images, for one task or several at the same time.
 
 The loop is that of Zhang et al. 2024 (arXiv 2401.12244, algorithm 1): in every iteration each task samples,
-scores and updates, and a batch of captioned pictures may be mixed in. Shapes: ``B`` images.
+scores and updates, and a batch of captioned images may be mixed in. Shapes: ``B`` images.
 """
 
 import time
@@ -28,7 +28,7 @@ from lit_align.replay import Replay
 from lit_align.rewards import RewardOutput
 from lit_align.tasks import Task, data_of_tasks, joint_scores
 
-Figures = dict[str, list[Tensor]]
+Metrics = dict[str, list[Tensor]]
 """Pieces of what was measured in an iteration; the mean over all pieces is logged as ``train/<name>``."""
 
 TaskOrder = Literal["sequence", "interleaved"]
@@ -41,14 +41,14 @@ def of_task(name: str, batch: Batch) -> str:
 
 @dataclass(frozen=True)
 class Collection(Replay):
-    """Pictures of one task, ready to be replayed with the policy that is trained.
+    """Images of one task, ready to be replayed with the policy that is trained.
 
     Attributes:
         reference: The pretrained policy for the rank's images.
         batch: The images' prompts and numbers.
         scores: What the rewards report, by name, ``(B,)`` each on the CPU.
         advantages: ``(B,)``, on the device.
-        sampled_at: Optimiser steps that had been made when the pictures were sampled.
+        sampled_at: Optimiser steps that had been made when the images were sampled.
         seconds: For sampling and scoring.
     """
 
@@ -104,65 +104,65 @@ class JointModule(AlignmentModule):
         self.denoising_steps = 0
 
     @abstractmethod
-    def learn(self, collection: Collection, figures: Figures) -> Iterator[None]:
-        """Learn from a collection: one update, made by :meth:`optimise`, each time that it is resumed."""
+    def learn(self, collection: Collection, metrics: Metrics) -> Iterator[None]:
+        """Learn from a rollout batch: one update, made by :meth:`optimise`, each time that it is resumed."""
 
     @abstractmethod
-    def look_back(self, collection: Collection, figures: Figures) -> None:
-        """Measure what the updates on a collection have done."""
+    def look_back(self, collection: Collection, metrics: Metrics) -> None:
+        """Measure what the updates on a rollout batch have done."""
 
     def setup(self, stage: str) -> None:
         """Check what depends on the data.
 
         Raises:
-            ConfigError: The data has other tasks, the ranks cannot share the captioned pictures, or these are
+            ConfigError: The data has other tasks, the ranks cannot share the captioned images, or these are
                 not of the model's size.
         """
         super().setup(stage)
         data_of_tasks(self.trainer.datamodule, self.tasks)  # type: ignore[attr-defined]
         if self.pretraining is not None and self.pretraining.batch % self.trainer.world_size:
             raise ConfigError(
-                f"pretraining.batch: {self.pretraining.batch} pictures cannot be shared equally by "
+                f"pretraining.batch: {self.pretraining.batch} images cannot be shared equally by "
                 f"{self.trainer.world_size} processes; give a multiple"
             )
         if stage == "fit" and self.pretraining is not None:
             first, _ = self.pretraining.source.batch([0])
-            self.backbone.clean_latents(first, OTHER_SIZE)  # refused before a collection is made
+            self.backbone.clean_latents(first, OTHER_SIZE)  # refused before a rollout batch is made
 
     # ---- one iteration
 
     def training_step(self, batch: Batch | list[Batch], batch_idx: int) -> None:
         """Collect and learn for each task in turn, or first collect for all and then alternate updates."""
-        started, figures = time.perf_counter(), Figures()
+        started, metrics = time.perf_counter(), Metrics()
         batches = batch if isinstance(batch, list) else [batch]
         batches = [one for one in batches if self.tasks[one.task].weight]
         rounds = [batches] if self.task_order == "interleaved" else [[one] for one in batches]
-        self._denoise("before", figures)
-        done = [result for together in rounds for result in self._round(together, figures)]
-        self._denoise("after", figures)
+        self._denoise("before", metrics)
+        done = [result for together in rounds for result in self._round(together, metrics)]
+        self._denoise("after", metrics)
         scores = {name: torch.cat([said[name] for said, _ in done]) for name in done[0][0]}
         sampling = sum(seconds for _, seconds in done)
-        self.log_collection(scores, figures, sampling, time.perf_counter() - started)
+        self.log_rollout_batch(scores, metrics, sampling, time.perf_counter() - started)
 
-    def _round(self, batches: Sequence[Batch], figures: Figures) -> list[tuple[dict[str, Tensor], float]]:
+    def _round(self, batches: Sequence[Batch], metrics: Metrics) -> list[tuple[dict[str, Tensor], float]]:
         """Collect for some tasks and make all their updates.
 
         Returns:
-            Of each collection what the rewards report and its seconds; the chains, which are large, go.
+            Of each rollout batch what the rewards report and its seconds; the chains, which are large, go.
         """
-        collections = [self.collect(one, figures) for one in batches]
-        self._learn(collections, figures)
+        collections = [self.collect(one, metrics) for one in batches]
+        self._learn(collections, metrics)
         for collection in collections:
-            self.look_back(collection, figures)
+            self.look_back(collection, metrics)
         return [(collection.scores, collection.seconds) for collection in collections]
 
-    def _learn(self, collections: Sequence[Collection], figures: Figures) -> None:
-        """All updates on some collections, which alternate."""
-        for _ in zip_longest(*(self.learn(collection, figures) for collection in collections)):
+    def _learn(self, collections: Sequence[Collection], metrics: Metrics) -> None:
+        """All updates on some rollout batches, which alternate."""
+        for _ in zip_longest(*(self.learn(collection, metrics) for collection in collections)):
             pass
 
-    def collect(self, batch: Batch, figures: Figures) -> Collection:
-        """Sample pictures of a task with the weights of now, and score them."""
+    def collect(self, batch: Batch, metrics: Metrics) -> Collection:
+        """Sample images of a task with the weights of now, and score them."""
         started = time.perf_counter()
         with torch.no_grad():
             samples = self.sample(batch, "rollout")
@@ -170,7 +170,7 @@ class JointModule(AlignmentModule):
         seconds = time.perf_counter() - started
         rewards = scores.total.float().cpu()
         unscored = rewards.isfinite().logical_not().float()
-        figures.setdefault(of_task("unscored", batch), []).append(unscored)
+        metrics.setdefault(of_task("unscored", batch), []).append(unscored)
         policy = self.backbone.policy(self.sampler, self.backbone.encode(batch.prompts), self.guidance)
         return Collection(
             policy,
@@ -201,47 +201,47 @@ class JointModule(AlignmentModule):
         ordered = normalise(rewards[order], groups[order], [prompts[i] for i in order.tolist()])
         if not ordered.any():
             rank_zero_warn(
-                f"{of_task('collection', batch)}: all advantages are 0, so there is nothing to learn from; "
-                "the pictures have one score, or the normaliser takes away what they share"
+                f"{of_task('rollout batch', batch)}: all advantages are 0, so there is nothing to learn from; "
+                "the images have one score, or the normaliser takes away what they share"
             )
         return ordered[torch.searchsorted(index[order], batch.index)]
 
     # ---- updates
 
-    def optimise(self, losses: Sequence[Callable[[], Tensor]], task: str, figures: Figures) -> None:
+    def optimise(self, losses: Sequence[Callable[[], Tensor]], task: str, metrics: Metrics) -> None:
         """One update on a task's losses, as large as its weight and its scale say."""
         extra = self.pretraining
         if extra is not None and extra.order == "every":
-            losses = [*losses, *self._denoising_losses(extra, extra.weight, figures)]
+            losses = [*losses, *self._denoising_losses(extra, extra.weight, metrics)]
         self.update(losses, self.step_scale[task] * self.tasks[task].weight)
-        figures.setdefault("grad_norm", []).append(self.gradient_norm.detach()[None])
+        metrics.setdefault("grad_norm", []).append(self.gradient_norm.detach()[None])
 
-    def _denoise(self, order: str, figures: Figures) -> None:
-        """The update on captioned pictures alone, if this is the time for it."""
+    def _denoise(self, order: str, metrics: Metrics) -> None:
+        """The update on captioned images alone, if this is the time for it."""
         extra = self.pretraining
         if extra is not None and extra.order == order:
             # In the units of the tasks' steps, whose scale follows a target where there is one.
             trained = [scale for name, scale in self.step_scale.items() if self.tasks[name].weight]
             scale = extra.weight * min(trained)
-            self.update(self._denoising_losses(extra, 1.0, figures), scale)
+            self.update(self._denoising_losses(extra, 1.0, metrics), scale)
 
     def _denoising_losses(
-        self, extra: Pretraining, weight: float, figures: Figures
+        self, extra: Pretraining, weight: float, metrics: Metrics
     ) -> list[Callable[[], Tensor]]:
-        """The loss of this rank's part of the next captioned pictures, in micro-batches."""
+        """The loss of this rank's part of the next captioned images, in micro-batches."""
         start = self.denoising_steps * extra.batch
         own = range(start + self.global_rank, start + extra.batch, self.trainer.world_size)
         self.denoising_steps += 1
         parts = [own[i : i + self.micro_batch] for i in range(0, len(own), self.micro_batch)]
-        return [partial(self._denoising_loss, extra, part, weight / len(own), figures) for part in parts]
+        return [partial(self._denoising_loss, extra, part, weight / len(own), metrics) for part in parts]
 
     def _denoising_loss(
-        self, extra: Pretraining, numbers: Sequence[int], weight: float, figures: Figures
+        self, extra: Pretraining, numbers: Sequence[int], weight: float, metrics: Metrics
     ) -> Tensor:
-        pictures, captions = extra.source.batch(extra.rows(self.seed, numbers))
+        images, captions = extra.source.batch(extra.rows(self.seed, numbers))
         draws = [generator(self.seed, "pretraining", number) for number in numbers]
-        losses = denoising_loss(self.backbone, self.sampler, pictures.to(self.device), captions, draws)
-        figures.setdefault("denoising_loss", []).append(losses.detach())
+        losses = denoising_loss(self.backbone, self.sampler, images.to(self.device), captions, draws)
+        metrics.setdefault("denoising_loss", []).append(losses.detach())
         return weight * losses.sum()
 
     # ---- checkpoints

@@ -45,9 +45,9 @@ class MSDDAModule(ExpertModule):
     ``validate``, ``test`` and ``predict`` sample the fused policy. Experts are adapters of earlier runs, or
     are trained by ``fit``, side by side over one frozen model.
 
-    **Which step reward ``fit`` uses.** :math:`r_t(x_{t-1})` is the mean reward of the pictures that the
-    *reference* makes from :math:`x_{t-1}`. Its samples are the rewards of the reference's own pictures, so
-    one collection serves all experts and all steps, with importance weights of one step. It is linear in
+    **Which step reward ``fit`` uses.** :math:`r_t(x_{t-1})` is the mean reward of the images that the
+    *reference* makes from :math:`x_{t-1}`. Its samples are the rewards of the reference's own images, so
+    one rollout batch serves all experts and all steps, with importance weights of one step. It is linear in
     the reward and knows no expert, so the experts' optima fuse exactly to the optimum of the mixed step
     reward: the theorem's premise holds, up to how far training gets and to what a shifted Gaussian can
     follow of :math:`\pi_{ref} e^{r_t / \beta}`. The fused chain is *not* the optimum of the terminal reward
@@ -92,7 +92,7 @@ class MSDDAModule(ExpertModule):
         Args:
             backbone: The diffusion model. Its ``policy`` set is not used.
             sampler: How it is sampled. Diffusion Blend, whose set-up the paper shares: 50 steps, eta 1.
-            rewards: The objectives and what is watched. The weights in the bank are the objectives' scales:
+            rewards: The objectives and what is monitored. The weights in the bank are the objectives' scales:
                 an expert's reward is ``weight * reward``, and one ``beta`` asks for comparable scales.
             experts: For each objective the folder of its expert (``adapter/`` of a run, or a pipeline of a
                 full fine-tuning), or null to train it with ``fit``.
@@ -110,8 +110,8 @@ class MSDDAModule(ExpertModule):
             joint: ``fit`` also trains one adapter on the mixed reward at each of these weights, at
                 ``target_beta``: what fusing saves, and the oracle of the sweep.
             max_ratio: Bound on importance weights in ``fit``. Own choice.
-            updates: Optimiser steps per pass over a collection; each takes whole prompts.
-            inner_epochs: Passes over a collection. Its pictures are the reference's, and never grow stale.
+            updates: Optimiser steps per pass over a rollout batch; each takes whole prompts.
+            inner_epochs: Passes over a rollout batch. Its images are the reference's, and never grow stale.
             timestep_fraction: Share of the stochastic steps of each image that an update uses, at random.
             guidance: Scale of classifier-free guidance. Diffusion Blend: 7.5.
             clip_norm: Largest norm of each expert's gradient.
@@ -236,7 +236,7 @@ class MSDDAModule(ExpertModule):
         return super().trajectory_kl(batch, trajectory, stds or self.stds(self.exponents(self.weights)))
 
     def score(self, images: Tensor, batch: Batch) -> RewardOutput:
-        """What the rewards say of pictures; the reported one is the weighted sum of the scaled objectives."""
+        """What the rewards say of images; the reported one is the weighted sum of the scaled objectives."""
         scores = super().score(images, batch)
         shown = {name: scores.report[f"reward/{name}"] for name in self.rewards.names}
         reward = self.weighted_reward(shown, self.weights)
@@ -276,9 +276,9 @@ class MSDDAModule(ExpertModule):
         images = super().test_step(batch, batch_idx)
         if self.sweep is None:
             return images
-        # The first picture of each of the first prompts is shown.
+        # The first image of each of the first prompts is shown.
         first = torch.cat([torch.tensor([True]), batch.groups[1:] != batch.groups[:-1]])
-        rows = (first & (batch.groups < self.sweep.pictures)).nonzero().flatten()
+        rows = (first & (batch.groups < self.sweep.images)).nonzero().flatten()
         self._shown += [(int(batch.groups[row]), batch.prompts[row]) for row in rows.tolist()]
         points, _ = self._points()
         for point, policy in self.track(points.items(), len(points), "Sweep"):
@@ -286,13 +286,13 @@ class MSDDAModule(ExpertModule):
             samples = self.sample_from(policy, batch, "test")
             samples.images.sum().item()  # a GPU has then done its work
             seconds = (time.perf_counter() - started) / len(batch)
-            figures = self._measure(batch, samples, with_kl=False)
-            figures["seconds"] = torch.full((len(batch),), seconds)
+            metrics = self._measure(batch, samples, with_kl=False)
+            metrics["seconds"] = torch.full((len(batch),), seconds)
             if self._has_kl(point):
                 stds = self.stds(exponents) if (exponents := self._exponents_at(point)) else None
-                figures["kl"] = super().trajectory_kl(batch, samples.trajectory, stds).cpu()
-            figures["images"] = samples.images[rows.to(samples.images.device)].cpu()
-            self._swept.setdefault(point, []).append(figures)
+                metrics["kl"] = super().trajectory_kl(batch, samples.trajectory, stds).cpu()
+            metrics["images"] = samples.images[rows.to(samples.images.device)].cpu()
+            self._swept.setdefault(point, []).append(metrics)
         return images
 
     def _points(self) -> tuple[dict[Point, Callable[[Batch], Policy]], dict[str, list[Weights]]]:
@@ -346,9 +346,9 @@ class MSDDAModule(ExpertModule):
             parts = [part for rank in self.gather(own) for part in rank]
             merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             images, order = merged.pop("images")[placed], merged.pop("index").argsort()
-            figures = {name: values[order] for name, values in merged.items()}
-            groups, seconds = figures.pop("group"), float(figures.pop("seconds").mean())
-            measured.append(Measured(point, figures, groups, seconds, images))
+            metrics = {name: values[order] for name, values in merged.items()}
+            groups, seconds = metrics.pop("group"), float(metrics.pop("seconds").mean())
+            measured.append(Measured(point, metrics, groups, seconds, images))
         self._swept, self._shown = {}, []
         prompts = [shown[place][1] for place in placed]
         self.front = Front(tuple(self.experts), measured, self.rewards.weights, self._points()[1], prompts)

@@ -1,6 +1,6 @@
-"""What the methods that train on pictures of a dataset share: noising, errors, one update a batch, logs.
+"""What the methods that train on images of a dataset share: noising, errors, one update a batch, logs.
 
-Shapes: ``B`` pairs (or pictures), ``D`` latent elements.
+Shapes: ``B`` pairs (or images), ``D`` latent elements.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from lit_align.objectives import denoising_error, error_margin, implicit_accurac
 from lit_align.randomness import generator
 from lit_align.rewards import RewardBank
 
-Figures = dict[str, list[Tensor]]
+Metrics = dict[str, list[Tensor]]
 """Pieces of what was measured in a batch; the mean over all pieces is logged as ``train/<name>``."""
 
 
@@ -37,7 +37,7 @@ class Noised:
         latents: ``(B, C, H, W)``.
         noise: ``(B, C, H, W)``, standard normal.
         t: ``(B,)`` long, on the CPU, where the sampler's tables are.
-        cond: Of the same ``B`` pictures.
+        cond: Of the same ``B`` images.
     """
 
     latents: Tensor
@@ -46,7 +46,7 @@ class Noised:
     cond: Conditioning
 
     def __getitem__(self, rows: Tensor) -> "Noised":
-        """Some pictures, by their places ``(N,)`` long."""
+        """Some images, by their places ``(N,)`` long."""
         return Noised(self.latents[rows], self.noise[rows], self.t[rows], self.cond[rows])
 
     def __add__(self, other: "Noised") -> "Noised":
@@ -60,11 +60,11 @@ Prepared = TypeVar("Prepared")
 
 
 class PairModule(AlignmentModule, Generic[Prepared]):
-    """Base of the methods on pictures of a dataset: one batch of the loader is one update.
+    """Base of the methods on images of a dataset: one batch of the loader is one update.
 
-    They draw no pictures of their own to be scored, so rewards are only watched, at validation; what has a
+    They draw no images of their own to be scored, so rewards are only monitored, at validation; what has a
     weight in the bank makes ``val/reward``, by which the best checkpoint is chosen, and nothing is trained on
-    it. ``progress/images`` counts the pictures that updates have looked at.
+    it. ``progress/images`` counts the images that updates have looked at.
     """
 
     def __init__(
@@ -102,31 +102,31 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         """Everything that the losses of a batch need and that carries no gradient."""
 
     @abstractmethod
-    def loss(self, prepared: Prepared, rows: Tensor, figures: Figures) -> Tensor:
-        """The loss of each of some pairs, ``(N,)``; appends what is worth a look to ``figures``."""
+    def loss(self, prepared: Prepared, rows: Tensor, metrics: Metrics) -> Tensor:
+        """The loss of each of some pairs, ``(N,)``; appends what is worth a look to ``metrics``."""
 
     # ---- the pieces
 
     def winners(self, batch: PairBatch) -> Tensor:
-        """The latents of the preferred pictures, ``(B, C, H, W)``.
+        """The latents of the preferred images, ``(B, C, H, W)``.
 
         Raises:
-            ConfigError: The pictures are not of the model's size.
+            ConfigError: The images are not of the model's size.
         """
         return self._clean(batch.winners, batch.index, 0)
 
     def losers(self, batch: PairBatch) -> Tensor:
-        """The latents of the other pictures, ``(B, C, H, W)``."""
+        """The latents of the other images, ``(B, C, H, W)``."""
         assert batch.losers is not None, "the view has winners only"
         return self._clean(batch.losers, batch.index, 1)
 
-    def _clean(self, pictures: Tensor, rows: Tensor, side: int) -> Tensor:
+    def _clean(self, images: Tensor, rows: Tensor, side: int) -> Tensor:
         if self._latents is None:
-            return self._encode(pictures)
-        return self._latents.get(rows, side, lambda places: self._encode(pictures[places])).to(self.device)
+            return self._encode(images)
+        return self._latents.get(rows, side, lambda places: self._encode(images[places])).to(self.device)
 
-    def _encode(self, pictures: Tensor) -> Tensor:
-        return self.backbone.clean_latents(pictures.to(self.device), "set data.resolution to it")
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.backbone.clean_latents(images.to(self.device), "set data.resolution to it")
 
     def draws(self, index: Tensor) -> list[torch.Generator]:
         """Where the timestep and the noise of each pair of this batch come from, whatever its rank."""
@@ -156,7 +156,7 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         return denoising_error(prediction, self.sampler.target(noised.latents, noised.noise, noised.t))
 
     def preference(
-        self, pairs: tuple[Noised, Noised], rows: Tensor, reference: str, beta: float, figures: Figures
+        self, pairs: tuple[Noised, Noised], rows: Tensor, reference: str, beta: float, metrics: Metrics
     ) -> Tensor:
         """Logistic loss of the policy's errors on some pairs, against those of a reference, ``(N,)``."""
         winners, losers = pairs
@@ -167,13 +167,13 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         found = {"winner_error": winner, "loser_error": loser}
         found |= {"winner_shift": winner - winner_reference, "loser_shift": loser - loser_reference}
         for name, values in found.items():
-            figures.setdefault(name, []).append(values.detach())
-        return self.judge(error_margin(winner, winner_reference, loser, loser_reference, beta), figures)
+            metrics.setdefault(name, []).append(values.detach())
+        return self.judge(error_margin(winner, winner_reference, loser, loser_reference, beta), metrics)
 
-    def judge(self, margin: Tensor, figures: Figures) -> Tensor:
+    def judge(self, margin: Tensor, metrics: Metrics) -> Tensor:
         """Logistic loss of margins ``(N,)``."""
-        figures.setdefault("margin", []).append(margin.detach())
-        figures.setdefault("accuracy", []).append(implicit_accuracy(margin))
+        metrics.setdefault("margin", []).append(margin.detach())
+        metrics.setdefault("accuracy", []).append(implicit_accuracy(margin))
         return logistic_loss(margin)
 
     # ---- one batch
@@ -182,13 +182,13 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         """Check what depends on the data.
 
         Raises:
-            ConfigError: The data has no pictures.
+            ConfigError: The data has no images.
         """
         super().setup(stage)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit" and not isinstance(data, PickaPicDataModule):
             raise ConfigError(
-                f"data: {type(self).__name__} learns from pictures of a dataset, and {type(data).__name__} "
+                f"data: {type(self).__name__} learns from images of a dataset, and {type(data).__name__} "
                 "has none; use PickaPicDataModule"
             )
         dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -197,33 +197,33 @@ class PairModule(AlignmentModule, Generic[Prepared]):
             data.train_dataloader().known = self._latents.known
 
     def _latent_key(self, data: PickaPicDataModule) -> str:
-        """Changes with all that decides the latents: the autoencoder, its precision, the pictures."""
+        """Changes with all that decides the latents: the autoencoder, its precision, the images."""
         settings = [self.backbone.autoencoder_hash(), self.trainer.precision, data.resolution]
         return hashlib.sha256(f"{settings} {data.source.fingerprint()}".encode()).hexdigest()[:16]
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Prepare the pairs, then one update in micro-batches."""
-        started, figures = time.perf_counter(), Figures()
+        started, metrics = time.perf_counter(), Metrics()
         with torch.no_grad():
             prepared = self.prepare(batch)
         ready = time.perf_counter()
         parts = torch.arange(len(batch)).split(self.micro_batch)
-        self.update([partial(self._part, prepared, rows, len(batch), figures) for rows in parts])
+        self.update([partial(self._part, prepared, rows, len(batch), metrics) for rows in parts])
         self.batches += 1
-        figures["grad_norm"] = [self.gradient_norm.detach()[None]]
-        self._log(figures, len(batch), ready - started, time.perf_counter() - started)
+        metrics["grad_norm"] = [self.gradient_norm.detach()[None]]
+        self._log(metrics, len(batch), ready - started, time.perf_counter() - started)
         self.sampling = 0.0
 
-    def _part(self, prepared: Prepared, rows: Tensor, size: int, figures: Figures) -> Tensor:
+    def _part(self, prepared: Prepared, rows: Tensor, size: int, metrics: Metrics) -> Tensor:
         """The part of some pairs in the mean loss of the batch."""
-        loss = self.loss(prepared, rows, figures)
-        figures.setdefault("loss", []).append(loss.detach())
+        loss = self.loss(prepared, rows, metrics)
+        metrics.setdefault("loss", []).append(loss.detach())
         return loss.sum() / size
 
-    def _log(self, figures: Figures, pairs: int, preparing: float, total: float) -> None:
-        own = {name: torch.cat(pieces).cpu().double() for name, pieces in figures.items()}
+    def _log(self, metrics: Metrics, pairs: int, preparing: float, total: float) -> None:
+        own = {name: torch.cat(pieces).cpu().double() for name, pieces in metrics.items()}
         ranks = self.gather((own, pairs))
-        count = sum(rank[1] for rank in ranks) * self.pictures
+        count = sum(rank[1] for rank in ranks) * self.images_per_pair
         self.images += count
         logged: dict[str, Tensor | float] = {
             f"train/{name}": torch.cat([rank[0][name] for rank in ranks]).mean() for name in own
@@ -241,8 +241,8 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=count)
 
     @property
-    def pictures(self) -> int:
-        """Pictures that a pair brings to an update."""
+    def images_per_pair(self) -> int:
+        """Images that a pair brings to an update."""
         return 2
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -28,8 +28,8 @@ from lit_align.tasks import check_rewards, check_updates
 Convention = Literal["listing", "equations"]
 """The two versions of the loss in the paper: the listing of its supplement, and the equations of its text."""
 
-Figures = dict[str, list[Tensor]]
-"""Pieces of what was measured in a collection; the mean over all pieces is logged as ``train/<name>``."""
+Metrics = dict[str, list[Tensor]]
+"""Pieces of what was measured in a rollout batch; the mean over all pieces is logged as ``train/<name>``."""
 
 
 def predicted_reward(log_ratio: Tensor, convention: Convention = "listing") -> Tensor:
@@ -135,7 +135,7 @@ class PRDPModule(AlignmentModule):
             backbone: The diffusion model. The paper trains all weights.
             sampler: How it is sampled; at least one step must be stochastic (eta above 0), and only such
                 steps count. The paper: DDPM (here DDIM with eta 1), 50 steps.
-            rewards: What is maximised and what is watched.
+            rewards: What is maximised and what is monitored.
             optimizer: Of the trained weights. The paper: AdamW, weight decay 1e-4, lr 1e-5 (small) or 7e-6
                 (large).
             lr_scheduler: Stepped once per update.
@@ -143,16 +143,16 @@ class PRDPModule(AlignmentModule):
                 3e-6 (large with one). In the listing's convention it belongs to log-ratios that are means
                 over steps and latent elements: as the weight of a KL in nats it is ``beta / (S * D)``. With
                 "equations" it is that weight. A small one asks for more than is ever reached; then the clip
-                and the learning rate decide how far a collection moves the policy.
-            clip_range: How far the log-ratio of a step may move in one collection: 1e-6 (small) or 1e-4
+                and the learning rate decide how far a rollout batch moves the policy.
+            clip_range: How far the log-ratio of a step may move in one rollout batch: 1e-6 (small) or 1e-4
                 (large); null does not clip. In the listing's convention as a *mean* over latent elements, so
                 it is ``clip_range * D`` nats: 1e-4 and D = 16384 are 1.6 nats a step. With "equations", nats.
             convention: "listing" for the loss of the supplement's listing: means over steps (and, as in
                 ddpo-pytorch, over latent elements; the paper leaves open which log-probability it is), pairs
                 with unequal rewards. "equations" for that of the text: sums, all pairs.
-            updates: Optimiser steps per pass over a collection; each takes whole prompts. 1 in the paper's
+            updates: Optimiser steps per pass over a rollout batch; each takes whole prompts. 1 in the paper's
                 algorithm.
-            inner_epochs: Passes over a collection: the paper's K, 10 (small) or 1 (large).
+            inner_epochs: Passes over a rollout batch: the paper's K, 10 (small) or 1 (large).
             guidance: Scale of classifier-free guidance, in sampling and in training. The paper: 5.
             clip_norm: Largest norm of the gradient. The paper: 1.
             micro_batch: (image, step) pairs in one backward pass. Bounds memory and changes no result.
@@ -194,7 +194,7 @@ class PRDPModule(AlignmentModule):
 
         Raises:
             ConfigError: There are no pairs, the rewards cannot tell their images apart, or the prompts of a
-                collection do not divide into the updates.
+                rollout batch do not divide into the updates.
         """
         super().setup(stage)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -209,45 +209,45 @@ class PRDPModule(AlignmentModule):
         check_rewards(self.rewards, data, self.trainer.world_size, "PRDP", "group")
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect pictures and scores, then regress on the stored chains."""
+        """Collect images and scores, then regress on the stored chains."""
         started = time.perf_counter()
         with torch.no_grad():
             samples = self.sample(batch, "rollout")
             scores = self.score(samples.images, batch)
         sampled = time.perf_counter()
         policy = self.backbone.policy(self.sampler, self.backbone.encode(batch.prompts), self.guidance)
-        replay, figures = Replay(policy, samples.trajectory), Figures()
+        replay, metrics = Replay(policy, samples.trajectory), Metrics()
         images = int((batch.groups == batch.groups[0]).sum())
         assert bool((batch.groups.view(-1, images).diff() == 0).all()), "prompts stand together, of one size"
         rewards = scores.total.cpu().double().view(-1, images)
-        old = self._compare(replay, figures).view(len(rewards), images, -1)
-        self._learn(replay, old, rewards, figures)
-        self._measure_move(replay, images, figures)
-        self.log_collection(scores.report, figures, sampled - started, time.perf_counter() - started)
+        old = self._compare(replay, metrics).view(len(rewards), images, -1)
+        self._learn(replay, old, rewards, metrics)
+        self._measure_move(replay, images, metrics)
+        self.log_rollout_batch(scores.report, metrics, sampled - started, time.perf_counter() - started)
 
     @torch.no_grad()
-    def _compare(self, replay: Replay, figures: Figures) -> Tensor:
-        """Log-ratio of the policy that sampled to the reference, ``(N * B, S)``: once a collection."""
+    def _compare(self, replay: Replay, metrics: Metrics) -> Tensor:
+        """Log-ratio of the policy that sampled to the reference, ``(N * B, S)``: once a rollout batch."""
         before = replace(replay, policy=replace(replay.policy, weights=REFERENCE))
         pieces, kls = [], []
         for pairs in self._pairs(torch.arange(len(replay.policy.cond))).split(self.rollout_batch):
             reference, then, drawn = before.step(pairs)
             pieces.append(then.log_ratio(reference, drawn) / self._unit)
             kls.append(then.kl(reference))
-        figures["reference_kl"] = [torch.cat(kls).view(-1, len(self.stochastic_steps)).sum(1)]
+        metrics["reference_kl"] = [torch.cat(kls).view(-1, len(self.stochastic_steps)).sum(1)]
         return torch.cat(pieces).cpu().double().view(-1, len(self.stochastic_steps))
 
-    def _learn(self, replay: Replay, old: Tensor, rewards: Tensor, figures: Figures) -> None:
-        """All updates of a collection."""
+    def _learn(self, replay: Replay, old: Tensor, rewards: Tensor, metrics: Metrics) -> None:
+        """All updates of a rollout batch."""
         images = rewards.shape[1]
         for _ in range(self.inner_epochs):
             for prompts in torch.arange(len(rewards)).split(len(rewards) // self.updates):
                 pairs = self._pairs((prompts[:, None] * images + torch.arange(images)).flatten())
-                moved = self._moved(replay, pairs, figures).view_as(old[prompts])
-                wanted = self._regress(moved, old[prompts], rewards[prompts], figures).flatten()
+                moved = self._moved(replay, pairs, metrics).view_as(old[prompts])
+                wanted = self._regress(moved, old[prompts], rewards[prompts], metrics).flatten()
                 micro = zip(pairs.split(self.micro_batch), wanted.split(self.micro_batch), strict=True)
-                self.update([partial(self._surrogate, replay, *part, figures) for part in micro])
-                figures.setdefault("grad_norm", []).append(self.gradient_norm.detach()[None])
+                self.update([partial(self._surrogate, replay, *part, metrics) for part in micro])
+                metrics.setdefault("grad_norm", []).append(self.gradient_norm.detach()[None])
 
     def _pairs(self, rows: Tensor) -> Pairs:
         """All steps with noise of some images: images in order, and the steps of each in order."""
@@ -260,14 +260,14 @@ class PRDPModule(AlignmentModule):
         return now.log_ratio(then, drawn) / self._unit
 
     @torch.no_grad()
-    def _moved(self, replay: Replay, pairs: Pairs, figures: Figures) -> Tensor:
+    def _moved(self, replay: Replay, pairs: Pairs, metrics: Metrics) -> Tensor:
         """The first pass: how far the log-ratio of each step has moved since sampling, ``(N,)``."""
-        if "grad_norm" not in figures:  # the weights are those that sampled
+        if "grad_norm" not in metrics:  # the weights are those that sampled
             return torch.zeros(len(pairs.rows), dtype=torch.float64)
         parts = [self._log_ratio(replay, part) for part in pairs.split(self.rollout_batch)]
         return torch.cat(parts).cpu().double()
 
-    def _regress(self, moved: Tensor, old: Tensor, rewards: Tensor, figures: Figures) -> Tensor:
+    def _regress(self, moved: Tensor, old: Tensor, rewards: Tensor, metrics: Metrics) -> Tensor:
         """The gradient of the loss with respect to the log-ratio of each step, ``(N, B, S)``."""
         with torch.enable_grad():
             log_ratio = (old + moved).requires_grad_()
@@ -275,24 +275,24 @@ class PRDPModule(AlignmentModule):
                 log_ratio, old, rewards, self.beta, self.clip_range, self.convention
             )
             (wanted,) = torch.autograd.grad(loss.mean(), log_ratio)
-        figures.setdefault("loss", []).append(loss.detach())
+        metrics.setdefault("loss", []).append(loss.detach())
         compared = compared_pairs(rewards, self.convention)
-        figures.setdefault("compared_pairs", []).append(compared.sum((1, 2)))
+        metrics.setdefault("compared_pairs", []).append(compared.sum((1, 2)))
         if self.clip_range is not None:
-            figures.setdefault("clip_fraction", []).append((moved.abs() > self.clip_range).flatten())
+            metrics.setdefault("clip_fraction", []).append((moved.abs() > self.clip_range).flatten())
         return wanted
 
-    def _surrogate(self, replay: Replay, pairs: Pairs, wanted: Tensor, figures: Figures) -> Tensor:
+    def _surrogate(self, replay: Replay, pairs: Pairs, wanted: Tensor, metrics: Metrics) -> Tensor:
         """The second pass: a loss with the gradient that the loss has through some log-ratios."""
         log_ratio = self._log_ratio(replay, pairs)
-        if "grad_norm" not in figures:  # rounding alone, as the weights are those that sampled
-            figures.setdefault("ratio_deviation", []).append(log_ratio.detach().expm1().abs())
+        if "grad_norm" not in metrics:  # rounding alone, as the weights are those that sampled
+            metrics.setdefault("ratio_deviation", []).append(log_ratio.detach().expm1().abs())
         return (wanted.to(log_ratio) * log_ratio).sum()
 
-    def _measure_move(self, replay: Replay, images: int, figures: Figures) -> None:
-        """How far the collection moved the policy, on each prompt's first image."""
+    def _measure_move(self, replay: Replay, images: int, metrics: Metrics) -> None:
+        """How far the rollout batch moved the policy, on each prompt's first image."""
         first = torch.arange(0, len(replay.policy.cond), images)
-        figures["kl"] = [replay.moved(self._pairs(first), self.rollout_batch)]
+        metrics["kl"] = [replay.moved(self._pairs(first), self.rollout_batch)]
 
     @property
     def _unit(self) -> int:

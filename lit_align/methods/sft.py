@@ -1,4 +1,4 @@
-"""Supervised finetuning on preferred pictures: the plainest baseline. Shapes: ``B`` pictures."""
+"""Supervised finetuning on preferred images: the plainest baseline. Shapes: ``B`` images."""
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -7,7 +7,7 @@ from torch import Tensor
 from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import PairBatch
-from lit_align.methods.pairs import Figures, Noised, PairModule
+from lit_align.methods.pairs import Metrics, Noised, PairModule
 from lit_align.rewards import RewardBank
 
 
@@ -32,12 +32,12 @@ class SFTModule(PairModule[Noised]):
         Args:
             backbone: The diffusion model.
             sampler: How validation, test and predict sample; training uses its noise schedule alone.
-            rewards: What is watched; the weights make ``val/reward``, and nothing is trained on it.
+            rewards: What is monitored; the weights make ``val/reward``, and nothing is trained on it.
             optimizer: Of the trained weights.
             lr_scheduler: Stepped once per update.
             guidance: Scale of classifier-free guidance in sampling; training uses none.
             clip_norm: Largest norm of the gradient.
-            micro_batch: Pictures in one backward pass. Bounds memory and changes no result.
+            micro_batch: Images in one backward pass. Bounds memory and changes no result.
             rollout_batch: Images sampled at once in validation, test and predict.
             seed: Seed of timesteps and noise; that of ``seed_everything`` if not given.
         """
@@ -55,7 +55,7 @@ class SFTModule(PairModule[Noised]):
         )
 
     @property
-    def pictures(self) -> int:
+    def images_per_pair(self) -> int:
         return 1
 
     def prepare(self, batch: PairBatch) -> Noised:
@@ -63,5 +63,5 @@ class SFTModule(PairModule[Noised]):
         t, noise = self.timesteps(draws), self.noise(draws)
         return Noised(self.winners(batch), noise, t, self.backbone.encode(batch.prompts))
 
-    def loss(self, prepared: Noised, rows: Tensor, figures: Figures) -> Tensor:
+    def loss(self, prepared: Noised, rows: Tensor, metrics: Metrics) -> Tensor:
         return self.errors(prepared[rows])

@@ -1,7 +1,7 @@
 """SPIN-Diffusion: self-play against one's own past (Yuan et al. 2024, arXiv 2402.10210).
 
 A game of two players in iterations. The opponent is the model as it was when the iteration began; the main
-player learns to tell the pictures that people preferred from the opponent's pictures of the same prompts;
+player learns to tell the images that people preferred from the opponent's images of the same prompts;
 what it has become is the next opponent. No loser is needed, and no reward. Shapes: ``B`` pairs, ``T`` steps,
 ``D`` latent elements.
 """
@@ -24,7 +24,7 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import PairBatch
 from lit_align.errors import ConfigError
 from lit_align.gaussian import Generators
-from lit_align.methods.pairs import Figures, Noised, PairModule
+from lit_align.methods.pairs import Metrics, Noised, PairModule
 from lit_align.objectives import trajectory_margin
 from lit_align.pool import Pool
 from lit_align.rewards import RewardBank
@@ -37,13 +37,13 @@ OPPONENT = "opponent"
 """The weight set of the policy as it was when the iteration began."""
 
 SHARD = 256
-"""Pictures of the opponent in a shard of the pool: what an interrupt may cost."""
+"""Images of the opponent in a shard of the pool: what an interrupt may cost."""
 
 
 def forward_chain(sampler: Sampler, x0: Tensor, noise: Tensor, draws: Generators = None) -> Tensor:
-    """A chain that ends in a given picture: the forward process, drawn backwards by its posterior.
+    """A chain that ends in a given image: the forward process, drawn backwards by its posterior.
 
-    The first state is the picture at the sampler's first timestep; each next one is drawn from the sampler's
+    The first state is the image at the sampler's first timestep; each next one is drawn from the sampler's
     step for the *right* prediction, which is the posterior given both ends (DDIM, arXiv 2010.02502, equation
     7). So every state has the marginal of the forward process.
 
@@ -71,7 +71,7 @@ class Chains:
     Attributes:
         policy: The policy for the pairs' prompts.
         opponent: The opponent for them.
-        winners: Chains that end in the preferred pictures, ``(T + 1, B, C, H, W)``.
+        winners: Chains that end in the preferred images, ``(T + 1, B, C, H, W)``.
         losers: The opponent's chains.
     """
 
@@ -82,7 +82,7 @@ class Chains:
 
 
 class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
-    """Self-play finetuning on preferred pictures, all iterations in one fit."""
+    """Self-play finetuning on preferred images, all iterations in one fit."""
 
     def __init__(
         self,
@@ -108,8 +108,8 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
 
         Args:
             backbone: The diffusion model.
-            sampler: How the opponent's pictures, validation, test and predict are sampled.
-            rewards: What is watched; the weights make ``val/reward``, and nothing is trained on it.
+            sampler: How the opponent's images, validation, test and predict are sampled.
+            rewards: What is monitored; the weights make ``val/reward``, and nothing is trained on it.
             optimizer: Of the trained weights; made anew in each iteration. Released models: AdamW, lr 2e-5
                 for all weights.
             lr_scheduler: Stepped once per update; begins anew in each iteration.
@@ -132,7 +132,7 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
                 Unused with ``exact``.
             guidance: Scale of classifier-free guidance in sampling; the errors use none. With ``exact`` the
                 chains are those of the guided policy, and the log-ratios too.
-            opponent_guidance: Another scale for the opponent's pictures: with guidance they differ from what
+            opponent_guidance: Another scale for the opponent's images: with guidance they differ from what
                 the denoiser has learnt, and training also pushes away from that difference. The same as
                 ``guidance`` if not given.
             clip_norm: Largest norm of the gradient.
@@ -241,7 +241,7 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
                 "trainer.limit_train_batches or data.batches_per_epoch"
             )
 
-    # ---- the opponent's pictures
+    # ---- the opponent's images
 
     def _opponent_weights(self) -> dict[str, Tensor]:
         own = set(self.backbone.parameters_of(OPPONENT))
@@ -264,14 +264,14 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
         return digest.hexdigest()[:16]
 
     def _pool_folder(self) -> Path | None:
-        """Where this opponent's pictures lie; every rank must call it."""
+        """Where this opponent's images lie; every rank must call it."""
         trainer = self.trainer
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
         return Path(trainer.log_dir or trainer.default_root_dir) / "pool" / self._opponent_hash()
 
     def _drop_pool(self) -> None:
-        """Delete the pictures of an iteration that is over; what else lies beside them is not ours."""
+        """Delete the images of an iteration that is over; what else lies beside them is not ours."""
         folder = self._pool_folder()
         if folder is not None and self.trainer.is_global_zero:
             shutil.rmtree(folder, ignore_errors=True)
@@ -308,13 +308,13 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
             self._add_to_pool(missing, prompts, [])
         trainer.strategy.barrier("pool")
         self.pool.refresh()
-        assert not self.pool.missing(own), "the pool lacks pictures: do all ranks see the run's folder?"
+        assert not self.pool.missing(own), "the pool lacks images: do all ranks see the run's folder?"
 
     def _add_to_pool(self, share: list[int], prompts: dict[int, str], padding: list[int]) -> None:
         """Draw and store ``share``; ``padding`` is drawn only, as all ranks call a sharded model together."""
         assert self.pool is not None
         starts = range(0, len(share + padding), SHARD)
-        for start in self.track(starts, len(starts), f"Pictures of opponent {self.iteration}"):
+        for start in self.track(starts, len(starts), f"Images of opponent {self.iteration}"):
             rows = (share + padding)[start : start + SHARD]
             samples = self._play(rows, [prompts[row] for row in rows])
             if stored := share[start : start + SHARD]:
@@ -346,17 +346,17 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
         )
         return Chains(policy, opponent, winners, losers.transpose(0, 1))
 
-    def loss(self, prepared: tuple[Noised, Noised] | Chains, rows: Tensor, figures: Figures) -> Tensor:
+    def loss(self, prepared: tuple[Noised, Noised] | Chains, rows: Tensor, metrics: Metrics) -> Tensor:
         beta = self.betas[self.iteration - 1]
-        figures["iteration"], figures["beta"] = (
+        metrics["iteration"], metrics["beta"] = (
             [torch.tensor([float(self.iteration)])],
             [torch.tensor([beta])],
         )
         if isinstance(prepared, Chains):
-            return self._trajectory_loss(prepared, rows, beta, figures)
-        return self.preference(prepared, rows, OPPONENT, beta, figures)
+            return self._trajectory_loss(prepared, rows, beta, metrics)
+        return self.preference(prepared, rows, OPPONENT, beta, metrics)
 
-    def _trajectory_loss(self, chains: Chains, rows: Tensor, beta: float, figures: Figures) -> Tensor:
+    def _trajectory_loss(self, chains: Chains, rows: Tensor, beta: float, metrics: Metrics) -> Tensor:
         """The exact objective: log-ratios of all steps of both chains, as means over elements."""
         both = torch.cat([rows, rows])
         policy, opponent = chains.policy[both], chains.opponent[both]
@@ -370,8 +370,8 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
             ratios.append(policy(before, k).log_ratio(reference, after) / before[0].numel())
         winner, loser = torch.stack(ratios).chunk(2, dim=1)
         for name, values in {"winner_ratio": winner, "loser_ratio": loser}.items():
-            figures.setdefault(name, []).append(values.detach().sum(0))
-        return self.judge(trajectory_margin(winner, loser, beta), figures)
+            metrics.setdefault(name, []).append(values.detach().sum(0))
+        return self.judge(trajectory_margin(winner, loser, beta), metrics)
 
     # ---- checkpoints
 

@@ -1,8 +1,8 @@
-"""Rewards: what makes a picture good, as numbers. One file per family."""
+"""Rewards: what makes an image good, as numbers. One file per family."""
 
 from lit_align.rewards.aesthetic import AestheticScore
 from lit_align.rewards.bank import RewardBank, RewardOutput
-from lit_align.rewards.base import PictureReward, Reward, Scope
+from lit_align.rewards.base import BlackBoxReward, Reward, Scope
 from lit_align.rewards.clip import CLIPScore, PickScore
 from lit_align.rewards.colour import Brightness, ColourFraction, Redness
 from lit_align.rewards.composition import ObjectPresence
@@ -22,6 +22,7 @@ __all__ = [
     "AestheticScore",
     "BatchPairwiseDiversity",
     "BatchStatisticalParity",
+    "BlackBoxReward",
     "Brightness",
     "CLIPScore",
     "ColourFraction",
@@ -31,7 +32,6 @@ __all__ = [
     "ObjectPresence",
     "PairwiseDiversity",
     "PickScore",
-    "PictureReward",
     "Redness",
     "Reward",
     "RewardBank",

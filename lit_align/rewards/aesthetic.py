@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictors: a linear head on the CLIP embedding of a picture, whatever its prompt."""
+"""LAION's aesthetic predictors: a linear head on the CLIP embedding of an image, whatever its prompt."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ MLP = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")
 
 
 class AestheticScore(Reward):
-    """How well a picture pleases, about 1 to 10, by one of LAION's heads (Schuhmann et al. 2022).
+    """How well an image pleases, about 1 to 10, by one of LAION's heads (Schuhmann et al. 2022).
 
     The published ones both read unit embeddings of ``pretrained="openai/clip-vit-large-patch14"``:
     ``sac+logos+ava1-l14-linearMSE.pth`` of github.com/christophschuhmann/improved-aesthetic-predictor, five
@@ -58,7 +58,7 @@ class AestheticScore(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` pictures, whatever their prompts (see :class:`Reward`)."""
+        """Score ``(B, 3, H, W)`` images, whatever their prompts (see :class:`Reward`)."""
         embeddings = self.clip.embed_images(images)
         scores: Tensor = self.head(embeddings.to(next(self.head.parameters()).dtype))
         return scores.squeeze(-1).to(embeddings.dtype)

@@ -1,4 +1,4 @@
-"""Several rewards under one roof: those with a weight are trained on, the others are only watched."""
+"""Several rewards under one roof: those with a weight are trained on, the others are only monitored."""
 
 import math
 import re
@@ -15,14 +15,14 @@ from lit_align.rewards.base import Reward
 
 @dataclass(frozen=True)
 class RewardOutput:
-    """What a bank says about B pictures.
+    """What a bank says about B images.
 
     Attributes:
         total: ``(B,)`` weighted sum of the trained rewards; NaN where one of them is. Carries gradient for
             differentiable rewards.
         parts: Every reward's own score by name, ``(B,)`` each, unweighted and detached.
         report: What a report says of them, on the CPU: ``{"reward": (B,), "reward/<name>": (B,)}``, the
-            total and the parts, with what a set is worth in place of a picture's credit for it.
+            total and the parts, with what a set is worth in place of an image's credit for it.
     """
 
     total: Tensor
@@ -31,13 +31,13 @@ class RewardOutput:
 
 
 class RewardBank(nn.Module):
-    """Weighs rewards and keeps watched ones out of training.
+    """Weighs rewards and keeps monitored ones out of training.
 
-    A reward without a weight, or with weight 0, is *watched*: it is computed without gradient and reported,
-    and never touches the total, not even by a NaN. Watch what you do not train on: it shows when the trained
-    reward is being exploited.
+    A reward without a weight, or with weight 0, is *monitored*: it is computed without gradient and reported,
+    and never touches the total, not even by a NaN. Monitor what you do not train on: it shows when the
+    trained reward is exploited.
 
-    By convention the reward named ``truth`` is the one that knows what a picture really shows (for Shapes,
+    By convention the reward named ``truth`` is the one that knows what an image really shows (for Shapes,
     its judge); methods log it as ``val/truth`` besides ``val/reward/truth``.
 
     Scores are computed outside autocast: they must not change with the trainer's precision.
@@ -71,7 +71,7 @@ class RewardBank(nn.Module):
         return tuple(self.weights)
 
     @property
-    def watched(self) -> tuple[str, ...]:
+    def monitored(self) -> tuple[str, ...]:
         """Names of the rewards that are only reported."""
         return tuple(name for name in self.names if name not in self.weights)
 
@@ -82,7 +82,7 @@ class RewardBank(nn.Module):
 
     @property
     def of_sets(self) -> tuple[str, ...]:
-        """Names of the trained rewards that say nothing of a picture alone."""
+        """Names of the trained rewards that say nothing of an image alone."""
         return tuple(name for name in self.trained if self.rewards[name].scope != "sample")
 
     @property
@@ -97,7 +97,7 @@ class RewardBank(nn.Module):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> RewardOutput:
-        """Score pictures with every reward; arguments as in :meth:`Reward.forward`."""
+        """Score images with every reward; arguments as in :meth:`Reward.forward`."""
         images = at_least_float32(images)
         total, worth = images.new_zeros(len(images)), images.new_zeros(len(images))
         parts: dict[str, Tensor] = {}
@@ -110,8 +110,8 @@ class RewardBank(nn.Module):
                 if score.shape != total.shape:
                     raise ConfigError(
                         f"The reward '{name}' ({type(reward).__name__}) returned the shape "
-                        f"{tuple(score.shape)} for {len(images)} pictures; "
-                        "its forward must return one number per picture, "
+                        f"{tuple(score.shape)} for {len(images)} images; "
+                        "its forward must return one number per image, "
                         f"shape ({len(images)},)."
                     )
                 if name in self.weights:
@@ -136,7 +136,7 @@ class RewardBank(nn.Module):
 
 
 def at_least_float32(images: Tensor) -> Tensor:
-    """Pictures as rewards take them."""
+    """Images as rewards take them."""
     return images.to(torch.promote_types(images.dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""What a reward is: a frozen module that turns pictures and prompts into one number per picture."""
+"""What a reward is: a frozen module that turns images and prompts into one number per image."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal, Self
@@ -12,14 +12,14 @@ Scope = Literal["sample", "group", "batch"]
 
 
 class Reward(nn.Module, ABC):
-    """A score of pictures, higher is better.
+    """A score of images, higher is better.
 
     A subclass declares two facts, on which the methods rely (and which a test proves for every class of this
     package):
 
     - ``differentiable``: the score has a useful gradient with respect to the pixels (AlignProp needs one).
-    - ``scope``: what a picture's score may depend on: the picture and its prompt alone (``"sample"``), the
-      pictures of its prompt group (``"group"``), or the whole batch (``"batch"``).
+    - ``scope``: what an image's score may depend on: the image and its prompt alone (``"sample"``), the
+      images of its prompt group (``"group"``), or the whole batch (``"batch"``).
 
     A reward is a module so that the trainer moves it between devices; it never learns. Call :meth:`freeze` at
     the end of a constructor that makes parameters (the bank calls it once more, for those who forget).
@@ -36,16 +36,16 @@ class Reward(nn.Module, ABC):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score pictures.
+        """Score images.
 
         Args:
             images: ``(B, 3, H, W)`` float32 in [0, 1].
             prompts: The B prompts.
-            groups: ``(B,)`` long, the same number for the pictures of one prompt group.
+            groups: ``(B,)`` long, the same number for the images of one prompt group.
             columns: The data's extra columns, a list of B entries each.
 
         Returns:
-            ``(B,)`` float32; NaN means that there is no score for that picture.
+            ``(B,)`` float32; NaN means that there is no score for that image.
         """
 
     def shared_out(
@@ -55,7 +55,7 @@ class Reward(nn.Module, ABC):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The scores, and what is reported of each picture: for all but rewards of sets the same.
+        """The scores, and what is reported of each image: for all but rewards of sets the same.
 
         Arguments as in :meth:`forward`.
         """
@@ -73,20 +73,20 @@ class Reward(nn.Module, ABC):
 
 
 def to_bytes(images: Tensor) -> NDArray[np.uint8]:
-    """8-bit pictures ``(B, H, W, 3)`` of ``(B, 3, H, W)`` in [0, 1]."""
+    """8-bit images ``(B, H, W, 3)`` of ``(B, 3, H, W)`` in [0, 1]."""
     rounded = images.detach().clamp(0, 1).mul_(255).round_().to(torch.uint8).cpu()
     return rounded.permute(0, 2, 3, 1).contiguous().numpy()
 
 
-class PictureReward(Reward):
-    """A reward that looks at 8-bit pictures one by one, without gradient: a subclass writes :meth:`score`."""
+class BlackBoxReward(Reward):
+    """A reward that looks at 8-bit images one by one, without gradient: a subclass writes :meth:`score`."""
 
     differentiable: ClassVar[bool] = False
     scope: ClassVar[Scope] = "sample"
 
     @abstractmethod
-    def score(self, picture: NDArray[np.uint8], prompt: str) -> float:
-        """Score one picture, ``(H, W, 3)`` uint8."""
+    def score(self, image: NDArray[np.uint8], prompt: str) -> float:
+        """Score one image, ``(H, W, 3)`` uint8."""
 
     def forward(
         self,
@@ -95,11 +95,11 @@ class PictureReward(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Round to 8 bits and score one by one; a picture with a pixel that is not finite has no score."""
-        # The sum is finite exactly where all pixels are, and much cheaper than a mask of the picture's size.
+        """Round to 8 bits and score one by one; an image with a pixel that is not finite has no score."""
+        # The sum is finite exactly where all pixels are, and much cheaper than a mask of the image's size.
         finite = images.detach().flatten(1).sum(dim=1).isfinite().tolist()
         scores = [
-            self.score(picture, prompt) if ok else float("nan")
-            for picture, prompt, ok in zip(to_bytes(images), prompts, finite, strict=True)
+            self.score(image, prompt) if ok else float("nan")
+            for image, prompt, ok in zip(to_bytes(images), prompts, finite, strict=True)
         ]
         return torch.tensor(scores, dtype=torch.float32, device=images.device)

@@ -1,4 +1,4 @@
-"""Rewards that compare the CLIP embeddings of a picture and its prompt, with a gradient to the pixels."""
+"""Rewards that compare the CLIP embeddings of an image and its prompt, with a gradient to the pixels."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from lit_align.shapes import PREFERENCE as SHAPES_PREFERENCE
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""Pixel statistics of CLIP's training pictures (Radford et al. 2021, their released code)."""
+"""Pixel statistics of CLIP's training images (Radford et al. 2021, their released code)."""
 
 
 class CLIPCosine(nn.Module):
-    """Cosine between pictures and prompts in a CLIP model's space.
+    """Cosine between images and prompts in a CLIP model's space.
 
     Args:
         pretrained: ``"shapes"``, a folder with a transformers ``CLIPModel``, or a hub id. Safetensors only.
@@ -61,11 +61,11 @@ class CLIPCosine(nn.Module):
         return float(self.model.logit_scale.detach().double().exp())
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Cosines ``(B,)`` in [-1, 1] of ``(B, 3, H, W)`` pictures in [0, 1] with their prompts."""
+        """Cosines ``(B,)`` in [-1, 1] of ``(B, 3, H, W)`` images in [0, 1] with their prompts."""
         return (self.embed_images(images) * self.embed(prompts)).sum(dim=-1)
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Unit embeddings ``(B, D)`` of ``(B, 3, H, W)`` pictures in [0, 1]."""
+        """Unit embeddings ``(B, D)`` of ``(B, 3, H, W)`` images in [0, 1]."""
         chunks = [self.preprocess(chunk) for chunk in images.split(self.IMAGES_AT_ONCE)]
         features = [_pooled(self.model.get_image_features(pixel_values=chunk)) for chunk in chunks]
         return _unit(torch.cat(features))
@@ -115,10 +115,10 @@ class CLIPCosine(nn.Module):
 
 
 class CLIPScore(Reward):
-    """``scale`` times the cosine between picture and prompt (Hessel et al. 2021, arXiv:2104.08718).
+    """``scale`` times the cosine between image and prompt (Hessel et al. 2021, arXiv:2104.08718).
 
     The paper reports ``2.5 * max(cos, 0)`` and torchmetrics ``100 * max(cos, 0)``: give 2.5 or 100 to read
-    those numbers. The cut at 0 is left out, since a picture below it would have no gradient.
+    those numbers. The cut at 0 is left out, since an image below it would have no gradient.
 
     Args:
         pretrained: ``"shapes"``, a folder with a transformers ``CLIPModel``, or a hub id such as
@@ -145,7 +145,7 @@ class CLIPScore(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` pictures (see :class:`Reward`)."""
+        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         scores: Tensor = self.scale * self.clip(images, prompts)
         return scores
 
@@ -157,7 +157,7 @@ class PickScore(Reward):
     ``processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"``.
 
     Args:
-        pretrained: ``"shapes"`` (a CLIP fine-tuned on preferences between Shapes pictures), a folder with a
+        pretrained: ``"shapes"`` (a CLIP fine-tuned on preferences between Shapes images), a folder with a
             transformers ``CLIPModel``, or a hub id.
         processor: Where the tokenizer and the pixel statistics come from, if not from ``pretrained``.
 
@@ -181,7 +181,7 @@ class PickScore(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` pictures (see :class:`Reward`)."""
+        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         scores: Tensor = self.scale * self.clip(images, prompts)
         return scores
 

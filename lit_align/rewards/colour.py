@@ -23,7 +23,7 @@ class Redness(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` pictures, whatever their prompts (see :class:`Reward`)."""
+        """Score ``(B, 3, H, W)`` images, whatever their prompts (see :class:`Reward`)."""
         red, green, blue = images.mean(dim=(2, 3)).unbind(dim=1)
         return red - (green + blue) / 2
 
@@ -41,7 +41,7 @@ class Brightness(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` pictures, whatever their prompts (see :class:`Reward`)."""
+        """Score ``(B, 3, H, W)`` images, whatever their prompts (see :class:`Reward`)."""
         red, green, blue = images.mean(dim=(2, 3)).unbind(dim=1)
         return 0.299 * red + 0.587 * green + 0.114 * blue
 
@@ -85,6 +85,6 @@ class ColourFraction(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` pictures, whatever their prompts (see :class:`Reward`)."""
+        """Score ``(B, 3, H, W)`` images, whatever their prompts (see :class:`Reward`)."""
         distance2 = (images - self.target).square().sum(dim=1)
         return (1 / (1 + distance2 / self.width**2)).mean(dim=(1, 2))

@@ -1,8 +1,8 @@
-"""Whether a picture shows the objects that its prompt names, by the confidence of a detector.
+"""Whether an image shows the objects that its prompt names, by the confidence of a detector.
 
 The compositionality reward of Zhang et al. 2024, "Large-scale Reinforcement Learning for Diffusion Models"
 (arXiv 2401.12244), section 3.3: the mean over the prompt's objects of ``d(o, x)``, how sure the detector is
-that the object ``o`` is in the picture ``x``. How they lie to each other is not looked at.
+that the object ``o`` is in the image ``x``. How they lie to each other is not looked at.
 """
 
 from abc import ABC, abstractmethod
@@ -85,14 +85,14 @@ class ObjectPresence(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` pictures (see :class:`Reward`)."""
-        whole, pictures = images.flatten(1).sum(dim=1).isfinite().tolist(), to_bytes(images)
+        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
+        whole, pixels = images.flatten(1).sum(dim=1).isfinite().tolist(), to_bytes(images)
         objects = self._objects(prompts, columns)
         rows = [row for row, names in enumerate(objects) if names and whole[row]]
         scores = torch.full((len(images),), torch.nan)
         for start in range(0, len(rows), self.IMAGES_AT_ONCE):
             chunk = rows[start : start + self.IMAGES_AT_ONCE]
-            found = self.detector(pictures[chunk], [objects[row] for row in chunk])
+            found = self.detector(pixels[chunk], [objects[row] for row in chunk])
             scores[chunk] = torch.stack([confidences.mean() for confidences in found])
         return scores.to(images.device)
 
@@ -110,32 +110,32 @@ class ObjectPresence(Reward):
 
 
 class Detector(nn.Module, ABC):
-    """A transformers detector with its own way to prepare pictures."""
+    """A transformers detector with its own way to prepare images."""
 
     model: PreTrainedModel
     processor: Any
 
     @abstractmethod
-    def forward(self, pictures: Bytes, objects: Sequence[list[str]]) -> list[Tensor]:
-        """Confidence of each object in its picture.
+    def forward(self, images: Bytes, objects: Sequence[list[str]]) -> list[Tensor]:
+        """Confidence of each object in its image.
 
         Args:
-            pictures: ``(B, H, W, 3)``.
-            objects: Names of the objects to find in each picture, at least one.
+            images: ``(B, H, W, 3)``.
+            objects: Names of the objects to find in each image, at least one.
 
         Returns:
-            For each picture ``(objects,)`` in [0, 1].
+            For each image ``(objects,)`` in [0, 1].
         """
 
-    def prepare(self, pictures: Bytes, **texts: Any) -> Any:
-        """What the model reads of pictures ``(B, H, W, 3)``, and of texts."""
+    def prepare(self, images: Bytes, **texts: Any) -> Any:
+        """What the model reads of images ``(B, H, W, 3)``, and of texts."""
         return self.processor(
-            images=list(pictures), return_tensors="pt", input_data_format="channels_last", **texts
+            images=list(images), return_tensors="pt", input_data_format="channels_last", **texts
         )
 
-    def run(self, pictures: Bytes, **texts: Any) -> Any:
+    def run(self, images: Bytes, **texts: Any) -> Any:
         """The model's output."""
-        return self.model(**self.prepare(pictures, **texts).to(self.model.device))
+        return self.model(**self.prepare(images, **texts).to(self.model.device))
 
 
 class ClosedSet(Detector):
@@ -155,14 +155,14 @@ class ClosedSet(Detector):
         labels = cast(dict[int, str], self.model.config.id2label)
         self.numbers = {label: number for number, label in labels.items()}
 
-    def forward(self, pictures: Bytes, objects: Sequence[list[str]]) -> list[Tensor]:
+    def forward(self, images: Bytes, objects: Sequence[list[str]]) -> list[Tensor]:
         """Highest score among the detections of each label."""
         for name in {name for names in objects for name in names if name not in self.numbers}:
             raise ConfigError(
                 f"ObjectPresence: the detector knows no label {name!r}; name the objects as it does "
                 f"({', '.join(sorted(self.numbers))}), or give an open-vocabulary detector."
             )
-        found = self.processor.post_process_object_detection(self.run(pictures), threshold=0.0)
+        found = self.processor.post_process_object_detection(self.run(images), threshold=0.0)
         return [
             torch.stack([_highest(one["scores"][one["labels"] == self.numbers[name]]) for name in names])
             for one, names in zip(found, objects, strict=True)
@@ -191,12 +191,12 @@ class OpenVocabulary(Detector):
         longest = getattr(config, "max_text_len", config.text_config.max_position_embeddings)
         self.as_tokens = {"padding": True, "truncation": True, "max_length": longest}
 
-    def forward(self, pictures: Bytes, objects: Sequence[list[str]]) -> list[Tensor]:
+    def forward(self, images: Bytes, objects: Sequence[list[str]]) -> list[Tensor]:
         """Highest probability over queries, and over the words of the text."""
         counts = [len(names) for names in objects]
         # Flat: OWL's processors pad each inner list for itself.
         texts = [self.query.format(name.lower()) for names in objects for name in names]
-        repeated = pictures.repeat(counts, axis=0)
+        repeated = images.repeat(counts, axis=0)
         logits = self.run(repeated, text=texts, **self.as_tokens).logits
         return list(logits.float().sigmoid().amax(dim=(1, 2)).cpu().split(counts))
 

@@ -1,4 +1,4 @@
-"""How well a picture compresses: the true size of its JPEG file, the reward that needs no model at all."""
+"""How well an image compresses: the true size of its JPEG file, the reward that needs no model at all."""
 
 from io import BytesIO
 
@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lit_align.rewards.base import PictureReward
+from lit_align.rewards.base import BlackBoxReward
 
 
-class JPEGIncompressibility(PictureReward):
+class JPEGIncompressibility(BlackBoxReward):
     """Size of the JPEG file in kB (1000 bytes): rewards texture (Black et al. 2023, arXiv:2305.13301).
 
     Args:
@@ -22,14 +22,14 @@ class JPEGIncompressibility(PictureReward):
         super().__init__()
         self.quality = quality
 
-    def score(self, picture: NDArray[np.uint8], prompt: str) -> float:
-        """Encode one picture, ``(H, W, 3)`` uint8, and count its bytes; the prompt plays no part."""
+    def score(self, image: NDArray[np.uint8], prompt: str) -> float:
+        """Encode one image, ``(H, W, 3)`` uint8, and count its bytes; the prompt plays no part."""
         file = BytesIO()
-        Image.fromarray(picture).save(file, format="JPEG", quality=self.quality)
+        Image.fromarray(image).save(file, format="JPEG", quality=self.quality)
         return self.sign * file.tell() / 1000
 
 
 class JPEGCompressibility(JPEGIncompressibility):
-    """Minus the size of the JPEG file in kB: smooth, plain pictures are rewarded (the same source)."""
+    """Minus the size of the JPEG file in kB: smooth, plain images are rewarded (the same source)."""
 
     sign = -1.0

@@ -20,7 +20,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Pixel statistics of ImageNet, which DETR and YOLOS use where their processor names none."""
 
 SHORTEST, LONGEST = 800, 1333
-"""Edges that these detectors resize pictures to where their processor names none."""
+"""Edges that these detectors resize images to where their processor names none."""
 
 YOLOS_STEP = 16
 """YOLOS's processor rounds the edges down to multiples of this."""
@@ -77,12 +77,12 @@ class ObjectCount(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` pictures, whatever their prompts (see :class:`Reward`)."""
+        """Score ``(B, 3, H, W)`` images, whatever their prompts (see :class:`Reward`)."""
         count = self.count(images)
         return -count if self.target is None else -(count - self.target).abs()
 
     def count(self, images: Tensor) -> Tensor:
-        """Expected number ``(B,)`` of the objects that count in ``(B, 3, H, W)`` pictures in [0, 1]."""
+        """Expected number ``(B,)`` of the objects that count in ``(B, 3, H, W)`` images in [0, 1]."""
         chunks = [self.preprocess(chunk) for chunk in images.split(self.IMAGES_AT_ONCE)]
         return expected(torch.cat([self.model(pixel_values=chunk).logits for chunk in chunks]), self.classes)
 
@@ -95,7 +95,7 @@ class ObjectCount(Reward):
         return (pixels - self.mean) / self.std
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
-        """The height and width in which the detector sees a picture."""
+        """The height and width in which the detector sees an image."""
         if not self.processor.get("do_resize", True):
             return height, width
         size = self.processor.get("size", {})

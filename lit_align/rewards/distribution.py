@@ -1,7 +1,7 @@
-"""Rewards of a set of pictures: what can be said of several only, such as fairness or diversity.
+"""Rewards of a set of images: what can be said of several only, such as fairness or diversity.
 
 After Zhang et al. 2024, "Large-scale Reinforcement Learning for Diffusion Models" (arXiv 2401.12244),
-section 3.2. Shapes: ``B`` pictures, ``F`` features, ``n`` pictures of a set.
+section 3.2. Shapes: ``B`` images, ``F`` features, ``n`` images of a set.
 """
 
 from abc import abstractmethod
@@ -22,27 +22,27 @@ Credit = Literal["leave_one_out", "shared"]
 
 
 class SetReward(Reward):
-    """A reward ``R(S)`` of a set ``S`` of pictures, shared out among them.
+    """A reward ``R(S)`` of a set ``S`` of images, shared out among them.
 
-    ``R`` is a function of the sum of the pictures' features and of their number, which is what a subclass
-    gives. Two rules say what one picture gets:
+    ``R`` is a function of the sum of the images' features and of their number, which is what a subclass
+    gives. Two rules say what one image gets:
 
     - ``shared``: ``R(S)``, the same for all, which is the paper's rule. A baseline that is the mean of the
       set takes all of it away: a prompt's set needs a normaliser over the batch (``BatchAdvantages``), a
       batch's one with a memory (``PerPromptAdvantages``), which only prompts that come again have.
-    - ``leave_one_out``: ``R(S) - R(S without i)``, what the set owes to the picture. The expected policy
-      gradient is the same, since the second term does not depend on picture ``i``; its variance was
-      3.5 times smaller with sixteen pictures and four uneven classes (a test). Our own addition.
+    - ``leave_one_out``: ``R(S) - R(S without i)``, what the set owes to the image. The expected policy
+      gradient is the same, since the second term does not depend on image ``i``; its variance was
+      3.5 times smaller with sixteen images and four uneven classes (a test). Our own addition.
 
-    A picture whose features are not finite is in no set: it has no score. The others of its prompt have, if
+    An image whose features are not finite is in no set: it has no score. The others of its prompt have, if
     at least :attr:`smallest` are left.
 
-    What is reported of a picture is ``R(S)`` under both rules: a mean of leave-one-out credits says nothing
+    What is reported of an image is ``R(S)`` under both rules: a mean of leave-one-out credits says nothing
     of the set (that of :class:`PairwiseDiversity` is always 0).
 
     With the scope ``"batch"`` the set is the whole batch, of all processes: then every process must score as
-    often as the others. In validation and test that is one batch of ``eval_batch`` pictures times the
-    processes, so figures of runs with other numbers are of sets of another size.
+    often as the others. In validation and test that is one batch of ``eval_batch`` images times the
+    processes, so metrics of runs with other numbers are of sets of another size.
 
     Args:
         credit: The rule.
@@ -54,7 +54,7 @@ class SetReward(Reward):
     differentiable: ClassVar[bool] = False
     scope: ClassVar[Scope] = "group"
     DEFINED_FROM: ClassVar[int]
-    """Pictures from which ``R`` is defined."""
+    """Images from which ``R`` is defined."""
 
     def __init__(self, credit: Credit) -> None:
         super().__init__()
@@ -64,19 +64,19 @@ class SetReward(Reward):
 
     @property
     def smallest(self) -> int:
-        """Pictures that a set must have for a score; one alone never says anything."""
+        """Images that a set must have for a score; one alone never says anything."""
         return max(2, self.DEFINED_FROM + (self.credit == "leave_one_out"))
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """What the set's reward is made of: ``(B, F)`` float64, on the CPU.
 
-        A row of NaN is a picture that shows nothing of it.
+        A row of NaN is an image that shows nothing of it.
         """
 
     @abstractmethod
     def value(self, total: Tensor, count: Tensor) -> Tensor:
-        """``R`` of sets with these sums of features ``(N, F)`` and numbers of pictures ``(N,)``: ``(N,)``."""
+        """``R`` of sets with these sums of features ``(N, F)`` and numbers of images ``(N,)``: ``(N,)``."""
 
     def forward(
         self,
@@ -85,7 +85,7 @@ class SetReward(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Credit of ``(B, 3, H, W)`` pictures; without ``groups`` they are one set (see :class:`Reward`)."""
+        """Credit of ``(B, 3, H, W)`` images; without ``groups`` they are one set (see :class:`Reward`)."""
         return self.shared_out(images, prompts, groups, columns)[0]
 
     @torch.no_grad()
@@ -96,7 +96,7 @@ class SetReward(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Credit of each picture, and ``R`` of the set that it is in; arguments as in :meth:`forward`."""
+        """Credit of each image, and ``R`` of the set that it is in; arguments as in :meth:`forward`."""
         features = self.features(images)
         own = slice(None)
         if self.scope == "batch":
@@ -107,14 +107,14 @@ class SetReward(Reward):
         return credit[own].float().to(images.device), worth[own].float().to(images.device)
 
     def credits(self, features: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Credit of each picture, and ``R`` of its set.
+        """Credit of each image, and ``R`` of its set.
 
         Args:
-            features: ``(B, F)``, float64 so that counts are exact; NaN for a picture that is in no set.
-            groups: ``(B,)`` long, the number of each picture's set.
+            features: ``(B, F)``, float64 so that counts are exact; NaN for an image that is in no set.
+            groups: ``(B,)`` long, the number of each image's set.
 
         Returns:
-            ``(B,)`` each; NaN for a picture that is in no set, or in one of too few.
+            ``(B,)`` each; NaN for an image that is in no set, or in one of too few.
         """
         member = features.isfinite().all(dim=1)
         own = torch.where(member[:, None], features, 0.0)
@@ -128,32 +128,32 @@ class SetReward(Reward):
 
 
 class StatisticalParity(SetReward):
-    """Minus the distance of the shares of a classifier's classes among a prompt's pictures to wanted shares.
+    """Minus the distance of the shares of a classifier's classes among a prompt's images to wanted shares.
 
     ``R(S) = -||p - u||_2``, the paper's statistical parity (section 3.2; that it is the root is inferred from
     the word "norm"), or minus its square. With ``C`` classes and ``u = 1/C`` it lies between
-    ``-sqrt(1 - 1/C)`` and 0; but even pictures that are drawn with the wanted shares have ``E[SP^2] =
+    ``-sqrt(1 - 1/C)`` and 0; but even images that are drawn with the wanted shares have ``E[SP^2] =
     (1 - 1/C) / n``, so give ``n`` with any value of it, and compare with that floor. The square has, but for
-    the factor ``1 - 1/n``, the gradient of the square for infinitely many pictures; the root is biased. Both
-    for equal shares: sets of few pictures overshoot another target, ``E[SP^2]`` being least at ``p = (n u -
-    1/C) / (n - 1)`` (.73, .09, .09, .09 for .7, .1, .1, .1 and sixteen pictures).
+    the factor ``1 - 1/n``, the gradient of the square for infinitely many images; the root is biased. Both
+    for equal shares: sets of few images overshoot another target, ``E[SP^2]`` being least at ``p = (n u -
+    1/C) / (n - 1)`` (.73, .09, .09, .09 for .7, .1, .1, .1 and sixteen images).
 
     The default classifier names the colour of the objects of Shapes, to find and remove the bias of prompts
     that leave it open. The paper's use is skin tone (four classes, by a model that was never released). Such
-    a classifier sees the look of a picture, never a person's ethnicity or identity. Whoever trains on one
+    a classifier sees the look of an image, never a person's ethnicity or identity. Whoever trains on one
     should take a scale that was made for it, such as the ten tones of Monk's (Monk 2019, skintone.google),
-    rather than one that crowds dark tones together; check its errors for every tone on generated pictures,
+    rather than one that crowds dark tones together; check its errors for every tone on generated images,
     since what it mistakes is what the policy will learn to show; choose ``target`` for a reason and state it;
-    report the share of pictures without a score; and look at the pictures: a stereotyped one counts as fair.
+    report the share of images without a score; and look at the images: a stereotyped one counts as fair.
 
     Args:
         pretrained: ``"shapes"``, a folder with any transformers image classifier and its image processor, or
             a hub id. Safetensors only.
         target: Wanted share by label; uniform over the classes if not given. A label that is left out is
-            wanted in no picture.
+            wanted in no image.
         ignore: Labels which say that there is nothing to classify.
-        min_confidence: A picture of whose likeliest class the classifier is less sure than this has no class,
-            and so no score; our own rule (the paper's pictures without a person have no score either).
+        min_confidence: An image of whose likeliest class the classifier is less sure than this has no class,
+            and so no score; our own rule (the paper's images without a person have no score either).
         squared: Minus the square.
         credit: See :class:`SetReward`. The paper: ``shared``.
 
@@ -176,7 +176,7 @@ class StatisticalParity(SetReward):
         super().__init__(credit)
         if not 0 <= min_confidence <= 1:
             raise ConfigError(
-                f"min_confidence: {min_confidence} is no probability; with more than 1 no picture has a class"
+                f"min_confidence: {min_confidence} is no probability; with more than 1 no image has a class"
             )
         self.model: PreTrainedModel = load_whole(
             AutoModelForImageClassification.from_pretrained,
@@ -188,7 +188,7 @@ class StatisticalParity(SetReward):
         with loading(pretrained):
             self.processor = AutoImageProcessor.from_pretrained(resolve(pretrained, SHAPES_CLASSIFIER))
         if pretrained == SHAPES:
-            self.processor.do_resize = True  # its own pictures need none; those of another model do
+            self.processor.do_resize = True  # its own images need none; those of another model do
         names = cast(dict[int, str], self.model.config.id2label)
         labels = [names[number] for number in sorted(names)]
         self.min_confidence, self.squared = min_confidence, squared
@@ -207,7 +207,7 @@ class StatisticalParity(SetReward):
         return torch.where(found[:, None], shown.double(), torch.nan)
 
     def _likely(self, images: Tensor) -> Tensor:
-        """Probabilities of all labels ``(B, labels)``, of pictures prepared by the model's own processor."""
+        """Probabilities of all labels ``(B, labels)``, of images prepared by the model's own processor."""
         inputs = self.processor(
             images=list(to_bytes(images)), return_tensors="pt", input_data_format="channels_last"
         )
@@ -221,15 +221,15 @@ class StatisticalParity(SetReward):
 
 
 class BatchStatisticalParity(StatisticalParity):
-    """:class:`StatisticalParity` over all pictures of a batch, whatever their prompts."""
+    """:class:`StatisticalParity` over all images of a batch, whatever their prompts."""
 
     scope: ClassVar[Scope] = "batch"
 
 
 class PairwiseDiversity(SetReward):
-    """Mean over the pairs of a prompt's pictures of ``1 - cos`` of their CLIP embeddings.
+    """Mean over the pairs of a prompt's images of ``1 - cos`` of their CLIP embeddings.
 
-    In [0, 2]; 0 where all pictures look alike to CLIP. One alone has none.
+    In [0, 2]; 0 where all images look alike to CLIP. One alone has none.
 
     Args:
         pretrained: ``"shapes"``, a folder with a transformers ``CLIPModel``, or a hub id.
@@ -256,7 +256,7 @@ class PairwiseDiversity(SetReward):
 
 
 class BatchPairwiseDiversity(PairwiseDiversity):
-    """:class:`PairwiseDiversity` over all pictures of a batch, whatever their prompts."""
+    """:class:`PairwiseDiversity` over all images of a batch, whatever their prompts."""
 
     scope: ClassVar[Scope] = "batch"
 

@@ -1,4 +1,4 @@
-"""How well a picture compresses, estimated with a gradient: for methods that differentiate their reward."""
+"""How well an image compresses, estimated with a gradient: for methods that differentiate their reward."""
 
 import math
 from typing import Any, ClassVar
@@ -36,11 +36,11 @@ BITS = (1.5, 2.27, 2.55)
 """Bits that a unit of the three sizes costs (see :meth:`SoftJPEGIncompressibility.sizes`).
 
 The first is read off the Huffman code: a step of the mean of size s costs 1 to 2 bits times s above no step.
-The others are the least-squares fit of the relative error of the bytes at quality 95 over 128 pictures that a
-Shapes pipeline made (luma and chroma go together: a fit to few pictures trades one for the other by 10 %).
+The others are the least-squares fit of the relative error of the bytes at quality 95 over 128 images that a
+Shapes pipeline made (luma and chroma go together: a fit to few images trades one for the other by 10 %).
 Spearman's correlation with the true bytes, and the mean relative error:
 
-* those pictures .997, 2 %; blurred over 3 x 3 .995, 2 %; with noise of .02 .998, 6 %, of .1 .990, 4 %;
+* those images .997, 2 %; blurred over 3 x 3 .995, 2 %; with noise of .02 .998, 6 %, of .1 .990, 4 %;
 * fresh renders .998, 1.5 %; blurred .998, 2 %;
 * nothing but noise: 14 % too much.
 """
@@ -87,7 +87,7 @@ class SoftJPEGIncompressibility(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` pictures of any size, whatever their prompts (see :class:`Reward`)."""
+        """Score ``(B, 3, H, W)`` images of any size, whatever their prompts (see :class:`Reward`)."""
         height, width = images.shape[-2:]
         units = math.ceil(height / 16) * math.ceil(width / 16)
         sizes = self.sizes(images)

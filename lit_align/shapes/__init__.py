@@ -1,4 +1,4 @@
-"""Shapes: a small procedural world of captioned pictures, in which a picture can be judged exactly."""
+"""Shapes: a small procedural world of captioned images, in which an image can be judged exactly."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ WEIGHTS_HASH = "b29d24f59d3366b1"
 """First 16 digits of the SHA-256 of ``weights/`` (see ``recipe.pipeline.digest``); results name it."""
 
 PICK = Path(__file__).parent / "pick" / "pairs.parquet"
-"""A sample of Shapes-Pick: 1,000 judged pairs of pictures in Pick-a-Pic's schema."""
+"""A sample of Shapes-Pick: 1,000 judged pairs of images in Pick-a-Pic's schema."""
 
 PROMPTS = Path(__file__).parent / "prompts"
 """Folder of prompt sets (see ``lit_align.data.ShapesPromptSet``)."""

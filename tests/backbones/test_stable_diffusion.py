@@ -33,7 +33,7 @@ def predict(backbone: StableDiffusionBackbone, weights: str = POLICY, guidance: 
 
 @pytest.mark.parametrize("folder", ["tiny", "tiny_v"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_deterministic_rollout_draws_the_picture_that_diffusers_draws(folder, guidance, request):
+def test_deterministic_rollout_draws_the_image_that_diffusers_draws(folder, guidance, request):
     path = request.getfixturevalue(folder)
     backbone = StableDiffusionBackbone(str(path))
     sampler = backbone.make_sampler(partial(DDIM, num_steps=5, eta=0.0))
@@ -161,7 +161,7 @@ def test_train_mode_does_not_reach_the_models(tiny):
 @pytest.mark.parametrize(
     "further", [[], ["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"]], ids=len
 )
-def test_the_adapter_folder_loads_in_diffusers_and_draws_the_live_picture(tiny, tmp_path, further):
+def test_the_adapter_folder_loads_in_diffusers_and_draws_the_live_image(tiny, tmp_path, further):
     lora = LoRA(rank=3, alpha=6.0)
     lora.target_modules += further
     backbone = StableDiffusionBackbone(str(tiny), lora=lora)

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.bounds [--prompts 128] [--renders 4] [--draws 2000]
 
-For fairness the statistical parity of 16 pictures whose colours are drawn evenly from those that a prompt
+For fairness the statistical parity of 16 images whose colours are drawn evenly from those that a prompt
 allows (no object has its background's colour), over the prompts of the test split and the first that
 training sees (those of seed 1). For composition the score that the detector gives to true renders of such
-prompts, which a generated picture may exceed.
+prompts, which a generated image may exceed.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def prompts_of(source: dict[str, Any], split: str, count: int, **sources: Any) -
 
 
 def least_parity(prompts: Sequence[str], draws: int, images: int = 16) -> float:
-    """Mean statistical parity of sets of pictures with even colours."""
+    """Mean statistical parity of sets of images with even colours."""
     rng, reward, names = np.random.default_rng(0), StatisticalParity(), list(COLOURS)
     found = []
     for prompt in prompts:
@@ -50,10 +50,10 @@ def least_parity(prompts: Sequence[str], draws: int, images: int = 16) -> float:
 
 
 def score_of_renders(prompts: Sequence[str], renders: int) -> float:
-    """Mean presence of the objects in true pictures of the prompts."""
+    """Mean presence of the objects in true renders of the prompts."""
     rng, repeated = np.random.default_rng(0), [prompt for prompt in prompts for _ in range(renders)]
-    pictures = [render(sample_scene(parse(prompt), rng)) for prompt in repeated]
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    renders_of = [render(sample_scene(parse(prompt), rng)) for prompt in repeated]
+    images = torch.from_numpy(np.stack(renders_of)).permute(0, 3, 1, 2).float() / 255
     return float(ObjectPresence()(images, repeated).mean())
 
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Compute and print; returns the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--prompts", type=int, default=128, help="of two objects; of fairness at most 32")
-    parser.add_argument("--renders", type=int, default=4, help="true pictures of a prompt")
+    parser.add_argument("--renders", type=int, default=4, help="true images of a prompt")
     parser.add_argument("--draws", type=int, default=2000, help="sets of 16 colours of a prompt")
     options = parser.parse_args(arguments)
     fairness, composition = source_of("fairness"), source_of("composition")
@@ -72,15 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "unseen_pairs": prompts_of(composition, "test", options.prompts, test_source=unseen),
     }
     of_open = {"test": "test", "seen": "train"}
-    figures = {
+    metrics = {
         "parity": {
             test: least_parity(prompts_of(fairness, split, min(32, options.prompts)), options.draws)
             for test, split in of_open.items()
         },
         "presence": {test: score_of_renders(prompts, options.renders) for test, prompts in of_pairs.items()},
     }
-    print(json.dumps(figures, indent=1))
-    return figures
+    print(json.dumps(metrics, indent=1))
+    return metrics
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The bare calls that a method must make in one collection: to add a method, add a function here."""
+"""The bare calls that a method must make in one rollout batch: to add a method, add a function here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Calls:
 
 @dataclass(frozen=True)
 class Part:
-    """A method of the module, and the calls that the algorithm must make in it in one collection."""
+    """A method of the module, and the calls that the algorithm must make in it in one rollout batch."""
 
     name: str
     method: str
@@ -43,13 +43,13 @@ class Part:
 
 @singledispatch
 def parts(module: LightningModule, batch: Batch) -> tuple[Part, ...]:
-    """The parts of one collection of a method; what is in none of them is Lightning's, files and logs."""
+    """The parts of one rollout batch of a method; what is in none of them is Lightning's, files and logs."""
     raise SystemExit(f"floor: {type(module).__name__} has no function under parts in {__file__}")
 
 
 @parts.register
 def ddpo(module: DDPOModule, batch: Batch) -> tuple[Part, ...]:
-    """T forwards and a decode a picture, a gradient a replayed pair; KL on the first picture of a prompt."""
+    """T forwards and a decode an image, a gradient a replayed pair; KL on the first image of a prompt."""
     width = 1 if module.guidance == 1 else 2
     images, chunk = len(batch), min(module.rollout_batch, len(batch))
     pairs = images * module.steps_per_image
@@ -73,9 +73,9 @@ def ddpo(module: DDPOModule, batch: Batch) -> tuple[Part, ...]:
 
 @parts.register
 def alignprop(module: AlignPropModule, batch: Batch) -> tuple[Part, ...]:
-    """A gradient an attached prediction, a forward each other, a differentiated decoding a picture.
+    """A gradient an attached prediction, a forward each other, a differentiated decoding an image.
 
-    Which predictions are attached is drawn: the first collection's draws stand for all. All of it, rewards
+    Which predictions are attached is drawn: the first rollout batch's draws stand for all. All of it, rewards
     too, runs inside the update.
     """
     width, steps, ends = (
@@ -99,9 +99,9 @@ def alignprop(module: AlignPropModule, batch: Batch) -> tuple[Part, ...]:
 
 @parts.register
 def prdp(module: PRDPModule, batch: Batch) -> tuple[Part, ...]:
-    """T forwards and a decode a picture; of each noisy step one by the reference, and two passes an update.
+    """T forwards and a decode an image; of each noisy step one by the reference, and two passes an update.
 
-    The first update of a collection needs no first pass: the weights are those that sampled.
+    The first update of a rollout batch needs no first pass: the weights are those that sampled.
     """
     width = 1 if module.guidance == 1 else 2
     images, chunk = len(batch), min(module.rollout_batch, len(batch))
@@ -124,7 +124,7 @@ def prdp(module: PRDPModule, batch: Batch) -> tuple[Part, ...]:
 
 @parts.register
 def msdda(module: MSDDAModule, batch: Batch) -> tuple[Part, ...]:
-    """T forwards of the reference and a decode a picture, for all experts; a gradient a pair and expert."""
+    """T forwards of the reference and a decode an image, for all experts; a gradient a pair and expert."""
     width = 1 if module.guidance == 1 else 2
     images, chunk = len(batch), min(module.rollout_batch, len(batch))
     pairs = images * module.steps_per_image
@@ -141,23 +141,23 @@ def msdda(module: MSDDAModule, batch: Batch) -> tuple[Part, ...]:
 
 @parts.register
 def sft(module: SFTModule, batch: PairBatch) -> tuple[Part, ...]:
-    """A gradient a picture; that it is encoded by the VAE once has no floor here."""
+    """A gradient an image; that it is encoded by the VAE once has no floor here."""
     gradient = Calls("gradient", len(batch), min(module.micro_batch, len(batch)))
     return Part("winners", "prepare"), Part("update", "update", (gradient,))
 
 
 @parts.register
 def dpo(module: DPOModule, batch: PairBatch) -> tuple[Part, ...]:
-    """A gradient a picture, and a forward by the reference."""
+    """A gradient an image, and a forward by the reference."""
     comparing = _compared(2 * len(batch), 2 * module.micro_batch)
     return Part("pairs", "prepare"), Part("update", "update", comparing)
 
 
 @parts.register
 def spin(module: SPINModule, batch: PairBatch) -> tuple[Part, ...]:
-    """As Diffusion-DPO, and T forwards for each picture of the opponent: give --model.init_args.steps 1.
+    """As Diffusion-DPO, and T forwards for each image of the opponent: give --model.init_args.steps 1.
 
-    Then every collection begins an iteration (of which there must be enough) and draws its own pool.
+    Then every rollout batch begins an iteration (of which there must be enough) and draws its own pool.
     """
     width = 1 if module.opponent_guidance == 1 else 2
     pairs, chunk = len(batch), min(module.rollout_batch, len(batch))
@@ -165,7 +165,7 @@ def spin(module: SPINModule, batch: PairBatch) -> tuple[Part, ...]:
     times, size = (width * int(module.sampler.stochastic.sum()), width) if module.exact else (1, 1)
     comparing = _compared(2 * pairs * times, 2 * size * module.micro_batch)
     return (
-        Part("opponent's pictures", "_fill_pool", (playing,)),
+        Part("opponent's images", "_fill_pool", (playing,)),
         Part("pairs", "prepare"),
         Part("update", "update", comparing),
     )

@@ -2,15 +2,15 @@
 
     python -m tests.benchmarks.floor [--config configs/ddpo.yaml] [--rounds 5] [any option of lit_align fit]
 
-The *floor* of a part of a collection is the time of its bare calls alone, in the same process and with the
+The *floor* of a part of a rollout batch is the time of its bare calls alone, in the same process and with the
 same weights: ``unet(x, t, encoder_hidden_states)`` without gradient, the same forward and backward to the
 trained weights, and ``vae.decode``. No sampler, noise, log-probability, text encoder, loss, optimiser or file
 is in it. The batch size is ours or the fastest of ``--sizes``, whichever takes less time per row. A row is
-one (picture, step) evaluation; guidance makes two of it. Rewards call no denoiser: their floor is 0.
+one (image, step) evaluation; guidance makes two of it. Rewards call no denoiser: their floor is 0.
 
-Collections and floors take turns, and both are medians over the rounds, so that a busy machine slows both.
-The collections are those of ``lit_align fit`` on one device, without validation; the first one warms up and
-is not timed. A batch of ``prompts * images`` pairs is the collection of a method that learns from pairs; SPIN
+Batches and floors take turns, and both are medians over the rounds, so that a busy machine slows both. The
+batches are those of ``lit_align fit`` on one device, without validation; the first one warms up and is not
+timed. A batch of ``prompts * images`` pairs is the rollout batch of a method that learns from pairs; SPIN
 needs ``--model.init_args.steps 1`` and more iterations than rounds, so that each plays. A new method adds a
 function to ``calls.py``.
 """
@@ -56,25 +56,25 @@ def measure(options: argparse.Namespace, overrides: Sequence[str]) -> dict[str, 
                 f"--trainer.callbacks+={json.dumps(timer)}",
             ]
         )
-        figures: dict[str, Any] = json.loads(out.read_text())
+        metrics: dict[str, Any] = json.loads(out.read_text())
     command = f"--config {options.config} --prompts {options.prompts} --images {options.images}"
-    return {"command": " ".join([command, f"--rounds {options.rounds}", *overrides])} | figures
+    return {"command": " ".join([command, f"--rounds {options.rounds}", *overrides])} | metrics
 
 
 def _sizes(options: argparse.Namespace) -> list[str]:
-    """The options for the size of a collection; a pair takes the place of an image."""
+    """The options for the size of a rollout batch; a pair takes the place of an image."""
     data = yaml.safe_load(Path(options.config).read_text())["data"]["class_path"]
     if data.endswith("PickaPicDataModule"):
         return [f"--data.init_args.pairs_per_batch={options.prompts * options.images}"]
     return [
-        f"--data.init_args.prompts_per_collection={options.prompts}",
+        f"--data.init_args.prompts_per_batch={options.prompts}",
         f"--data.init_args.images_per_prompt={options.images}",
     ]
 
 
-def show(figures: dict[str, Any]) -> None:
+def show(metrics: dict[str, Any]) -> None:
     """Print the table."""
-    table = Table(title=f"{figures['method']}: a collection, medians")
+    table = Table(title=f"{metrics['method']}: a rollout batch, medians")
     for header in ("", "rows in bare calls", "seconds", "floor", "ratio"):
         table.add_column(header, justify="right" if header else "left")
 
@@ -82,20 +82,20 @@ def show(figures: dict[str, Any]) -> None:
         ratio = f"{seconds / floor:.3f}" if floor else ""
         table.add_row(name, calls, f"{seconds:.3f}", f"{floor:.3f}" if floor else "", ratio)
 
-    for row in figures["parts"]:
+    for row in metrics["parts"]:
         calls = ", ".join(f"{call['rows']} {call['kind']}" for call in row["calls"])
         add(row["part"], calls, row["seconds"], row["floor"])
     table.add_section()
-    floor = figures["collection"]["floor"]
-    add("without rewards", "", figures["without_rewards"]["seconds"], floor)
-    add("collection", "", figures["collection"]["seconds"], floor)
+    floor = metrics["rollout batch"]["floor"]
+    add("without rewards", "", metrics["without_rewards"]["seconds"], floor)
+    add("rollout batch", "", metrics["rollout batch"]["seconds"], floor)
     console = Console()
     console.print(table)
     for name in ("machine", "fastest", "other_calls"):
-        told = ", ".join(f"{key} {value}" for key, value in figures[name].items())
+        told = ", ".join(f"{key} {value}" for key, value in metrics[name].items())
         console.print(f"{name:<12} {told}", soft_wrap=True, highlight=False)
     for name in ("peak_bytes", "bytes"):
-        told = ", ".join(f"{key} {value / 1e6:,.2f} MB" for key, value in figures[name].items())
+        told = ", ".join(f"{key} {value / 1e6:,.2f} MB" for key, value in metrics[name].items())
         console.print(f"{name.partition('_')[0]:<12} {told}", soft_wrap=True, highlight=False)
 
 
@@ -103,20 +103,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure and print; returns the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", default=DDPO, help="a shipped configuration of a method")
-    parser.add_argument("--rounds", type=int, default=5, help="collections that are timed")
-    parser.add_argument("--prompts", type=int, default=4, help="prompts of a collection")
+    parser.add_argument("--rounds", type=int, default=5, help="rollout batches that are timed")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts of a rollout batch")
     parser.add_argument("--images", type=int, default=8, help="images of each")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64, 128], help="batches to try")
     parser.add_argument(
         "--cpu_time", action="store_true", help="CPU seconds instead of the clock's: on a busy CPU"
     )
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--out", type=Path, help="JSON file for the metrics")
     options, overrides = parser.parse_known_args(arguments)
-    figures = measure(options, overrides)
-    show(figures)
+    metrics = measure(options, overrides)
+    show(metrics)
     if options.out:
-        options.out.write_text(json.dumps(figures, indent=2))
-    return figures
+        options.out.write_text(json.dumps(metrics, indent=2))
+    return metrics
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def disk_bytes(path: Path) -> int:
 
 
 def machine(module: Any) -> dict[str, Any]:
-    """What the figures depend on, besides the code."""
+    """What the metrics depend on, besides the code."""
     device = (
         torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else platform.processor()
     )

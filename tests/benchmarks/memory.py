@@ -56,13 +56,13 @@ def measure(options: argparse.Namespace, steps: int, checkpointing: bool) -> dic
 
 def show(cells: Sequence[dict[str, Any]], images: int) -> None:
     """Print the table: a row for each K."""
-    table = Table(title=f"A micro-batch of {images} pictures, the last K predictions attached")
+    table = Table(title=f"A micro-batch of {images} images, the last K predictions attached")
     for header in ("K", "MB", "seconds", "MB, checkpointed", "seconds, checkpointed"):
         table.add_column(header, justify="right")
     for steps in sorted({cell["steps"] for cell in cells}):
         both = sorted((c for c in cells if c["steps"] == steps), key=lambda cell: cell["checkpointing"])
-        figures = [f for c in both for f in (f"{c['peak_bytes'] / 1e6:,.0f}", f"{c['seconds']:.2f}")]
-        table.add_row(str(steps), *figures)
+        metrics = [f for c in both for f in (f"{c['peak_bytes'] / 1e6:,.0f}", f"{c['seconds']:.2f}")]
+        table.add_row(str(steps), *metrics)
     Console().print(table)
 
 
@@ -72,11 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[1, 2, 5, 10], help="K; the chain has the most"
     )
-    parser.add_argument("--images", type=int, default=16, help="pictures of the micro-batch")
+    parser.add_argument("--images", type=int, default=16, help="images of the micro-batch")
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--pretrained", default="shapes", help="a pipeline's folder or hub id")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--out", type=Path, help="JSON file for the metrics")
     options = parser.parse_args(arguments)
     kinds = product((False, True), options.steps)
     cells = each_alone(partial(measure, options, steps, checkpointing) for checkpointing, steps in kinds)

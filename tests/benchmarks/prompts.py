@@ -10,7 +10,7 @@ processes run after one another:
 and how much private memory was added at most meanwhile.
 
 *later start*: the files are put out of the page cache where the system allows it. Seconds from making the
-source to the first collection of 16 prompts, the import of ``datasets`` included; private memory that was
+source to the first rollout batch of 16 prompts, the import of ``datasets`` included; private memory that was
 added by then and after the steps; the median time of a step, of the first and of the last tenth of 2,000.
 
 Private memory is ``Anonymous`` of ``/proc/self/smaps_rollup``. Mapped files do not count, as they would in
@@ -81,15 +81,15 @@ def private_mb() -> float:
 
 
 @contextmanager
-def watched() -> Iterator[list[float]]:
+def monitored() -> Iterator[list[float]]:
     """Collects the private memory of this process, many times a second."""
     seen, done = [private_mb()], threading.Event()
 
-    def watch() -> None:
+    def monitor() -> None:
         while not done.wait(0.05):
             seen.append(private_mb())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=monitor)
     watcher.start()
     yield seen
     done.set()
@@ -99,30 +99,30 @@ def watched() -> Iterator[list[float]]:
 def first_start(source: type[PromptSource], path: str) -> dict[str, float]:
     """Read the files into the cache and index them."""
     before = private_mb()
-    with watched() as reading:
+    with monitored() as reading:
         start, cpu = perf_counter(), process_time()
         prompts: Any = source(path)
-        figures = {"read_s": perf_counter() - start, "read_cpu_s": process_time() - cpu}
-    with watched() as indexing:
+        metrics = {"read_s": perf_counter() - start, "read_cpu_s": process_time() - cpu}
+    with monitored() as indexing:
         start, cpu = perf_counter(), process_time()
         data = PromptDataModule(prompts)
         data.prepare_data()
         data.setup("fit")
-        figures |= {"index_s": perf_counter() - start, "index_cpu_s": process_time() - cpu}
-    return figures | {"read_peak_mb": max(reading) - before, "index_peak_mb": max(indexing) - indexing[0]}
+        metrics |= {"index_s": perf_counter() - start, "index_cpu_s": process_time() - cpu}
+    return metrics | {"read_peak_mb": max(reading) - before, "index_peak_mb": max(indexing) - indexing[0]}
 
 
 def later_start(source: type[PromptSource], path: str) -> dict[str, float]:
     """Start on what the first start left behind, and take steps."""
     before, start, cpu = private_mb(), perf_counter(), process_time()
     prompts: Any = source(path)
-    data = PromptDataModule(prompts, images_per_prompt=1, prompts_per_collection=16)
+    data = PromptDataModule(prompts, images_per_prompt=1, prompts_per_batch=16)
     data.setup("fit")
     loader = data.train_dataloader()
     batches = iter(loader)
     seen = list(next(batches).prompts)
-    figures = {"start_s": perf_counter() - start, "start_cpu_s": process_time() - cpu}
-    figures |= {"start_mb": private_mb() - before, "training": len(loader) * 16.0}
+    metrics = {"start_s": perf_counter() - start, "start_cpu_s": process_time() - cpu}
+    metrics |= {"start_mb": private_mb() - before, "training": len(loader) * 16.0}
     times = []
     for _ in range(STEPS):
         begin = perf_counter()
@@ -130,8 +130,8 @@ def later_start(source: type[PromptSource], path: str) -> dict[str, float]:
         times.append(1000 * (perf_counter() - begin))
     assert len(set(seen)) == len(seen), "a prompt came twice in one pass"
     tenth = STEPS // 10
-    figures |= {"first_steps_ms": median(times[:tenth]), "last_steps_ms": median(times[-tenth:])}
-    return figures | {"end_mb": private_mb() - before}
+    metrics |= {"first_steps_ms": median(times[:tenth]), "last_steps_ms": median(times[-tenth:])}
+    return metrics | {"end_mb": private_mb() - before}
 
 
 def forget(folder: Path) -> None:
@@ -146,12 +146,12 @@ def forget(folder: Path) -> None:
 
 def measure(size: int, form: str) -> dict[str, float]:
     """Both starts at one size, each in a process of its own."""
-    figures: dict[str, float] = {"prompts": size}
+    metrics: dict[str, float] = {"prompts": size}
     with tempfile.TemporaryDirectory(prefix="prompts-") as folder:
         files, cache = Path(folder, "files"), Path(folder, "cache")
         files.mkdir()
         write_files(files, size, form)
-        figures["files_mb"] = sum(file.stat().st_size for file in files.iterdir()) / 1e6
+        metrics["files_mb"] = sum(file.stat().st_size for file in files.iterdir()) / 1e6
         for phase in ("first", "later"):
             command = [
                 sys.executable,
@@ -164,20 +164,20 @@ def measure(size: int, form: str) -> dict[str, float]:
             done = subprocess.run(
                 [*command, f"--form={form}"], env=environment, stdout=subprocess.PIPE, text=True, check=True
             )
-            figures |= json.loads(done.stdout.splitlines()[-1])
+            metrics |= json.loads(done.stdout.splitlines()[-1])
             forget(Path(folder))
-        figures["cache_mb"] = sum(f.stat().st_size for f in cache.rglob("*") if f.is_file()) / 1e6
-    return figures
+        metrics["cache_mb"] = sum(f.stat().st_size for f in cache.rglob("*") if f.is_file()) / 1e6
+    return metrics
 
 
 def show(results: list[dict[str, float]]) -> None:
     """Print the table."""
     table = Table(title="Prompt sets: first start, later starts, steps of 16 prompts")
     table.add_column("")
-    for figures in results:
-        table.add_column(f"{figures['prompts']:,.0f}", justify="right")
+    for metrics in results:
+        table.add_column(f"{metrics['prompts']:,.0f}", justify="right")
     for name in list(results[0])[1:]:
-        table.add_row(name, *(f"{figures[name]:,.2f}" for figures in results))
+        table.add_row(name, *(f"{metrics[name]:,.2f}" for metrics in results))
     Console().print(table)
 
 
@@ -188,7 +188,7 @@ def main() -> None:
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
     parser.add_argument("--form", choices=SOURCES, default="parquet")
-    parser.add_argument("--out", type=Path, help="write the figures there as JSON, too")
+    parser.add_argument("--out", type=Path, help="write the metrics there as JSON, too")
     parser.add_argument("--phase", choices=["first", "later"], help=argparse.SUPPRESS)
     parser.add_argument("--path", help=argparse.SUPPRESS)
     options = parser.parse_args()

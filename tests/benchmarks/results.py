@@ -15,12 +15,12 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from tests.benchmarks.harness.metrics import copy_images, plot_curves
 
 from lit_align.callbacks.folder import write
 from lit_align.errors import ConfigError
-from tests.benchmarks.harness.figures import copy_pictures, plot_curves
 from tests.benchmarks.harness.plan import ROOT, Cell, Plan, load_plan
-from tests.benchmarks.harness.record import pictures, stored
+from tests.benchmarks.harness.record import images, stored
 from tests.benchmarks.harness.report import markdown, verdict
 from tests.benchmarks.harness.run import Launch, Subprocesses, run_cells
 
@@ -54,10 +54,10 @@ def make(plan: Plan, out: Path, work: Path, launch: Launch, workers: int, source
     if results:
         compared = {name for pair in plan.compare for name in pair}
         done = [cell for cell in cells if cell.config in compared and stored(cell, out)]
-        shown = {(cell.config, cell.seed): pictures(cell, out) for cell in done}
+        shown = {(cell.config, cell.seed): images(cell, out) for cell in done}
         write(out / f"{plan.name}.md", markdown(plan, results, shown, source) + "\n")
         plot_curves(plan, results, out / f"{plan.name}.png")
-        copy_pictures(plan, results, out)
+        copy_images(plan, results, out)
     for config in plan.configs:
         own = [result for result in results if result["config"] == config]
         print(f"{config}: {verdict(own, plan.seeds)}")

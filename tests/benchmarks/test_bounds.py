@@ -8,9 +8,9 @@ from tests.benchmarks.harness.plan import ROOT
 
 
 def test_the_bounds_of_parity_and_presence():
-    figures = main(["--prompts=4", "--renders=1", "--draws=200"])
-    assert set(figures["presence"]) == {"test", "seen", "unseen_pairs"}
-    assert all(0.7 < score < 1 for score in figures["presence"].values())
+    metrics = main(["--prompts=4", "--renders=1", "--draws=200"])
+    assert set(metrics["presence"]) == {"test", "seen", "unseen_pairs"}
+    assert all(0.7 < score < 1 for score in metrics["presence"].values())
     # E[SP^2] is (1 - 1/8) / 16 where all eight colours are drawn evenly; the root is a little less.
     assert least_parity(["a star"], 4000) == pytest.approx((0.875 / 16) ** 0.5, rel=0.05)
     # Without one colour: 7 (1/7 - 1/8)^2 + 1/64 + (1 - 1/7) / 16.

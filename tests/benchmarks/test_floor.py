@@ -8,7 +8,7 @@ from tests.benchmarks.floor import main
 
 ROOT = Path(__file__).parents[2]
 PROMPTS, IMAGES = 2, 2
-STEPS, REPLAYED = 10, 4  # of configs/ddpo.yaml: steps of a picture, and those of them that an update replays
+STEPS, REPLAYED = 10, 4  # of configs/ddpo.yaml: steps of an image, and those of them that an update replays
 
 
 def test_alignprop_counts_attached_predictions_and_decodings_with_a_gradient(
@@ -25,11 +25,11 @@ def test_alignprop_counts_attached_predictions_and_decodings_with_a_gradient(
         "--model.init_args.sampler.init_args.num_steps=3",
         "--model.init_args.sampler.init_args.noisy_steps=3",
     ]
-    figures = main(["--config", str(ROOT / "configs" / "alignprop.yaml"), *sizes, *options])
-    (update,) = (row for row in figures["parts"] if row["calls"])
+    metrics = main(["--config", str(ROOT / "configs" / "alignprop.yaml"), *sizes, *options])
+    (update,) = (row for row in metrics["parts"] if row["calls"])
     counted = {call["kind"]: (call["rows"], call["seen"]) for call in update["calls"]}
     assert counted == {"forward": (4, 4), "gradient": (8, 8), "decode gradient": (4, 4)}
-    assert figures["other_calls"] == {}
+    assert metrics["other_calls"] == {}
 
 
 SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("dpo", "sft")]
@@ -43,20 +43,20 @@ def test_the_floor_counts_the_calls_on_pairs(method: str, tmp_path: Path, monkey
     options = ["--trainer.accelerator=cpu", "--model.init_args.micro_batch=2"]
     if method == "spin":
         options += ["--model.init_args.steps=1", "--model.init_args.sampler.init_args.num_steps=3"]
-    figures = main(["--config", str(ROOT / "configs" / f"{method}.yaml"), *sizes, *options])
+    metrics = main(["--config", str(ROOT / "configs" / f"{method}.yaml"), *sizes, *options])
     counted = {
         (row["part"], call["kind"]): (call["rows"], call["seen"])
-        for row in figures["parts"]
+        for row in metrics["parts"]
         for call in row["calls"]
     }
     compared = {("update", "gradient"): (6, 6), ("update", "forward"): (6, 6)}
     expected = {
-        "spin": {("opponent's pictures", "forward"): (9, 9)} | compared,
+        "spin": {("opponent's images", "forward"): (9, 9)} | compared,
         "dpo": compared,
         "sft": {("update", "gradient"): (3, 3)},
     }
     assert counted == expected[method]
-    assert figures["other_calls"] == {}
+    assert metrics["other_calls"] == {}
 
 
 GUIDED = pytest.param(2, marks=pytest.mark.slow)
@@ -66,7 +66,7 @@ GUIDED = pytest.param(2, marks=pytest.mark.slow)
 def test_the_floor_counts_the_calls_of_a_real_collection(width: int, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["floor"])
-    figures = main(
+    metrics = main(
         [
             *(
                 "--rounds",
@@ -83,23 +83,23 @@ def test_the_floor_counts_the_calls_of_a_real_collection(width: int, tmp_path: P
             f"--model.init_args.guidance={float(width)}",
         ]
     )
-    pictures = PROMPTS * IMAGES
+    images = PROMPTS * IMAGES
     counted = {
         (row["part"], call["kind"]): (call["rows"], call["seen"])
-        for row in figures["parts"]
+        for row in metrics["parts"]
         for call in row["calls"]
     }
     expected = {
-        ("sampling", "forward"): width * pictures * STEPS,
-        ("sampling", "decode"): pictures,
-        ("updates", "gradient"): width * pictures * REPLAYED,
+        ("sampling", "forward"): width * images * STEPS,
+        ("sampling", "decode"): images,
+        ("updates", "gradient"): width * images * REPLAYED,
         ("KL of the step", "forward"): width * PROMPTS * REPLAYED,
     }
     assert counted == {part: (rows, rows) for part, rows in expected.items()}
-    assert figures["other_calls"] == {}
+    assert metrics["other_calls"] == {}
     # No upper bound: that is a matter of the machine. CPU time, since other processes would slow either side.
-    ratio = figures["collection"]["ratio"]
+    ratio = metrics["rollout batch"]["ratio"]
     assert math.isfinite(ratio)
     assert ratio > 0.9
-    assert all(size > 0 for size in (figures["bytes"] | figures["peak_bytes"]).values())
+    assert all(size > 0 for size in (metrics["bytes"] | metrics["peak_bytes"]).values())
     assert not list(tmp_path.iterdir())

@@ -28,7 +28,7 @@ TINY = {
     "trainer.accelerator": "cpu",
     "model.init_args.sampler.init_args": {"num_steps": 2, "noisy_steps": 1},
     "data.init_args.images_per_prompt": 2,
-    "data.init_args.prompts_per_collection": 2,
+    "data.init_args.prompts_per_batch": 2,
     "data.init_args.validation_prompts": 2,
     "data.init_args.validation_images_per_prompt": 2,
     "data.init_args.test_prompts": 2,
@@ -79,7 +79,7 @@ def test_a_plan_that_was_interrupted_ends_as_the_one_that_was_not(plan, tmp_path
 
         def dying(self: DDPOModule, *arguments: Any) -> Any:
             calls.append(1)
-            if len(calls) == 2:  # the second collection of the first cell
+            if len(calls) == 2:  # the second rollout batch of the first cell
                 raise OSError("the lights went out")
             return collect(self, *arguments)
 
@@ -114,9 +114,9 @@ def test_a_plan_that_was_interrupted_ends_as_the_one_that_was_not(plan, tmp_path
     assert f"| {whole['test']['kl']['after']:.2f} ± " in table
     assert "**inconclusive**" in table or "**fails**" in table
     assert table.count("| +0.000 ± 0.000, 50% ± 0% |") >= 2  # against itself, of each seed
-    for picture in ("tiny.png", "tiny/ddpo_before.png", "tiny/ddpo_after.png"):
-        assert picture in table
-        assert (results / picture).stat().st_size > 1000
+    for image in ("tiny.png", "tiny/ddpo_before.png", "tiny/ddpo_after.png"):
+        assert image in table
+        assert (results / image).stat().st_size > 1000
 
 
 def test_a_cell_can_be_tested_on_the_prompts_that_it_was_trained_on_too(plan, tmp_path):
@@ -150,7 +150,7 @@ def made_up_sweep(lead: float) -> dict[str, Any]:
     rewards = {"reward/a": 1.0, "reward/a/se": 0.1, "reward/b": 2.0, "reward/b/se": 0.1, "seconds": 0.5}
     even = {"weight/a": 0.5, "weight/b": 0.5, "gain": 1.0, "gain/se": 0.3, "truth": 0.7, "truth/se": 0.01}
     return {
-        "pictures": 8,
+        "images": 8,
         "objectives": ["a", "b"],
         "hypervolume": {"base": 1.0, "MSDDA": 1.5, "soup": 1.5 - lead},
         "hypervolume_error": {"base": 0.3, "MSDDA": 0.3, "soup": 0.3},
@@ -166,7 +166,7 @@ def made_up_sweep(lead: float) -> dict[str, Any]:
 
 def test_sweeps_of_several_seeds_are_pooled():
     lines = sweeps([made_up_sweep(lead) for lead in (1.0, 2.0, -0.9)])
-    assert lines[0] == "Sweep of 8 pictures, 3 seeds:"
+    assert lines[0] == "Sweep of 8 images, 3 seeds:"
     error = math.sqrt(3 * 0.3**2) / 3
     assert f"| soup | 0.800 ± {error:.3f} | +0.700 ± {error:.3f} | 2 ahead, 1 behind |" in lines
     assert "| MSDDA | 1.500 ± 0.173 |  |  |" in lines
@@ -280,17 +280,17 @@ def test_a_cell_runs_again_when_its_settings_change_and_others_go_on_after_a_fai
         ({"compare": [["ddpo", "prdp"]]}, "no prdp in configs: ddpo"),
         ({"towards": {"prdp": {"reward": {"test": 1.0}}}}, "no prdp in configs: ddpo"),
         ({"towards": {"ddpo": {"reward": {"seen": 1.0}}}}, "no seen in also"),
-        ({"side_by_side": {"test": "seen"}}, "side_by_side has .*give figures, joint, test"),
+        ({"side_by_side": {"test": "seen"}}, "side_by_side has .*give metrics, joint, test"),
         (
             {
                 "also": {"seen": []},
                 "leaves_out": {"ddpo": ["seen"]},
-                "side_by_side": {"test": "seen", "figures": {"ddpo": "reward"}, "joint": "ddpo"},
+                "side_by_side": {"test": "seen", "metrics": {"ddpo": "reward"}, "joint": "ddpo"},
             },
             "ddpo leaves out seen",
         ),
         ({"leaves_out": {"ddpo": ["seen"]}}, "no seen in also"),
-        ({"side_by_side": {"test": "seen", "figures": {}, "joint": "ddpo"}}, "no seen in also"),
+        ({"side_by_side": {"test": "seen", "metrics": {}, "joint": "ddpo"}}, "no seen in also"),
     ],
 )
 def test_a_plan_that_cannot_run_is_refused(tmp_path, changes, told):
@@ -302,7 +302,7 @@ def test_a_plan_that_cannot_run_is_refused(tmp_path, changes, told):
     "path", sorted((ROOT / "tests/benchmarks/plans").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_shipped_plans_name_what_exists_and_report_three_seeds(path):
-    shown_once = ["alignprop_objectives", "msdda_three"]  # what objectives do to pictures; no claim
+    shown_once = ["alignprop_objectives", "msdda_three"]  # what objectives do to images; no claim
     plan = load_plan(path)
     assert plan.name == path.stem
     assert len(set(plan.seeds)) >= (1 if plan.name in shown_once else 3)
@@ -310,7 +310,7 @@ def test_shipped_plans_name_what_exists_and_report_three_seeds(path):
 
 def result(seed: int, reward: float | None, truth: float | None, pairs: int = 256) -> dict[str, Any]:
     """A made-up result; changes are in standard errors of 0.01."""
-    figures = {
+    metrics = {
         name: {
             "before": 0.5,
             "after": None if by is None else 0.5 + by / 100,
@@ -320,7 +320,7 @@ def result(seed: int, reward: float | None, truth: float | None, pairs: int = 25
         }
         for name, by in (("reward", reward), ("truth", truth))
     }
-    return {"seed": seed, "test": figures}
+    return {"seed": seed, "test": metrics}
 
 
 @pytest.mark.parametrize(
@@ -344,11 +344,11 @@ def test_verdicts(others, says):
 
 def made_up(config: str, seed: int, **gains: float) -> dict[str, Any]:
     """A result whose further test raised each figure from 0.5 by so much, with an error of 0.1."""
-    figures = {
+    metrics = {
         f"reward/{name}": {"before": 0.5, "after": 0.5 + by, "difference": by, "standard_error": 0.1}
         for name, by in gains.items()
     }
-    return {"config": config, "seed": seed, "test": figures, "also": {"table": figures}}
+    return {"config": config, "seed": seed, "test": metrics, "also": {"table": metrics}}
 
 
 def test_the_way_to_a_bound_is_reported_of_every_test(plan):

@@ -1,4 +1,4 @@
-"""A callback that times what a method does in a fit, and its bare calls between the collections."""
+"""A callback that times what a method does in a fit, and its bare calls between the rollout batches."""
 
 import json
 import math
@@ -23,7 +23,7 @@ FILES = {"last.ckpt": "checkpoints/last.ckpt", "adapter": "adapter"}
 
 
 class FloorTimer(Callback):
-    """Times the parts of every collection of a fit, and their floors between the collections.
+    """Times the parts of every rollout batch of a fit, and their floors between the rollout batches.
 
     Args:
         out: JSON file for the figures.
@@ -36,7 +36,7 @@ class FloorTimer(Callback):
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.floors: dict[tuple[Calls, int], list[float]] = defaultdict(list)
         self.seen: dict[str, Counter[str]] = defaultdict(Counter)
-        self.peak = {"before the fit": 0, "collection": 0, "bare calls": 0}
+        self.peak = {"before the fit": 0, "rollout batch": 0, "bare calls": 0}
         self.fastest: dict[Kind, int] = {}
         self.parts: tuple[Part, ...] = ()
         self.current: str | None = None
@@ -45,7 +45,7 @@ class FloorTimer(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         if batch_idx == 0:
             self.parts = parts(pl_module, batch)
-            self._watch(pl_module)
+            self._monitor(pl_module)
             reset_peak()
             self.peak["before the fit"] = peak_bytes()
         else:
@@ -68,7 +68,7 @@ class FloorTimer(Callback):
     def _now(self, module: Any) -> float:
         return now(module, self.cpu_time)
 
-    def _watch(self, module: Any) -> None:
+    def _monitor(self, module: Any) -> None:
         """Put a clock around each part, and counters on the models."""
         for part in self.parts:
             setattr(module, part.method, self._timed(module, part.name, getattr(module, part.method)))
@@ -94,10 +94,10 @@ class FloorTimer(Callback):
         return timed
 
     def _end(self, module: Any, ended: int) -> None:
-        """Close a collection; the first only warms up, and comes before any floor."""
+        """Close a rollout batch; the first only warms up, and comes before any floor."""
         self.current = None
-        self.seconds["collection"].append(self._now(module) - self.started)
-        self.peak["collection"] = max(self.peak["collection"], peak_bytes())
+        self.seconds["rollout batch"].append(self._now(module) - self.started)
+        self.peak["rollout batch"] = max(self.peak["rollout batch"], peak_bytes())
         if ended == 1:
             self.seconds.clear()
 
@@ -138,7 +138,7 @@ class FloorTimer(Callback):
         return min(turns, key=lambda size: min(turns[size][1:]))
 
     def _report(self, module: Any) -> dict[str, Any]:
-        whole = median(self.seconds["collection"])
+        whole = median(self.seconds["rollout batch"])
         rows = [self._row(part) for part in self.parts]
         rest = [c - sum(p) for c, *p in zip(*(self.seconds[n] for n in self._names()), strict=True)]
         rows.append({"part": "Lightning, logs, files", "calls": [], "seconds": median(rest), "floor": 0.0})
@@ -148,7 +148,7 @@ class FloorTimer(Callback):
             "method": type(module).__name__,
             "machine": machine(module) | {"clock": "CPU time" if self.cpu_time else "wall"},
             "parts": rows,
-            "collection": {"seconds": whole, "floor": floor, "ratio": whole / floor},
+            "rollout batch": {"seconds": whole, "floor": floor, "ratio": whole / floor},
             "without_rewards": {"seconds": whole - rewards, "ratio": (whole - rewards) / floor},
             "rewards_share": rewards / whole,
             "other_calls": self._unclaimed(),
@@ -158,13 +158,13 @@ class FloorTimer(Callback):
         }
 
     def _unclaimed(self) -> dict[str, int]:
-        """Rows that the collection evaluated and its floor does not contain."""
+        """Rows that the rollout batch evaluated and its floor does not contain."""
         claimed = {(part.name, call.kind) for part in self.parts for call in part.calls}
         rows = {(name, kind): n for name, kinds in self.seen.items() for kind, n in kinds.items()}
         return {f"{name}, {kind}": n for (name, kind), n in rows.items() if (name, kind) not in claimed}
 
     def _names(self) -> list[str]:
-        return ["collection", *(part.name for part in self.parts)]
+        return ["rollout batch", *(part.name for part in self.parts)]
 
     def _row(self, part: Part) -> dict[str, Any]:
         calls, floor = [], 0.0

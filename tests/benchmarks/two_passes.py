@@ -48,11 +48,11 @@ def measure(options: argparse.Namespace, images: int, steps: int) -> dict[str, A
     replay = Replay(policy, Trajectory(states, states[1:].clone(), torch.zeros(steps, images)))
     rewards = torch.arange(float(images), dtype=torch.float64).view(-1, 2)
     module.update = lambda losses, scale=1.0: [loss().backward() for loss in losses] and None  # type: ignore[method-assign]
-    figures: dict[str, list[torch.Tensor]] = {"grad_norm": []}  # as if the policy had moved: both passes
+    metrics: dict[str, list[torch.Tensor]] = {"grad_norm": []}  # as if the policy had moved: both passes
     reset_peak()
     before, started = peak_bytes(), now(module, cpu_time=module.device.type == "cpu")
-    old = module._compare(replay, figures).view(*rewards.shape, -1)
-    module._learn(replay, old, rewards, figures)
+    old = module._compare(replay, metrics).view(*rewards.shape, -1)
+    module._learn(replay, old, rewards, metrics)
     seconds = now(module, cpu_time=module.device.type == "cpu") - started
     chains = (states.numel() * 2 - states[0].numel()) * states.element_size()
     found = {"images": images, "steps": steps, "peak_bytes": peak_bytes() - before, "chain_bytes": chains}
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--micro_batch", type=int, default=16, help="(image, step) pairs of a backward pass")
     parser.add_argument("--pretrained", default="shapes", help="a pipeline's folder or hub id")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--out", type=Path, help="JSON file for the metrics")
     options = parser.parse_args(arguments)
     cells = each_alone(partial(measure, options, *size) for size in SIZES)
     show(cells, options.micro_batch)

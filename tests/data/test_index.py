@@ -24,7 +24,7 @@ from lit_align.data import (
 )
 from lit_align.data import index as indexing
 from lit_align.data.index import find, index, prompt_keys
-from lit_align.data.loaders import CollectionLoader, Rank
+from lit_align.data.loaders import Rank, RolloutLoader
 from lit_align.data.splits import Permutation, PromptSet
 from lit_align.errors import ConfigError
 from lit_align.randomness import place
@@ -66,7 +66,7 @@ def texts(prompts: PromptSet) -> list[str]:
 
 
 def ready(source: PromptSource, **settings: Any) -> PromptDataModule:
-    data = PromptDataModule(source, **{"prompts_per_collection": 4, **settings})
+    data = PromptDataModule(source, **{"prompts_per_batch": 4, **settings})
     data.prepare_data()
     data.setup("fit")
     return data
@@ -325,9 +325,9 @@ def test_shards_of_different_types_are_refused(tmp_path: Path) -> None:
 # Order, ranks and resuming
 
 
-def loaders(source: PromptSource, **settings: Any) -> list[CollectionLoader]:
+def loaders(source: PromptSource, **settings: Any) -> list[RolloutLoader]:
     prompts = ready(source, **settings)._sets["train"]
-    return [CollectionLoader(prompts, 4, 2, 8, rank=Rank(number, 2)) for number in range(2)]
+    return [RolloutLoader(prompts, 4, 2, 8, rank=Rank(number, 2)) for number in range(2)]
 
 
 def test_ranks_share_a_mapped_set_without_overlap(parquet: Callable[..., str], on_disk: Path) -> None:
@@ -335,14 +335,14 @@ def test_ranks_share_a_mapped_set_without_overlap(parquet: Callable[..., str], o
     seen = [[p for batch in loader for p in batch.prompts[::2]] for loader in loaders(source)]
     assert len(set(seen[0])) == len(set(seen[1])) == 16
     assert not set(seen[0]) & set(seen[1])
-    whole = CollectionLoader(ready(source)._sets["train"], 4, 2, 8)
+    whole = RolloutLoader(ready(source)._sets["train"], 4, 2, 8)
     assert {p for batch in whole for p in batch.prompts} == {*seen[0], *seen[1]}
 
 
 def test_a_pass_over_a_mapped_set_reaches_every_training_prompt_once(
     parquet: Callable[..., str], on_disk: Path
 ) -> None:
-    data = ready(ParquetPrompts(parquet()), prompts_per_collection=1, images_per_prompt=1)
+    data = ready(ParquetPrompts(parquet()), prompts_per_batch=1, images_per_prompt=1)
     seen = [p for batch in data.train_dataloader() for p in batch.prompts]
     inside = [text for text in TEXTS if 0.05 <= place(text) < 0.95]
     assert sorted(seen) == sorted(inside)
@@ -350,11 +350,11 @@ def test_a_pass_over_a_mapped_set_reaches_every_training_prompt_once(
 
 def test_a_mapped_set_goes_on_where_it_was_left(parquet: Callable[..., str], on_disk: Path) -> None:
     path = parquet()
-    whole = list(ready(ParquetPrompts(path), collections_per_epoch=20).train_dataloader())
-    left = ready(ParquetPrompts(path), collections_per_epoch=20).train_dataloader()
+    whole = list(ready(ParquetPrompts(path), batches_per_epoch=20).train_dataloader())
+    left = ready(ParquetPrompts(path), batches_per_epoch=20).train_dataloader()
     batches = iter(left)
     first = [next(batches) for _ in range(7)]
-    rest = ready(ParquetPrompts(path), collections_per_epoch=13).train_dataloader()
+    rest = ready(ParquetPrompts(path), batches_per_epoch=13).train_dataloader()
     rest.load_state_dict(left.state_dict())
     assert [batch.prompts for batch in (*first, *rest)] == [batch.prompts for batch in whole]
 
@@ -371,7 +371,7 @@ def test_prompts_of_mapped_sources_are_removed_from_training(
 ) -> None:
     source, other = ParquetPrompts(parquet()), ParquetPrompts(parquet([*TEXTS[250:], "new"], name="other"))
     with caplog.at_level("INFO"):
-        data = ready(source, test_source=other, prompts_per_collection=1, images_per_prompt=1)
+        data = ready(source, test_source=other, prompts_per_batch=1, images_per_prompt=1)
     assert "50 prompts removed" in caplog.text
     seen = {p for batch in data.train_dataloader() for p in batch.prompts}
     assert seen == {text for text in TEXTS[:250] if place(text) < 0.95}

@@ -36,7 +36,7 @@ from lit_align.data import (
     TablePrompts,
 )
 from lit_align.data.pair_loader import PairOrder
-from lit_align.data.pairs import UnreadablePicture, decode
+from lit_align.data.pairs import UnreadableImage, decode
 from lit_align.errors import ConfigError
 from lit_align.randomness import place
 from lit_align.shapes import PICK
@@ -55,7 +55,7 @@ def jpeg(value: int, size: tuple[int, int] = (8, 8), form: str = "JPEG") -> byte
 
 
 def row(number: int) -> dict[str, Any]:
-    """The pictures of row n are the greys 2n and 2n + 1; the second is preferred in odd rows."""
+    """The images of row n are the greys 2n and 2n + 1; the second is preferred in odd rows."""
     return {
         "caption": f"prompt {number // 2}",
         "jpg_0": jpeg(2 * number),
@@ -96,8 +96,8 @@ def index(batches: list[PairBatch]) -> list[int]:
     return [number for batch in batches for number in batch.index.tolist()]
 
 
-def greys(pictures: torch.Tensor) -> list[int]:
-    return (pictures * 255).round().mean((1, 2, 3)).int().tolist()
+def greys(images: torch.Tensor) -> list[int]:
+    return (images * 255).round().mean((1, 2, 3)).int().tolist()
 
 
 # Files
@@ -107,7 +107,7 @@ def test_rows_are_those_of_the_files(shards: Path) -> None:
     source = PickaPicFiles(str(shards), row_groups=2)
     assert len(source) == 60
     assert [source.prompt(n) for n in range(60)] == [f"prompt {n // 2}" for n in range(60)]
-    assert [source.picture(n, side) for n in range(60) for side in (0, 1)] == [jpeg(n) for n in range(120)]
+    assert [source.image(n, side) for n in range(60) for side in (0, 1)] == [jpeg(n) for n in range(120)]
     undecided = [n for n in range(60) if source.label(n) not in (0, 1)]
     assert undecided == sorted(TIES + NO_LABEL)
     assert [len(block) for block in source.blocks()] == [ROWS] * SHARDS * GROUPS
@@ -117,9 +117,9 @@ def test_rows_are_those_of_the_files(shards: Path) -> None:
 
 def test_files_reach_a_spawned_process(shards: Path) -> None:
     source = PickaPicFiles(str(shards))
-    first = source.picture(0, 0)
+    first = source.image(0, 0)
     copy = pickle.loads(pickle.dumps(source))
-    assert copy.picture(0, 0) == first
+    assert copy.image(0, 0) == first
     assert len(copy) == len(source)
 
 
@@ -135,7 +135,7 @@ def test_files_that_are_not_local_are_read_where_they_lie(shards: Path) -> None:
         memory.pipe(f"/pick/{file.name}", file.read_bytes())
     try:
         far, near = PickaPicFiles("memory://pick/train-*.parquet"), PickaPicFiles(str(shards))
-        assert [far.picture(n, 1) for n in range(60)] == [near.picture(n, 1) for n in range(60)]
+        assert [far.image(n, 1) for n in range(60)] == [near.image(n, 1) for n in range(60)]
         assert [far.prompt(n) for n in range(60)] == [near.prompt(n) for n in range(60)]
     finally:
         memory.rm("/pick", recursive=True)
@@ -303,7 +303,7 @@ def test_shapes_pick_validates_and_tests_on_the_shipped_sets() -> None:
 
 def test_the_prompts_alone(shards: Path) -> None:
     source = PickaPicPrompts(PickaPicFiles(str(shards)))
-    data = PromptDataModule(source, prompts_per_collection=4, validation_fraction=0.1, test_fraction=0.1)
+    data = PromptDataModule(source, prompts_per_batch=4, validation_fraction=0.1, test_fraction=0.1)
     data.setup("fit")
     prompts = [prompt for batch in data.train_dataloader() for prompt in batch.prompts[::8]]
     assert set(prompts) <= {f"prompt {n}" for n in range(30)}
@@ -420,7 +420,7 @@ def test_a_resume_with_other_pairs_warns(shards: Path) -> None:
 
 BAD = {
     3: {"jpg_0": jpeg(1)[:200], "jpg_1": jpeg(1)[:200]},
-    14: {"jpg_0": b"no picture", "jpg_1": b"no picture"},
+    14: {"jpg_0": b"no image", "jpg_1": b"no image"},
     22: {"jpg_0": None, "jpg_1": None},
     45: {"jpg_0": b"", "jpg_1": b""},
 }
@@ -475,22 +475,22 @@ def test_a_damaged_row_group_does_not_end_a_run(tmp_path: Path) -> None:
     assert not {30, 31, 32, 33, 34} & set(index(batches))
 
 
-def test_pictures_none_of_which_can_be_read_are_an_error(tmp_path: Path) -> None:
+def test_images_none_of_which_can_be_read_are_an_error(tmp_path: Path) -> None:
     source = PickaPicFiles(str(write(tmp_path, {n: {"jpg_0": b"x", "jpg_1": b"x"} for n in range(60)})))
-    with pytest.raises(ConfigError, match=r"no picture of .* can be read; the last one: "):
+    with pytest.raises(ConfigError, match=r"no image of .* can be read; the last one: "):
         next(iter(module(source).train_dataloader()))
 
 
 @pytest.mark.parametrize("data", [jpeg(9)[:-150], jpeg(9, form="PNG")[:45], b"", b"GIF89a"])
-def test_what_is_no_whole_picture_is_not_decoded(data: bytes) -> None:
-    with pytest.raises(UnreadablePicture):
+def test_what_is_no_whole_image_is_not_decoded(data: bytes) -> None:
+    with pytest.raises(UnreadableImage):
         decode(data, 8)
 
 
-# Pictures
+# Images
 
 
-def test_pictures_are_scaled_to_their_shorter_side_and_cropped_to_their_centre() -> None:
+def test_images_are_scaled_to_their_shorter_side_and_cropped_to_their_centre() -> None:
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 17:43] = 255  # the middle third, and what the filter sees beyond
     file = io.BytesIO()
@@ -506,7 +506,7 @@ def test_scaling_down_does_not_alias() -> None:
     assert (decode(file.getvalue(), 16) - 0.5).abs().max() < 0.05
 
 
-def test_a_picture_of_the_right_size_stays_as_it_is() -> None:
+def test_a_image_of_the_right_size_stays_as_it_is() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -514,7 +514,7 @@ def test_a_picture_of_the_right_size_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
-def test_other_kinds_of_pictures_become_rgb(mode: str) -> None:
+def test_other_kinds_of_images_become_rgb(mode: str) -> None:
     file = io.BytesIO()
     Image.new(mode, (8, 8)).save(file, "TIFF")
     assert decode(file.getvalue(), 8).shape == (3, 8, 8)
@@ -557,10 +557,10 @@ def test_names_of_digits_stay_names(tmp_path: Path) -> None:
     (tmp_path / "0001").write_bytes(jpeg(10, form="PNG"))
     (tmp_path / "0002").write_bytes(jpeg(20, form="PNG"))
     (tmp_path / "pairs.csv").write_text("prompt,image_0,image_1,label_0\na cat,0001,0002,1\n")
-    assert len(FolderPairs(str(tmp_path / "pairs.csv")).picture(0, 1)) > 0
+    assert len(FolderPairs(str(tmp_path / "pairs.csv")).image(0, 1)) > 0
 
 
-def test_pictures_that_were_made_anew_are_other_pictures(tmp_path: Path) -> None:
+def test_images_that_were_made_anew_are_other_images(tmp_path: Path) -> None:
     table = folder_table(tmp_path, "csv")
     first = FolderPairs(table).fingerprint()
     assert FolderPairs(table).fingerprint() == first
@@ -614,9 +614,7 @@ def test_missing_and_wrong_columns_are_named(tmp_path: Path) -> None:
         PickaPicFiles(str(tmp_path / "a.parquet"))
     wrong = table.set_column(table.column_names.index("jpg_1"), "jpg_1", table["image_0_url"])
     parquet.write_table(wrong, tmp_path / "b.parquet")
-    with pytest.raises(
-        ConfigError, match=r"column 'jpg_1' of .*b.parquet holds string, not encoded pictures"
-    ):
+    with pytest.raises(ConfigError, match=r"column 'jpg_1' of .*b.parquet holds string, not encoded images"):
         PickaPicFiles(str(tmp_path / "b.parquet"))
 
 

@@ -28,7 +28,7 @@ from lit_align.data import (
     TablePrompts,
     TextPrompts,
 )
-from lit_align.data.loaders import CollectionLoader, FixedLoader, Rank
+from lit_align.data.loaders import FixedLoader, Rank, RolloutLoader
 from lit_align.data.splits import Permutation, PromptSet
 from lit_align.errors import ConfigError
 from lit_align.shapes.world import parse
@@ -98,7 +98,7 @@ def test_numbers_in_a_csv_prompt_column_stay_text(tmp_path: Path) -> None:
 
 
 def test_columns_reach_every_image_of_their_prompt() -> None:
-    batch = next(iter(module(table(40), images_per_prompt=3, prompts_per_collection=4).train_dataloader()))
+    batch = next(iter(module(table(40), images_per_prompt=3, prompts_per_batch=4).train_dataloader()))
     assert len(batch) == 12
     assert [f"prompt {number}" for number in batch.columns["number"]] == batch.prompts
 
@@ -136,7 +136,7 @@ def test_empty_and_repeated_prompts_are_dropped_and_reported(
 ) -> None:
     path = write(tmp_path / "p.txt", "a cat\n\n a cat \na dog\n  \na cat\n")
     with caplog.at_level("INFO"):
-        data = module(TextPrompts(path), validation_fraction=0, test_fraction=0, prompts_per_collection=2)
+        data = module(TextPrompts(path), validation_fraction=0, test_fraction=0, prompts_per_batch=2)
     assert "2 empty and 2 repeated prompts dropped, 2 left" in caplog.text
     assert set(next(iter(data.train_dataloader())).prompts) == {"a cat", "a dog"}
 
@@ -173,8 +173,8 @@ def test_prompts_of_other_sources_are_removed_from_training(caplog: pytest.LogCa
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"prompts_per_collection": 20}, ["prompts_per_collection is 20", "only 18"]),
-        ({"prompts_per_collection": 0}, ["prompts_per_collection is 0"]),
+        ({"prompts_per_batch": 20}, ["prompts_per_batch is 20", "only 18"]),
+        ({"prompts_per_batch": 0}, ["prompts_per_batch is 0"]),
         ({"validation_fraction": 1.0}, ["validation_fraction is 1.0"]),
         ({"validation_fraction": 0.6, "test_fraction": 0.5}, ["validation_fraction", "test_fraction", "1.1"]),
         ({"eval_batch": 2}, ["validation_images_per_prompt is 4", "eval_batch", "2"]),
@@ -216,19 +216,19 @@ def test_permutations_of_different_keys_are_uniform() -> None:
 
 
 def test_a_pass_visits_every_prompt_once_and_the_next_one_in_another_order() -> None:
-    loader = CollectionLoader(prompt_set(20), 4, 2, collections_per_epoch=5)
+    loader = RolloutLoader(prompt_set(20), 4, 2, batches_per_epoch=5)
     passes = [[p for batch in loader for p in batch.prompts[::2]] for _ in range(3)]
     assert all(len(p) == len(set(p)) == 20 for p in passes)
     assert passes[0] != passes[1] != passes[2] != passes[0]
 
 
 def test_a_collection_never_holds_a_prompt_twice() -> None:
-    for batch in CollectionLoader(prompt_set(7), 4, 1, collections_per_epoch=40):
+    for batch in RolloutLoader(prompt_set(7), 4, 1, batches_per_epoch=40):
         assert len(set(batch.prompts)) == 4
 
 
 def test_numbers_are_unique_over_the_run_and_images_of_a_prompt_stand_together() -> None:
-    loader = CollectionLoader(prompt_set(9), 4, 3, collections_per_epoch=3)
+    loader = RolloutLoader(prompt_set(9), 4, 3, batches_per_epoch=3)
     batches = [batch for _ in range(3) for batch in loader]
     assert torch.equal(torch.cat([b.index for b in batches]), torch.arange(9 * 4 * 3))
     assert torch.equal(torch.cat([b.groups for b in batches]), torch.arange(9 * 4).repeat_interleave(3))
@@ -258,8 +258,8 @@ def joined(parts: list[Batch]) -> list[tuple[int, int, str, Any]]:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_the_collections_of_one(world: int) -> None:
-    alone = CollectionLoader(prompt_set(30), 4, 3, 6)
-    ranks = [CollectionLoader(prompt_set(30), 4, 3, 6, rank=Rank(r, world)) for r in range(world)]
+    alone = RolloutLoader(prompt_set(30), 4, 3, 6)
+    ranks = [RolloutLoader(prompt_set(30), 4, 3, 6, rank=Rank(r, world)) for r in range(world)]
     for whole, *parts in zip(alone, *ranks, strict=True):
         assert joined(parts) == joined([whole])
 
@@ -280,10 +280,10 @@ def set_up_and_load(data: PromptDataModule, name: str) -> None:
     data.val_dataloader() if name == "validation_prompts" else data.predict_dataloader()
 
 
-@pytest.mark.parametrize("name", ["prompts_per_collection", "validation_prompts", "predict_source"])
+@pytest.mark.parametrize("name", ["prompts_per_batch", "validation_prompts", "predict_source"])
 def test_what_the_ranks_cannot_share_is_refused_with_both_numbers(name: str) -> None:
     settings: dict[str, Any] = {"predict_source": table(16)} if name == "predict_source" else {name: 16}
-    data = PromptDataModule(table(400), **{"prompts_per_collection": 9, **settings})
+    data = PromptDataModule(table(400), **{"prompts_per_batch": 9, **settings})
     data.trainer = cast(Any, SimpleNamespace(distributed_sampler_kwargs={"rank": 0, "num_replicas": 3}))
     with pytest.raises(ConfigError, match=rf"data\.{name} \w+ 16.* 3 ranks.*multiple"):
         set_up_and_load(data, name)
@@ -298,7 +298,7 @@ def test_predict_follows_the_order_of_its_source() -> None:
 
 
 def test_the_test_can_be_on_the_prompts_that_a_run_trains_on_first() -> None:
-    settings = {"images_per_prompt": 2, "prompts_per_collection": 5, "test_prompts": 10, "seed": 3}
+    settings = {"images_per_prompt": 2, "prompts_per_batch": 5, "test_prompts": 10, "seed": 3}
     data = module(table(200), **settings)
     first, second = list(data.train_dataloader())[:2]
     seen = module(table(200), **settings, test_split="train")
@@ -366,7 +366,7 @@ class Crash(Callback):
 
 
 def fit(folder: Path, num_epochs: int, *callbacks: Callback, **settings: Any) -> Recorder:
-    recorder, data = Recorder(), PromptDataModule(table(34), images_per_prompt=2, prompts_per_collection=5)
+    recorder, data = Recorder(), PromptDataModule(table(34), images_per_prompt=2, prompts_per_batch=5)
     ckpt_path = settings.pop("ckpt_path", None)
     trainer = Trainer(
         default_root_dir=folder,
@@ -418,12 +418,10 @@ def test_predict_runs_through_a_trainer(tmp_path: Path) -> None:
     assert parts == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("prompts_per_collection", 6), ("images_per_prompt", 1), ("seed", 1)]
-)
+@pytest.mark.parametrize(("name", "value"), [("prompts_per_batch", 6), ("images_per_prompt", 1), ("seed", 1)])
 def test_a_resume_with_other_settings_is_refused(name: str, value: int) -> None:
-    state = module(table(40), images_per_prompt=2, prompts_per_collection=5).train_dataloader().state_dict()
-    other = module(table(40), **{"images_per_prompt": 2, "prompts_per_collection": 5, name: value})
+    state = module(table(40), images_per_prompt=2, prompts_per_batch=5).train_dataloader().state_dict()
+    other = module(table(40), **{"images_per_prompt": 2, "prompts_per_batch": 5, name: value})
     with pytest.raises(ConfigError, match=rf"data\.{name} is {value}, .* set it back"):
         other.train_dataloader().load_state_dict(state)
 

@@ -67,8 +67,8 @@ def test_pickapic_has_a_caption_in_each_of_many_pairs(tmp_path: Path) -> None:
     assert (found.empty, found.repeated) == (1, 4)
 
 
-def test_diffusiondb_has_a_prompt_a_picture(tmp_path: Path) -> None:
-    pictures = {
+def test_diffusiondb_has_a_prompt_a_image(tmp_path: Path) -> None:
+    images = {
         "image_name": ["a.png", "b.png", "c.png"],
         "prompt": ["ultrarealistic fox, 8 k", "ultrarealistic fox, 8 k", "a castle "],
         "part_id": pa.array([1, 1, 2], pa.uint16()),
@@ -77,7 +77,7 @@ def test_diffusiondb_has_a_prompt_a_picture(tmp_path: Path) -> None:
         "timestamp": pa.array([0, 1, 2], pa.timestamp("us", "UTC")),
         "prompt_nsfw": pa.array([0.1, 0.1, 0.9], pa.float32()),
     }
-    pyarrow.parquet.write_table(pa.table(pictures), tmp_path / "metadata.parquet")
+    pyarrow.parquet.write_table(pa.table(images), tmp_path / "metadata.parquet")
     source = ParquetPrompts(str(tmp_path / "metadata.parquet"), keep=["prompt_nsfw"])
     assert len(index(source)) == 2
     assert source.columns(2) == {"prompt_nsfw": pytest.approx(0.9)}
@@ -144,6 +144,6 @@ def test_a_template_without_an_animal_is_refused(template: str) -> None:
 
 
 def test_all_animals_can_be_trained_on() -> None:
-    data = PromptDataModule(Animals(), prompts_per_collection=45, validation_fraction=0.0, test_fraction=0.0)
+    data = PromptDataModule(Animals(), prompts_per_batch=45, validation_fraction=0.0, test_fraction=0.0)
     data.setup("fit")
     assert len(set(next(iter(data.train_dataloader())).prompts)) == 45

@@ -17,7 +17,7 @@ def prompts(name: str, count: int = 60) -> TablePrompts:
 
 def module(stage: str = "fit", **settings: Any) -> MultiTaskDataModule:
     tasks = {"fair": TaskPrompts(prompts("open"), images_per_prompt=3), "liked": TaskPrompts(prompts("any"))}
-    sizes = {"images_per_prompt": 2, "prompts_per_collection": 4, "collections_per_epoch": 3, "seed": 0}
+    sizes = {"images_per_prompt": 2, "prompts_per_batch": 4, "batches_per_epoch": 3, "seed": 0}
     data = MultiTaskDataModule(tasks, **(sizes | settings))
     data.setup(stage)
     return data
@@ -41,7 +41,7 @@ def test_a_batch_is_a_collection_of_each_task_and_no_number_comes_twice() -> Non
 
 
 def test_one_task_has_the_batches_of_a_plain_module() -> None:
-    sizes: dict[str, Any] = {"images_per_prompt": 2, "prompts_per_collection": 4, "seed": 3}
+    sizes: dict[str, Any] = {"images_per_prompt": 2, "prompts_per_batch": 4, "seed": 3}
     joint = MultiTaskDataModule({"only": TaskPrompts(prompts("a"))}, **sizes)
     plain = PromptDataModule(prompts("a"), **sizes)
     for data in (joint, plain):
@@ -53,7 +53,7 @@ def test_one_task_has_the_batches_of_a_plain_module() -> None:
 
 
 def test_a_task_may_be_tested_on_sizes_of_its_own() -> None:
-    """Many prompts of few pictures beside few of many, which rewards of sets need."""
+    """Many prompts of few images beside few of many, which rewards of sets need."""
     tasks = {
         "liked": TaskPrompts(prompts("any"), test_prompts=4, test_images_per_prompt=1),
         "fair": TaskPrompts(prompts("open"), validation_prompts=3, validation_images_per_prompt=2),
@@ -72,7 +72,7 @@ def test_a_task_may_be_tested_on_sizes_of_its_own() -> None:
     assert [(batch.task, len(batch)) for batch in data.val_dataloader()] == [("liked", 4), ("fair", 6)]
 
 
-def test_validation_numbers_all_pictures_from_zero() -> None:
+def test_validation_numbers_all_images_from_zero() -> None:
     sizes = {"validation_prompts": 3, "validation_fraction": 0.3, "eval_batch": 8}
     batches = list(module("validate", **sizes).val_dataloader())
     assert torch.equal(torch.cat([batch.index for batch in batches]).sort().values, torch.arange(24))

@@ -10,7 +10,7 @@ from lightning import Callback, Trainer
 from torch import Tensor
 
 from lit_align.backbones import REFERENCE, LoRA, StableDiffusionBackbone
-from lit_align.callbacks import CollectionCheckpoint
+from lit_align.callbacks import BatchCheckpoint
 from lit_align.data import Batch, PromptDataModule, ShapesPrompts
 from lit_align.errors import ConfigError
 from lit_align.gaussian import GaussianStep
@@ -131,7 +131,7 @@ def test_random_truncations_bias_the_linear_chain_by_their_chances(kind):
     drawn = lengths(truncation, 5, draws=1000)
 
     def gradient(attached: Tensor) -> float:
-        """Of the mean picture: noise enters a chain whose predictions know no state linearly."""
+        """Of the mean image: noise enters a chain whose predictions know no state linearly."""
         theta = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
         noise = torch.zeros(1, 1, dtype=torch.float64)
         end, _ = differentiable_rollout(
@@ -154,9 +154,9 @@ def test_random_truncations_bias_the_linear_chain_by_their_chances(kind):
 
 
 def last_step_gradients(images: int, copies: int, std: float, levels: tuple[float, float]) -> Tensor:
-    """Each picture's ``dR/dθ`` of DRaFT-LV, mean over its ends: ``x' = (a + b θ) x + s z``, ``R = -x'²``."""
+    """Each image's ``dR/dθ`` of DRaFT-LV, mean over its ends: ``x' = (a + b θ) x + s z``, ``R = -x'²``."""
     sampler, draw = LinearSampler(1, 0.5, std, levels), torch.Generator().manual_seed(0)
-    # A weight for each picture, so that one backward pass gives each its own gradient.
+    # A weight for each image, so that one backward pass gives each its own gradient.
     theta = torch.full((images, 1), 0.7, dtype=torch.float64, requires_grad=True)
     noise = torch.randn(images, 1, dtype=torch.float64, generator=draw)
 
@@ -199,7 +199,7 @@ def test_the_loss_pulls_up_or_towards_its_target(target):
     assert gradient.tolist() == ([-1.0, -1.0] if target is None else [-1.0, 1.0])
 
 
-def test_above_its_ceiling_a_picture_gives_no_gradient():
+def test_above_its_ceiling_a_image_gives_no_gradient():
     rewards = torch.tensor([1.0, 3.0], requires_grad=True)
     loss = reward_loss(rewards, ceiling=2.0)
     (gradient,) = torch.autograd.grad(loss.sum(), rewards)
@@ -279,7 +279,7 @@ def module(folder: Path, reward: Reward | None = None, checkpointing: bool = Fal
     } | options
     return AlignPropModule(
         StableDiffusionBackbone(str(folder), lora=LoRA(), checkpointing=checkpointing),
-        rewards=RewardBank({"trained": reward or Redness(), "watched": Brightness()}, {"trained": 1.0}),
+        rewards=RewardBank({"trained": reward or Redness(), "monitored": Brightness()}, {"trained": 1.0}),
         **settings,
     )
 
@@ -437,7 +437,7 @@ def test_copies_come_after_the_chains_that_they_belong_to(tiny):
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_the_pictures_are_those_of_sample(tiny, eta):
+def test_the_images_are_those_of_sample(tiny, eta):
     aligned, batch = module(tiny, sampler=partial(DDIM, num_steps=STEPS, eta=eta)), small_batch()
     randomise(aligned)
     attached = torch.stack([torch.arange(STEPS) >= first for first in (0, 2, 3)], dim=1)
@@ -480,7 +480,7 @@ def test_one_shot_is_the_clean_state_that_a_late_step_implies(tiny):
 
 
 class Recorder(Callback):
-    """Keeps gradients before each update and all logged figures; may stop the process in an update."""
+    """Keeps gradients before each update and all logged metrics; may stop the process in an update."""
 
     def __init__(self, crash: int = 0) -> None:
         self.gradients: list[list[Tensor]] = []
@@ -505,7 +505,7 @@ def fit(
         default_root_dir=folder,
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=any(isinstance(c, CollectionCheckpoint) for c in callbacks),
+        enable_checkpointing=any(isinstance(c, BatchCheckpoint) for c in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -516,7 +516,7 @@ def fit(
     loaded = PromptDataModule(
         ShapesPrompts(["open"]),
         images_per_prompt=1,
-        prompts_per_collection=prompts,
+        prompts_per_batch=prompts,
         validation_prompts=8,
         validation_images_per_prompt=1,
     )
@@ -535,7 +535,7 @@ def test_micro_batches_change_no_gradient(tiny, tmp_path, truncation):
         logged.append(recorder.logged[0])
     for whole, parts in zip(*found, strict=True):
         torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-6)
-    for name in ("train/loss", "train/reward", "train/reward/watched", "train/kl_penalty"):
+    for name in ("train/loss", "train/reward", "train/reward/monitored", "train/kl_penalty"):
         assert logged[0][name] == pytest.approx(logged[1][name], rel=1e-4)
     assert logged[0]["progress/images"] == 8
     assert logged[0]["progress/reward_queries"] == 8 * (1 + truncation.copies)
@@ -559,7 +559,7 @@ def test_a_target_is_approached_from_above_too(tiny, tmp_path):
     assert -0.2 < after < before
 
 
-def test_a_ceiling_that_all_pictures_are_above_changes_nothing(tiny, tmp_path):
+def test_a_ceiling_that_all_images_are_above_changes_nothing(tiny, tmp_path):
     recorder = Recorder()
     fit(module(tiny, ceiling=-1.0), tmp_path, 1, recorder, limit_val_batches=0)
     assert all(gradient.eq(0).all() for gradient in recorder.gradients[0])
@@ -578,14 +578,14 @@ def test_mixed_precision_keeps_the_gradient_behind_a_prefix_without_one(tiny, tm
 
 
 class HalfScored(Redness):
-    """Every other picture has no score."""
+    """Every other image has no score."""
 
     def forward(self, images, prompts, groups=None, columns=None):
         scores = super().forward(images, prompts)
         return torch.where(torch.arange(len(images)) % 2 == 0, scores, math.nan)
 
 
-def test_pictures_without_a_score_give_no_gradient_and_no_nan(tiny, tmp_path):
+def test_images_without_a_score_give_no_gradient_and_no_nan(tiny, tmp_path):
     recorder = Recorder()
     fit(module(tiny, reward=HalfScored()), tmp_path, 1, recorder, limit_val_batches=0)
     assert all(gradient.isfinite().all() for gradient in recorder.gradients[0])
@@ -597,7 +597,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny, tmp_path):
     whole, cut, resumed = (module(tiny, kl_weight=0.1) for _ in range(3))
     fit(whole, tmp_path / "whole", 3, **options)
     with pytest.raises(RuntimeError, match="killed"):
-        fit(cut, tmp_path / "cut", 3, Recorder(crash=5), CollectionCheckpoint(), **options)
+        fit(cut, tmp_path / "cut", 3, Recorder(crash=5), BatchCheckpoint(), **options)
     (last,) = (tmp_path / "cut").rglob("last.ckpt")
     fit(resumed, tmp_path / "resumed", 3, ckpt_path=last, **options)
     for one, two in zip(whole.parameters(), resumed.parameters(), strict=True):
@@ -636,7 +636,7 @@ def test_two_processes_give_the_gradient_of_one(tiny, tmp_path):
 
 
 def test_a_black_box_is_refused_by_name_with_the_remedy(tiny):
-    with pytest.raises(ConfigError, match=r"trained has no gradient.*watched.*DDPOModule"):
+    with pytest.raises(ConfigError, match=r"trained has no gradient.*monitored.*DDPOModule"):
         module(tiny, reward=JPEGCompressibility())
 
 
@@ -647,7 +647,7 @@ class OfTheGroup(Redness):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"reward": OfTheGroup()}, "several pictures"),
+        ({"reward": OfTheGroup()}, "several images"),
         ({"kl_weight": -0.1}, "kl_weight"),
         ({"kl_weight": 1.0, "sampler": partial(DDIM, num_steps=STEPS, eta=0.0)}, "eta"),
         ({"coefficient": 0.0}, "coefficient"),

@@ -70,7 +70,7 @@ class RecordToFile(Recorder):
 
 
 class NoScore(Reward):
-    """Every other picture has no score."""
+    """Every other image has no score."""
 
     differentiable = False
     scope = "sample"
@@ -99,7 +99,7 @@ def module(
     return DDPOModule(
         StableDiffusionBackbone(str(folder), lora=lora),
         sampler=partial(DDIM, num_steps=4, eta=eta),
-        rewards=RewardBank({"trained": reward or Brightness(), "watched": Redness()}, {"trained": 1.0}),
+        rewards=RewardBank({"trained": reward or Brightness(), "monitored": Redness()}, {"trained": 1.0}),
         optimizer=partial(torch.optim.AdamW, lr=lr, weight_decay=0.0),
         **settings,
     )
@@ -109,7 +109,7 @@ def data(prompts: int = 4, images: int = 4, **options: Any) -> PromptDataModule:
     return PromptDataModule(
         ShapesPrompts(["open"]),
         images_per_prompt=images,
-        prompts_per_collection=prompts,
+        prompts_per_batch=prompts,
         validation_prompts=4,
         validation_images_per_prompt=2,
         **options,
@@ -138,11 +138,11 @@ def trainer(tmp_path: Path, collections: int, *callbacks: Callback, **options: A
 def test_at_the_first_update_every_ratio_is_one_and_the_loss_is_minus_the_mean_advantage(tiny, tmp_path):
     recorder = Recorder()
     trainer(tmp_path, 1, recorder).fit(module(tiny, advantages=BatchAdvantages(clip=0.5)), data())
-    figures = recorder.logged[0]
-    assert figures["train/ratio_deviation"] < 1e-4  # 1 % of the clip range
-    assert figures["train/clip_fraction"] == 0
-    assert figures["train/kl"] > 0
-    assert figures["progress/images"] == figures["progress/reward_queries"] == 16
+    metrics = recorder.logged[0]
+    assert metrics["train/ratio_deviation"] < 1e-4  # 1 % of the clip range
+    assert metrics["train/clip_fraction"] == 0
+    assert metrics["train/kl"] > 0
+    assert metrics["progress/images"] == metrics["progress/reward_queries"] == 16
 
 
 def test_replay_in_the_batch_shape_of_the_rollout_gives_ratios_of_exactly_one(tiny, tmp_path):
@@ -204,7 +204,7 @@ def test_the_step_is_scaled_to_the_kl_target_from_below_and_from_above(tiny, tmp
     for kl_target in (target, None):
         recorder = Recorder()
         trainer(tmp_path, 10, recorder).fit(module(tiny, lr=lr, kl_target=kl_target, updates=2), data())
-        found[kl_target] = sum(figures["train/kl"] for figures in recorder.logged[-3:]) / 3
+        found[kl_target] = sum(metrics["train/kl"] for metrics in recorder.logged[-3:]) / 3
     assert target / 4 < found[target] < target * 4
     assert abs(math.log(found[target] / target)) < 0.5 * abs(math.log(found[None] / target))
 
@@ -215,7 +215,7 @@ def test_a_schedule_lowers_the_kl_target_too(tiny, tmp_path):
     recorder = Recorder()
     learner = module(tiny, lr=1e-3, kl_target=1e-3, updates=2, lr_scheduler=falling)
     trainer(tmp_path, 12, recorder).fit(learner, data())
-    found = [figures["train/kl"] for figures in recorder.logged]
+    found = [metrics["train/kl"] for metrics in recorder.logged]
     assert 1e-3 / 64 < sum(found[-4:]) / 4 < 1e-3 / 4
 
 
@@ -237,14 +237,14 @@ def test_steps_without_noise_are_not_replayed(tiny, tmp_path):
     assert recorder.logged[0]["train/ratio_deviation"] < 1e-6
 
 
-def test_pictures_without_a_score_give_no_gradient_and_no_nan(tiny, tmp_path):
+def test_images_without_a_score_give_no_gradient_and_no_nan(tiny, tmp_path):
     recorder = Recorder()
     trainer(tmp_path, 1, recorder).fit(module(tiny, reward=NoScore()), data())
     assert all(gradient.isfinite().all() for gradient in recorder.gradients[0])
     assert math.isfinite(recorder.logged[0]["train/reward"])
 
 
-def test_a_picture_does_not_depend_on_the_batch_it_is_sampled_in(tiny):
+def test_a_image_does_not_depend_on_the_batch_it_is_sampled_in(tiny):
     aligned = module(tiny, rollout_batch=3)
     loaded = data()
     loaded.setup("validate")

@@ -9,7 +9,7 @@ from lightning import Callback, Trainer
 from torch.nn.functional import logsigmoid
 
 from lit_align.backbones import REFERENCE, LoRA, StableDiffusionBackbone
-from lit_align.callbacks import CollectionCheckpoint
+from lit_align.callbacks import BatchCheckpoint
 from lit_align.data import PickaPicDataModule, ShapesPick
 from lit_align.errors import ConfigError
 from lit_align.methods import DPOModule, SFTModule
@@ -67,7 +67,7 @@ def fit(
         limit_train_batches=batches,
         default_root_dir=folder,
         logger=False,
-        enable_checkpointing=any(isinstance(callback, CollectionCheckpoint) for callback in callbacks),
+        enable_checkpointing=any(isinstance(callback, BatchCheckpoint) for callback in callbacks),
         enable_model_summary=False,
         enable_progress_bar=False,
         num_sanity_val_steps=0,
@@ -78,14 +78,14 @@ def fit(
     trainer.fit(aligned, source or data(), ckpt_path=ckpt_path)
 
 
-def test_diffusion_dpo_starts_at_log_2_and_learns_which_pictures_won(tiny, tmp_path):
+def test_diffusion_dpo_starts_at_log_2_and_learns_which_images_won(tiny, tmp_path):
     recorder = Recorder()
     fit(module(DPOModule, tiny, beta=500.0), tmp_path, 12, recorder)
     first, last = recorder.logged[0], recorder.logged[-4:]
     assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert first["train/accuracy"] == 0.5
     assert first["train/winner_shift"] == first["train/loser_shift"] == 0
-    assert sum(figures["train/margin"] for figures in last) > 0
+    assert sum(metrics["train/margin"] for metrics in last) > 0
     assert first["progress/images"] == 2 * BATCH
 
 
@@ -125,7 +125,7 @@ def test_finetuning_lowers_the_error_on_winners(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("method", [DPOModule, SFTModule])
-def test_kept_latents_change_nothing_and_spare_the_pictures(tiny, tmp_path, monkeypatch, method):
+def test_kept_latents_change_nothing_and_spare_the_images(tiny, tmp_path, monkeypatch, method):
     view, cache = "pairs" if method is DPOModule else "winners", str(tmp_path / "latents")
     plain, kept, again = (module(method, tiny) for _ in range(3))
     fit(plain, tmp_path, 6, source=data(view))
@@ -135,16 +135,16 @@ def test_kept_latents_change_nothing_and_spare_the_pictures(tiny, tmp_path, monk
     assert len(list(folder.iterdir())) == 6 * (2 if method is DPOModule else 1)
 
     def unread(self: ShapesPick, row: int, side: int) -> bytes:
-        raise AssertionError("a picture was read")
+        raise AssertionError("an image was read")
 
-    monkeypatch.setattr(ShapesPick, "picture", unread)
+    monkeypatch.setattr(ShapesPick, "image", unread)
     fit(again, tmp_path, 6, source=data(view, latent_cache=cache, workers=1))
     for other in (kept, again):
         for one, two in zip(plain.kept().values(), other.kept().values(), strict=True):
             assert torch.equal(one, two)
 
 
-def test_kept_latents_belong_to_one_autoencoder_and_to_its_pictures(tiny, tmp_path):
+def test_kept_latents_belong_to_one_autoencoder_and_to_its_images(tiny, tmp_path):
     cache = tmp_path / "latents"
     fit(module(SFTModule, tiny), tmp_path, 1, source=data("winners", latent_cache=str(cache)))
     other = module(SFTModule, tiny)
@@ -184,12 +184,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tiny, tmp_path, 
     recorders = [Recorder(), Recorder(crash=5), Recorder()]
     fit(whole, tmp_path / "whole", 3, recorders[0], **options)
     with pytest.raises(RuntimeError, match="killed"):
-        fit(cut, tmp_path / "cut", 3, recorders[1], CollectionCheckpoint(), **options)
+        fit(cut, tmp_path / "cut", 3, recorders[1], BatchCheckpoint(), **options)
     (last,) = (tmp_path / "cut").rglob("last.ckpt")
     fit(resumed, tmp_path / "cut", 3, recorders[2], ckpt_path=last, **options)
     for one, two in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two)
-    losses = [[figures["train/loss"] for figures in recorder.logged] for recorder in recorders]
+    losses = [[metrics["train/loss"] for metrics in recorder.logged] for recorder in recorders]
     assert losses[0] == losses[1] + losses[2]
     assert resumed.images == whole.images == 6 * BATCH * (2 if method is DPOModule else 1)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lit_align.advantages import Advantages, BatchAdvantages, GroupAdvantages, PerPromptAdvantages
 from lit_align.backbones import LoRA, StableDiffusionBackbone
-from lit_align.callbacks import CollectionCheckpoint
+from lit_align.callbacks import BatchCheckpoint
 from lit_align.data import (
-    CaptionedPictures,
+    CaptionedImages,
     MultiTaskDataModule,
     PromptDataModule,
     ShapesPrompts,
@@ -33,8 +33,8 @@ from lit_align.samplers import DDIM
 from lit_align.tasks import Task, check_task
 
 
-class Greys(CaptionedPictures):
-    """Seven grey pictures of the tiny model's size."""
+class Greys(CaptionedImages):
+    """Seven grey images of the tiny model's size."""
 
     def __len__(self) -> int:
         return 7
@@ -42,7 +42,7 @@ class Greys(CaptionedPictures):
     def caption(self, row: int) -> str:
         return f"grey {row}"
 
-    def picture(self, row: int) -> Tensor:
+    def image(self, row: int) -> Tensor:
         return torch.full((3, 16, 16), row / 7)
 
 
@@ -63,7 +63,7 @@ class EvenBrightnessOfAll(EvenBrightness):
 
 
 class Dark(Reward):
-    """Scores dark pictures; a bright one has no score."""
+    """Scores dark images; a bright one has no score."""
 
     differentiable = False
     scope = "sample"
@@ -74,7 +74,7 @@ class Dark(Reward):
 
 
 def bank(reward: Reward) -> RewardBank:
-    return RewardBank({"trained": reward, "watched": Redness()}, {"trained": 1.0})
+    return RewardBank({"trained": reward, "monitored": Redness()}, {"trained": 1.0})
 
 
 def make(folder: Path, lora: LoRA | None = LoRA(), lr: float = 1e-3, **options: Any) -> DDPOModule:
@@ -90,7 +90,7 @@ def make(folder: Path, lora: LoRA | None = LoRA(), lr: float = 1e-3, **options: 
 
 SIZES: dict[str, Any] = {
     "images_per_prompt": 4,
-    "prompts_per_collection": 2,
+    "prompts_per_batch": 2,
     "validation_prompts": 2,
     "validation_images_per_prompt": 2,
 }
@@ -102,7 +102,7 @@ def joint_data(*names: str) -> MultiTaskDataModule:
 
 
 class Recorder(Callback):
-    """Keeps what every collection was, and all logged figures."""
+    """Keeps what every rollout batch was, and all logged figures."""
 
     def __init__(self) -> None:
         self.logged: list[dict[str, float]] = []
@@ -134,7 +134,7 @@ def fit(
         limit_train_batches=iterations,
         default_root_dir=folder,
         logger=False,
-        enable_checkpointing=any(isinstance(one, CollectionCheckpoint) for one in callbacks),
+        enable_checkpointing=any(isinstance(one, BatchCheckpoint) for one in callbacks),
         enable_model_summary=False,
         enable_progress_bar=False,
         num_sanity_val_steps=0,
@@ -179,7 +179,7 @@ def test_one_task_is_the_plain_run_bit_for_bit(tiny: Path, tmp_path: Path, order
 
 
 class Loud(Brightness):
-    """The same pictures, scored on another scale and with an offset."""
+    """The same images, scored on another scale and with an offset."""
 
     def forward(self, images, prompts, groups=None, columns=None):
         return 1000 * super().forward(images, prompts, groups, columns) ** 3 + 77
@@ -211,13 +211,13 @@ def test_tasks_sample_in_sequence_or_all_at_first(tiny: Path, tmp_path: Path) ->
         recorder = fit(module, joint_data("a", "b"), tmp_path)
         assert recorder.sampled_at == sampled_at
         # Measured only while the weights are those that sampled: 1 up to rounding.
-        assert all(figures["train/ratio_deviation"] < 1e-4 for figures in recorder.logged)
+        assert all(metrics["train/ratio_deviation"] < 1e-4 for metrics in recorder.logged)
         assert module.images == 32
         weights.append(trained(module))
     assert not torch.equal(weights[0][1], weights[1][1])
 
 
-def test_a_task_of_weight_zero_is_only_watched(tiny: Path, tmp_path: Path) -> None:
+def test_a_task_of_weight_zero_is_only_monitored(tiny: Path, tmp_path: Path) -> None:
     tasks = {
         "a": Task(bank(Brightness()), BatchAdvantages()),
         "b": Task(bank(Redness()), BatchAdvantages(), 0.0),
@@ -251,7 +251,7 @@ def test_a_weight_scales_the_step_of_its_task_where_steps_follow_a_target_too(
     for weight in (1.0, 0.25):
         module = make(tiny, tasks={"a": Task(bank(Brightness()), BatchAdvantages(), weight)}, kl_target=1e-3)
         recorder = fit(module, joint_data("a"), tmp_path, iterations=10)
-        found[weight] = sum(figures["train/kl/a"] for figures in recorder.logged[-5:]) / 5
+        found[weight] = sum(metrics["train/kl/a"] for metrics in recorder.logged[-5:]) / 5
     assert 0.5e-3 < found[1.0] < 2e-3
     assert found[0.25] == pytest.approx(found[1.0] / 16, rel=0.6)
 
@@ -277,12 +277,12 @@ def test_shared_timesteps_are_one_update_each_on_all_images(tiny: Path, tmp_path
             make(tiny, rewards=bank(Brightness()), advantages=BatchAdvantages(), **wrong)
 
 
-def test_pictures_without_a_score_are_counted_and_move_nothing(tiny: Path, tmp_path: Path) -> None:
+def test_images_without_a_score_are_counted_and_move_nothing(tiny: Path, tmp_path: Path) -> None:
     module = make(tiny, rewards=bank(Dark()), advantages=BatchAdvantages())
     data = PromptDataModule(ShapesPrompts(["open"]), **SIZES)
     recorder = fit(module, data, tmp_path, iterations=1, limit_val_batches=None)
-    for figures in (module.baseline, module.latest):
-        assert torch.equal(figures["unscored"], figures["reward"].isnan().float())
+    for metrics in (module.baseline, module.latest):
+        assert torch.equal(metrics["unscored"], metrics["reward"].isnan().float())
     ((_, advantages),) = recorder.advantages
     share = recorder.logged[0]["train/unscored"]
     assert 0 < share < 1
@@ -318,7 +318,7 @@ def test_without_a_signal_an_iteration_is_one_step_of_the_denoising_loss(tiny: P
         draw = generator(0, "pretraining", number)
         t = torch.randint(1000, (), generator=draw)[None]
         noise = torch.randn(backbone.latent_shape, generator=draw)[None]
-        x = sampler.add_noise(backbone.latents(Greys().picture(row)[None]), noise, t)
+        x = sampler.add_noise(backbone.latents(Greys().image(row)[None]), noise, t)
         error = backbone.predict(x, t, backbone.encode([f"grey {row}"])) - noise
         total = total + error.square().mean() / 4
     gradients = torch.autograd.grad(total, [p for p in plain.parameters() if p.requires_grad])
@@ -328,7 +328,7 @@ def test_without_a_signal_an_iteration_is_one_step_of_the_denoising_loss(tiny: P
 
 
 class Still(Reward):
-    """Likes all pictures alike: every advantage is 0."""
+    """Likes all images alike: every advantage is 0."""
 
     differentiable = False
     scope = "sample"
@@ -342,9 +342,9 @@ def test_the_loss_is_one_for_a_denoiser_that_predicts_nothing(tiny: Path) -> Non
     module = make(tiny, rewards=bank(Still()), advantages=BatchAdvantages())
     torch.nn.init.zeros_(module.backbone.unet.conv_out.weight)
     torch.nn.init.zeros_(module.backbone.unet.conv_out.bias)
-    pictures, captions = Greys().batch(range(7))
+    images, captions = Greys().batch(range(7))
     draws = [generator(0, "test", i) for i in range(7)]
-    losses = denoising_loss(module.backbone, module.sampler, pictures, captions, draws)
+    losses = denoising_loss(module.backbone, module.sampler, images, captions, draws)
     noise = []
     for i in range(7):
         draw = generator(0, "test", i)
@@ -355,9 +355,7 @@ def test_the_loss_is_one_for_a_denoiser_that_predicts_nothing(tiny: Path) -> Non
         denoising_loss(module.backbone, module.sampler, *ShapesRenders(["single"]).batch([0]), draws[:1])
 
 
-def test_captioned_pictures_of_another_size_are_refused_before_anything_is_sampled(
-    tiny, tmp_path, monkeypatch
-):
+def test_captioned_images_of_another_size_are_refused_before_anything_is_sampled(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(DDPOModule, "sample", None)
     pretraining = Pretraining(ShapesRenders(["single"]), batch=4)
     module = make(tiny, rewards=bank(Brightness()), advantages=BatchAdvantages(), pretraining=pretraining)
@@ -366,7 +364,7 @@ def test_captioned_pictures_of_another_size_are_refused_before_anything_is_sampl
 
 
 @pytest.mark.parametrize("order", ["before", "after", "every"])
-def test_captioned_pictures_go_round_in_every_order(tiny: Path, tmp_path: Path, order: Order) -> None:
+def test_captioned_images_go_round_in_every_order(tiny: Path, tmp_path: Path, order: Order) -> None:
     module = make(
         tiny, rewards=bank(Brightness()), advantages=BatchAdvantages(), pretraining=extra(order), updates=2
     )
@@ -374,7 +372,7 @@ def test_captioned_pictures_go_round_in_every_order(tiny: Path, tmp_path: Path, 
     steps = 3 * (2 if order == "every" else 1)
     assert module.denoising_steps == steps
     assert recorder.sampled_at == {"before": [1, 4, 7], "after": [0, 3, 6], "every": [0, 2, 4]}[order]
-    assert all(0 < figures["train/denoising_loss"] < 10 for figures in recorder.logged)
+    assert all(0 < metrics["train/denoising_loss"] < 10 for metrics in recorder.logged)
     rows = extra().rows(5, range(21))
     assert all(sorted(rows[i : i + 7]) == list(range(7)) for i in (0, 7, 14))
     assert rows[:7] != rows[7:14]
@@ -417,7 +415,7 @@ def whole(folder: Path) -> DDPOModule:
     return make(folder, tasks=tasks, pretraining=extra("every"), updates=2, kl_target=1e-3, seed=3)
 
 
-@pytest.mark.parametrize("collection", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rollout batch", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_resumed_run_of_two_tasks_equals_the_uninterrupted_one(
     tiny: Path, tmp_path: Path, collection: int
 ) -> None:
@@ -425,7 +423,7 @@ def test_a_resumed_run_of_two_tasks_equals_the_uninterrupted_one(
     settings: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": None}
     one = whole(tiny)
     fit(one, joint_data("a", "b"), tmp_path / "one", 3, **settings)
-    died = tmp_path / "two", 3, CollectionCheckpoint(), Dies(collection)
+    died = tmp_path / "two", 3, BatchCheckpoint(), Dies(collection)
     with pytest.raises(RuntimeError, match="lights"):
         fit(whole(tiny), joint_data("a", "b"), *died, **settings)
     (saved,) = (tmp_path / "two").rglob("last.ckpt")
@@ -511,7 +509,7 @@ class SeesThisRankAlone(Dark):
         (EvenBrightness("shared"), BatchAdvantages(), 1, 1, "needs 2 images"),
         (EvenBrightness("leave_one_out"), GroupAdvantages(), 4, 1, ""),
         (EvenBrightness("shared"), BatchAdvantages(), 4, 1, ""),
-        (EvenBrightnessOfAll("shared"), BatchAdvantages(), 1, 2, "a collection share one score"),
+        (EvenBrightnessOfAll("shared"), BatchAdvantages(), 1, 2, "a rollout batch share one score"),
         (EvenBrightnessOfAll("shared"), PerPromptAdvantages(), 1, 2, ""),
         (EvenBrightnessOfAll("leave_one_out"), BatchAdvantages(), 1, 2, ""),
         (SeesThisRankAlone(), BatchAdvantages(), 4, 2, "derive it from SetReward"),
@@ -522,7 +520,7 @@ class SeesThisRankAlone(Dark):
 def test_an_impossible_pair_is_refused_with_the_remedy(
     reward: Reward, advantages: Advantages, images: int, world: int, named: str
 ) -> None:
-    data = PromptDataModule(ShapesPrompts(["open"]), images_per_prompt=images, prompts_per_collection=4)
+    data = PromptDataModule(ShapesPrompts(["open"]), images_per_prompt=images, prompts_per_batch=4)
     if not named:
         check_task("a", Task(bank(reward), advantages), data, 1, world)
         return
@@ -533,7 +531,7 @@ def test_an_impossible_pair_is_refused_with_the_remedy(
 @pytest.mark.parametrize(
     ("advantages", "prompts", "named"),
     [
-        (BatchAdvantages(), 1, "prompts_per_collection above 1"),
+        (BatchAdvantages(), 1, "prompts_per_batch above 1"),
         (BatchAdvantages(), 2, ""),
         (PerPromptAdvantages(buffer_size=4, min_count=2), 2, "its buffer_size, 4, to several times"),
         (PerPromptAdvantages(buffer_size=16, min_count=2), 2, ""),
@@ -542,7 +540,7 @@ def test_an_impossible_pair_is_refused_with_the_remedy(
 def test_a_shared_score_needs_others_to_be_compared_with(
     advantages: Advantages, prompts: int, named: str
 ) -> None:
-    data = PromptDataModule(ShapesPrompts(["open"]), images_per_prompt=4, prompts_per_collection=prompts)
+    data = PromptDataModule(ShapesPrompts(["open"]), images_per_prompt=4, prompts_per_batch=prompts)
     task = Task(bank(EvenBrightness("shared")), advantages)
     if not named:
         check_task("a", task, data, 1, 1)
@@ -558,7 +556,7 @@ def test_a_collection_without_a_signal_is_told_and_leaves_the_step_alone(tiny: P
     assert module.step_scale == {"": 1.0}
 
 
-def test_a_task_of_no_pictures_is_not_given_the_default() -> None:
+def test_a_task_of_no_images_is_not_given_the_default() -> None:
     with pytest.raises(ConfigError, match="images_per_prompt"):
         MultiTaskDataModule({"a": TaskPrompts(ShapesPrompts(["open"]), images_per_prompt=0)}, **SIZES)
 
@@ -566,7 +564,7 @@ def test_a_task_of_no_pictures_is_not_given_the_default() -> None:
 @pytest.mark.parametrize("stage", ["validation", "test"])
 def test_a_set_that_could_not_be_scored_on_held_out_prompts_is_refused(stage: str) -> None:
     few: dict[str, Any] = {f"{stage}_images_per_prompt": 1}
-    data = PromptDataModule(ShapesPrompts(["open"]), images_per_prompt=4, prompts_per_collection=4, **few)
+    data = PromptDataModule(ShapesPrompts(["open"]), images_per_prompt=4, prompts_per_batch=4, **few)
     task = Task(bank(EvenBrightness("shared")), BatchAdvantages())
     with pytest.raises(ConfigError, match=rf"there are 1; raise data\.{stage}_images_per_prompt"):
         check_task("a", task, data, 1, 1)

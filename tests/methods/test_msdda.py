@@ -74,7 +74,7 @@ def data(prompts: int = 4, images: int = 4) -> PromptDataModule:
     return PromptDataModule(
         ShapesPrompts(["open"]),
         images_per_prompt=images,
-        prompts_per_collection=prompts,
+        prompts_per_batch=prompts,
         validation_prompts=4,
         validation_images_per_prompt=2,
         test_prompts=4,
@@ -137,7 +137,7 @@ def test_large_ratios_stop_only_what_pays(advantage, ratio, alive):
 # ---- the fused policy
 
 
-def test_one_hot_weights_draw_the_experts_pictures_bit_for_bit(tiny):
+def test_one_hot_weights_draw_the_experts_images_bit_for_bit(tiny):
     fused = module(tiny, weights={"red": 1.0})
     randomise(fused)
     before = {name: p.requires_grad for name, p in fused.named_parameters()}
@@ -191,16 +191,16 @@ def test_own_samplers_of_experts_change_the_stds_and_the_kl_knows(tiny):
         assert (kl > common.trajectory_kl(batch(), common.sample(batch(), "test").trajectory)).all()
 
 
-def test_one_expert_per_step_draws_other_pictures_that_do_not_depend_on_the_batch(tiny):
+def test_one_expert_per_step_draws_other_images_that_do_not_depend_on_the_batch(tiny):
     fused = module(tiny, one_expert_per_step=True)
     randomise(fused)
     exact = module(tiny)
     randomise(exact)
     with torch.no_grad():
-        pictures = fused.sample(batch(), "test").images
+        images = fused.sample(batch(), "test").images
         again = fused.sample(batch()[torch.tensor([2])], "test").images
-        assert (pictures - exact.sample(batch(), "test").images).abs().max() > 1e-3
-    torch.testing.assert_close(pictures[2:3], again, atol=1e-5, rtol=0)
+        assert (images - exact.sample(batch(), "test").images).abs().max() > 1e-3
+    torch.testing.assert_close(images[2:3], again, atol=1e-5, rtol=0)
 
 
 # ---- training
@@ -235,7 +235,7 @@ def test_each_expert_learns_its_own_reward_and_the_fused_policy_lies_between(tin
     for name, other in (("bright", "red"), ("red", "bright")):
         own, spread = f"reward/{name}", learner.baseline[f"reward/{name}"].std().item()
         assert means[name][own] > means[REFERENCE][own] + 0.05 * spread
-        # Not above the reference in both: a brighter picture is less red, so the two objectives are opposed.
+        # Not above the reference in both: a brighter image is less red, so the two objectives are opposed.
         assert means[name][own] > means[POLICY][own] > means[other][own]
     assert means[POLICY]["reward"] > means[REFERENCE]["reward"]
     assert recorder.logged[-1]["train/kl/red"] > 0
@@ -269,7 +269,7 @@ def test_micro_batches_change_no_gradient(tiny, tmp_path):
 
 def test_a_sweep_measures_every_way_at_every_weight_on_the_same_noise(tiny, tmp_path, monkeypatch):
     baselines = [Soup(), FactorSoup(), CoDe(candidates=4, every=2), RewardGradient(growth=0.5)]
-    sweep = Sweep(2, [{"bright": 0.2, "red": 0.8}], baselines, pictures=2)
+    sweep = Sweep(2, [{"bright": 0.2, "red": 0.8}], baselines, images=2)
     fused = module(tiny, sweep=sweep, joint=[{"bright": 0.5, "red": 0.5}])
     randomise(fused)
     before = {name: p.requires_grad for name, p in fused.named_parameters()}
@@ -284,7 +284,7 @@ def test_a_sweep_measures_every_way_at_every_weight_on_the_same_noise(tiny, tmp_
     wanted |= {(name, w) for name in ("CoDe", "reward gradient") for w in grid}
     assert set(found) == wanted
     rows = {(row["method"], row["weight/bright"]): row for row in fused.front.rows() if "gain" in row}
-    base = found["base", ()].figures
+    base = found["base", ()].metrics
     # Each figure against what the module itself samples.
     loaded = data()
     loaded.setup("test")
@@ -292,7 +292,7 @@ def test_a_sweep_measures_every_way_at_every_weight_on_the_same_noise(tiny, tmp_
     with torch.no_grad():
         own = fused.sample(held_out, "test", "red")
         assert torch.equal(
-            found["expert", grid[3]].figures["reward/red"],
+            found["expert", grid[3]].metrics["reward/red"],
             fused.score(own.images, held_out).report["reward/red"],
         )
         assert torch.equal(found["expert", grid[3]].images, own.images[[0, 2]])
@@ -301,13 +301,13 @@ def test_a_sweep_measures_every_way_at_every_weight_on_the_same_noise(tiny, tmp_
     assert torch.equal(found["soup", grid[2]].images, soup[[0, 2]])
     assert not torch.equal(found["MSDDA", grid[2]].images, soup[[0, 2]])
     assert (base["kl"] == 0).all()
-    assert "kl" not in found["CoDe", grid[0]].figures
-    assert (found["MSDDA", grid[1]].figures["kl"] > 0).all()
+    assert "kl" not in found["CoDe", grid[0]].metrics
+    assert (found["MSDDA", grid[1]].metrics["kl"] > 0).all()
     # Search and gradients serve what they are asked for; the experts here are random.
     for method in ("CoDe", "reward gradient"):
         assert rows[method, 1.0]["gain"] > 0
         assert rows[method, 0.0]["gain"] > 0
-    after = found["MSDDA", grid[2]].figures
+    after = found["MSDDA", grid[2]].metrics
     gains = {name: after[f"reward/{name}"] - base[f"reward/{name}"] for name in BOTH}
     difference = 0.2 * 10 * gains["bright"] + 0.8 * 30 * gains["red"]
     assert rows["MSDDA", 0.2]["gain"] == pytest.approx(difference.mean().item(), abs=1e-5)
@@ -367,7 +367,7 @@ def arguments(tiny: Path) -> list[str]:
         "--trainer.enable_model_summary=false",
         "--trainer.enable_progress_bar=false",
         "--data.init_args.images_per_prompt=2",
-        "--data.init_args.prompts_per_collection=4",
+        "--data.init_args.prompts_per_batch=4",
         "--data.init_args.validation_prompts=4",
         "--data.init_args.validation_images_per_prompt=2",
         "--data.init_args.test_prompts=4",
@@ -389,7 +389,7 @@ def test_a_resumed_fit_equals_the_uninterrupted_one_bit_for_bit(tiny, monkeypatc
     options = arguments(tiny)
     main(["fit", *options, "--trainer.logger.init_args.name=whole"])
     with monkeypatch.context() as patch:
-        log, calls = MSDDAModule.log_collection, []
+        log, calls = MSDDAModule.log_rollout_batch, []
 
         def dying(self: MSDDAModule, *given: Any) -> None:
             calls.append(1)
@@ -397,7 +397,7 @@ def test_a_resumed_fit_equals_the_uninterrupted_one_bit_for_bit(tiny, monkeypatc
                 raise KeyboardInterrupt
             log(self, *given)
 
-        patch.setattr(MSDDAModule, "log_collection", dying)
+        patch.setattr(MSDDAModule, "log_rollout_batch", dying)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             main(["fit", *options, "--trainer.logger.init_args.name=cut"])
     main(["fit", *options, "--trainer.logger.init_args.name=cut", "--ckpt_path=last"])
@@ -425,7 +425,7 @@ def test_adapters_of_a_run_are_experts_of_another_and_a_mixture_for_predict(tiny
         "pytorch_lora_weights.safetensors",
     }
     main(["test", *options, "--ckpt_path=last"])
-    trained = json.loads((run / "test.json").read_text())["figures"]
+    trained = json.loads((run / "test.json").read_text())["metrics"]
     experts = {name: str(adapter / name) for name in ("preference", "aesthetic")}
     # Other ranks than the run's: the adapters bring their own.
     loaded = [
@@ -434,7 +434,7 @@ def test_adapters_of_a_run_are_experts_of_another_and_a_mixture_for_predict(tiny
         "--model.init_args.backbone.init_args.lora={rank: 2, alpha: 2}",
     ]
     main(["test", *loaded])
-    again = json.loads(Path("logs/msdda/version_1/test.json").read_text())["figures"]
+    again = json.loads(Path("logs/msdda/version_1/test.json").read_text())["metrics"]
     assert again == trained
     assert trained["kl"]["after"] > 0
     weights = dict.fromkeys(experts.values(), 0.5)
@@ -489,8 +489,8 @@ def test_sweeps_that_cannot_be_told_apart_or_made_are_refused():
     assert len(Sweep(2, baselines=[CoDe(4, 5), CoDe(20, 5, name="CoDe, 20")]).baselines) == 2
     with pytest.raises(ConfigError, match="grid"):
         Sweep(0)
-    with pytest.raises(ConfigError, match="pictures: -1"):
-        Sweep(2, pictures=-1)
+    with pytest.raises(ConfigError, match="images: -1"):
+        Sweep(2, images=-1)
 
 
 def test_the_gradient_of_a_black_box_is_refused_before_anything_runs(tiny):
@@ -560,8 +560,8 @@ def test_where_one_expert_has_another_strength_only_the_other_end_is_an_expert(t
 def test_less_of_a_penalty_is_better_on_the_front_and_in_volumes():
     def point(method: str, gain: float, cost: float) -> Measured:
         base = torch.linspace(-1, 1, 8)
-        figures = {"reward/gain": base + gain, "reward/cost": base + cost}
-        return Measured(Point(method), figures, torch.arange(8), 0.0, torch.zeros(0))
+        metrics = {"reward/gain": base + gain, "reward/cost": base + cost}
+        return Measured(Point(method), metrics, torch.arange(8), 0.0, torch.zeros(0))
 
     measured = [point("base", 0, 0), point("good", 1, -1), point("bad", 1, 1)]
     front = Front(("gain", "cost"), measured, {"gain": 2.0, "cost": -3.0})
@@ -573,12 +573,12 @@ def test_less_of_a_penalty_is_better_on_the_front_and_in_volumes():
 
 
 def test_what_does_not_vary_or_has_no_score_has_no_volume_and_no_place_on_the_front():
-    figures = [
+    metrics = [
         {"reward/a": torch.full((4,), value), "reward/b": torch.arange(4.0)} for value in (1.0, math.nan)
     ]
     measured = [
         Measured(Point(name), own, torch.arange(4), 0.0, torch.zeros(0))
-        for name, own in zip(("base", "unscored"), figures, strict=True)
+        for name, own in zip(("base", "unscored"), metrics, strict=True)
     ]
     front = Front(("a", "b"), measured, {"a": 1.0, "b": 1.0})
     assert all(math.isnan(volume) for volume in front.hypervolumes().values())
@@ -608,7 +608,7 @@ def test_where_the_fused_policy_is_an_expert_it_leads_as_that():
 def test_a_sweep_of_two_processes_is_that_of_one(tiny, tmp_path):
     found = []
     for devices in (1, 2):
-        fused = module(tiny, sweep=Sweep(2, baselines=[Soup()], pictures=3))
+        fused = module(tiny, sweep=Sweep(2, baselines=[Soup()], images=3))
         randomise(fused)
         folder = tmp_path / str(devices)
         strategy = "ddp_spawn" if devices == 2 else "auto"
@@ -620,7 +620,7 @@ def test_a_sweep_of_two_processes_is_that_of_one(tiny, tmp_path):
             (json.loads(summary.read_text()), np.asarray(Image.open(summary.with_name("strip.png"))))
         )
     (one, strip_one), (two, strip_two) = found
-    assert one["pictures"] == two["pictures"] == 8
+    assert one["images"] == two["images"] == 8
     for before, after in zip(one["points"], two["points"], strict=True):
         assert before.keys() == after.keys()
         for name in before.keys() - {"seconds"}:
@@ -634,18 +634,18 @@ def test_the_bar_of_a_sweep_moves_inside_the_trainers(tiny, tmp_path, monkeypatc
     drawn: list[float] = []
     refresh = Progress.refresh
 
-    def watched(self: Progress) -> None:
+    def monitored(self: Progress) -> None:
         drawn.extend(task.completed for task in self.tasks if task.description == "Sweep")
         refresh(self)
 
-    monkeypatch.setattr(Progress, "refresh", watched)
+    monkeypatch.setattr(Progress, "refresh", monitored)
     monkeypatch.setattr("lit_align.methods.base.SECONDS_A_FRAME", 0.0)
-    fused = module(tiny, sweep=Sweep(2, baselines=[], pictures=0))
+    fused = module(tiny, sweep=Sweep(2, baselines=[], images=0))
     randomise(fused)
     run = trainer(tmp_path, 1, SweepReport(), RichProgressBar(), enable_progress_bar=True)
     run.test(fused, data(), verbose=False)
     assert {1.0, 2.0, 3.0, 4.0} <= set(drawn)  # the base, both experts, and between them
-    assert not list(tmp_path.glob("**/strip.png"))  # no pictures were asked for
+    assert not list(tmp_path.glob("**/strip.png"))  # no images were asked for
     assert list(tmp_path.glob("**/sweep.csv"))
 
 

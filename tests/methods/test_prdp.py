@@ -95,7 +95,7 @@ def test_the_gradient_dies_past_the_clip_only_where_the_rewards_push(direction, 
     assert (found != 0).all() if alive else (found == 0).all()
 
 
-def test_pictures_without_a_score_and_ties_are_in_no_pair():
+def test_images_without_a_score_and_ties_are_in_no_pair():
     now, old, rewards = chains(1, 4)
     rewards[0] = torch.tensor([1.0, math.nan, 1.0, 2.0])
     found = reward_difference_loss(now, old, rewards, 0.5, 0.1)
@@ -160,7 +160,7 @@ def test_the_optimum_of_gaussian_chains_is_reached(convention, optimum):
     """With the reward ``a x`` each step shifts by ``a`` over a nat's weight: beta, or beta / S (listing)."""
     a, beta, draw = 0.2, 0.5, torch.Generator().manual_seed(0)
     shift = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    for _ in range(30):  # collections
+    for _ in range(30):  # rollout batches
         old = shift.detach().clone()
         z = torch.randn(64, 3, generator=draw, dtype=torch.float64)
         reference = gaussian_chains(old, z, old)[0]
@@ -209,7 +209,7 @@ class Recorder(Callback):
 
 
 class Given(Reward):
-    """The same scores for the pictures of every prompt."""
+    """The same scores for the images of every prompt."""
 
     differentiable, scope = False, "sample"
 
@@ -235,7 +235,7 @@ def module(
     return PRDPModule(
         StableDiffusionBackbone(str(folder), lora=lora),
         sampler=partial(DDIM, **{"num_steps": 4} | steps),
-        rewards=RewardBank({"trained": reward or Brightness(), "watched": Redness()}, {"trained": 1.0}),
+        rewards=RewardBank({"trained": reward or Brightness(), "monitored": Redness()}, {"trained": 1.0}),
         optimizer=partial(torch.optim.AdamW, lr=lr, weight_decay=0.0),
         **settings,
     )
@@ -245,7 +245,7 @@ def data(prompts: int = 4, images: int = 4) -> PromptDataModule:
     return PromptDataModule(
         ShapesPrompts(["open"]),
         images_per_prompt=images,
-        prompts_per_collection=prompts,
+        prompts_per_batch=prompts,
         validation_prompts=4,
         validation_images_per_prompt=2,
     )
@@ -300,12 +300,12 @@ def collection(aligned: PRDPModule, images: int = 4, prompts: int = 2) -> tuple[
 
 
 def two_passes(aligned: PRDPModule, replay: Replay, rewards: torch.Tensor) -> dict[str, list[torch.Tensor]]:
-    """Run the updates of a collection but for the optimiser; gradients stay at the parameters."""
-    figures: dict[str, list[torch.Tensor]] = {"grad_norm": []}  # not the first update: the policy has moved
-    old = aligned._compare(replay, figures).view(*rewards.shape, -1)
+    """Run the updates of a rollout batch but for the optimiser; gradients stay at the parameters."""
+    metrics: dict[str, list[torch.Tensor]] = {"grad_norm": []}  # not the first update: the policy has moved
+    old = aligned._compare(replay, metrics).view(*rewards.shape, -1)
     aligned.update = lambda losses: [loss().backward() for loss in losses]
-    aligned._learn(replay, old, rewards, figures)
-    return figures
+    aligned._learn(replay, old, rewards, metrics)
+    return metrics
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
@@ -322,8 +322,8 @@ def test_two_passes_give_the_gradient_of_one(tiny, convention, micro_batch, guid
         noisy_steps=3,
     ).double()
     replay, rewards = collection(aligned)
-    figures = two_passes(aligned, replay, rewards)
-    assert 0.1 < torch.cat(figures["clip_fraction"]).double().mean() < 0.9
+    metrics = two_passes(aligned, replay, rewards)
+    assert 0.1 < torch.cat(metrics["clip_fraction"]).double().mean() < 0.9
     trained = [p for p in aligned.parameters() if p.requires_grad]
     found = [p.grad.clone() for p in trained]
 
@@ -341,7 +341,7 @@ def test_two_passes_give_the_gradient_of_one(tiny, convention, micro_batch, guid
     assert count * 3 == now.numel()
     loss = reward_difference_loss(now / unit, (old / unit).detach(), rewards, 1e-2, 1e-3 * scale, convention)
     direct = torch.autograd.grad(loss.mean(), trained)
-    torch.testing.assert_close(torch.cat(figures["loss"]), loss.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.cat(metrics["loss"]), loss.detach(), rtol=1e-6, atol=0)
     for one, other in zip(found, direct, strict=True):
         assert (one - other).abs().max() <= 1e-6 * other.abs().max()
     assert all(one.abs().max() > 0 for one in direct)
@@ -381,14 +381,14 @@ def test_the_graph_is_that_of_one_micro_batch_whatever_the_images_and_steps(tiny
 def test_a_collection_is_logged_and_its_first_update_is_on_policy(tiny, tmp_path):
     recorder = Recorder()
     trainer(tmp_path, 1, recorder).fit(module(tiny, noisy_steps=3, updates=2), data())
-    figures = recorder.logged[0]
-    assert figures["train/ratio_deviation"] < 1e-4  # 1 % of the clip range
-    assert figures["train/clip_fraction"] < 0.5  # none in the first of the two updates
-    assert figures["train/compared_pairs"] == 6
-    assert figures["train/kl"] > 0
-    assert figures["train/reference_kl"] == pytest.approx(0, abs=1e-4)
-    assert figures["progress/images"] == figures["progress/reward_queries"] == 16
-    assert {"train/loss", "train/grad_norm", "train/lr", "perf/sampling_fraction"} <= figures.keys()
+    metrics = recorder.logged[0]
+    assert metrics["train/ratio_deviation"] < 1e-4  # 1 % of the clip range
+    assert metrics["train/clip_fraction"] < 0.5  # none in the first of the two updates
+    assert metrics["train/compared_pairs"] == 6
+    assert metrics["train/kl"] > 0
+    assert metrics["train/reference_kl"] == pytest.approx(0, abs=1e-4)
+    assert metrics["progress/images"] == metrics["progress/reward_queries"] == 16
+    assert {"train/loss", "train/grad_norm", "train/lr", "perf/sampling_fraction"} <= metrics.keys()
 
 
 def test_the_clip_holds_the_policy_near_the_one_that_sampled(tiny, tmp_path):

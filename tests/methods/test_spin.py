@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from lit_align.backbones import POLICY, LoRA, StableDiffusionBackbone
-from lit_align.callbacks import CollectionCheckpoint
+from lit_align.callbacks import BatchCheckpoint
 from lit_align.data import PairBatch, PickaPicDataModule, PromptDataModule, ShapesPrompts
 from lit_align.errors import ConfigError
 from lit_align.methods import SPINModule
@@ -98,7 +98,7 @@ def fit(
         limit_train_batches=batches,
         default_root_dir=folder,
         logger=False,
-        enable_checkpointing=any(isinstance(callback, CollectionCheckpoint) for callback in callbacks),
+        enable_checkpointing=any(isinstance(callback, BatchCheckpoint) for callback in callbacks),
         enable_model_summary=False,
         enable_progress_bar=False,
         num_sanity_val_steps=0,
@@ -128,12 +128,12 @@ def test_the_first_loss_of_each_iteration_is_log_2_and_it_falls(tiny, tmp_path, 
     for last in (recorder.logged[3], recorder.logged[7]):
         assert last["train/loss"] < math.log(2)
         assert last["train/margin"] > 0
-    assert [figures["train/iteration"] for figures in recorder.logged] == [1.0] * 4 + [2.0] * 4
+    assert [metrics["train/iteration"] for metrics in recorder.logged] == [1.0] * 4 + [2.0] * 4
 
 
 @pytest.mark.parametrize("shared_noise", [True, False])
 @pytest.mark.parametrize("model", ["tiny", "tiny_v"])
-def test_equals_the_released_loss_of_diffusion_dpo_on_winners_and_generated_pictures(
+def test_equals_the_released_loss_of_diffusion_dpo_on_winners_and_generated_images(
     model, shared_noise, request
 ):
     """The released code, fed with the opponent as its frozen model and the opponent's latents as losers."""
@@ -185,8 +185,8 @@ def test_the_exact_loss_is_that_of_the_log_densities_of_both_chains(tiny):
     with torch.no_grad():
         aligned.pool.add(pairs.index.tolist(), aligned._play(pairs.index.tolist(), pairs.prompts))
         chains = aligned.prepare(pairs)
-        figures: dict[str, list[Tensor]] = {}
-        loss = aligned.loss(chains, torch.arange(BATCH), figures)
+        metrics: dict[str, list[Tensor]] = {}
+        loss = aligned.loss(chains, torch.arange(BATCH), metrics)
         cond, size = aligned.backbone.encode(pairs.prompts), math.prod(aligned.backbone.latent_shape)
         ratios = []
         for states in (chains.winners, aligned.pool[pairs.index].transpose(0, 1)):
@@ -201,9 +201,9 @@ def test_the_exact_loss_is_that_of_the_log_densities_of_both_chains(tiny):
             ]
             ratios.append((densities[0] - densities[1]) / size)
     assert ratios[0].abs().min() > 1e-3
-    torch.testing.assert_close(torch.cat(figures["winner_ratio"]), ratios[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.cat(metrics["winner_ratio"]), ratios[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(loss, -logsigmoid(50.0 * (ratios[0] - ratios[1])), rtol=1e-3, atol=1e-3)
-    # The winners' chains end in their pictures.
+    # The winners' chains end in their images.
     torch.testing.assert_close(chains.winners[-1], aligned.winners(pairs), rtol=0.2, atol=0.3)
 
 
@@ -222,7 +222,7 @@ def test_a_forward_chain_has_the_marginals_of_the_forward_process():
         assert states[k].std().item() == pytest.approx(std, rel=0.02)
 
 
-def test_without_noise_in_the_steps_the_forward_chain_ends_in_the_picture():
+def test_without_noise_in_the_steps_the_forward_chain_ends_in_the_image():
     sampler = DDIM(SCHEDULE | {"set_alpha_to_one": True}, num_steps=5, eta=0.0)
     x0, noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).double().split(1)
     torch.testing.assert_close(forward_chain(sampler, x0, noise)[-1], x0)
@@ -258,17 +258,17 @@ def test_each_iteration_plays_against_what_the_last_one_left(tiny, tmp_path):
     assert not equal(before, recorder.players[1][POLICY])
     assert all(equal(opponent, recorder.players[1][POLICY]) for opponent in opponents[2:])
     logged = recorder.logged
-    assert [figures["train/iteration"] for figures in logged] == [1, 1, 2, 2, 2]
-    assert [figures["train/beta"] for figures in logged] == [100, 100, 300, 300, 300]
+    assert [metrics["train/iteration"] for metrics in logged] == [1, 1, 2, 2, 2]
+    assert [metrics["train/beta"] for metrics in logged] == [100, 100, 300, 300, 300]
     # The optimizer and its schedule are new: the rate after the update is shown, and moments begin anew.
-    assert [figures["train/lr"] for figures in logged] == pytest.approx([5e-3, 2.5e-3, 5e-4, 2.5e-4, 1.25e-4])
+    assert [metrics["train/lr"] for metrics in logged] == pytest.approx([5e-3, 2.5e-3, 5e-4, 2.5e-4, 1.25e-4])
     assert {float(state["step"]) for state in trainer.optimizers[0].state.values()} == {3.0}
     assert trainer.global_step == 5
     assert logged[-1]["progress/images"] == 5 * BATCH * 2
     assert logged[-1]["progress/reward_queries"] == 0
 
 
-def test_the_pool_holds_the_opponents_pictures_of_the_coming_pairs_alone(tiny, tmp_path):
+def test_the_pool_holds_the_opponents_images_of_the_coming_pairs_alone(tiny, tmp_path):
     recorder = Recorder()
     aligned = module(tiny, steps=[3, 2])
     (tmp_path / "pool").mkdir()
@@ -285,7 +285,7 @@ def test_the_pool_holds_the_opponents_pictures_of_the_coming_pairs_alone(tiny, t
     assert sorted(aligned.pool._places) == sorted(row for rows in recorder.rows[3:] for row in rows)
 
 
-def test_the_same_pair_gets_another_picture_from_another_opponent(tiny, tmp_path):
+def test_the_same_pair_gets_another_image_from_another_opponent(tiny, tmp_path):
     recorder = Recorder()
 
     class FewPairs(PickaPicDataModule):
@@ -350,14 +350,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tiny, tmp_path, 
     recorders = [Recorder(), Recorder(crash=crash), Recorder()]
     trainer = fit(whole, tmp_path / "whole", 4, recorders[0], **options)
     with pytest.raises(RuntimeError, match="killed"):
-        fit(cut, tmp_path / "cut", 4, recorders[1], CollectionCheckpoint(), **options)
+        fit(cut, tmp_path / "cut", 4, recorders[1], BatchCheckpoint(), **options)
     (last,) = (tmp_path / "cut").rglob("last.ckpt")
     assert tuple(torch.load(last, weights_only=True)["spin"].values()) == place
     again = fit(resumed, tmp_path / "cut", 4, recorders[2], ckpt_path=last, **options)
     for one, two in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two)
     assert recorders[0].rows == recorders[1].rows + recorders[2].rows
-    losses = [[figures["train/loss"] for figures in recorder.logged] for recorder in recorders]
+    losses = [[metrics["train/loss"] for metrics in recorder.logged] for recorder in recorders]
     assert losses[0] == losses[1] + losses[2]
     for one, two in zip(
         trainer.optimizers[0].state.values(), again.optimizers[0].state.values(), strict=True
@@ -370,7 +370,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tiny, tmp_path, 
 
 
 def test_a_finished_run_has_nothing_left_to_do(tiny, tmp_path):
-    fit(module(tiny, iterations=1, steps=2), tmp_path, 4, CollectionCheckpoint())
+    fit(module(tiny, iterations=1, steps=2), tmp_path, 4, BatchCheckpoint())
     (last,) = tmp_path.rglob("last.ckpt")
     recorder, finished = Recorder(), module(tiny, iterations=1, steps=2)
     fit(finished, tmp_path, 4, recorder, ckpt_path=last, max_epochs=3)
@@ -389,8 +389,8 @@ def test_another_sampler_or_pretrained_model_makes_another_pool(tiny, tmp_path, 
     assert len(list((tmp_path / "pool").iterdir())) == 2
 
 
-def test_a_resumed_run_with_other_epochs_has_all_the_pictures_it_needs(tiny, tmp_path):
-    fit(module(tiny, steps=9), tmp_path, 3, CollectionCheckpoint())
+def test_a_resumed_run_with_other_epochs_has_all_the_images_it_needs(tiny, tmp_path):
+    fit(module(tiny, steps=9), tmp_path, 3, BatchCheckpoint())
     (last,) = tmp_path.rglob("last.ckpt")
     resumed = module(tiny, steps=9)
     fit(resumed, tmp_path, 2, ckpt_path=last, max_epochs=2)
@@ -406,7 +406,7 @@ def test_a_fast_dev_run_leaves_no_files(tiny, tmp_path):
 
 def test_full_finetuning_has_a_whole_network_as_opponent(tiny, tmp_path):
     aligned = module(tiny, lora=None, rate=1e-3, steps=2)
-    fit(aligned, tmp_path, 4, CollectionCheckpoint())
+    fit(aligned, tmp_path, 4, BatchCheckpoint())
     kept = aligned.kept()
     assert len(kept) == 2 * len(list(aligned.backbone.unet.parameters()))
     assert sum(parameter.requires_grad for parameter in kept.values()) == len(kept) // 2
@@ -479,18 +479,18 @@ def test_a_trainer_that_ends_before_the_last_iteration_says_so(tiny, tmp_path):
 
 def test_a_run_resumed_with_fewer_iterations_is_over(tiny, tmp_path):
     recorder = Recorder()
-    fit(module(tiny, steps=2), tmp_path, 3, CollectionCheckpoint())
+    fit(module(tiny, steps=2), tmp_path, 3, BatchCheckpoint())
     path = tmp_path / "lit_align" / "checkpoints" / "last.ckpt"
     fit(module(tiny, iterations=1, steps=2), tmp_path, 6, recorder, ckpt_path=path)
     assert recorder.logged == []
 
 
-def test_prompts_without_pictures_are_refused(tiny, tmp_path):
+def test_prompts_without_images_are_refused(tiny, tmp_path):
     with pytest.raises(ConfigError, match=r"SPINModule.*PickaPicDataModule"):
         fit(module(tiny), tmp_path, 1, source=PromptDataModule(ShapesPrompts(["open"])))
 
 
-def test_pictures_of_another_size_than_the_models_are_refused(tiny, tmp_path):
+def test_images_of_another_size_than_the_models_are_refused(tiny, tmp_path):
     with pytest.raises(ConfigError, match=r"32 pixels a side, but the model draws 16; set data.resolution"):
         fit(module(tiny), tmp_path, 1, source=data(resolution=32))
 

@@ -39,7 +39,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8, logit_scale_init_value=3.0)
     torch.manual_seed(0)
     model = CLIPModel(config)
-    for weight in model.parameters():  # the default start is so small that all pictures look alike
+    for weight in model.parameters():  # the default start is so small that all images look alike
         if weight.ndim > 1:
             torch.nn.init.normal_(weight, std=0.5)
     model.save_pretrained(folder)

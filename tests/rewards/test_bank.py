@@ -1,4 +1,4 @@
-"""The bank: weights, watched rewards, gradients, and what it refuses."""
+"""The bank: weights, monitored rewards, gradients, and what it refuses."""
 
 from typing import Any, ClassVar
 
@@ -74,7 +74,7 @@ def test_total_is_the_weighted_sum_of_the_trained_ones(images: Tensor) -> None:
     assert list(out.parts) == ["red", "light", "jpeg", "zero"]
     torch.testing.assert_close(out.parts["jpeg"], JPEGIncompressibility()(images, PROMPTS))
     assert bank.trained == ("red", "light")
-    assert bank.watched == ("jpeg", "zero")
+    assert bank.monitored == ("jpeg", "zero")
 
 
 def test_groups_and_columns_reach_the_rewards(images: Tensor) -> None:
@@ -84,7 +84,7 @@ def test_groups_and_columns_reach_the_rewards(images: Tensor) -> None:
     assert out.total.tolist() == [1.0, 2.0, 13.0]
 
 
-def test_nan_of_a_trained_reward_spreads_and_of_a_watched_one_does_not(images: Tensor) -> None:
+def test_nan_of_a_trained_reward_spreads_and_of_a_monitored_one_does_not(images: Tensor) -> None:
     rewards: dict[str, Reward] = {"red": Redness(), "column": Column()}
     rest = (torch.zeros(3), {"score": [0.0, float("nan"), 0.0]})
     assert RewardBank(rewards, {"red": 1.0})(images, PROMPTS, *rest).total.isfinite().all()
@@ -115,9 +115,9 @@ def test_capabilities(images: Tensor) -> None:
     mixed = RewardBank(rewards, {"red": 1.0, "jpeg": 1.0, "column": 1.0})
     assert not mixed.differentiable
     assert mixed.black_box == ("jpeg", "column")
-    watching = RewardBank(rewards, {"red": 1.0})
-    assert watching.differentiable
-    assert watching.black_box == ()
+    monitoring = RewardBank(rewards, {"red": 1.0})
+    assert monitoring.differentiable
+    assert monitoring.black_box == ()
 
 
 @pytest.mark.parametrize("name", ["type", "keys", "forward", "a-b_9"])

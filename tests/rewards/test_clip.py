@@ -69,14 +69,14 @@ def test_preprocessing_is_pils_without_the_rounding(shape: tuple[int, int], clip
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (64, 47), (16, 31), (6, 5)])
-def test_prepares_pictures_as_transformers_does(shape: tuple[int, int], clip_folder: Path) -> None:
+def test_prepares_images_as_transformers_does(shape: tuple[int, int], clip_folder: Path) -> None:
     """Theirs is rounded to 8 bits after the resize, hence the tolerance: 1.5 of 255, in units of the std."""
-    picture = np.random.default_rng(1).integers(64, 192, (*shape, 3), dtype=np.uint8)
+    image = np.random.default_rng(1).integers(64, 192, (*shape, 3), dtype=np.uint8)
     sizes = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
     processor = CLIPImageProcessorPil.from_pretrained(clip_folder, **sizes)
-    theirs = processor(picture, return_tensors="pt").pixel_values
+    theirs = processor(image, return_tensors="pt").pixel_values
     cosine = CLIPCosine(str(clip_folder))
-    ours = cosine.preprocess(torch.from_numpy(picture).permute(2, 0, 1)[None] / 255)
+    ours = cosine.preprocess(torch.from_numpy(image).permute(2, 0, 1)[None] / 255)
     assert ours.shape == theirs.shape == (1, 3, 8, 8)
     assert ((ours - theirs).abs() * cosine.std < 1.5 / 255).all()
 

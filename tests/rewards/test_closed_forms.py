@@ -24,9 +24,9 @@ def test_jpeg_bytes_are_those_of_pil(quality: int, tmp_path_factory: pytest.Temp
     pixels = np.random.default_rng(0).integers(0, 256, (2, 48, 32, 3), dtype=np.uint8)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
     sizes = []
-    for picture in pixels:
+    for image in pixels:
         path = tmp_path_factory.mktemp("jpeg") / "it.jpg"
-        Image.fromarray(picture).save(path, quality=quality)
+        Image.fromarray(image).save(path, quality=quality)
         sizes.append(path.stat().st_size / 1000)
     assert JPEGIncompressibility(quality)(images, ["", ""]).tolist() == pytest.approx(sizes, rel=1e-6)
     assert JPEGCompressibility(quality)(images, ["", ""]).tolist() == pytest.approx(
@@ -45,7 +45,7 @@ def test_pixels_are_rounded_and_clamped() -> None:
     assert size(-0.2) == size(0.0)
 
 
-def picture(*rgb: float) -> torch.Tensor:
+def image(*rgb: float) -> torch.Tensor:
     return torch.tensor(rgb, dtype=torch.float32).view(1, 3, 1, 1).expand(1, 3, 4, 4)
 
 
@@ -53,17 +53,17 @@ def picture(*rgb: float) -> torch.Tensor:
     ("rgb", "score"), [((1, 0, 0), 1), ((0, 1, 1), -1), ((0.4, 0.4, 0.4), 0), ((0.5, 0.2, 0), 0.4)]
 )
 def test_redness(rgb: tuple[float, ...], score: float) -> None:
-    assert Redness()(picture(*rgb), [""]).item() == pytest.approx(score, abs=1e-6)
+    assert Redness()(image(*rgb), [""]).item() == pytest.approx(score, abs=1e-6)
 
 
 @pytest.mark.parametrize(("rgb", "score"), [((1, 1, 1), 1), ((0, 0, 0), 0), ((0, 1, 0), 0.587)])
 def test_brightness(rgb: tuple[float, ...], score: float) -> None:
-    assert Brightness()(picture(*rgb), [""]).item() == pytest.approx(score, abs=1e-6)
+    assert Brightness()(image(*rgb), [""]).item() == pytest.approx(score, abs=1e-6)
 
 
 def test_colour_fraction_counts_pixels_softly() -> None:
     blue = ColourFraction("blue", width=0.5)
-    images = picture(0, 0, 1).clone()
+    images = image(0, 0, 1).clone()
     assert blue(images, [""]).item() == pytest.approx(1)
     images[..., :2] = torch.tensor([0.0, 0.0, 0.5]).view(1, 3, 1, 1)  # half of the pixels, one width away
     assert blue(images, [""]).item() == pytest.approx(0.75)

@@ -102,8 +102,8 @@ SQUARE = {"height": 32, "width": 32}
 
 def owlvit(folder: Path) -> None:
     save(OwlViTForObjectDetection(OwlViTConfig(**TOWERS)), folder)
-    pictures = OwlViTImageProcessor(size=SQUARE, crop_size=SQUARE)
-    OwlViTProcessor(pictures, AutoTokenizer.from_pretrained(CLIP)).save_pretrained(folder)
+    images = OwlViTImageProcessor(size=SQUARE, crop_size=SQUARE)
+    OwlViTProcessor(images, AutoTokenizer.from_pretrained(CLIP)).save_pretrained(folder)
 
 
 def owlv2(folder: Path) -> None:
@@ -150,8 +150,8 @@ def save_grounding(config_class: Any, model_class: Any, folder: Path) -> None:
     torch.manual_seed(0)
     model_class(config).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(WORDS))
-    pictures = GroundingDinoImageProcessor(size={"shortest_edge": 32, "longest_edge": 48})
-    GroundingDinoProcessor(pictures, BertTokenizerFast(str(folder / "vocab.txt"))).save_pretrained(folder)
+    images = GroundingDinoImageProcessor(size={"shortest_edge": 32, "longest_edge": 48})
+    GroundingDinoProcessor(images, BertTokenizerFast(str(folder / "vocab.txt"))).save_pretrained(folder)
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_every_family_is_loaded_and_asked(
     assert len(set(scores.tolist())) > 1
     one = {"objects": [["circle"], ["star"], None]}
     each = torch.stack([reward(images[[0, 0, 0]], [""] * 3, columns=one)[i] for i in range(3)])
-    assert scores[0] == pytest.approx(float(each[:2].mean()), abs=1e-5)  # the mean over a picture's objects
+    assert scores[0] == pytest.approx(float(each[:2].mean()), abs=1e-5)  # the mean over an image's objects
     assert each[2].isnan()  # no objects, no score
 
 
@@ -197,9 +197,9 @@ def test_a_missing_package_is_named_at_construction(tmp_path: Path, monkeypatch:
 
 
 class Said(Detector):
-    """Has the same confidences for every picture."""
+    """Has the same confidences for every image."""
 
-    def forward(self, pictures: Any, objects: Any) -> list[Tensor]:
+    def forward(self, images: Any, objects: Any) -> list[Tensor]:
         sure = {"circle": 0.5, "star": 1.0, "heart": 0.25}
         return [torch.tensor([sure[name] for name in names]) for names in objects]
 
@@ -215,15 +215,15 @@ def test_the_mean_over_distinct_objects(detector_folder: Path, images: Tensor) -
 
 def test_confidence_is_the_highest_detection_of_the_label(detector_folder: Path, images: Tensor) -> None:
     reward = ObjectPresence(str(detector_folder))
-    pictures = np.concatenate([np.full_like(BLANK, 80), BLANK])
-    likely = reward.detector.run(pictures).logits.softmax(-1)[..., :-1]
-    found = reward.detector(pictures, [["circle", "square"]] * 2)
-    for picture in range(2):
-        score, label = likely[picture].max(-1)
+    pixels = np.concatenate([np.full_like(BLANK, 80), BLANK])
+    likely = reward.detector.run(pixels).logits.softmax(-1)[..., :-1]
+    found = reward.detector(pixels, [["circle", "square"]] * 2)
+    for image in range(2):
+        score, label = likely[image].max(-1)
         for number in range(2):
             mine = score[label == number]
             wanted = float(mine.max()) if len(mine) else 0.0
-            assert float(found[picture][number]) == pytest.approx(wanted, abs=1e-6)
+            assert float(found[image][number]) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_unknown_labels_and_columns_are_named(detector_folder: Path, images: Tensor) -> None:

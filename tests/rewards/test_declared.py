@@ -107,7 +107,7 @@ def test_scope_as_declared(reward: Reward, images: Tensor) -> None:
     assert len(set(scores.tolist())) > 1 or type(reward).__name__ == "ShapesTruth"
 
 
-def test_a_broken_picture_has_no_score(reward: Reward, images: Tensor) -> None:
+def test_a_broken_image_has_no_score(reward: Reward, images: Tensor) -> None:
     scores = reward(images, PROMPTS)
     images[1, 0, 3, 3] = float("nan")
     broken = reward(images, PROMPTS)

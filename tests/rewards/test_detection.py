@@ -56,16 +56,16 @@ def test_gradient_to_pixels(detector_folder: Path, images: torch.Tensor) -> None
     ],
 )
 @pytest.mark.parametrize("shape", [(64, 40), (40, 72), (56, 56)])
-def test_prepares_pictures_as_transformers_does(
+def test_prepares_images_as_transformers_does(
     size: dict[str, int], shape: tuple[int, int], detector_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "detector"
     shutil.copytree(detector_folder, folder)
     file = folder / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"size": size}))
-    picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    theirs = YolosImageProcessorPil.from_pretrained(folder)(picture, return_tensors="pt").pixel_values
-    ours = ObjectCount(str(folder)).preprocess(torch.from_numpy(picture).permute(2, 0, 1)[None] / 255)
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    theirs = YolosImageProcessorPil.from_pretrained(folder)(image, return_tensors="pt").pixel_values
+    ours = ObjectCount(str(folder)).preprocess(torch.from_numpy(image).permute(2, 0, 1)[None] / 255)
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() < 2 / 255 / 0.2  # theirs is rounded to 8 bits
 

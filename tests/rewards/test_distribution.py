@@ -20,14 +20,14 @@ from lit_align.rewards import (
 )
 from lit_align.rewards.distribution import Credit
 from lit_align.shapes.recipe.classifier import balanced_caption, colours_of
-from lit_align.shapes.recipe.pictures import numpy_rng
-from lit_align.shapes.recipe.seeing import pictures_of
+from lit_align.shapes.recipe.images import numpy_rng
+from lit_align.shapes.recipe.seeing import images_of
 from lit_align.shapes.world import COLOURS, sample_scene
 
 
 @pytest.fixture(scope="session")
 def four(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A classifier of four classes that tells pictures by how bright they are: 0, 1/3, 2/3 or 1."""
+    """A classifier of four classes that tells images by how bright they are: 0, 1/3, 2/3 or 1."""
     folder = tmp_path_factory.mktemp("four")
     names = {0: "dark", 1: "dim", 2: "light", 3: "bright"}
     config = ViTConfig(
@@ -56,7 +56,7 @@ class ByBrightness(StatisticalParity):
         return torch.where(unclear, torch.full_like(right, 0.25), 0.9 * right + 0.025)
 
 
-def pictures(classes: list[int | None]) -> Tensor:
+def images(classes: list[int | None]) -> Tensor:
     levels = [0.5 if number is None else number / 3 for number in classes]
     return torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
 
@@ -66,11 +66,11 @@ def parity(
 ) -> Tensor:
     reward = ByBrightness(folder, **options)
     numbers = None if groups is None else torch.tensor(groups)
-    return reward(pictures(classes), [""] * len(classes), numbers)
+    return reward(images(classes), [""] * len(classes), numbers)
 
 
 def test_the_extremes_of_four_classes(four: str) -> None:
-    """The numbers of the paper's sixteen pictures of four tones."""
+    """The numbers of the paper's sixteen images of four tones."""
     even: list[int | None] = [0, 1, 2, 3] * 4
     assert parity(four, even, credit="shared").tolist() == [0.0] * 16
     one: list[int | None] = [2] * 16
@@ -96,7 +96,7 @@ def test_permuting_a_group_permutes_its_credit(four: str, credit: Credit) -> Non
     assert torch.equal(moved.nan_to_num(9), plain[order].nan_to_num(9))
 
 
-def test_pictures_without_a_class_are_no_members(four: str) -> None:
+def test_images_without_a_class_are_no_members(four: str) -> None:
     """They have no score, and the others have what they would have without them."""
     classes: list[int | None] = [0, None, 1, 1, None, 3]
     for credit in ("shared", "leave_one_out"):
@@ -110,22 +110,20 @@ def test_pictures_without_a_class_are_no_members(four: str) -> None:
 
 
 def test_what_is_reported_of_a_set_is_its_own_value_whatever_the_credit(four: str) -> None:
-    images, groups = pictures([0, 0, 0, 1, 2, None, 1, 3]), torch.tensor([5, 5, 5, 5, 7, 7, 7, 7])
+    drawn, groups = images([0, 0, 0, 1, 2, None, 1, 3]), torch.tensor([5, 5, 5, 5, 7, 7, 7, 7])
     for kind in (ByBrightness(four), PairwiseDiversity()):
         bank = RewardBank({"set": kind}, {"set": 2.0})
-        found = bank(images, ["a star"] * 8, groups)
-        assert torch.equal(
-            found.total.nan_to_num(9), (2 * kind(images, ["a star"] * 8, groups)).nan_to_num(9)
-        )
+        found = bank(drawn, ["a star"] * 8, groups)
+        assert torch.equal(found.total.nan_to_num(9), (2 * kind(drawn, ["a star"] * 8, groups)).nan_to_num(9))
         kind.credit = "shared"
-        worth = kind(images, ["a star"] * 8, groups)
+        worth = kind(drawn, ["a star"] * 8, groups)
         assert torch.equal(found.report["reward/set"].nan_to_num(9), worth.nan_to_num(9))
         assert torch.equal(found.report["reward"].nan_to_num(9), (2 * worth).nan_to_num(9))
         assert found.report["reward"].nanmean() != pytest.approx(float(found.total.nanmean()), abs=1e-3)
 
 
 def test_a_target_of_unequal_shares_is_overshot_by_as_much_as_is_said(four: str) -> None:
-    """Over all draws of four pictures, and from the moments of sixteen."""
+    """Over all draws of four images, and from the moments of sixteen."""
     wanted = {"dark": 0.7, "dim": 0.1, "light": 0.1, "bright": 0.1}
     reward = ByBrightness(four, squared=True, credit="shared", target=wanted)
     least = (4 * reward.target - 1 / 4) / 3
@@ -210,7 +208,7 @@ def test_the_even_policy_is_a_stationary_point(four: str, squared: bool) -> None
 
 
 def test_leave_one_out_has_a_fraction_of_the_variance(four: str) -> None:
-    """Of the gradient from sixteen pictures, the batch's mean as baseline: 3.5 times less here."""
+    """Of the gradient from sixteen images, the batch's mean as baseline: 3.5 times less here."""
     logits = torch.tensor([0.5, -0.3, 0.1, 0.9], dtype=torch.float64)
     draws = torch.Generator().manual_seed(0)
     sets = torch.multinomial(logits.softmax(0), 16 * 400, True, generator=draws)
@@ -224,15 +222,15 @@ def test_leave_one_out_has_a_fraction_of_the_variance(four: str) -> None:
     assert variance[0] > 3 * variance[1]
 
 
-def test_the_shipped_classifier_on_true_pictures() -> None:
+def test_the_shipped_classifier_on_true_images() -> None:
     rng = numpy_rng(5, "parity")
     scenes = [sample_scene(balanced_caption(rng), rng) for _ in range(48)]
-    images, groups = pictures_of(scenes), torch.arange(3).repeat_interleave(16)
+    images, groups = images_of(scenes), torch.arange(3).repeat_interleave(16)
     reward = StatisticalParity(credit="shared")
     shares = torch.stack([colours_of(scenes).view(3, 16) == number for number in range(len(COLOURS))], -1)
     wanted = -(shares.double().mean(1) - 1 / len(COLOURS)).norm(dim=1)
     found = reward(images, [""] * 48, groups).view(3, 16)
-    assert (found[:, 0] - wanted).abs().max() < 0.05  # a picture in a hundred may be misread
+    assert (found[:, 0] - wanted).abs().max() < 0.05  # an image in a hundred may be misread
     whole = BatchStatisticalParity(credit="shared")(images, [""] * 48, groups)
     assert whole.unique().numel() == 1
 
@@ -255,7 +253,7 @@ def test_refuses_what_cannot_work(four: str, options: dict[str, Any], named: str
 
 
 def test_a_classifier_of_ones_own_is_read_with_its_processor(four: str) -> None:
-    """The real path through transformers: another size of picture, another number of classes."""
+    """The real path through transformers: another size of image, another number of classes."""
     with pytest.raises(ConfigError, match="no probability"):
         StatisticalParity(four, min_confidence=1.5)
     reward = StatisticalParity(four, min_confidence=0)

@@ -52,7 +52,7 @@ def test_tables_are_those_of_pil(quality: int) -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (45, 37), (16, 130), (1, 1)])
-def test_a_flat_picture_costs_what_its_file_does(size: tuple[int, int]) -> None:
+def test_a_flat_image_costs_what_its_file_does(size: tuple[int, int]) -> None:
     colours = torch.tensor([[0, 0, 0], [1, 1, 1], [1, 0, 0], [0.2, 0.5, 0.9]]).view(4, 3, 1, 1)
     images = colours.expand(4, 3, *size)
     assert (soft(images) - true(images)).abs().max() <= 0.004
@@ -71,7 +71,7 @@ def test_one_wave_costs_its_coefficient() -> None:
 
 
 def test_means_step_in_the_order_of_the_file() -> None:
-    """Blocks 0 to 3 of a unit, then those of the next: the picture steps three times, at blocks 2, 4, 6."""
+    """Blocks 0 to 3 of a unit, then those of the next: the image steps three times, at blocks 2, 4, 6."""
     blocks = torch.tensor([[0, 0, 2, 2], [1, 1, 3, 3]]) * quantisation(LUMA, 95)[0, 0] / 8 + 128
     images = (blocks / 255).repeat_interleave(8, 0).repeat_interleave(8, 1).expand(1, 3, 16, 32)
     steps = SoftJPEGIncompressibility().sizes(images)[0, 0].item()
@@ -86,15 +86,15 @@ def test_flat_is_cheapest_and_noise_costs_more_and_more(renders: Tensor) -> None
     assert (soft(flat) < soft(renders[:8])).all()
 
 
-def test_ranks_pictures_as_their_files(renders: Tensor) -> None:
+def test_ranks_images_as_their_files(renders: Tensor) -> None:
     softened = soften(renders, torch.Generator().manual_seed(0))
     for images in (renders, softened, renders[:, :, 3:48, 5:42]):
         assert spearman(soft(images), true(images)) > 0.97
         assert ((soft(images) - true(images)) / true(images)).abs().mean() < 0.06
 
 
-def test_the_constants_are_about_the_best_for_generated_pictures(generated: Tensor) -> None:
-    """A fit to these very pictures errs hardly less; its constants vary more: luma and chroma go together."""
+def test_the_constants_are_about_the_best_for_generated_images(generated: Tensor) -> None:
+    """A fit to these very images errs hardly less; its constants vary more: luma and chroma go together."""
     kilobytes = true(generated)
     assert spearman(soft(generated), kilobytes) > 0.95
     bits = SoftJPEGIncompressibility().sizes(generated) / 8000 / kilobytes[:, None]
@@ -111,7 +111,7 @@ def test_gradient_of_an_odd_size() -> None:
     assert torch.autograd.gradcheck(lambda x: reward(x, [""]), (pixels.requires_grad_(),))
 
 
-def test_saturated_pictures_have_finite_gradients() -> None:
+def test_saturated_images_have_finite_gradients() -> None:
     images = torch.stack(
         [torch.zeros(3, 20, 20), torch.ones(3, 20, 20), (torch.rand(3, 20, 20) > 0.5).float()]
     )

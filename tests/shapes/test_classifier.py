@@ -17,7 +17,7 @@ from lit_align.shapes.recipe.classifier import (
     make_vit,
 )
 from lit_align.shapes.recipe.quality import draw
-from lit_align.shapes.recipe.seeing import pictures_of
+from lit_align.shapes.recipe.seeing import images_of
 from lit_align.shapes.recipe.training import Budget
 from lit_align.shapes.world import COLOURS, Item, Scene
 
@@ -35,7 +35,7 @@ def test_the_majority_is_more_than_half() -> None:
     def seen(*colours: str) -> str | None:
         places = ((14.0, 14.0), (44.0, 14.0), (14.0, 44.0), (44.0, 44.0))
         objects = [Item(x, y, 9.0, colour, "square") for (x, y), colour in zip(places, colours, strict=False)]
-        return majority(pictures_of([Scene(tuple(objects), "white")])[0])
+        return majority(images_of([Scene(tuple(objects), "white")])[0])
 
     assert seen("red", "blue", "red") == "red"
     assert seen("red", "red", "blue", "blue") is None
@@ -55,7 +55,7 @@ def test_it_learns() -> None:
     torch.manual_seed(0)
     model = make_vit()
     scenes = [balanced_scene(0, number) for number in range(16)]
-    pixels, colours = pictures_of(scenes) * 2 - 1, colours_of(scenes)
+    pixels, colours = images_of(scenes) * 2 - 1, colours_of(scenes)
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(40):
         loss = F.cross_entropy(model(pixels).logits, colours)
@@ -69,4 +69,4 @@ def test_the_shipped_classifier() -> None:
     captions, images = draw(100, 5, "classifier")
     quality = classifier_quality(CLASSIFIER, images, captions, 300, 3)
     assert quality["colour right"] > 0.93
-    assert quality["samples, colour agrees"] > 0.93  # true pictures in place of samples
+    assert quality["samples, colour agrees"] > 0.93  # true images in place of samples

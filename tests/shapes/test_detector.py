@@ -18,12 +18,12 @@ from lit_align.shapes.recipe.detector import (
     render_quality,
     targets,
 )
+from lit_align.shapes.recipe.images import held_out
 from lit_align.shapes.recipe.matching import NONE, match, overlaps, set_loss
-from lit_align.shapes.recipe.pictures import held_out
 from lit_align.shapes.recipe.quality import draw
-from lit_align.shapes.recipe.seeing import pictures_of, soften
+from lit_align.shapes.recipe.seeing import images_of, soften
 from lit_align.shapes.recipe.training import Budget
-from lit_align.shapes.world import MAX_OBJECTS, PICTURE, SHAPES, Item, Scene
+from lit_align.shapes.world import IMAGE_SIDE, MAX_OBJECTS, SHAPES, Item, Scene
 
 
 def test_matching_is_the_cheapest_of_all() -> None:
@@ -90,7 +90,7 @@ def test_every_kind_of_error_costs() -> None:
     assert set_loss(twice, again, shapes, boxes)["class"] > 1
 
 
-def test_a_picture_without_objects_has_a_loss() -> None:
+def test_a_image_without_objects_has_a_loss() -> None:
     shapes, boxes = targets([Scene((), "white")])
     parts = set_loss(torch.zeros(1, 8, NONE + 1), torch.full((1, 8, 4), 0.5), shapes, boxes)
     assert parts["l1"] == parts["giou"] == 0
@@ -100,10 +100,10 @@ def test_a_picture_without_objects_has_a_loss() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_box_holds_exactly_the_drawing(shape: str) -> None:
     item = Item(30.0, 34.0, 12.0, "black", shape)
-    ink = (pictures_of([Scene((item,), "white")])[0] < 0.6).any(0)
+    ink = (images_of([Scene((item,), "white")])[0] < 0.6).any(0)
     ys, xs = ink.nonzero().unbind(1)
     low, high = torch.stack([xs.min(), ys.min()]), torch.stack([xs.max(), ys.max()]) + 1
-    x, y, width, height = (PICTURE * value for value in box(item))
+    x, y, width, height = (IMAGE_SIDE * value for value in box(item))
     assert_close(torch.tensor([x - width / 2, y - height / 2]), low.float(), atol=1.2, rtol=0)
     assert_close(torch.tensor([x + width / 2, y + height / 2]), high.float(), atol=1.2, rtol=0)
 
@@ -129,8 +129,8 @@ def test_no_scene_is_drawn_of_a_held_out_prompt(monkeypatch: pytest.MonkeyPatch)
     assert len(asked) > 60  # some were, and were drawn again
 
 
-def test_softening_keeps_the_picture_and_changes_it() -> None:
-    images = pictures_of([draw_scene(0, number) for number in range(8)])
+def test_softening_keeps_the_image_and_changes_it() -> None:
+    images = images_of([draw_scene(0, number) for number in range(8)])
     soft = soften(images, torch.Generator().manual_seed(0))
     assert soft.min() >= 0
     assert soft.max() <= 1
@@ -162,7 +162,7 @@ def test_it_learns() -> None:
     torch.manual_seed(0)
     model = make_yolos()
     scenes = [draw_scene(0, number) for number in range(8)]
-    pixels, truth = pictures_of(scenes) * 2 - 1, targets(scenes)
+    pixels, truth = images_of(scenes) * 2 - 1, targets(scenes)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(60):
@@ -181,5 +181,5 @@ def test_the_shipped_detector() -> None:
     assert quality["found"] > 0.9
     assert quality["IoU of the found"] > 0.75
     assert quality["shape of the found right"] > 0.85
-    assert quality["samples, count agrees"] > 0.85  # true pictures in place of samples
+    assert quality["samples, count agrees"] > 0.85  # true images in place of samples
     assert quality["samples, shape agrees"] > 0.85

@@ -84,9 +84,9 @@ def test_the_values_agree_with_each_other(out: Path) -> None:
         assert row["has_label"] == (row["best_image_uid"] != "none")
         assert row["are_different"] == (row["model_0"] != row["model_1"])
         assert str(parse(row["caption"])) == row["caption"]
-    pictures = {row[f"image_{i}_uid"]: row[f"jpg_{i}"] for row in rows for i in (0, 1)}
-    assert len(pictures) == len(set(pictures.values())) == 20
-    assert all(Image.open(io.BytesIO(jpg)).size == (64, 64) for jpg in pictures.values())
+    images = {row[f"image_{i}_uid"]: row[f"jpg_{i}"] for row in rows for i in (0, 1)}
+    assert len(images) == len(set(images.values())) == 20
+    assert all(Image.open(io.BytesIO(jpg)).size == (64, 64) for jpg in images.values())
 
 
 def test_what_was_made_is_kept_and_the_rest_is_made_the_same(out: Path) -> None:
@@ -125,7 +125,7 @@ def test_ties_and_errors_come_at_their_rates() -> None:
         assert labels[labels != 0.5].mean() == pytest.approx(share, abs=0.1)
 
 
-def test_a_picture_keeps_its_verdict_when_it_is_stored() -> None:
+def test_a_image_keeps_its_verdict_when_it_is_stored() -> None:
     captions, images = draw(200, 9, "pick")
     for number, (caption, image) in enumerate(zip(captions, images, strict=True)):
         pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()

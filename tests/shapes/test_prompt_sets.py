@@ -11,7 +11,7 @@ from lit_align.data import PromptDataModule, ShapesPrompts, ShapesPromptSet
 from lit_align.data.shapes import SetName
 from lit_align.errors import ConfigError
 from lit_align.shapes import PROMPTS
-from lit_align.shapes.recipe.pictures import held_out
+from lit_align.shapes.recipe.images import held_out
 from lit_align.shapes.recipe.prompts import HELD_OUT_KINDS, LARGE, make_prompts
 from lit_align.shapes.world import parse
 

@@ -22,7 +22,7 @@ from lit_align.shapes.recipe.aesthetic import (
 from lit_align.shapes.recipe.agreement import agreement
 from lit_align.shapes.recipe.clip import Contrast
 from lit_align.shapes.recipe.clip import load_clip as load
-from lit_align.shapes.recipe.pictures import Pictures, draw_pictures, held_out
+from lit_align.shapes.recipe.images import Images, draw_images, held_out
 from lit_align.shapes.recipe.preference import (
     SCALE,
     PreferenceStage,
@@ -39,9 +39,9 @@ from lit_align.shapes.world import render, sample_caption, sample_scene
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe folder with 48 pictures, 24 prompts with six pairs each, and the shipped CLIP."""
+    """A recipe folder with 48 images, 24 prompts with six pairs each, and the shipped CLIP."""
     folder, rng, rows = tmp_path_factory.mktemp("recipe"), np.random.default_rng(0), []
-    draw_pictures(folder / "pictures", 48, 0)
+    draw_images(folder / "images", 48, 0)
     (folder / "clip").symlink_to(CLIP)
     for number in range(24):
         caption = sample_caption(rng)
@@ -69,7 +69,7 @@ def test_pairs_are_read_once_and_held_out_prompts_are_not(out: Path) -> None:
     assert set(training.captions) == {c for c in everything.captions if not held_out(c)}
     assert len(training.captions) < 144
     assert torch.equal(everything.labels.sum(1), torch.ones(144))
-    place = everything.places[1, 1]  # the second pair is of the first and the third picture
+    place = everything.places[1, 1]  # the second pair is of the first and the third image
     assert torch.equal(
         everything.images(place[None])[0, :, 5, 6] * 255, torch.tensor(everything.pixels[2, 5, 6])
     )
@@ -79,7 +79,7 @@ def test_pairs_are_read_once_and_held_out_prompts_are_not(out: Path) -> None:
 
 def test_a_batch_counts_each_prompt_alike(out: Path) -> None:
     pairs = read_pairs([out / "pick" / "pairs.parquet"], for_training=True)
-    contrast = Contrast(Pictures(out / "pictures", 0), CLIPTokenizer.from_pretrained(CLIP))
+    contrast = Contrast(Images(out / "images", 0), CLIPTokenizer.from_pretrained(CLIP))
     stage = PreferenceStage(load(CLIP), pairs, contrast, 0, Budget(1.0))
     del stage.rows[0][2:]  # one prompt has fewer pairs
     with torch.no_grad():
@@ -130,11 +130,11 @@ def test_degradations_cover_the_scale_and_repeat() -> None:
     rng = np.random.default_rng(0)
     image = render(sample_scene(sample_caption(rng), rng))
     changed = [degrade(image, np.random.default_rng(i)) for i in range(60)]
-    scores = [on_laions_scale(picture) for picture in changed]
+    scores = [on_laions_scale(one) for one in changed]
     assert 1 <= min(scores) < 4
     assert max(scores) == pytest.approx(on_laions_scale(image), abs=0.3)
     assert np.array_equal(changed[3], degrade(image, np.random.default_rng(3)))
-    assert all(picture.dtype == np.uint8 for picture in changed)
+    assert all(one.dtype == np.uint8 for one in changed)
 
 
 def test_agreement_of_ranks_and_values() -> None:
@@ -144,6 +144,6 @@ def test_agreement_of_ranks_and_values() -> None:
     assert tied == pytest.approx(-0.9487, abs=1e-4)
 
 
-def test_training_pictures_are_allowed(out: Path) -> None:
-    pictures = Pictures(out / "pictures", 0)
-    assert not any(held_out(pictures.captions[number]) for number in pictures.allowed().tolist())
+def test_training_images_are_allowed(out: Path) -> None:
+    images = Images(out / "images", 0)
+    assert not any(held_out(images.captions[number]) for number in images.allowed().tolist())

@@ -1,4 +1,4 @@
-"""Aesthetics and utility of Shapes pictures: what they reward, what they punish, and their bounds."""
+"""Aesthetics and utility of Shapes images: what they reward, what they punish, and their bounds."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from lit_align.shapes.world.observation import _pixels
 from lit_align.shapes.world.taste import _lab
 
 
-def pictures(number: int) -> list[Bytes]:
+def images(number: int) -> list[Bytes]:
     rng = np.random.default_rng(0)
     return [render(sample_scene(sample_caption(rng), rng)) for _ in range(number)]
 
@@ -46,15 +46,15 @@ def noisy(image: Bytes, sigma: float) -> Bytes:
 @pytest.mark.parametrize(
     ("change", "degrees", "loss"), [(blurred, (0, 1, 2, 4), 0.2), (pale, (1, 0.5, 0.25, 0.1), 0.2)]
 )
-def test_every_picture_loses_with_blur_and_paleness(change, degrees, loss: float) -> None:
-    for image in pictures(20):
+def test_every_image_loses_with_blur_and_paleness(change, degrees, loss: float) -> None:
+    for image in images(20):
         scores = [aesthetics(change(image, degree)) for degree in degrees]
         assert np.all(np.diff(scores) < 0.01), scores
         assert scores[-1] < scores[0] - loss
 
 
 def test_noise_is_no_sharpness() -> None:
-    scores = np.array([[aesthetics(noisy(image, sigma)) for sigma in (0, 8, 24)] for image in pictures(20)])
+    scores = np.array([[aesthetics(noisy(image, sigma)) for sigma in (0, 8, 24)] for image in images(20)])
     assert np.all(np.diff(scores.mean(0)) < -0.05)
 
 
@@ -75,7 +75,7 @@ def test_it_changes_little_by_little() -> None:
     assert np.abs(steps).max() < 0.02
 
 
-def test_bounds_on_any_picture() -> None:
+def test_bounds_on_any_image() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     flat = np.full((64, 64, 3), 90, np.uint8)
     checks = np.indices((64, 64)).sum(0)[..., None] % 2 * np.full(3, 255)
@@ -86,7 +86,7 @@ def test_bounds_on_any_picture() -> None:
 
 
 def test_bytes_and_tensors_alike() -> None:
-    for image in pictures(3):
+    for image in images(3):
         tensor = torch.from_numpy(image).permute(2, 0, 1) / 255
         assert aesthetics(tensor) == pytest.approx(aesthetics(image))
 

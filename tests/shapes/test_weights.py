@@ -13,7 +13,7 @@ from lit_align.rewards import AestheticScore
 from lit_align.rewards.clip import CLIPCosine
 from lit_align.shapes import CLIP, PICK, PIPELINE, PREFERENCE, PROMPTS, WEIGHTS, WEIGHTS_HASH
 from lit_align.shapes.recipe.__main__ import main
-from lit_align.shapes.recipe.pictures import mutate, numpy_rng, words
+from lit_align.shapes.recipe.images import mutate, numpy_rng, words
 from lit_align.shapes.recipe.pipeline import digest
 from lit_align.shapes.recipe.preference import preference_quality
 from lit_align.shapes.recipe.preferences import SCHEMA
@@ -41,7 +41,7 @@ def test_the_weights_are_those_that_every_result_names() -> None:
 
 
 @pytest.mark.parametrize("folder", [CLIP, PREFERENCE], ids=lambda folder: folder.name)
-def test_our_rewards_prepare_pictures_as_the_training_did(folder: Path) -> None:
+def test_our_rewards_prepare_images_as_the_training_did(folder: Path) -> None:
     images = draw(4, 6, "preprocess")[1]
     assert torch.allclose(CLIPCosine(str(folder)).preprocess(images), images * 2 - 1, atol=1e-6)
 
@@ -91,7 +91,7 @@ def test_the_latent_is_standardised(pipeline: StableDiffusionPipeline) -> None:
 def test_clip_prefers_the_true_caption() -> None:
     quality = clip_quality(CLIP, 200, 3)
     assert quality["beats one changed fact"] > 0.7
-    assert quality["caption of a picture, R@1"] > 0.5
+    assert quality["caption of an image, R@1"] > 0.5
 
 
 def test_samples_follow_their_prompts(pipeline: StableDiffusionPipeline) -> None:
@@ -112,7 +112,7 @@ def test_the_preference_model_prefers_as_the_utility_does() -> None:
     assert after["utility, generated, Pearson"] > before["utility, generated, Pearson"]
 
 
-def test_the_aesthetic_head_knows_blur_from_a_crisp_picture() -> None:
+def test_the_aesthetic_head_knows_blur_from_a_crisp_image() -> None:
     images = draw(128, 3, "aesthetic")[1]
     blurred = F.interpolate(F.avg_pool2d(images, 4), 64, mode="bilinear")
     score = AestheticScore()
@@ -130,7 +130,7 @@ def test_pairs_that_ship_are_read_as_pick_a_pic_is() -> None:
 
 @pytest.mark.slow
 def test_the_whole_recipe_runs(tmp_path: Path) -> None:
-    sizes = "--num_pictures 64 --num_latents 64 --num_samples 2 --num_pairs 24"
+    sizes = "--num_images 64 --num_latents 64 --num_samples 2 --num_pairs 24"
     budget = "--steps 2 --minutes 5 --num_processes 1"
     CLI(main, as_positional=False, args=["--out", str(tmp_path), *sizes.split(), *budget.split()])
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")

@@ -44,7 +44,7 @@ def captions(number: int, seed: int = 0) -> list[Caption]:
     return [sample_caption(rng) for _ in range(number)]
 
 
-def picture(caption: Caption, seed: int) -> Bytes:
+def image(caption: Caption, seed: int) -> Bytes:
     return render(sample_scene(caption, np.random.default_rng(seed)))
 
 
@@ -59,7 +59,7 @@ def compressed(image: Bytes) -> Bytes:
 
 
 def share_right(number: int, change: Callable[[Bytes], Bytes]) -> float:
-    judged = [judge(change(picture(caption, i)), caption) for i, caption in enumerate(captions(number))]
+    judged = [judge(change(image(caption, i)), caption) for i, caption in enumerate(captions(number))]
     return sum(verdict.score == 1 for verdict in judged) / number
 
 
@@ -210,7 +210,7 @@ def test_truth_is_recognised() -> None:
 @pytest.mark.parametrize(
     "change", [compressed, lambda image: blurred(image, 0.6), lambda image: blurred(image, 1.0)]
 )
-def test_truth_is_recognised_in_imperfect_pictures(change: Callable[[Bytes], Bytes]) -> None:
+def test_truth_is_recognised_in_imperfect_images(change: Callable[[Bytes], Bytes]) -> None:
     assert share_right(300, change) >= 0.95
 
 
@@ -246,7 +246,7 @@ def test_one_wrong_attribute_fails_exactly_that_fact(fact: str) -> None:
     ]
     pairs = [(shown, said) for shown, said in cases if said is not None][:300]
     assert len(pairs) == 300
-    verdicts = [judge(picture(shown, i), said) for i, (shown, said) in enumerate(pairs)]
+    verdicts = [judge(image(shown, i), said) for i, (shown, said) in enumerate(pairs)]
     exact = [[name for name, holds in verdict.facts.items() if not holds] == [fact] for verdict in verdicts]
     assert np.mean(exact) >= 0.98
 
@@ -290,7 +290,7 @@ def test_unsaid_attributes_assert_nothing() -> None:
     assert verdict.score == 1
 
 
-def test_unclear_pictures_are_not_believed() -> None:
+def test_unclear_images_are_not_believed() -> None:
     image = render(Scene((Item(32, 32, 12, "red", "circle"),), "white"))
     half = (0.5 * image + 0.5 * 250).astype(np.uint8)  # a pink ghost of the circle
     assert observe(half).objects[0].colour is None
@@ -306,8 +306,8 @@ def test_unclear_pictures_are_not_believed() -> None:
 
 def test_tensors_and_arrays_are_judged_alike() -> None:
     for i, caption in enumerate(captions(20)):
-        image = picture(caption, i)
-        tensor = torch.from_numpy(image).permute(2, 0, 1) / 255
-        assert judge(tensor, str(caption)) == judge(image, caption)
+        drawn = image(caption, i)
+        tensor = torch.from_numpy(drawn).permute(2, 0, 1) / 255
+        assert judge(tensor, str(caption)) == judge(drawn, caption)
     with pytest.raises(ConfigError, match="64 x 64"):
         judge(torch.zeros(3, 32, 32), "a circle")

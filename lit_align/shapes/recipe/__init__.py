@@ -1,5 +1,5 @@
 """How the shipped Shapes weights were made: ``python -m lit_align.shapes.recipe --out DIR``.
 
-Stages, each in its own file and resumable by its output folder: ``pictures``, ``tokenizer``, ``clip``,
+Stages, each in its own file and resumable by its output folder: ``images``, ``tokenizer``, ``clip``,
 ``vae``, ``decoder``, ``unet``, ``quality``.
 """

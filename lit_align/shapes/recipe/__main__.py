@@ -27,8 +27,8 @@ from lit_align.shapes.recipe.aesthetic import make_aesthetic
 from lit_align.shapes.recipe.classifier import make_classifier
 from lit_align.shapes.recipe.clip import CLIPStage, load_clip, make_clip, tokenize
 from lit_align.shapes.recipe.detector import make_detector
+from lit_align.shapes.recipe.images import Images, draw_images, words
 from lit_align.shapes.recipe.pick import make_pick
-from lit_align.shapes.recipe.pictures import Pictures, draw_pictures, words
 from lit_align.shapes.recipe.pipeline import replace_folder, save_clip, save_pipeline
 from lit_align.shapes.recipe.preference import make_preference
 from lit_align.shapes.recipe.quality import measure
@@ -38,7 +38,7 @@ from lit_align.shapes.recipe.unet import Export, UNetStage, make_unet
 from lit_align.shapes.recipe.vae import VAEStage, encode, make_vae, whiten
 
 RewardModel = Literal["aesthetic", "preference", "detector", "classifier"]
-StageName = Literal["pictures", "tokenizer", "clip", "vae", "decoder", "unet", "pick", RewardModel, "quality"]
+StageName = Literal["images", "tokenizer", "clip", "vae", "decoder", "unet", "pick", RewardModel, "quality"]
 REWARD_MODELS: dict[RewardModel, Callable[[Path, Budget, str, int], None]] = {
     "aesthetic": make_aesthetic,
     "preference": make_preference,
@@ -61,12 +61,12 @@ class Recipe:
         out: The folder.
         minutes: Wall-clock budget of each trained stage; None takes the shipped weights'.
         steps: Budget of each trained stage in optimiser steps.
-        num_pictures: Training pictures.
+        num_images: Training images.
         num_latents: How many of them the denoiser sees.
         num_pairs: Preference pairs.
         precision: "bf16-mixed" is faster on CPUs that have bfloat16 units, "32-true" on others.
         export_every: Minutes between two exports of the denoiser while it trains.
-        num_samples: Pictures per cell of the quality table.
+        num_samples: Images per cell of the quality table.
         seed: Of everything.
         further: Train what the stage made (one of ``FURTHER``) for another round.
         num_processes: Processes that train the denoiser, one thread each (set OMP_NUM_THREADS=1).
@@ -75,7 +75,7 @@ class Recipe:
     out: Path
     minutes: float | None
     steps: int
-    num_pictures: int
+    num_images: int
     num_latents: int
     num_pairs: int
     precision: Literal["bf16-mixed", "32-true"]
@@ -108,10 +108,10 @@ class Recipe:
         num_processes = self.num_processes if name == "unet" else 1
         fit(stage, batches, self.out / "logs" / name, self.precision, num_processes, callbacks)
 
-    def pictures(self) -> None:
-        """Draw the training pictures."""
-        if not (self.out / "pictures" / "captions.txt").exists():
-            draw_pictures(self.out / "pictures", self.num_pictures, self.seed)
+    def images(self) -> None:
+        """Draw the training images."""
+        if not (self.out / "images" / "captions.txt").exists():
+            draw_images(self.out / "images", self.num_images, self.seed)
 
     def tokenizer(self) -> None:
         """Make the tokenizer."""
@@ -126,23 +126,23 @@ class Recipe:
             if not self.further:
                 return
             model.load_state_dict(load_clip(self.out / "clip").state_dict())
-        stage = CLIPStage(model, Pictures(self.found("pictures"), self.seed), tokenizer, self.budget("clip"))
+        stage = CLIPStage(model, Images(self.found("images"), self.seed), tokenizer, self.budget("clip"))
         self.train(stage, len(stage.contrast.allowed), 128, "clip")
         save_clip(self.out / "clip", tokenizer, stage.average)
 
     def vae(self) -> None:
-        """Train the autoencoder, whiten its latent and keep the latents of all pictures."""
+        """Train the autoencoder, whiten its latent and keep the latents of all images."""
         if (self.out / "latents.pt").exists():
             return
-        pictures = Pictures(self.found("pictures"), self.seed)
+        images = Images(self.found("images"), self.seed)
         if not (self.out / "vae").exists():
-            stage = VAEStage(make_vae(), pictures, self.budget("vae"))
-            self.train(stage, len(pictures), 16, "vae")
-            whiten(stage.average, encode(stage.average, pictures, torch.arange(min(4000, len(pictures)))))
+            stage = VAEStage(make_vae(), images, self.budget("vae"))
+            self.train(stage, len(images), 16, "vae")
+            whiten(stage.average, encode(stage.average, images, torch.arange(min(4000, len(images)))))
             replace_folder(self.out / "vae", stage.average.save_pretrained)
         vae = AutoencoderKL.from_pretrained(self.out / "vae")
         torch.save(
-            encode(vae, pictures, torch.arange(min(self.num_latents, len(pictures)))), self.out / "latents.pt"
+            encode(vae, images, torch.arange(min(self.num_latents, len(images)))), self.out / "latents.pt"
         )
 
     def decoder(self) -> None:
@@ -151,9 +151,9 @@ class Recipe:
             return
         vae = AutoencoderKL.from_pretrained(self.found("vae"))
         stage = VAEStage(
-            vae, Pictures(self.found("pictures"), self.seed), self.budget("decoder"), decoder_only=True
+            vae, Images(self.found("images"), self.seed), self.budget("decoder"), decoder_only=True
         )
-        self.train(stage, len(stage.pictures), 16, "decoder")
+        self.train(stage, len(stage.images), 16, "decoder")
         replace_folder(self.out / "vae_final", stage.average.save_pretrained)
 
     def unet(self) -> None:
@@ -170,7 +170,7 @@ class Recipe:
             text.load_state_dict(last.text_encoder.state_dict())
             unet.load_state_dict(last.unet.state_dict())
         latents = torch.load(self.found("latents.pt"))
-        captions = Pictures(self.found("pictures"), self.seed).captions[: len(latents)]
+        captions = Images(self.found("images"), self.seed).captions[: len(latents)]
         tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])[0]
 
         def write(average: torch.nn.ModuleDict) -> None:
@@ -208,7 +208,7 @@ def main(
     stage: StageName | None = None,
     minutes: float | None = None,
     steps: int = 1_000_000,
-    num_pictures: int = 100_000,
+    num_images: int = 100_000,
     num_latents: int = 50_000,
     num_pairs: int = 40_000,
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed",
@@ -228,7 +228,7 @@ def main(
         out,
         minutes,
         steps,
-        num_pictures,
+        num_images,
         num_latents,
         num_pairs,
         precision,
@@ -239,7 +239,7 @@ def main(
         num_processes,
     )
     stages: dict[str, Callable[[], None]] = {
-        "pictures": recipe.pictures,
+        "images": recipe.images,
         "tokenizer": recipe.tokenizer,
         "clip": recipe.clip,
         "vae": recipe.vae,

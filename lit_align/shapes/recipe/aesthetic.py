@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_align.shapes.recipe.agreement import agreement
 from lit_align.shapes.recipe.clip import WIDTH, embed_images, load_clip
-from lit_align.shapes.recipe.pictures import Pictures, held_out, numpy_rng
+from lit_align.shapes.recipe.images import Images, held_out, numpy_rng
 from lit_align.shapes.recipe.pipeline import replace_folder
 from lit_align.shapes.recipe.preference import read_pairs
 from lit_align.shapes.recipe.training import Batches, Budget, Stage, fit
@@ -25,7 +25,7 @@ DROPOUT = (0.2, 0.2, 0.1)
 """Of the published head, whose sizes are 768, 1024, 128, 64, 16, 1."""
 
 RENDERS, SHOWN = 9000, 6000
-"""Training pictures: degraded renders, and pictures of the preference pairs, two thirds of them generated."""
+"""Training images: degraded renders, and images of the preference pairs, two thirds of them generated."""
 
 
 def make_head() -> nn.ModuleDict:
@@ -44,14 +44,14 @@ def on_laions_scale(image: Bytes | Tensor) -> float:
 
 
 def degrade(image: Bytes, rng: np.random.Generator) -> Bytes:
-    """Blur, bleach, roughen or compress a picture ``(64, 64, 3)``, each to a random degree, or leave it."""
+    """Blur, bleach, roughen or compress an image ``(64, 64, 3)``, each to a random degree, or leave it."""
     blurred, bleached, rough, compressed = rng.random(4) < (0.4, 0.4, 0.25, 0.2)
     if rng.random() < 0.2:
         return image
-    picture = Image.fromarray(image)
+    canvas = Image.fromarray(image)
     if blurred:
-        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 3)))
-    pixels = np.asarray(picture, np.float32)
+        canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 3)))
+    pixels = np.asarray(canvas, np.float32)
     if bleached:
         veil = rng.uniform(128, 255)
         pixels = veil + (pixels - veil) * np.float32(rng.uniform(0.1, 1))
@@ -67,7 +67,7 @@ def degrade(image: Bytes, rng: np.random.Generator) -> Bytes:
 
 @torch.no_grad()
 def embed(clip: Path, pixels: Bytes) -> Tensor:
-    """Unit embeddings ``(N, WIDTH)`` of pictures ``(N, 64, 64, 3)`` uint8."""
+    """Unit embeddings ``(N, WIDTH)`` of images ``(N, 64, 64, 3)`` uint8."""
     model = load_clip(clip)
     chunks = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(128)
     return torch.cat([embed_images(model, chunk.float() / 255) for chunk in chunks])
@@ -81,18 +81,18 @@ class AestheticStage(Stage):
         self.embeddings, self.targets = embeddings, targets
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """One batch of picture numbers ``(B,)``."""
+        """One batch of image numbers ``(B,)``."""
         scores = self.model["layers"](self.embeddings[batch]).squeeze(-1)
         loss = F.mse_loss(scores, self.targets[batch])
         self.log("loss", loss, prog_bar=True)
         return loss
 
 
-def training_pictures(out: Path, seed: int) -> Bytes:
-    """Renders of ``out/pictures`` and pictures of ``out/pick``, degraded at random; no held-out prompts."""
-    rng, pictures = numpy_rng(seed, "aesthetic"), Pictures(out / "pictures", seed)
+def training_images(out: Path, seed: int) -> Bytes:
+    """Renders of ``out/images`` and images of ``out/pick``, degraded at random; no held-out prompts."""
+    rng, images = numpy_rng(seed, "aesthetic"), Images(out / "images", seed)
     shown = read_pairs(sorted((out / "pick").glob("*.parquet")), for_training=True).pixels
-    renders = pictures.pixels[np.sort(rng.permutation(pictures.allowed().numpy())[:RENDERS])]
+    renders = images.pixels[np.sort(rng.permutation(images.allowed().numpy())[:RENDERS])]
     chosen = shown[np.sort(rng.permutation(len(shown))[:SHOWN])]
     return np.stack([degrade(image, rng) for image in np.concatenate([renders, chosen])])
 
@@ -102,11 +102,11 @@ def make_aesthetic(out: Path, budget: Budget, precision: str, seed: int) -> None
 
     Args:
         out: The recipe's folder.
-        budget: How long to train; the pictures take a minute or two before that.
+        budget: How long to train; the images take a minute or two before that.
         precision: Lightning's.
-        seed: Of the choice of pictures and what is done to them.
+        seed: Of the choice of images and what is done to them.
     """
-    pixels = training_pictures(out, seed)
+    pixels = training_images(out, seed)
     targets = torch.tensor([on_laions_scale(image) for image in pixels])
     stage = AestheticStage(make_head(), embed(out / "clip", pixels), targets, budget)
     fit(stage, Batches(len(pixels), min(256, len(pixels)), seed), out / "logs" / "aesthetic", precision)
@@ -115,7 +115,7 @@ def make_aesthetic(out: Path, budget: Budget, precision: str, seed: int) -> None
     def write(fresh: Path) -> None:
         fresh.mkdir()
         save_file(state, fresh / "model.safetensors")
-        config = {"sizes": SIZES, "dropout": DROPOUT, "reads": "unit picture embeddings of the Shapes CLIP"}
+        config = {"sizes": SIZES, "dropout": DROPOUT, "reads": "unit image embeddings of the Shapes CLIP"}
         (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     replace_folder(out / "aesthetic", write)
@@ -137,16 +137,16 @@ def aesthetic_quality(folder: Path, clip: Path, images: Tensor, num: int, seed: 
     Args:
         folder: Of the head.
         clip: Of the CLIP that it reads.
-        images: Generated pictures ``(N, 3, 64, 64)`` in [0, 1].
+        images: Generated images ``(N, 3, 64, 64)`` in [0, 1].
         num: Fresh renders of held-out captions, degraded as in training.
         seed: Of captions, scenes and degradations.
     """
     head = make_head().eval()
     head.load_state_dict(load_file(folder / "model.safetensors"))
     generated = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name, pixels in (("renders", fresh_renders(num, seed)), ("generated", generated)):
         scores = head["layers"](embed(clip, pixels)).squeeze(-1)
         truth = torch.tensor([on_laions_scale(image) for image in pixels])
-        figures |= {**agreement(scores, truth, name), f"{name}, error": float((scores - truth).abs().mean())}
-    return figures
+        metrics |= {**agreement(scores, truth, name), f"{name}, error": float((scores - truth).abs().mean())}
+    return metrics

@@ -1,4 +1,4 @@
-"""How far two judgements of the same pictures agree: Pearson's and Spearman's correlation."""
+"""How far two judgements of the same images agree: Pearson's and Spearman's correlation."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,7 +10,7 @@ def agreement(first: ArrayLike, second: ArrayLike, name: str) -> dict[str, float
     """Correlations of values ``(N,)`` and ``(N,)`` and of their ranks; NaN where either is constant.
 
     Args:
-        first: One judgement of each picture.
+        first: One judgement of each image.
         second: The other.
         name: What the entries' names begin with.
     """

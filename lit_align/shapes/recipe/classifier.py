@@ -1,4 +1,4 @@
-"""A classifier of the colour of a picture's objects, in the format of ``ViTForImageClassification``.
+"""A classifier of the colour of an image's objects, in the format of ``ViTForImageClassification``.
 
 It is there to measure, and to align away, a bias of the data: the colour of objects whose caption names none.
 So it is trained on balanced colours: what it has learnt of the world favours none.
@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 from lit_align.randomness import generator
-from lit_align.shapes.recipe.pictures import held_out, normalise, numpy_rng
-from lit_align.shapes.recipe.seeing import NUM_PICTURES, pictures_of, save_seer, soften
+from lit_align.shapes.recipe.images import held_out, normalise, numpy_rng
+from lit_align.shapes.recipe.seeing import NUM_IMAGES, images_of, save_seer, soften
 from lit_align.shapes.recipe.training import Batches, Budget, Stage, fit
 from lit_align.shapes.world import (
     COLOURS,
     COUNTS,
-    PICTURE,
+    IMAGE_SIDE,
     RADII,
     SHAPES,
     Caption,
@@ -44,7 +44,7 @@ def make_vit() -> ViTForImageClassification:
         num_attention_heads=2,
         intermediate_size=4 * WIDTH,
         initializer_range=WIDTH**-0.5,  # ViT's 0.02 is made for a width of 768
-        image_size=PICTURE,
+        image_size=IMAGE_SIDE,
         patch_size=8,
         id2label=dict(enumerate(COLOURS)),
         label2id={colour: number for number, colour in enumerate(COLOURS)},
@@ -74,7 +74,7 @@ def colours_of(scenes: Sequence[Scene]) -> Tensor:
 
 
 class ClassifierStage(Stage):
-    """Cross-entropy on pictures that are drawn as they are needed."""
+    """Cross-entropy on images that are drawn as they are needed."""
 
     def __init__(self, model: ViTForImageClassification, budget: Budget, seed: int) -> None:
         super().__init__(model, peak=1.5e-3, budget=budget, decay=0.99)
@@ -83,7 +83,7 @@ class ClassifierStage(Stage):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """One batch of scene numbers ``(B,)``."""
         scenes = [balanced_scene(self.seed, number) for number in batch.tolist()]
-        logits = self.model(normalise(soften(pictures_of(scenes), self.generator))).logits.float()
+        logits = self.model(normalise(soften(images_of(scenes), self.generator))).logits.float()
         colours = colours_of(scenes)
         loss = F.cross_entropy(logits, colours)
         self.log_dict({"loss": loss, "right": (logits.argmax(1) == colours).float().mean()}, prog_bar=True)
@@ -101,12 +101,12 @@ def make_classifier(out: Path, budget: Budget, precision: str, seed: int) -> Non
     """
     torch.manual_seed(seed)
     stage = ClassifierStage(make_vit(), budget, seed)
-    fit(stage, Batches(NUM_PICTURES, 64, seed), out / "logs" / "classifier", precision)
+    fit(stage, Batches(NUM_IMAGES, 64, seed), out / "logs" / "classifier", precision)
     save_seer(out / "classifier", stage.average, "ViTImageProcessor")
 
 
 def majority(image: Tensor) -> str | None:
-    """The colour that more than half of a picture's objects have, as :func:`observe` sees it; else None."""
+    """The colour that more than half of an image's objects have, as :func:`observe` sees it; else None."""
     objects = observe(image).objects
     colour, votes = Counter(thing.colour for thing in objects).most_common(1)[0] if objects else (None, 0)
     return colour if 2 * votes > len(objects) else None
@@ -116,23 +116,23 @@ def majority(image: Tensor) -> str | None:
 def classifier_quality(
     folder: Path, images: Tensor, captions: Sequence[str], num: int, seed: int
 ) -> dict[str, float]:
-    """Measure a classifier on fresh renders and on the generated pictures of one group.
+    """Measure a classifier on fresh renders and on the generated images of one group.
 
     Args:
         folder: As :func:`make_classifier` writes it.
-        images: Generated pictures ``(N, 3, 64, 64)`` in [0, 1].
-        captions: Of the generated pictures; those of two groups have no one colour and are left out.
+        images: Generated images ``(N, 3, 64, 64)`` in [0, 1].
+        captions: Of the generated images; those of two groups have no one colour and are left out.
         num: How many renders.
         seed: Of the renders.
 
     Returns:
-        Share right on renders; share of the generated pictures in which most objects have one clear colour,
+        Share right on renders; share of the generated images in which most objects have one clear colour,
         and the share of these in which the classifier says the same (NaN if there is none).
     """
     model: Any = ViTForImageClassification.from_pretrained(folder, attn_implementation="eager")
     rng = numpy_rng(seed, "classifier quality")
     scenes = [sample_scene(balanced_caption(rng), rng) for _ in range(num)]
-    right = classify(model, pictures_of(scenes)) == colours_of(scenes)
+    right = classify(model, images_of(scenes)) == colours_of(scenes)
     alone = [row for row, caption in enumerate(captions) if len(parse(caption).groups) == 1]
     colours = [majority(images[row]) for row in alone]
     said = classify(model, images[alone]).tolist() if alone else []
@@ -146,5 +146,5 @@ def classifier_quality(
 
 @torch.no_grad()
 def classify(model: ViTForImageClassification, images: Tensor) -> Tensor:
-    """Number of the likeliest colour of each picture ``(N, 3, 64, 64)`` in [0, 1]: ``(N,)``."""
+    """Number of the likeliest colour of each image ``(N, 3, 64, 64)`` in [0, 1]: ``(N,)``."""
     return torch.cat([model(normalise(part)).logits.argmax(1) for part in images.split(128)])

@@ -1,4 +1,4 @@
-"""CLIP for the world: who says what a picture shows, and how close another caption comes."""
+"""CLIP for the world: who says what an image shows, and how close another caption comes."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from lit_align.shapes.recipe.pictures import Pictures, held_out, mutate, normalise
+from lit_align.shapes.recipe.images import Images, held_out, mutate, normalise
 from lit_align.shapes.recipe.tokenizer import POSITIONS
 from lit_align.shapes.recipe.training import Budget, Stage
 
@@ -53,22 +53,22 @@ def embed_texts(model: CLIPModel, ids: Tensor) -> Tensor:
 
 
 def embed_images(model: CLIPModel, images: Tensor) -> Tensor:
-    """Unit image embeddings ``(N, WIDTH)`` of pictures in [0, 1]."""
+    """Unit image embeddings ``(N, WIDTH)`` of images in [0, 1]."""
     return F.normalize(model.get_image_features(pixel_values=normalise(images)).pooler_output.float(), dim=-1)
 
 
 class Contrast:
-    """Contrastive loss on drawn pictures; every caption is also there as a wrong answer, one fact changed.
+    """Contrastive loss on drawn images; every caption is also there as a wrong answer, one fact changed.
 
     Args:
-        pictures: The drawn ones; those with held-out captions are never shown.
+        images: The drawn ones; those with held-out captions are never shown.
         tokenizer: CLIP's.
     """
 
-    def __init__(self, pictures: Pictures, tokenizer: CLIPTokenizer) -> None:
-        self.pictures, self.tokenizer = pictures, tokenizer
-        self.rng = pictures.rng("mutations")
-        self.allowed = pictures.allowed()
+    def __init__(self, images: Images, tokenizer: CLIPTokenizer) -> None:
+        self.images, self.tokenizer = images, tokenizer
+        self.rng = images.rng("mutations")
+        self.allowed = images.allowed()
 
     def mutated(self, caption: str) -> str:
         """A wrong caption that is no held-out prompt."""
@@ -81,15 +81,15 @@ class Contrast:
 
         Args:
             model: CLIP; its logit scale is bounded at 100, as in CLIP's own training.
-            batch: ``(B,)`` long, which count the pictures that are allowed.
+            batch: ``(B,)`` long, which count the images that are allowed.
         """
         batch = self.allowed[batch]
-        captions = [self.pictures.captions[number] for number in batch.tolist()]
+        captions = [self.images.captions[number] for number in batch.tolist()]
         wrong = [self.mutated(caption) for caption in captions]
         # Padded to the longest only: what follows the end of a text changes nothing, the tower being causal.
         ids: Tensor = self.tokenizer(captions + wrong, padding=True, return_tensors="pt").input_ids
         texts = embed_texts(model, ids)
-        images = embed_images(model, self.pictures.images(batch))
+        images = embed_images(model, self.images.images(batch))
         logits, own = model.logit_scale.clamp(max=4.6).exp() * images @ texts.T, torch.arange(len(batch))
         pair = torch.stack([logits[own, own], logits[own, own + len(batch)]], dim=1)
         hard = F.cross_entropy(pair, torch.zeros_like(own))
@@ -104,14 +104,12 @@ class Contrast:
 class CLIPStage(Stage):
     """Contrastive training."""
 
-    def __init__(
-        self, model: CLIPModel, pictures: Pictures, tokenizer: CLIPTokenizer, budget: Budget
-    ) -> None:
+    def __init__(self, model: CLIPModel, images: Images, tokenizer: CLIPTokenizer, budget: Budget) -> None:
         super().__init__(model, peak=1.5e-3, budget=budget, decay=0.995)
-        self.contrast = Contrast(pictures, tokenizer)
+        self.contrast = Contrast(images, tokenizer)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """One batch ``(B,)``, which counts the pictures that are allowed."""
-        figures = self.contrast(self.model, batch)
-        self.log_dict(figures, prog_bar=True)
-        return figures["loss"]
+        """One batch ``(B,)``, which counts the images that are allowed."""
+        metrics = self.contrast(self.model, batch)
+        self.log_dict(metrics, prog_bar=True)
+        return metrics["loss"]

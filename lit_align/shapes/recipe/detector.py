@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers import YolosConfig, YolosForObjectDetection
 
 from lit_align.randomness import generator
+from lit_align.shapes.recipe.images import held_out, normalise, numpy_rng
 from lit_align.shapes.recipe.matching import NONE, dense_loss, overlaps, set_loss
-from lit_align.shapes.recipe.pictures import held_out, normalise, numpy_rng
-from lit_align.shapes.recipe.seeing import NUM_PICTURES, pictures_of, save_seer, soften
+from lit_align.shapes.recipe.seeing import NUM_IMAGES, images_of, save_seer, soften
 from lit_align.shapes.recipe.training import Batches, Budget, Stage, fit
 from lit_align.shapes.world import (
     COLOURS,
+    IMAGE_SIDE,
     MAX_OBJECTS,
-    PICTURE,
     SHAPES,
     Item,
     Scene,
@@ -50,7 +50,7 @@ def make_yolos() -> YolosForObjectDetection:
         num_attention_heads=4,
         intermediate_size=4 * WIDTH,
         initializer_range=WIDTH**-0.5,  # ViT's 0.02 is made for a width of 768
-        image_size=[PICTURE, PICTURE],
+        image_size=[IMAGE_SIDE, IMAGE_SIDE],
         patch_size=PATCH,
         num_detection_tokens=NUM_TOKENS,
         use_mid_position_embeddings=False,
@@ -59,7 +59,7 @@ def make_yolos() -> YolosForObjectDetection:
     )
     config._attn_implementation = "eager"  # the fastest backward pass in bfloat16 on a CPU
     model = YolosForObjectDetection(config)
-    rows = PICTURE // PATCH
+    rows = IMAGE_SIDE // PATCH
     patches = [((x + 0.5) / rows, (y + 0.5) / rows) for y, x in product(range(rows), repeat=2)]
     tokens = [((number % 4 + 0.5) / 4, (number // 4 + 0.5) / 2) for number in range(NUM_TOKENS)]
     with torch.no_grad():
@@ -71,7 +71,7 @@ def make_yolos() -> YolosForObjectDetection:
 
 
 def _sinusoids(places: Tensor) -> Tensor:
-    """Places ``(N, 2)`` in the unit square as ``(N, WIDTH)``: a quarter of a wave to four waves a picture."""
+    """Places ``(N, 2)`` in the unit square as ``(N, WIDTH)``: a quarter of a wave to four waves an image."""
     angles = 2 * math.pi * places[:, :, None] * 2 ** torch.linspace(-2, 2, WIDTH // 4)
     return 0.5 * torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)
 
@@ -93,11 +93,11 @@ def draw_scene(seed: int, number: int) -> Scene:
 
 
 def box(item: Item) -> list[float]:
-    """The box of an object: middle, width and height, in pictures."""
+    """The box of an object: middle, width and height, in images."""
     corners = OUTLINES[item.shape] * item.radius
     low, high = corners.min(0), corners.max(0)
     middle = (low + high) / 2 + np.array([item.x, item.y])
-    return [float(value) / PICTURE for value in (*middle, *(high - low))]
+    return [float(value) / IMAGE_SIDE for value in (*middle, *(high - low))]
 
 
 def targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ def targets(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
 
 
 class DetectorStage(Stage):
-    """Set prediction on pictures that are drawn as they are needed.
+    """Set prediction on images that are drawn as they are needed.
 
     DETRs learn slowly because an object must be found before its token can learn anything about it. So, while
     training, every patch also says in which object's box it lies; that head is thrown away.
@@ -131,7 +131,7 @@ class DetectorStage(Stage):
         """One batch of scene numbers ``(B,)``."""
         scenes = [draw_scene(self.seed, number) for number in batch.tolist()]
         truth = targets(scenes)
-        output = self.model(normalise(soften(pictures_of(scenes), self.generator)))
+        output = self.model(normalise(soften(images_of(scenes), self.generator)))
         parts = set_loss(output.logits.float(), output.pred_boxes.float(), *truth)
         dense = self.patches(output.last_hidden_state[:, 1:-NUM_TOKENS]).float()
         extra = dense_loss(dense[..., :-4], dense[..., -4:].sigmoid(), *truth)["loss"]
@@ -157,7 +157,7 @@ def make_detector(out: Path, budget: Budget, precision: str, seed: int) -> None:
         last = YolosForObjectDetection.from_pretrained(out / "detector", dtype=torch.float32)
         model.load_state_dict(last.state_dict())
     stage = DetectorStage(model, budget, seed)
-    fit(stage, Batches(NUM_PICTURES, 64, seed), out / "logs" / "detector", precision)
+    fit(stage, Batches(NUM_IMAGES, 64, seed), out / "logs" / "detector", precision)
     save_seer(out / "detector", stage.average, "YolosImageProcessor")
 
 
@@ -180,7 +180,7 @@ def render_quality(model: YolosForObjectDetection, num: int, seed: int) -> dict[
     rng = numpy_rng(seed, "detector quality")
     scenes = [sample_scene(sample_caption(rng), rng) for _ in range(num)]
     shapes, boxes = targets(scenes)
-    confidence, seen, places = detect(model, pictures_of(scenes))
+    confidence, seen, places = detect(model, images_of(scenes))
     sure, present = confidence >= CONFIDENCE, shapes < NONE
     overlap = overlaps(places[:, :, None], boxes[:, None])[0] * sure[:, :, None]
     best, owner = overlap.max(1)
@@ -196,7 +196,7 @@ def render_quality(model: YolosForObjectDetection, num: int, seed: int) -> dict[
 def sample_quality(
     model: YolosForObjectDetection, images: Tensor, captions: Sequence[str]
 ) -> dict[str, float]:
-    """How well the detector agrees with the world's eyes, :func:`observe`, on generated pictures.
+    """How well the detector agrees with the world's eyes, :func:`observe`, on generated images.
 
     Shapes are compared for the objects whose shape is clear, and which lie in the box of a detection.
     """
@@ -210,7 +210,7 @@ def sample_quality(
         for thing in objects:
             if thing.shape:
                 clear += 1
-                offset = boxes[row, :, :2] - torch.tensor([thing.x, thing.y]) / PICTURE
+                offset = boxes[row, :, :2] - torch.tensor([thing.x, thing.y]) / IMAGE_SIDE
                 inside = sure[row] & (offset.abs() < boxes[row, :, 2:] / 2).all(1)
                 nearest = offset.norm(dim=1).where(inside, torch.inf).argmin()
                 if inside.any():
@@ -228,17 +228,17 @@ def sample_quality(
 def detector_quality(
     folder: Path, images: Tensor, captions: Sequence[str], num: int, seed: int
 ) -> dict[str, float]:
-    """Measure a detector on fresh renders and on generated pictures.
+    """Measure a detector on fresh renders and on generated images.
 
     Args:
         folder: As :func:`make_detector` writes it.
-        images: Generated pictures ``(N, 3, 64, 64)`` in [0, 1].
-        captions: Of the generated pictures.
+        images: Generated images ``(N, 3, 64, 64)`` in [0, 1].
+        captions: Of the generated images.
         num: How many renders.
         seed: Of the renders.
 
     Returns:
-        Shares, and the mean IoU; the names of those of generated pictures begin with "samples, ".
+        Shares, and the mean IoU; the names of those of generated images begin with "samples, ".
     """
     model: Any = YolosForObjectDetection.from_pretrained(folder, attn_implementation="eager")
     samples = sample_quality(model.eval(), images, captions)

@@ -1,11 +1,11 @@
 """Shapes-Pick, pairs in Pick-a-Pic's form: ``python -m lit_align.shapes.recipe.pick --out DIR --pairs N``.
 
-Each caption of the training distribution gets four pictures, and each two of them make a pair. As those of
-Pick-a-Pic come from several models, a picture is by one of five, with the shares of ``MODELS``: the pipeline
+Each caption of the training distribution gets four images, and each two of them make a pair. As those of
+Pick-a-Pic come from several models, an image is by one of five, with the shares of ``MODELS``: the pipeline
 sampled well, without guidance or in fewer steps, and the renderer, which stands for a stronger model, right
 or wrong in one fact. :mod:`~lit_align.shapes.recipe.preferences` says how pairs are judged.
 
-100,000 pairs need 66,700 pictures: about 1.2 CPU-hours (768 pairs took 33 s) and 190 MB (1.8 kB a pair of
+100,000 pairs need 66,700 images: about 1.2 CPU-hours (768 pairs took 33 s) and 190 MB (1.8 kB a pair of
 240). Everything is a pure function of the seed and the number of the prompt. A caption may be drawn again,
 and prompts held out from reward models occur: who trains one must skip them.
 """
@@ -22,8 +22,8 @@ from rich.progress import Progress
 from lit_align.errors import ConfigError
 from lit_align.randomness import derive_seed
 from lit_align.shapes import PIPELINE
-from lit_align.shapes.recipe.pictures import mutate
-from lit_align.shapes.recipe.preferences import PAIRS, PICTURES, Row, compare, counted_rng, show, write_pairs
+from lit_align.shapes.recipe.images import mutate
+from lit_align.shapes.recipe.preferences import IMAGES, PAIRS, Row, compare, counted_rng, show, write_pairs
 from lit_align.shapes.recipe.quality import Sampling, sample
 from lit_align.shapes.world import Bytes, parse, render, sample_caption, sample_scene
 
@@ -34,9 +34,9 @@ SAMPLERS = {
 }
 RENDERER, WRONG = "renderer", "renderer-one-fact-wrong"
 MODELS = {**dict(zip(SAMPLERS, (0.25, 0.2, 0.2), strict=True)), RENDERER: 0.2, WRONG: 0.15}
-"""Share of the pictures by each model."""
+"""Share of the images by each model."""
 
-BLOCK = 16  # prompts sampled together; fixed, because a picture's last bits depend on its batch
+BLOCK = 16  # prompts sampled together; fixed, because an image's last bits depend on its batch
 SHARD = 1664  # prompts of a file (9,984 pairs)
 
 
@@ -90,7 +90,7 @@ def make_block(pipeline: StableDiffusionPipeline, seed: int, block: int) -> list
     models = {number: draw_models(counted_rng(seed, "models", number)) for number in numbers}
     pixels: dict[tuple[int, int], Bytes] = {}
     for model in MODELS:
-        keys = [(n, place) for n in numbers for place in range(PICTURES) if models[n][place] == model]
+        keys = [(n, place) for n in numbers for place in range(IMAGES) if models[n][place] == model]
         if model not in SAMPLERS:
             pixels |= {key: _drawn(captions[key[0]], model, counted_rng(seed, "scene", *key)) for key in keys}
         elif keys:
@@ -109,9 +109,9 @@ def make_block(pipeline: StableDiffusionPipeline, seed: int, block: int) -> list
 
 
 def draw_models(rng: np.random.Generator) -> list[str]:
-    """Who makes the pictures of one prompt."""
+    """Who makes the images of one prompt."""
     names = list(MODELS)
-    return [names[i] for i in rng.choice(len(names), PICTURES, p=list(MODELS.values()))]
+    return [names[i] for i in rng.choice(len(names), IMAGES, p=list(MODELS.values()))]
 
 
 def _drawn(caption: str, model: str, rng: np.random.Generator) -> Bytes:

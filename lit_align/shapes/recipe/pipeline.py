@@ -12,9 +12,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.models.attention_processor import AttnProcessor2_0
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from lit_align.shapes.recipe.pictures import MEAN, STD
+from lit_align.shapes.recipe.images import MEAN, STD
 from lit_align.shapes.recipe.unet import make_scheduler
-from lit_align.shapes.world import PICTURE
+from lit_align.shapes.world import IMAGE_SIDE
 
 
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
@@ -79,11 +79,11 @@ def save_clip(folder: Path, tokenizer: CLIPTokenizer, clip: CLIPModel) -> None:
 
 
 def write_processor(folder: Path) -> None:
-    """Say how pictures are prepared for CLIP; without this file OpenAI's statistics would be taken."""
-    side = {"height": PICTURE, "width": PICTURE}
+    """Say how images are prepared for CLIP; without this file OpenAI's statistics would be taken."""
+    side = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
     statistics = {"image_mean": MEAN, "image_std": STD}
     config = {"image_processor_type": "CLIPImageProcessor", **statistics, "crop_size": side}
-    text = json.dumps({**config, "size": {"shortest_edge": PICTURE}}, indent=2)
+    text = json.dumps({**config, "size": {"shortest_edge": IMAGE_SIDE}}, indent=2)
     (folder / "preprocessor_config.json").write_text(text + "\n")
 
 

@@ -1,4 +1,4 @@
-"""A model of preferences in PickScore's format: CLIP, fine-tuned on pairs of pictures of one caption."""
+"""A model of preferences in PickScore's format: CLIP, fine-tuned on pairs of images of one caption."""
 
 import io
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from lit_align.errors import ConfigError
 from lit_align.shapes.recipe.agreement import agreement
 from lit_align.shapes.recipe.clip import Contrast, embed_images, embed_texts, load_clip
-from lit_align.shapes.recipe.pictures import Pictures, as_images, held_out
+from lit_align.shapes.recipe.images import Images, as_images, held_out
 from lit_align.shapes.recipe.pipeline import save_clip
 from lit_align.shapes.recipe.preferences import counted_rng, prefer
 from lit_align.shapes.recipe.training import Batches, Budget, Stage, fit
@@ -30,10 +30,10 @@ ANNOTATORS = 16
 """Of a training pair."""
 
 CONTRAST, DRAWN = 0.05, 48
-"""Weight of the contrastive loss, and its pictures in a batch."""
+"""Weight of the contrastive loss, and its images in a batch."""
 
 PROMPTS_AT_ONCE = 24
-"""Prompts of a batch: with four pictures each, as in Shapes-Pick, 96 pictures and 144 pairs."""
+"""Prompts of a batch: with four images each, as in Shapes-Pick, 96 images and 144 pairs."""
 
 
 COLUMNS = ["caption", "image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "label_0", "label_1"]
@@ -41,12 +41,12 @@ COLUMNS = ["caption", "image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "label_0",
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of pictures with the preferences between them.
+    """Pairs of images with the preferences between them.
 
     Attributes:
         captions: Of each of the P pairs.
-        pixels: ``(N, 64, 64, 3)`` uint8, every picture once.
-        places: ``(P, 2)`` long, the places of each pair's pictures in ``pixels``.
+        pixels: ``(N, 64, 64, 3)`` uint8, every image once.
+        places: ``(P, 2)`` long, the places of each pair's images in ``pixels``.
         labels: ``(P, 2)`` float32: (1, 0), (0, 1), or (.5, .5) for a tie; shares of a panel's votes.
     """
 
@@ -56,7 +56,7 @@ class Pairs:
     labels: Tensor
 
     def images(self, places: Tensor) -> Tensor:
-        """Pictures ``(B, 3, 64, 64)`` float32 in [0, 1]."""
+        """Images ``(B, 3, 64, 64)`` float32 in [0, 1]."""
         return as_images(self.pixels[places.numpy()])
 
 
@@ -87,7 +87,7 @@ def read_pairs(files: Sequence[Path], for_training: bool) -> Pairs:
 def ask_panel(pairs: Pairs, seed: int) -> Pairs:
     """The same pairs, each judged by ``ANNOTATORS`` more people of the same taste; labels are their mean.
 
-    One label of a pair is mostly chance where the pictures are nearly alike, and a small model learns the
+    One label of a pair is mostly chance where the images are nearly alike, and a small model learns the
     chance: with 36,000 pairs it named 68 % of fresh labels after panels, 63 % after single labels.
     """
     owners = dict(zip(pairs.places.flatten().tolist(), np.repeat(pairs.captions, 2).tolist(), strict=True))
@@ -115,7 +115,7 @@ def preference_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 class PreferenceStage(Stage):
-    """All pairs of some prompts at a time, so that no picture of a batch is looked at twice.
+    """All pairs of some prompts at a time, so that no image of a batch is looked at twice.
 
     Each prompt counts alike, however many pairs it has, as in the published training. Two departures from it,
     because this CLIP is small and still learns. Fine-tuned on pairs alone it forgot facts faster than it
@@ -139,7 +139,7 @@ class PreferenceStage(Stage):
         return [*super().parameter_groups(), {"params": [self.log_scale], "scale": SCALE_RATE / PEAK}]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """One batch of prompt numbers ``(B,)``, and drawn pictures beside."""
+        """One batch of prompt numbers ``(B,)``, and drawn images beside."""
         scores, labels, shares = self.compare(batch.tolist())
         loss = (shares * preference_loss(scores, labels)).sum()
         drawn = torch.randint(len(self.contrast.allowed), (DRAWN,), generator=self.draws)
@@ -173,7 +173,7 @@ def make_preference(out: Path, budget: Budget, precision: str, seed: int) -> Non
     """
     tokenizer = CLIPTokenizer.from_pretrained(out / "clip")
     pairs = ask_panel(read_pairs(sorted((out / "pick").glob("*.parquet")), for_training=True), seed)
-    contrast = Contrast(Pictures(out / "pictures", seed + 1), tokenizer)  # other wrong captions than CLIP's
+    contrast = Contrast(Images(out / "images", seed + 1), tokenizer)  # other wrong captions than CLIP's
     stage = PreferenceStage(load_clip(out / "clip"), pairs, contrast, seed, budget)
     batches = Batches(len(stage.prompts), min(PROMPTS_AT_ONCE, len(stage.prompts)), seed)
     fit(stage, batches, out / "logs" / "preference", precision)
@@ -184,7 +184,7 @@ def make_preference(out: Path, budget: Budget, precision: str, seed: int) -> Non
 
 @torch.no_grad()
 def preference_scores(folder: Path, images: Tensor, captions: Sequence[str]) -> Tensor:
-    """Scale times cosine, ``(N,)``, of pictures ``(N, 3, 64, 64)`` in [0, 1] with their captions."""
+    """Scale times cosine, ``(N,)``, of images ``(N, 3, 64, 64)`` in [0, 1] with their captions."""
     model, tokenizer = load_clip(folder), CLIPTokenizer.from_pretrained(folder)
     scores = []
     for start in range(0, len(images), 128):
@@ -202,7 +202,7 @@ def preference_quality(
     Args:
         folder: Of the model; that of the CLIP that it comes from shows what the fine-tuning brought.
         files: Fresh pairs, of another seed than the training's.
-        images: Generated pictures ``(N, 3, 64, 64)`` in [0, 1].
+        images: Generated images ``(N, 3, 64, 64)`` in [0, 1].
         captions: Their N prompts.
     """
     pairs = read_pairs(files, for_training=False)

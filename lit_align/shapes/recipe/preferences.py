@@ -1,14 +1,14 @@
-"""Pairs of pictures with a made-up annotator's preferences, as rows and files of Pick-a-Pic's form.
+"""Pairs of images with a made-up annotator's preferences, as rows and files of Pick-a-Pic's form.
 
 Columns and types are those of the cards of yuvalkirstain/pickapic_v1 and pickapic_v2, ``__index_level_0__``
 included. The values follow PickScore's script for such data: a tie has labels .5 and .5, ``best_image_uid``
 "none" and ``has_label`` false; ``are_different`` means different models. Users, times and addresses are made
 up.
 
-The annotator compares the world's ``utility`` of the pictures as stored:
+The annotator compares the world's ``utility`` of the images as stored:
 
 * of utilities less than ``TIE_BELOW`` apart, a share of ``TIE_SHARE`` are ties;
-* else the picture of utility u is preferred to that of v with probability ``sigmoid((u - v) / TEMPERATURE)``
+* else the image of utility u is preferred to that of v with probability ``sigmoid((u - v) / TEMPERATURE)``
   (Bradley and Terry, 1952).
 
 On 768 pairs that makes 13 % ties, and 82 % of the other labels agree with the utilities.
@@ -30,8 +30,8 @@ from pyarrow import parquet
 from lit_align.randomness import derive_seed
 from lit_align.shapes.world import Bytes, utility
 
-PICTURES = 4  # of a prompt
-PAIRS = tuple(combinations(range(PICTURES), 2))
+IMAGES = 4  # of a prompt
+PAIRS = tuple(combinations(range(IMAGES), 2))
 TEMPERATURE = 0.15
 TIE_BELOW, TIE_SHARE = 0.05, 0.5
 QUALITY = 95
@@ -69,7 +69,7 @@ Row = dict[str, object]
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture of a pair, and what it is worth as it is stored."""
+    """An image of a pair, and what it is worth as it is stored."""
 
     uid: str
     url: str
@@ -84,13 +84,13 @@ def counted_rng(seed: int, purpose: str, *counters: int) -> np.random.Generator:
 
 
 def show(pixels: Bytes, caption: str, model: str, address: tuple[int, int, int]) -> Shown:
-    """Store one picture, and judge what is stored.
+    """Store one image, and judge what is stored.
 
     Args:
         pixels: (64, 64, 3) uint8.
         caption: What was asked for.
         model: Who made it.
-        address: Seed, number of the prompt, place among its pictures.
+        address: Seed, number of the prompt, place among its images.
     """
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=QUALITY, subsampling=0)
@@ -104,7 +104,7 @@ def show(pixels: Bytes, caption: str, model: str, address: tuple[int, int, int])
 
 
 def prefer(first: float, second: float, rng: np.random.Generator) -> float:
-    """The first picture's label, 1, 0 or .5, as an annotator of these utilities draws it."""
+    """The first image's label, 1, 0 or .5, as an annotator of these utilities draws it."""
     tie, choice = rng.random(2)
     if abs(first - second) < TIE_BELOW and tie < TIE_SHARE:
         return 0.5
@@ -112,9 +112,9 @@ def prefer(first: float, second: float, rng: np.random.Generator) -> float:
 
 
 def compare(shown: Sequence[Shown], caption: str, seed: int, number: int) -> list[Row]:
-    """All pairs of a prompt's pictures.
+    """All pairs of a prompt's images.
 
-    The first picture of each is image 0: as the places were drawn by chance, sides say nothing, and a picture
+    The first image of each is image 0: as the places were drawn by chance, sides say nothing, and an image
     is stored in 1.5 columns on average.
     """
     rng = counted_rng(seed, "labels", number)
@@ -149,7 +149,7 @@ def compare(shown: Sequence[Shown], caption: str, seed: int, number: int) -> lis
 
 
 def write_pairs(path: Path, rows: list[Row]) -> None:
-    """One row group, so that a dictionary holds each picture once; the file appears when it is whole."""
+    """One row group, so that a dictionary holds each image once; the file appears when it is whole."""
     fresh = path.with_name(f".{path.name}.new")
     parquet.write_table(
         pa.Table.from_pylist(rows, SCHEMA),

@@ -23,7 +23,7 @@ from jsonargparse import CLI
 from pyarrow import parquet
 
 from lit_align.randomness import place
-from lit_align.shapes.recipe.pictures import held_out, numpy_rng
+from lit_align.shapes.recipe.images import held_out, numpy_rng
 from lit_align.shapes.world import COLOURS, RADII, SHAPES, Caption, Group, Kind, PromptSpace
 
 NUM_SMALL = 45

@@ -1,6 +1,6 @@
 """How good the weights are: ``python -m lit_align.shapes.recipe.quality --out DIR``; minutes on one CPU.
 
-Everything is measured on fresh captions and scenes, drawn with another seed than the training pictures; the
+Everything is measured on fresh captions and scenes, drawn with another seed than the training images; the
 judge of the world is exact.
 """
 
@@ -22,7 +22,7 @@ from lit_align.shapes.recipe.aesthetic import aesthetic_quality
 from lit_align.shapes.recipe.classifier import classifier_quality
 from lit_align.shapes.recipe.clip import embed_images, embed_texts, load_clip, tokenize
 from lit_align.shapes.recipe.detector import detector_quality
-from lit_align.shapes.recipe.pictures import as_images, mutate, numpy_rng
+from lit_align.shapes.recipe.images import as_images, mutate, numpy_rng
 from lit_align.shapes.recipe.preference import preference_quality
 from lit_align.shapes.recipe.report import write_grid, write_table
 from lit_align.shapes.world import (
@@ -59,7 +59,7 @@ FRESH = 1000
 
 
 def draw(num: int, seed: int, purpose: str) -> tuple[list[str], Tensor]:
-    """Captions of the training distribution with a true picture of each, ``(num, 3, 64, 64)`` in [0, 1]."""
+    """Captions of the training distribution with a true image of each, ``(num, 3, 64, 64)`` in [0, 1]."""
     rng = numpy_rng(seed, purpose)
     captions = [sample_caption(rng) for _ in range(num)]
     pixels = np.stack([render(sample_scene(caption, rng)) for caption in captions])
@@ -67,7 +67,7 @@ def draw(num: int, seed: int, purpose: str) -> tuple[list[str], Tensor]:
 
 
 def rates(images: Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """Shares of pictures that have a fact right, if their caption asserts it; ``whole``: all facts right."""
+    """Shares of images that have a fact right, if their caption asserts it; ``whole``: all facts right."""
     verdicts = [judge(image, caption) for image, caption in zip(images, captions, strict=True)]
     held = {fact: [verdict.facts[fact] for verdict in verdicts if fact in verdict.facts] for fact in FACTS}
     shares = {fact: float(np.mean(values)) for fact, values in held.items() if values}
@@ -111,8 +111,8 @@ def clip_quality(folder: Path, num: int, seed: int) -> dict[str, float]:
     right, false = (embed_texts(model, tokenize(tokenizer, texts)) for texts in (captions, wrong))
     cosines, own = seen @ right.T, torch.arange(num)
     return {
-        "caption of a picture, R@1": float((cosines.argmax(1) == own).float().mean()),
-        "picture of a caption, R@1": float((cosines.argmax(0) == own).float().mean()),
+        "caption of an image, R@1": float((cosines.argmax(1) == own).float().mean()),
+        "image of a caption, R@1": float((cosines.argmax(0) == own).float().mean()),
         "beats one changed fact": float((cosines.diagonal() > (seen * false).sum(1)).float().mean()),
         "cosine, own": float(cosines.diagonal().mean()),
         "cosine, another's": float((cosines.sum() - cosines.diagonal().sum()) / (num * (num - 1))),
@@ -122,7 +122,7 @@ def clip_quality(folder: Path, num: int, seed: int) -> dict[str, float]:
 def sample(
     pipeline: StableDiffusionPipeline, prompts: Sequence[str], way: Sampling, seed: int, batch_size: int = 64
 ) -> Tensor:
-    """Pictures ``(N, 3, 64, 64)`` in [0, 1]; the first noise of picture i is the same whatever the way."""
+    """Images ``(N, 3, 64, 64)`` in [0, 1]; the first noise of image i is the same whatever the way."""
     images = []
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
@@ -140,7 +140,7 @@ def sample(
 
 
 def open_bias(images: Tensor) -> float:
-    """Share of red among the objects of clear colour, in pictures of prompts that name no colour."""
+    """Share of red among the objects of clear colour, in images of prompts that name no colour."""
     colours = [thing.colour for image in images for thing in observe(image).objects if thing.colour]
     return colours.count(FAVOURITE) / max(1, len(colours))
 
@@ -155,7 +155,7 @@ def open_prompts(num: int, seed: int) -> list[str]:
 def measure_samples(
     pipeline: StableDiffusionPipeline, captions: Sequence[str], seed: int
 ) -> tuple[list[dict[str, float]], Tensor]:
-    """One row of shares per way of sampling, and the pictures of the recommended way."""
+    """One row of shares per way of sampling, and the images of the recommended way."""
     sample(pipeline, captions[:8], RECOMMENDED, seed)  # the first call is slower
     cells = []
     for way in CELLS:
@@ -172,7 +172,7 @@ def measure_samples(
 def measure_reward_models(
     weights: Path, pairs: Sequence[Path], images: Tensor, captions: Sequence[str], seed: int
 ) -> dict[str, dict[str, float]]:
-    """How far each reward model agrees with the world, on fresh renders and on these generated pictures."""
+    """How far each reward model agrees with the world, on fresh renders and on these generated images."""
     return {
         "aesthetic": aesthetic_quality(weights / "aesthetic", weights / "clip", images, FRESH, seed),
         "preference": preference_quality(weights / "preference", pairs, images, captions),

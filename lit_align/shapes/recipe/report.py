@@ -1,4 +1,4 @@
-"""The quality report as a Markdown table and a picture."""
+"""The quality report as a Markdown table and an image."""
 
 import textwrap
 from collections.abc import Sequence
@@ -32,13 +32,13 @@ def write_table(path: Path, report: dict[str, Any]) -> None:
 def write_grid(
     path: Path, images: Tensor, captions: Sequence[str], columns: int = 8, rows: int = 5, scale: int = 2
 ) -> None:
-    """The first pictures, enlarged, with their prompts below.
+    """The first images, enlarged, with their prompts below.
 
     Args:
         path: PNG file.
         images: ``(N, 3, 64, 64)`` in [0, 1].
         captions: N prompts.
-        columns: Pictures in a row.
+        columns: Images in a row.
         rows: Rows.
         scale: Enlargement.
     """

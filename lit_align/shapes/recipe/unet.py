@@ -3,7 +3,7 @@
 Why v and not epsilon: the caption decides background, colours and counts at noise levels where the signal is
 a few per cent of the state. There an error of the predicted noise is divided by that signal, and a small
 network never gets the identity right to a per cent. With v (Salimans and Ho, "Progressive Distillation for
-Fast Sampling of Diffusion Models", 2022) the network says there what the picture will be.
+Fast Sampling of Diffusion Models", 2022) the network says there what the image will be.
 """
 
 import copy
@@ -21,7 +21,7 @@ from lit_align.shapes.recipe.clip import WIDTH
 from lit_align.shapes.recipe.training import Budget, Stage
 
 WEIGHT_CAP = 6.0
-"""An error of the predicted picture counts min(SNR + 1, 6)-fold: plain v-prediction but for the lowest noise
+"""An error of the predicted image counts min(SNR + 1, 6)-fold: plain v-prediction but for the lowest noise
 levels, whose weight is cut as in Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy",
 2023.
 """
@@ -99,7 +99,7 @@ class UNetStage(Stage):
         ]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """One batch of picture numbers ``(B,)``."""
+        """One batch of image numbers ``(B,)``."""
         latents, tokens = self.latents[batch].float(), self.tokens[batch]
         tokens = torch.where(torch.rand(len(batch), 1) < DROP, self.empty, tokens)
         num_levels = self.scheduler.config.num_train_timesteps
@@ -111,7 +111,7 @@ class UNetStage(Stage):
         states = self.model["text"](input_ids=tokens).last_hidden_state
         prediction = self.model["unet"](noisy, steps, states).sample.float()
         errors = (prediction - self.scheduler.get_velocity(latents, noise, steps)).square().mean((1, 2, 3))
-        # v is the picture's error times SNR + 1 = 1 / (1 - alpha_bar).
+        # v is the image's error times SNR + 1 = 1 / (1 - alpha_bar).
         weights = (WEIGHT_CAP * (1 - self.scheduler.alphas_cumprod[steps])).clamp(max=1.0)
         loss: Tensor = (errors * weights).mean()
         self.log_dict({"loss": loss, "mse": errors.detach().mean()}, prog_bar=True)

@@ -1,4 +1,4 @@
-"""The autoencoder: 64x64 pictures to 16x16 latents of 4 channels, each of mean 0 and variance 1."""
+"""The autoencoder: 64x64 images to 16x16 latents of 4 channels, each of mean 0 and variance 1."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from lit_align.shapes.recipe.pictures import Pictures
+from lit_align.shapes.recipe.images import Images
 from lit_align.shapes.recipe.training import Budget, Stage
 
 CROP_SHARE = 0.25
-"""Share of the budget that is spent on crops, which cost a quarter of a picture."""
+"""Share of the budget that is spent on crops, which cost a quarter of an image."""
 
 
 def make_vae() -> AutoencoderKL:
@@ -36,7 +36,7 @@ def edges(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class VAEStage(Stage):
-    """L1 + 2 L2 + 0.5 L1 of the edges + a small KL, on crops of 32 first and on whole pictures later.
+    """L1 + 2 L2 + 0.5 L1 of the edges + a small KL, on crops of 32 first and on whole images later.
 
     Args:
         model: What is trained.
@@ -44,10 +44,10 @@ class VAEStage(Stage):
     """
 
     def __init__(
-        self, model: AutoencoderKL, pictures: Pictures, budget: Budget, decoder_only: bool = False
+        self, model: AutoencoderKL, images: Images, budget: Budget, decoder_only: bool = False
     ) -> None:
         super().__init__(model, peak=1e-3 if decoder_only else 2e-3, budget=budget, decay=0.995)
-        self.pictures, self.crop_share = pictures, 0.0 if decoder_only else CROP_SHARE
+        self.images, self.crop_share = images, 0.0 if decoder_only else CROP_SHARE
         if decoder_only:
             model.encoder.requires_grad_(False)
             model.quant_conv.requires_grad_(False)
@@ -59,8 +59,8 @@ class VAEStage(Stage):
         ]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """One batch of picture numbers ``(B,)``."""
-        images = self.pictures.images(batch) * 2 - 1
+        """One batch of image numbers ``(B,)``."""
+        images = self.images.images(batch) * 2 - 1
         if self.spent < self.crop_share:
             top, left = (8 * torch.randint(5, (2,))).tolist()
             images = images[..., top : top + 32, left : left + 32]
@@ -76,12 +76,12 @@ class VAEStage(Stage):
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: Pictures, numbers: Tensor, batch_size: int = 250) -> Tensor:
-    """Latent means ``(N, 4, 16, 16)`` float16 of the pictures with these numbers ``(N,)``."""
+def encode(vae: AutoencoderKL, images: Images, numbers: Tensor, batch_size: int = 250) -> Tensor:
+    """Latent means ``(N, 4, 16, 16)`` float16 of the images with these numbers ``(N,)``."""
     parts = []
     for part in numbers.split(batch_size):
         with torch.autocast("cpu", torch.bfloat16):
-            parts.append(vae.encode(pictures.images(part) * 2 - 1).latent_dist.mean.half())
+            parts.append(vae.encode(images.images(part) * 2 - 1).latent_dist.mean.half())
     return torch.cat(parts)
 
 

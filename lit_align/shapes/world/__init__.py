@@ -1,6 +1,6 @@
-"""The Shapes world: captions, pictures that fit them exactly, and a judge of what a picture shows.
+"""The Shapes world: captions, images that fit them exactly, and a judge of what an image shows.
 
-A picture is 64 x 64 RGB: one to four solid shapes, in one or two groups, on a flat background. A caption is
+An image is 64 x 64 RGB: one to four solid shapes, in one or two groups, on a flat background. A caption is
 an English phrase of a small grammar; what it leaves unsaid is free::
 
     caption    = group [("and" | relation) group] ["on a" colour "background"]
@@ -38,8 +38,8 @@ from lit_align.shapes.world.scenes import (
     BORDER,
     FAVOURITE,
     FAVOURITE_SHARE,
+    IMAGE_SIDE,
     MARGIN,
-    PICTURE,
     RADIUS_JITTER,
     Floats,
     Item,
@@ -58,10 +58,10 @@ __all__ = [
     "COUNTS",
     "FAVOURITE",
     "FAVOURITE_SHARE",
+    "IMAGE_SIDE",
     "MARGIN",
     "MAX_OBJECTS",
     "OVERSAMPLING",
-    "PICTURE",
     "RADII",
     "RADIUS_JITTER",
     "RELATIONS",

@@ -1,13 +1,13 @@
-"""The renderer: outlines of the shapes, and the picture of a scene."""
+"""The renderer: outlines of the shapes, and the image of a scene."""
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from lit_align.shapes.world.grammar import COLOURS
-from lit_align.shapes.world.scenes import PICTURE, Floats, Scene
+from lit_align.shapes.world.scenes import IMAGE_SIDE, Floats, Scene
 
-OVERSAMPLING = 4  # pixels of the canvas a side of a pixel of the picture
+OVERSAMPLING = 4  # pixels of the canvas a side of a pixel of the image
 
 Doubles = npt.NDArray[np.float64]
 Bytes = npt.NDArray[np.uint8]
@@ -46,7 +46,7 @@ OUTLINES = _outlines()  # corners (n, 2) in units of the radius
 
 def render(scene: Scene) -> Bytes:
     """Draw a scene: (64, 64, 3) uint8, anti-aliased by drawing at four times the size."""
-    side = PICTURE * OVERSAMPLING
+    side = IMAGE_SIDE * OVERSAMPLING
     canvas = Image.new("RGB", (side, side), COLOURS[scene.background])
     pen = ImageDraw.Draw(canvas)
     for item in scene.objects:

@@ -50,7 +50,7 @@ class Caption:
     """What a prompt says; ``str(caption)`` is the prompt.
 
     Raises:
-        ConfigError: for a caption that no picture can fit.
+        ConfigError: for a caption that no image can fit.
     """
 
     groups: tuple[Group, ...]

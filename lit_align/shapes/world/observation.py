@@ -1,4 +1,4 @@
-"""What a picture shows, whatever its caption: the eyes of the judge."""
+"""What an image shows, whatever its caption: the eyes of the judge."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_align.errors import ConfigError
 from lit_align.shapes.world.drawing import OUTLINES, OVERSAMPLING, Bytes, Doubles
 from lit_align.shapes.world.grammar import COLOURS, RADII, SHAPES
-from lit_align.shapes.world.scenes import PICTURE, Floats
+from lit_align.shapes.world.scenes import IMAGE_SIDE, Floats
 
 _PALETTE = np.array(list(COLOURS.values()), np.float32)
 # RGB distance within which a pixel is of a palette colour; the two closest colours are 138 apart.
@@ -24,12 +24,12 @@ _TOLERANCE = 0.32  # mismatch with the best template, as a share of the area, be
 _SIZE_LIMITS = (4.0, 7.5, 10.8, 15.5)  # radii between which an object is small, medium, large
 _CELLS, _SPAN = 96, 1.6  # templates: cells a side, over +-_SPAN / 2 times the square root of the area
 _BANKS = (9.0, 14.0, 21.0)  # square roots of the areas for which templates are made
-_BLURS = (0.3, 0.7, 1.1)  # of the templates, in pixels: from a pixel's own extent to a soft picture
+_BLURS = (0.3, 0.7, 1.1)  # of the templates, in pixels: from a pixel's own extent to a soft image
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One object of a picture; None is unclear. x, y: middle of the shape's box; area; all in pixels."""
+    """One object of an image; None is unclear. x, y: middle of the shape's box; area; all in pixels."""
 
     colour: str | None
     shape: str | None
@@ -41,14 +41,14 @@ class Seen:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a picture shows, whatever its caption; objects by falling area."""
+    """What an image shows, whatever its caption; objects by falling area."""
 
     background: str | None
     objects: tuple[Seen, ...]
 
 
 def observe(image: Bytes | Tensor) -> Observation:
-    """Say what a picture shows: background, and colour, shape, size and place of every object.
+    """Say what an image shows: background, and colour, shape, size and place of every object.
 
     The background is the palette colour nearest to most pixels. An object is a 4-connected region of at
     least 12 pixels that stand out from it. Its colour is that of its purest pixels, if the others are
@@ -73,9 +73,9 @@ def _pixels(image: Bytes | Tensor) -> Floats:
         if image.is_floating_point():
             image = image.detach().permute(1, 2, 0).clamp(0, 1) * 255
         image = image.float().cpu().numpy()
-    if image.shape != (PICTURE, PICTURE, 3):
+    if image.shape != (IMAGE_SIDE, IMAGE_SIDE, 3):
         raise ConfigError(
-            f"the Shapes judge got a picture of shape {tuple(image.shape)}; it judges 64 x 64 RGB only."
+            f"the Shapes judge got an image of shape {tuple(image.shape)}; it judges 64 x 64 RGB only."
         )
     return image.astype(np.float32)
 

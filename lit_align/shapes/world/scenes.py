@@ -1,4 +1,4 @@
-"""What a picture shows: a scene, drawn at random to fit a caption."""
+"""What an image shows: a scene, drawn at random to fit a caption."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ import numpy.typing as npt
 
 from lit_align.shapes.world.grammar import COLOURS, RADII, RELATIONS, Caption
 
-PICTURE = 64  # pixels a side
+IMAGE_SIDE = 64  # pixels a side
 RADIUS_JITTER = 0.4  # radii are uniform within this distance of those in RADII
 FAVOURITE, FAVOURITE_SHARE = "red", 0.7  # bias of the data: an unnamed colour is mostly this one
-MARGIN, BORDER = 3.0, 1.0  # least distance between two objects, and from the border of the picture, in pixels
+MARGIN, BORDER = 3.0, 1.0  # least distance between two objects, and from the border of the image, in pixels
 
 Floats = npt.NDArray[np.float32]
 
@@ -28,7 +28,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that a picture shows."""
+    """Everything that an image shows."""
 
     objects: tuple[Item, ...]
     background: str
@@ -69,7 +69,7 @@ def _place(radii: list[float], relation: str | None, rng: np.random.Generator) -
         places: list[tuple[float, float]] = []
         xs, ys = _grid(rng)
         for radius in radii:
-            low, high = radius + BORDER, PICTURE - radius - BORDER
+            low, high = radius + BORDER, IMAGE_SIDE - radius - BORDER
             room = (xs >= low) & (xs <= high) & (ys >= low) & (ys <= high)
             for (x, y), other in zip(places, radii, strict=False):
                 gap = radius + other + MARGIN
@@ -79,7 +79,7 @@ def _place(radii: list[float], relation: str | None, rng: np.random.Generator) -
             spots = np.flatnonzero(room)
             if not len(spots):
                 break
-            row, column = divmod(int(spots[rng.integers(len(spots))]), PICTURE)
+            row, column = divmod(int(spots[rng.integers(len(spots))]), IMAGE_SIDE)
             places.append((float(xs[0, column]), float(ys[row, 0])))
         if len(places) == len(radii):
             return places
@@ -87,7 +87,7 @@ def _place(radii: list[float], relation: str | None, rng: np.random.Generator) -
 
 def _grid(rng: np.random.Generator) -> tuple[Floats, Floats]:
     """Candidate centres, a pixel apart and shifted by part of one: x (1, 64) and y (64, 1)."""
-    steps, shift = np.arange(PICTURE, dtype=np.float32), rng.random(2, dtype=np.float32)
+    steps, shift = np.arange(IMAGE_SIDE, dtype=np.float32), rng.random(2, dtype=np.float32)
     return (steps + shift[0])[None, :], (steps + shift[1])[:, None]
 
 

@@ -1,4 +1,4 @@
-"""Taste: how well a picture is made, whatever it shows, and how useful it is to whoever asked for it."""
+"""Taste: how well an image is made, whatever it shows, and how useful it is to whoever asked for it."""
 
 import numpy as np
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from lit_align.shapes.world.drawing import Bytes
 from lit_align.shapes.world.grammar import Caption
 from lit_align.shapes.world.observation import _pixels
-from lit_align.shapes.world.scenes import PICTURE, Floats
+from lit_align.shapes.world.scenes import IMAGE_SIDE, Floats
 from lit_align.shapes.world.verdict import judge
 
 AESTHETIC_WEIGHT = 0.5
@@ -18,8 +18,8 @@ _STRONG = 60.0  # makes for a contrast of 1 - 1/e
 _FAINT = 4.0  # step between neighbours that the eye passes over
 _GRAIN = 6.0  # typical step of all neighbours that costs 1 - 1/e of the sharpness
 _CRISP = 0.5  # mean step of a crisp rim as a share of the contrast: anti-aliasing halves most steps
-_OFF = 0.6  # distance of the balance point from the middle, in half pictures, that costs 1 - 1/e
-_LITTLE, _REST = 0.02, 0.2  # shares of the picture that objects and ground need, each to be 1 - 1/e good
+_OFF = 0.6  # distance of the balance point from the middle, in half images, that costs 1 - 1/e
+_LITTLE, _REST = 0.02, 0.2  # shares of the image that objects and ground need, each to be 1 - 1/e good
 
 # Linear sRGB to XYZ, each divided by the white point (IEC 61966-2-1, D65).
 _TO_XYZ = np.array(
@@ -36,18 +36,18 @@ _LINEAR = np.where(_LEVELS <= 0.04045, _LEVELS / 12.92, ((_LEVELS + 0.055) / 1.0
 
 
 def aesthetics(image: Bytes | Tensor) -> float:
-    """How well a picture is made: the mean of contrast, composition and sharpness, in [0, 1].
+    """How well an image is made: the mean of contrast, composition and sharpness, in [0, 1].
 
     All three are measured in CIELAB, where distances are as large as they look. The *ground* is the median of
-    the picture's frame; a pixel at distance d from it is noticed with weight ``w = 1 - exp(-(d / 30)^2)``.
+    the image's frame; a pixel at distance d from it is noticed with weight ``w = 1 - exp(-(d / 30)^2)``.
 
     * contrast ``1 - exp(-D / 60)``, D the mean distance d under the weights w;
     * composition ``exp(-(r / 0.6)^2) (1 - exp(-a / 0.02)) (1 - exp(-(1 - a) / 0.2))``, r the distance of
-      the centre of the weights from the middle in half pictures, a the mean weight: objects that balance, be
+      the centre of the weights from the middle in half images, a the mean weight: objects that balance, be
       it one in the middle or two at the sides, with something to see and something around it;
     * sharpness ``min(1, S / (0.5 D)) exp(-g / 6)``, S the mean step between neighbouring pixels under the
       steps themselves (those below 4 aside), which a blur makes small, and g the median step, which is 0 in
-      a picture of flat colours and grows with noise.
+      an image of flat colours and grows with noise.
 
     Args:
         image: (64, 64, 3) uint8, or (3, 64, 64) floating point in [0, 1].
@@ -62,7 +62,7 @@ def aesthetics(image: Bytes | Tensor) -> float:
 
 
 def utility(image: Bytes | Tensor, caption: Caption | str) -> float:
-    """What a picture is worth to whoever asked for it: the judge's score + ``AESTHETIC_WEIGHT`` x aesthetics.
+    """What an image is worth to whoever asked for it: the judge's score + ``AESTHETIC_WEIGHT`` x aesthetics.
 
     Args:
         image: (64, 64, 3) uint8, or (3, 64, 64) floating point in [0, 1].
@@ -79,9 +79,9 @@ def _lab(pixels: Floats) -> Floats:
 
 
 def _composition(weight: Floats) -> float:
-    """Balance of the weights about the middle of the picture; none without something to see."""
+    """Balance of the weights about the middle of the image; none without something to see."""
     total = max(float(weight.sum()), 1e-6)
-    place = (np.arange(PICTURE) + 0.5) * 2 / PICTURE - 1
+    place = (np.arange(IMAGE_SIDE) + 0.5) * 2 / IMAGE_SIDE - 1
     x, y = float(weight.sum(0) @ place) / total, float(weight.sum(1) @ place) / total
     seen = float(weight.mean())
     balance = np.exp(-(x * x + y * y) / _OFF**2)

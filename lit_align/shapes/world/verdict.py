@@ -1,4 +1,4 @@
-"""The judge: which facts of a caption hold in a picture."""
+"""The judge: which facts of a caption hold in an image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ _MAX_JUDGED = 6  # objects beyond this many (by area) are counted, but not match
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which of the facts that a caption asserts hold in a picture, and their share."""
+    """Which of the facts that a caption asserts hold in an image, and their share."""
 
     facts: dict[str, bool]
     score: float
 
 
 def judge(image: Bytes | Tensor, caption: Caption | str) -> Verdict:
-    """Hold a picture against its caption, fact by fact; what a caption leaves unsaid asserts nothing.
+    """Hold an image against its caption, fact by fact; what a caption leaves unsaid asserts nothing.
 
     The facts are ``count`` (as many objects in all and in each group as said, all of a clear colour) and
     ``shapes``, and where said ``background``, ``colours``, ``sizes`` (of every object of the groups
     concerned) and ``relation`` (the second group lies in the direction named, at least as far as aside).
-    Objects are matched to groups in the reading of the picture that favours the caption most: of all ways
+    Objects are matched to groups in the reading of the image that favours the caption most: of all ways
     to share them out, the one with the most true facts, and among such the one in which the most attributes
     of single objects are as said.
 

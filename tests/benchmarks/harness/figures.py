@@ -1,4 +1,4 @@
-"""Learning curves and picture grids of a plan."""
+"""Learning curves and image grids of a plan."""
 
 import shutil
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # before pyplot: a benchmark has no screen
 import matplotlib.pyplot as plt
 
 from tests.benchmarks.harness.plan import ROOT, Plan
-from tests.benchmarks.harness.sweeps import PICTURES
+from tests.benchmarks.harness.sweeps import IMAGES
 
 
 def plot_curves(plan: Plan, results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -41,13 +41,13 @@ def plot_curves(plan: Plan, results: Sequence[dict[str, Any]], path: Path) -> No
     plt.close(figure)
 
 
-def copy_pictures(plan: Plan, results: Sequence[dict[str, Any]], out: Path) -> None:
+def copy_images(plan: Plan, results: Sequence[dict[str, Any]], out: Path) -> None:
     """Of each configuration's last seed: grids before the first update and at the end, and the sweep's."""
     for config, result in {result["config"]: result for result in results}.items():
-        grids = sorted((ROOT / result["run"] / "pictures").glob("validation_*.png"))
+        grids = sorted((ROOT / result["run"] / "images").glob("validation_*.png"))
         if grids:  # the run's folder may be gone; then the copies stay what they are
             shutil.copyfile(grids[0], out / plan.name / f"{config}_before.png")
             shutil.copyfile(grids[-1], out / plan.name / f"{config}_after.png")
-        for kind in PICTURES:
-            if (picture := ROOT / result["run"] / "sweep" / f"{kind}.png").exists():
-                shutil.copyfile(picture, out / plan.name / f"{config}_{kind}.png")
+        for kind in IMAGES:
+            if (image := ROOT / result["run"] / "sweep" / f"{kind}.png").exists():
+                shutil.copyfile(image, out / plan.name / f"{config}_{kind}.png")

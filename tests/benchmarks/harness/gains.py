@@ -9,7 +9,7 @@ from tests.benchmarks.harness.plan import Plan
 
 Result = dict[str, Any]
 """A cell's JSON."""
-Figures = dict[str, dict[str, float | None]]
+Metrics = dict[str, dict[str, float | None]]
 """What one test found, by the figure's name."""
 
 CLEAR = 2.0
@@ -26,7 +26,7 @@ def shares(plan: Plan, config: str, results: Sequence[Result]) -> list[str]:
     rows = []
     for figure, bounds in plan.towards.get(config, {}).items():
         for test, bound in bounds.items():
-            found = {result["seed"]: figures_of(result, test).get(figure) for result in results}
+            found = {result["seed"]: metrics_of(result, test).get(figure) for result in results}
             went = [f"{seed}: {_share(one, bound)}" for seed, one in found.items() if one is not None]
             if went:
                 rows.append([figure, f"{bound:g}", test, ", ".join(went)])
@@ -43,9 +43,9 @@ def _share(figure: dict[str, float | None], bound: float) -> str:
     return f"{difference / way:.0%} ± {abs(error / way):.0%}"
 
 
-def figures_of(result: Result, test: str) -> Figures:
-    """The figures of a further test, by its name, or of the cell's own; empty where it has none."""
-    own: Figures = result["test"] if test == "test" else result["also"].get(test, {})
+def metrics_of(result: Result, test: str) -> Metrics:
+    """The metrics of a further test, by its name, or of the cell's own; empty where it has none."""
+    own: Metrics = result["test"] if test == "test" else result["also"].get(test, {})
     return own
 
 
@@ -54,8 +54,8 @@ def side_by_side(plan: Plan, results: Sequence[Result]) -> list[str]:
     asked = plan.side_by_side
     if asked is None:
         return []
-    tests = {(one["config"], one["seed"]): figures_of(one, asked.test) or one["test"] for one in results}
-    configs, names = [*asked.figures, asked.joint], list(asked.figures.values())
+    tests = {(one["config"], one["seed"]): metrics_of(one, asked.test) or one["test"] for one in results}
+    configs, names = [*asked.metrics, asked.joint], list(asked.metrics.values())
     whole = [seed for seed in plan.seeds if {(config, seed) for config in configs} <= set(tests)]
     if not whole:
         return []
@@ -69,7 +69,7 @@ def side_by_side(plan: Plan, results: Sequence[Result]) -> list[str]:
     for seed in whole:
         pairs = [
             (tests[config, seed][name], tests[asked.joint, seed][name])
-            for config, name in asked.figures.items()
+            for config, name in asked.metrics.items()
         ]
         kept.append([str(seed), *(_kept(single, joint) for single, joint in pairs)])
     return [
@@ -100,8 +100,8 @@ def _mean(values: Sequence[float | None]) -> str:
     return f"{sum(known) / len(known):.3f}"
 
 
-def _gain(figures: Sequence[dict[str, float | None]]) -> str:
-    found = [values_of(figure, "difference", "standard_error") for figure in figures]
+def _gain(metrics: Sequence[dict[str, float | None]]) -> str:
+    found = [values_of(figure, "difference", "standard_error") for figure in metrics]
     error = math.sqrt(sum(error**2 for _, error in found)) / len(found)
     change = sum(difference for difference, _ in found) / len(found)
-    return f"{_mean([figure['after'] for figure in figures])} ({change:+.3f} ± {error:.3f})"
+    return f"{_mean([figure['after'] for figure in metrics])} ({change:+.3f} ± {error:.3f})"

@@ -69,13 +69,13 @@ class SideBySide:
     """Single-task configurations and a joint one, all on the same tasks.
 
     Attributes:
-        test: The further test that has the figures; a configuration without it has them in its own test.
-        figures: For each single-task configuration the figure that is its task's.
+        test: The further test that has the metrics; a configuration without it has them in its own test.
+        metrics: For each single-task configuration the figure that is its task's.
         joint: The configuration that is trained on all tasks.
     """
 
     test: str
-    figures: dict[str, str]
+    metrics: dict[str, str]
     joint: str
 
 
@@ -96,7 +96,7 @@ class Plan:
         towards: ``{configuration: {figure: {test: bound}}}``: the report says which share of the way from the
             pretrained model's score to the bound it went, in the own ``test`` and further ones.
         side_by_side: What is reported of all configurations in one table; see :class:`SideBySide`.
-        compare: Pairs of configurations; the second is reported against the first, picture by picture.
+        compare: Pairs of configurations; the second is reported against the first, image by image.
     """
 
     name: str
@@ -158,7 +158,7 @@ def load_plan(path: Path) -> Plan:
         raise ConfigError(f"{path}: unknown {', '.join(unknown)}; a plan has {', '.join(known)}")
     given = known | content
     table = given["side_by_side"]
-    if table is not None and set(table) != (keys := {"test", "figures", "joint"}):
+    if table is not None and set(table) != (keys := {"test", "metrics", "joint"}):
         raise ConfigError(f"{path}: side_by_side has {sorted(table)}; give {', '.join(sorted(keys))}")
     plan = Plan(**given | {"side_by_side": SideBySide(**table) if table else None})
     if not plan.configs or not plan.seeds:
@@ -173,14 +173,14 @@ def load_plan(path: Path) -> Plan:
     named = {name for pair in [*plan.compare, *plan.continues.items()] for name in pair}
     named |= {*plan.leaves_out, *plan.towards}
     if plan.side_by_side:
-        named |= {*plan.side_by_side.figures, plan.side_by_side.joint}
+        named |= {*plan.side_by_side.metrics, plan.side_by_side.joint}
     if strangers := sorted(named - set(plan.configs)):
         raise ConfigError(f"{path}: there is no {strangers[0]} in configs: {', '.join(plan.configs)}")
     tests = {name for names in plan.leaves_out.values() for name in names}
     tests |= {test for bounds in plan.towards.values() for one in bounds.values() for test in one} - {"test"}
     if asked := plan.side_by_side:
         tests.add(asked.test)
-        if lacking := [name for name in asked.figures if asked.test in plan.leaves_out.get(name, [])]:
+        if lacking := [name for name in asked.metrics if asked.test in plan.leaves_out.get(name, [])]:
             raise ConfigError(f"{path}: side_by_side: {lacking[0]} leaves out {asked.test}; let it have that")
     if strangers := sorted(tests - set(plan.also)):
         raise ConfigError(f"{path}: there is no {strangers[0]} in also: {', '.join(plan.also)}")

@@ -1,4 +1,4 @@
-"""What is kept of a finished cell: figures, curves, and all that is needed to make them again."""
+"""What is kept of a finished cell: metrics, curves, and all that is needed to make them again."""
 
 import csv
 import json
@@ -33,16 +33,16 @@ def stored(cell: Cell, out: Path) -> dict[str, Any] | None:
     return result if result["fingerprint"] == cell.fingerprint(WEIGHTS_HASH) else None
 
 
-def keep_pictures(cell: Cell, run: Path, out: Path) -> None:
-    """Keep the figures of each test picture, without those of the pretrained model, beside the result."""
+def keep_images(cell: Cell, run: Path, out: Path) -> None:
+    """Keep the metrics of each test image, without those of the pretrained model, beside the result."""
     header, *rows = csv.reader((run / "test.csv").read_text().splitlines())
     kept = [place for place, name in enumerate(header) if not name.startswith("base/")]
     lines = [",".join(row[place] for place in kept) for row in (header, *rows)]
     write(result_path(cell, out).with_suffix(".csv"), "\n".join(lines) + "\n")
 
 
-def pictures(cell: Cell, out: Path) -> dict[str, list[float]]:
-    """What :func:`keep_pictures` kept: a column for each figure, a row for each picture."""
+def images(cell: Cell, out: Path) -> dict[str, list[float]]:
+    """What :func:`keep_images` kept: a column for each figure, a row for each image."""
     with result_path(cell, out).with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
     return {name: [float(row[name]) for row in rows] for name in rows[0]}
@@ -58,7 +58,7 @@ def record(cell: Cell, run: Path, fingerprint: str, stages: dict[str, dict[str, 
         stages: Of each, its commands and seconds.
     """
     validation, test = (json.loads((run / f"{split}.json").read_text()) for split in ("validation", "test"))
-    also = {name: json.loads((run / f"{name}.json").read_text())["figures"] for name in cell.also}
+    also = {name: json.loads((run / f"{name}.json").read_text())["metrics"] for name in cell.also}
     sweep = run / "sweep" / "sweep.json"
     swept = {"sweep": json.loads(sweep.read_text())} if sweep.exists() else {}
     return swept | {
@@ -76,8 +76,8 @@ def record(cell: Cell, run: Path, fingerprint: str, stages: dict[str, dict[str, 
         "images": validation["images"],
         "reward_queries": validation["reward_queries"],
         "run": os.path.relpath(run, ROOT),
-        "validation": validation["figures"],
-        "test": test["figures"],
+        "validation": validation["metrics"],
+        "test": test["metrics"],
         "also": also,
         "curves": curves(run),
     }
@@ -113,7 +113,7 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     found = {name: against_images(events.Scalars(name)) for name in names if _is_reward(name)}
     for name in names:
         if name.startswith("val/"):
-            # The first validation comes before any image, but has the step of the first collection.
+            # The first validation comes before any image, but has the step of the first rollout batch.
             first, *later = events.Scalars(name)
             found[name] = [(0, first.value), *against_images(later)]
     return found
@@ -124,5 +124,5 @@ def _is_reward(name: str) -> bool:
 
 
 def _by_step(points: Sequence[ScalarEvent]) -> dict[int, float]:
-    """A collection that was interrupted and done again has its point twice: the later one stands."""
+    """A rollout batch that was interrupted and done again has its point twice: the later one stands."""
     return dict(sorted({point.step: point.value for point in points}.items()))

@@ -8,15 +8,15 @@ import torch
 
 from lit_align.evaluation import Comparison, compare
 from tests.benchmarks.harness import markdown as md
-from tests.benchmarks.harness.gains import Figures, Result, shares, side_by_side, values_of
+from tests.benchmarks.harness.gains import Metrics, Result, shares, side_by_side, values_of
 from tests.benchmarks.harness.plan import Plan
-from tests.benchmarks.harness.sweeps import PICTURES, sweeps
+from tests.benchmarks.harness.sweeps import IMAGES, sweeps
 
 PAIRS = 256
 """(prompt, noise) pairs that a claim needs."""
 RISE, FALL = 3.0, 2.0
 """Standard errors: the reward must rise by the first, reward and truth not fall by more than the second."""
-KL = "KL to the pretrained model, nats a picture"
+KL = "KL to the pretrained model, nats an image"
 
 
 def deviation(figure: dict[str, float | None]) -> float:
@@ -55,16 +55,16 @@ def _falls(result: Result) -> list[str]:
 
 
 def _doubts(result: Result) -> list[str]:
-    seed, figures = f"seed {result['seed']}", result["test"]
-    if "reward" not in figures:
+    seed, metrics = f"seed {result['seed']}", result["test"]
+    if "reward" not in metrics:
         return [f"{seed}: no reward was measured"]
     doubts = []
     # Written so that a figure without a value is in doubt.
-    if not (by := deviation(figures["reward"])) >= RISE:
+    if not (by := deviation(metrics["reward"])) >= RISE:
         doubts.append(f"{seed}: reward changed by {by:+.1f} s.e., +{RISE:g} are needed")
-    if "truth" in figures and math.isnan(deviation(figures["truth"])):
+    if "truth" in metrics and math.isnan(deviation(metrics["truth"])):
         doubts.append(f"{seed}: the truth has no value")
-    counted = [figures[name]["num_pairs"] for name in ("reward", "truth") if name in figures]
+    counted = [metrics[name]["num_pairs"] for name in ("reward", "truth") if name in metrics]
     if min(counted) < PAIRS:
         doubts.append(f"{seed}: {min(counted)} pairs, {PAIRS} are needed")
     return doubts
@@ -83,8 +83,8 @@ def _kl_text(figure: dict[str, float | None]) -> str:
     return f"{after:.2f} ± {error:.2f}"
 
 
-def columns(tests: Sequence[Figures]) -> list[str]:
-    """Names of the figures in the table's order: what is claimed first, what it cost last."""
+def columns(tests: Sequence[Metrics]) -> list[str]:
+    """Names of the metrics in the table's order: what is claimed first, what it cost last."""
     measured = dict.fromkeys(name for test in tests for name in test)
     unscored = [test["unscored"] for test in tests if "unscored" in test]
     if all(figure["before"] == figure["after"] == 0 for figure in unscored):
@@ -97,20 +97,20 @@ def columns(tests: Sequence[Figures]) -> list[str]:
 
 
 def table(results: Sequence[Result]) -> list[str]:
-    """Markdown rows, a seed each, of one configuration's figures on the test split."""
+    """Markdown rows, a seed each, of one configuration's metrics on the test split."""
     names = columns([result["test"] for result in results])
-    header = ["seed", *names, KL, "pictures", "reward queries", "minutes"]
+    header = ["seed", *names, KL, "images", "reward queries", "minutes"]
     rows = []
     for result in results:
-        figures = _figures(result["test"], names)
+        metrics = _metrics(result["test"], names)
         kl = _kl_text(result["test"]["kl"]) if "kl" in result["test"] else ""
         minutes = f"{sum(result['seconds'].values()) / 60:.1f}"
         counts = [f"{result['images']:,}", f"{result['reward_queries']:,}", minutes]
-        rows.append([str(result["seed"]), *figures, kl, *counts])
+        rows.append([str(result["seed"]), *metrics, kl, *counts])
     return md.table(header, rows)
 
 
-def _figures(test: Figures, names: Sequence[str]) -> list[str]:
+def _metrics(test: Metrics, names: Sequence[str]) -> list[str]:
     return [figure_text(test[name]) if name in test else "" for name in names]
 
 
@@ -123,7 +123,7 @@ def further_tests(plan: Plan, results: Sequence[Result]) -> list[str]:
             continue
         names = columns(list(tests.values()))
         rows = [
-            [str(seed), *_figures(test, names), _kl_text(test["kl"]) if "kl" in test else ""]
+            [str(seed), *_metrics(test, names), _kl_text(test["kl"]) if "kl" in test else ""]
             for seed, test in tests.items()
         ]
         given = " ".join(added)
@@ -131,12 +131,12 @@ def further_tests(plan: Plan, results: Sequence[Result]) -> list[str]:
     return lines
 
 
-Pictures = dict[tuple[str, int], dict[str, list[float]]]
-"""For each configuration and seed the figures of its test pictures."""
+Images = dict[tuple[str, int], dict[str, list[float]]]
+"""For each configuration and seed the metrics of its test images."""
 
 
 def beside(first: dict[str, list[float]], second: dict[str, list[float]]) -> dict[str, Comparison]:
-    """Two runs of one seed on the test split, picture by picture, by every figure that both have."""
+    """Two runs of one seed on the test split, image by image, by every figure that both have."""
     assert first["prompt"] == second["prompt"], "the runs were tested on other prompts"
     groups = torch.tensor(first["prompt"])
     return {
@@ -146,12 +146,12 @@ def beside(first: dict[str, list[float]], second: dict[str, list[float]]) -> dic
     }
 
 
-def comparisons(plan: Plan, pictures: Pictures) -> list[str]:
+def comparisons(plan: Plan, images: Images) -> list[str]:
     """Markdown: for each pair of configurations, how the second does against the first."""
     lines: list[str] = []
     for first, second in plan.compare:
-        both = [seed for seed in plan.seeds if {(first, seed), (second, seed)} <= set(pictures)]
-        found = {seed: beside(pictures[first, seed], pictures[second, seed]) for seed in both}
+        both = [seed for seed in plan.seeds if {(first, seed), (second, seed)} <= set(images)]
+        found = {seed: beside(images[first, seed], images[second, seed]) for seed in both}
         names = list(dict.fromkeys(name for one in found.values() for name in one))
         rows = [
             [str(seed), *(_against(one[name]) if name in one else "" for name in names)]
@@ -161,7 +161,7 @@ def comparisons(plan: Plan, pictures: Pictures) -> list[str]:
             "",
             f"## {second} against {first}",
             "",
-            "Difference, and share of the pictures in which it is higher.",
+            "Difference, and share of the images in which it is higher.",
             "",
             *md.table(["seed", *names], rows),
         ]
@@ -173,25 +173,25 @@ def _against(found: Comparison) -> str:
     return f"{change}, {found.win_rate:.0%} ± {found.win_rate_error:.0%}"
 
 
-def markdown(plan: Plan, results: Sequence[Result], pictures: Pictures, source: str) -> str:
+def markdown(plan: Plan, results: Sequence[Result], images: Images, source: str) -> str:
     """The plan's report.
 
     Args:
         plan: The plan.
         results: Of its finished cells.
-        pictures: Of its finished cells.
+        images: Of its finished cells.
         source: The plan's file, as the command names it.
     """
     lines = [
         f"# {plan.name}",
         "",
-        f"Made by `python -m tests.benchmarks.results --plan {source}`. The figures are of the test",
+        f"Made by `python -m tests.benchmarks.results --plan {source}`. The metrics are of the test",
         "split: prompts never used before, the same noise before and after; difference ± standard error,",
         "clustered by prompt. Minutes are those of the fit and of all tests.",
     ]
     for config in plan.configs:
         lines += ["", *_section(plan, config, [result for result in results if result["config"] == config])]
-    lines += [*side_by_side(plan, results), *comparisons(plan, pictures)]
+    lines += [*side_by_side(plan, results), *comparisons(plan, images)]
     return "\n".join([*lines, "", f"![Reward and truth against images seen]({plan.name}.png)"])
 
 
@@ -201,7 +201,7 @@ def _section(plan: Plan, config: str, results: Sequence[Result]) -> list[str]:
     if not results:
         return lines[:-1]
     grids = " | ".join(f"![{when}]({plan.name}/{config}_{when}.png)" for when in ("before", "after"))
-    pictures = [f"Validation pictures of seed {results[-1]['seed']}:", "", "| before | after |", "|---|---|"]
+    images = [f"Validation images of seed {results[-1]['seed']}:", "", "| before | after |", "|---|---|"]
     return [
         *lines,
         *table(results),
@@ -211,7 +211,7 @@ def _section(plan: Plan, config: str, results: Sequence[Result]) -> list[str]:
         "",
         _origin(results),
         "",
-        *pictures,
+        *images,
         f"| {grids} |",
     ]
 
@@ -220,8 +220,8 @@ def _swept(plan: Plan, config: str, results: Sequence[Result]) -> list[str]:
     found = [result["sweep"] for result in results if "sweep" in result]
     if not found:
         return []
-    pictures = [f"![{kind}]({plan.name}/{config}_{kind}.png)" for kind in PICTURES]
-    shown = ["", f"Front and pictures of seed {results[-1]['seed']}:", "", *pictures]
+    images = [f"![{kind}]({plan.name}/{config}_{kind}.png)" for kind in IMAGES]
+    shown = ["", f"Front and images of seed {results[-1]['seed']}:", "", *images]
     return ["", *sweeps(found), *shown]
 
 

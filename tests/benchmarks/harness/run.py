@@ -18,7 +18,7 @@ from typing import Any
 from lit_align.callbacks.folder import write
 from lit_align.shapes import WEIGHTS_HASH
 from tests.benchmarks.harness.plan import ROOT, Cell
-from tests.benchmarks.harness.record import keep_pictures, record, result_path, stored
+from tests.benchmarks.harness.record import keep_images, record, result_path, stored
 
 Launch = Callable[[list[str], Path, int], int]
 """``(arguments of lit_align, log file, descriptor to keep open) -> exit status``."""
@@ -127,7 +127,7 @@ def run_cell(cell: Cell, out: Path, work: Path, launch: Launch, tell: Tell) -> N
             if not state[stage]["done"]:
                 _run_stage(cell, stage, folder, state, launch, lock, tell)
         result = record(cell, folder / "version_0", fingerprint, state)
-        keep_pictures(cell, folder / "version_0", out)
+        keep_images(cell, folder / "version_0", out)
         write(result_path(cell, out), json.dumps(result, indent=1) + "\n")
     tell(cell, "done")
 

@@ -8,7 +8,7 @@ from tests.benchmarks.harness.markdown import table
 
 CLEAR = 2.0
 """Standard errors from which a lead of one seed is counted."""
-PICTURES = ("front", "strip")
+IMAGES = ("front", "strip")
 """Kept of a sweep."""
 Figure = tuple[float | None, float | None]
 """A value and its standard error in one seed; None where there is none."""
@@ -18,7 +18,7 @@ def sweeps(found: Sequence[dict[str, Any]]) -> list[str]:
     """Markdown: hypervolumes, then every method at every weight.
 
     A figure is the mean over the seeds, and its error that of the mean if the seeds' own errors, which are
-    those of prompts, are independent. A lead is MSDDA's, on the same pictures: positive where it is better.
+    those of prompts, are independent. A lead is MSDDA's, on the same images: positive where it is better.
 
     Args:
         found: ``sweep.json`` of each seed; all have the same points.
@@ -46,10 +46,10 @@ def sweeps(found: Sequence[dict[str, Any]]) -> list[str]:
         "gain",
         "MSDDA's lead",
         "clear in",
-        "s/picture",
+        "s/image",
     ]
     return [
-        f"Sweep of {found[0]['pictures']} pictures, {len(found)} seeds:",
+        f"Sweep of {found[0]['images']} images, {len(found)} seeds:",
         "",
         *table(["method", "hypervolume", "MSDDA's lead", "clear in"], _volumes(found)),
         "",
@@ -77,15 +77,15 @@ def _of(points: Sequence[dict[str, Any]], name: str) -> list[Figure]:
     return [(point.get(name), point.get(f"{name}/se")) for point in points]
 
 
-def _known(figures: Sequence[Figure]) -> list[tuple[float, float]]:
-    """The figures, or nothing where a seed has none."""
-    known = [(value, error) for value, error in figures if value is not None and error is not None]
-    return known if len(known) == len(figures) else []
+def _known(metrics: Sequence[Figure]) -> list[tuple[float, float]]:
+    """The metrics, or nothing where a seed has none."""
+    known = [(value, error) for value, error in metrics if value is not None and error is not None]
+    return known if len(known) == len(metrics) else []
 
 
-def _pooled(figures: Sequence[Figure], sign: str = "") -> str:
+def _pooled(metrics: Sequence[Figure], sign: str = "") -> str:
     """Mean and standard error; empty where a seed has no figure."""
-    if not (known := _known(figures)):
+    if not (known := _known(metrics)):
         return ""
     mean = sum(value for value, _ in known) / len(known)
     error = math.sqrt(sum(error**2 for _, error in known)) / len(known)

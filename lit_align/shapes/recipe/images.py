@@ -1,4 +1,4 @@
-"""Training pictures with their captions, drawn once, and captions that are wrong by one fact."""
+"""Training images with their captions, drawn once, and captions that are wrong by one fact."""
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +14,7 @@ from lit_align.randomness import place
 from lit_align.shapes.world import (
     COLOURS,
     COUNTS,
-    PICTURE,
+    IMAGE_SIDE,
     RADII,
     RELATIONS,
     SHAPES,
@@ -28,7 +28,7 @@ from lit_align.shapes.world import (
 )
 
 MEAN = STD = (0.5, 0.5, 0.5)
-"""Normalisation of the pictures; every ``preprocessor_config.json`` says so too."""
+"""Normalisation of the images; every ``preprocessor_config.json`` says so too."""
 
 HELD_OUT = 0.05
 """Share of the prompts at each end of their hash order that no reward model sees.
@@ -56,25 +56,25 @@ def words() -> list[str]:
 
 
 def as_images(pixels: Bytes) -> Tensor:
-    """Pictures ``(B, 64, 64, 3)`` uint8 as ``(B, 3, 64, 64)`` float32 in [0, 1]."""
+    """Images ``(B, 64, 64, 3)`` uint8 as ``(B, 3, 64, 64)`` float32 in [0, 1]."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Pictures in [0, 1] as the models take them."""
+    """Images in [0, 1] as the models take them."""
     return (images - images.new_tensor(MEAN)[:, None, None]) / images.new_tensor(STD)[:, None, None]
 
 
-class Pictures:
-    """Pictures and captions in memory-mapped files.
+class Images:
+    """Images and captions in memory-mapped files.
 
     Args:
-        folder: Holds ``pictures.npy`` and ``captions.txt``.
+        folder: Holds ``images.npy`` and ``captions.txt``.
         seed: Of whatever is drawn about them later.
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
-        self.pixels = np.load(folder / "pictures.npy", mmap_mode="r")
+        self.pixels = np.load(folder / "images.npy", mmap_mode="r")
         self.captions = (folder / "captions.txt").read_text().splitlines()
         self.seed = seed
 
@@ -82,11 +82,11 @@ class Pictures:
         return len(self.captions)
 
     def images(self, numbers: Tensor | Sequence[int]) -> Tensor:
-        """Pictures ``(B, 3, 64, 64)`` float32 in [0, 1]."""
+        """Images ``(B, 3, 64, 64)`` float32 in [0, 1]."""
         return as_images(self.pixels[np.asarray(numbers)])
 
     def allowed(self) -> Tensor:
-        """Numbers ``(M,)`` of the pictures that reward models may be trained on."""
+        """Numbers ``(M,)`` of the images that reward models may be trained on."""
         return torch.tensor([i for i, caption in enumerate(self.captions) if not held_out(caption)])
 
     def rng(self, purpose: str) -> np.random.Generator:
@@ -94,21 +94,21 @@ class Pictures:
         return numpy_rng(self.seed, purpose)
 
 
-def draw_pictures(folder: Path, num_pictures: int, seed: int) -> None:
-    """Draw pictures from the training distribution into ``folder``.
+def draw_images(folder: Path, num_images: int, seed: int) -> None:
+    """Draw images from the training distribution into ``folder``.
 
     Args:
         folder: Made if need be; ``captions.txt`` is written last, so its presence means that the folder is
             whole.
-        num_pictures: How many.
+        num_images: How many.
         seed: Of captions and scenes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = numpy_rng(seed, "pictures")
-    shape = (num_pictures, PICTURE, PICTURE, 3)
-    pixels = np.lib.format.open_memmap(folder / "pictures.npy", mode="w+", dtype=np.uint8, shape=shape)
+    shape = (num_images, IMAGE_SIDE, IMAGE_SIDE, 3)
+    pixels = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
     captions = []
-    for number in range(num_pictures):
+    for number in range(num_images):
         caption = sample_caption(rng)
         pixels[number] = render(sample_scene(caption, rng))
         captions.append(str(caption))
@@ -117,7 +117,7 @@ def draw_pictures(folder: Path, num_pictures: int, seed: int) -> None:
 
 
 def mutate(prompt: str, rng: np.random.Generator) -> str:
-    """A caption that differs from ``prompt`` in one fact, so that a picture of ``prompt`` does not fit it.
+    """A caption that differs from ``prompt`` in one fact, so that an image of ``prompt`` does not fit it.
 
     One of: a count, a size, a colour, a shape, the relation, the background, or two groups' colours
     exchanged. Only what is said changes.
@@ -133,7 +133,7 @@ def mutate(prompt: str, rng: np.random.Generator) -> str:
     while True:
         try:
             wrong = changes[rng.integers(len(changes))]()
-        except ConfigError:  # no picture could fit it, so it would be too easy
+        except ConfigError:  # no image could fit it, so it would be too easy
             continue
         if wrong != caption and not _says_the_same(wrong, caption):
             return str(wrong)

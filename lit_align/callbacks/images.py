@@ -1,4 +1,4 @@
-"""Pictures of a run: grids of the held-out prompts, and what ``predict`` writes."""
+"""Images of a run: grids of the held-out prompts, and what ``predict`` writes."""
 
 import json
 import textwrap
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from torch import Tensor
 
-from lit_align.callbacks.folder import finite, last_collection, run_folder, unused, writes
+from lit_align.callbacks.folder import finite, global_batch, run_folder, unused, writes
 from lit_align.data import Batch
 
 
@@ -22,14 +22,14 @@ def _uint8(images: Tensor) -> np.ndarray:
     return (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
-def picture_grid(images: Tensor, prompts: Sequence[str], columns: int = 8, side: int = 128) -> Image.Image:
-    """Pictures in rows, each with its prompt below.
+def image_grid(images: Tensor, prompts: Sequence[str], columns: int = 8, side: int = 128) -> Image.Image:
+    """Images in rows, each with its prompt below.
 
     Args:
         images: ``(N, 3, H, W)`` in [0, 1].
         prompts: ``N`` prompts; long ones are cut.
-        columns: Pictures in a row.
-        side: Width of a picture in the grid, in pixels.
+        columns: Images in a row.
+        side: Width of an image in the grid, in pixels.
     """
     text_height = 40
     rows = -(-len(prompts) // columns)
@@ -37,22 +37,22 @@ def picture_grid(images: Tensor, prompts: Sequence[str], columns: int = 8, side:
     draw = ImageDraw.Draw(grid)
     for i, (pixels, prompt) in enumerate(zip(_uint8(images), prompts, strict=True)):
         x, y = i % columns * (side + 8) + 4, i // columns * (side + text_height) + 4
-        picture = Image.fromarray(pixels)
-        height = round(side * picture.height / picture.width)
-        grid.paste(picture.resize((side, height), Image.Resampling.BICUBIC).crop((0, 0, side, side)), (x, y))
+        image = Image.fromarray(pixels)
+        height = round(side * image.height / image.width)
+        grid.paste(image.resize((side, height), Image.Resampling.BICUBIC).crop((0, 0, side, side)), (x, y))
         wrapped = partial(textwrap.wrap, width=side // 6, max_lines=3, placeholder=" ...")
         lines = [line for part in prompt.splitlines() for line in wrapped(part)][:3]
         draw.multiline_text((x, y + side + 1), "\n".join(lines), fill="black", spacing=1, font_size=10)
     return grid
 
 
-class PictureGrids(Callback):
-    """Shows the first validation pictures, always of the same prompts and noise.
+class ImageGrids(Callback):
+    """Shows the first validation images, always of the same prompts and noise.
 
-    They go to TensorBoard, and as PNG files to ``pictures/``.
+    They go to TensorBoard, and as PNG files to ``images/``.
 
     Args:
-        count: Pictures in a grid, from the first rank.
+        count: Images in a grid, from the first rank.
     """
 
     def __init__(self, count: int = 32) -> None:
@@ -77,19 +77,19 @@ class PictureGrids(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not self._prompts or not writes(trainer):
             return
-        grid = picture_grid(torch.cat(self._images), self._prompts)
+        grid = image_grid(torch.cat(self._images), self._prompts)
         self._images, self._prompts = [], []
-        folder = run_folder(trainer) / "pictures"
+        folder = run_folder(trainer) / "images"
         folder.mkdir(parents=True, exist_ok=True)
         grid.save(folder / f"validation_{pl_module.images:08d}.png")
         if isinstance(trainer.logger, TensorBoardLogger):
             pixels = np.asarray(grid)
             trainer.logger.experiment.add_image(
-                "validation", pixels, last_collection(trainer), dataformats="HWC"
+                "validation", pixels, global_batch(trainer), dataformats="HWC"
             )
 
 
-class PictureWriter(Callback):
+class ImageWriter(Callback):
     """``predict`` writes PNG files, and ``metadata.jsonl`` with each one's prompt, seed and rewards."""
 
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -125,4 +125,4 @@ class PictureWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            Console().print(f"pictures     {self._folder}", soft_wrap=True, highlight=False)
+            Console().print(f"images     {self._folder}", soft_wrap=True, highlight=False)
