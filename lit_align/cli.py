@@ -20,9 +20,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import lit_align.advantages
 import lit_align.backbones
 import lit_align.data
+import lit_align.methods.alignprop.truncation
 import lit_align.rewards
 import lit_align.samplers
-import lit_align.truncation
 from lit_align.callbacks import (
     AdapterExport,
     BatchCheckpoint,
@@ -127,7 +127,7 @@ def _suggestion(told: str) -> str:
             lit_align.data,
             lit_align.rewards,
             lit_align.samplers,
-            lit_align.truncation,
+            lit_align.methods.alignprop.truncation,
         )
         names = [name for part in parts for name in vars(part) if name[0].isupper()]
         near = difflib.get_close_matches(unknown[1], names, n=2)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lit_align.evaluation import compare, diversity
+from lit_align.comparison import compare, diversity
 
 
 def test_compare_is_the_paired_mean_and_its_standard_error():

@@ -5,7 +5,7 @@ from math import comb
 import pytest
 import torch
 
-from lit_align.evaluation import compare
+from lit_align.comparison import compare
 from lit_align.pareto import hypervolume, pareto_front, simplex_grid
 from lit_align.sweep import Front, Measured, Point
 

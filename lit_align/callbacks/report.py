@@ -17,8 +17,8 @@ from rich.table import Table
 from torch import Tensor
 
 from lit_align.callbacks.folder import finite, global_batch, run_folder, unused, write, writes
+from lit_align.comparison import Comparison, compare
 from lit_align.data import Batch
-from lit_align.evaluation import Comparison, compare
 from lit_align.methods import AlignmentModule
 from lit_align.shapes import WEIGHTS_HASH
 

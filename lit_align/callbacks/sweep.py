@@ -21,8 +21,8 @@ from rich.table import Table
 from lit_align.callbacks.folder import finite, run_folder, unused, write, writes
 from lit_align.callbacks.images import image_grid
 from lit_align.methods import MSDDAModule
+from lit_align.methods.msdda.sweep import BASE, EXPERT, FUSED, Front, Volume
 from lit_align.shapes import WEIGHTS_HASH
-from lit_align.sweep import BASE, EXPERT, FUSED, Front, Volume
 
 
 class SweepReport(Callback):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lit_align.evaluation import Comparison, compare
+from lit_align.comparison import Comparison, compare
 from tests.benchmarks.harness import markdown as md
 from tests.benchmarks.harness.gains import Metrics, Result, shares, side_by_side, values_of
 from tests.benchmarks.harness.plan import Plan

@@ -76,6 +76,10 @@ class FusedPolicy:
             return first.sampler.step(x, torch.stack(terms).sum(0), k)
         return fuse([policy(x, k) for policy, _ in used], [weight for _, weight in used])
 
+    def __getitem__(self, rows: Tensor) -> "FusedPolicy":
+        """The same policy for some of the images."""
+        return FusedPolicy([policy[rows] for policy in self.policies], self.weights)
+
 
 @dataclass(frozen=True)
 class RandomExpertPolicy:
@@ -100,6 +104,10 @@ class RandomExpertPolicy:
             step = self.policies[number][rows](x[rows], k)
             mean[rows], std[rows] = step.mean.to(x), step.std.to(x).expand_as(x[rows])
         return GaussianStep(mean, std)
+
+    def __getitem__(self, rows: Tensor) -> "RandomExpertPolicy":
+        """The same policy for some of the images."""
+        return RandomExpertPolicy([policy[rows] for policy in self.policies], self.choices[:, rows])
 
 
 def draw_choices(weights: Sequence[float], steps: int, draws: Sequence[torch.Generator]) -> Tensor:

@@ -6,38 +6,29 @@ what it has become is the next opponent. No loser is needed, and no reward. Shap
 ``D`` latent elements.
 """
 
-import hashlib
-import shutil
 import time
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_align.backbones import POLICY, DenoisingPolicy, DiffusionBackbone, whole
+from lit_align.backbones import POLICY, DenoisingPolicy, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import PairBatch
 from lit_align.errors import ConfigError
 from lit_align.gaussian import Generators
-from lit_align.methods.pairs import Metrics, Noised, PairModule
-from lit_align.objectives import trajectory_margin
-from lit_align.pool import Pool
+from lit_align.methods.metrics import Metrics
+from lit_align.methods.objectives import trajectory_margin
+from lit_align.methods.optimisation import Optimisation
+from lit_align.methods.pairs import Noised, judge
+from lit_align.methods.sampling import Sampling
+from lit_align.methods.spin.opponent import OPPONENT, OpponentModule
 from lit_align.rewards import RewardBank
-from lit_align.rollout import rollout
 from lit_align.samplers import Sampler
 
 Number = TypeVar("Number", int, float)
-
-OPPONENT = "opponent"
-"""The weight set of the policy as it was when the iteration began."""
-
-SHARD = 256
-"""Images of the opponent in a shard of the pool: what an interrupt may cost."""
 
 
 def forward_chain(sampler: Sampler, x0: Tensor, noise: Tensor, draws: Generators = None) -> Tensor:
@@ -56,11 +47,11 @@ def forward_chain(sampler: Sampler, x0: Tensor, noise: Tensor, draws: Generators
     Returns:
         States, ``(T + 1, B, ...)``.
     """
-    nothing, one = torch.zeros_like(x0), torch.ones_like(x0)
-    states = [sampler.add_noise(x0, noise, int(sampler.timesteps[0]))]
-    for k, t in enumerate(sampler.timesteps.tolist()):
-        implied = (states[-1] - sampler.add_noise(x0, nothing, t)) / sampler.add_noise(nothing, one, t)
-        states.append(sampler.step(states[-1], sampler.target(x0, implied, t), k).rsample(draws))
+    nothing, one, schedule = torch.zeros_like(x0), torch.ones_like(x0), sampler.schedule
+    states = [schedule.add_noise(x0, noise, sampler.timesteps[0])]
+    for k, t in enumerate(sampler.timesteps):
+        implied = (states[-1] - schedule.add_noise(x0, nothing, t)) / schedule.add_noise(nothing, one, t)
+        states.append(sampler.step(states[-1], schedule.target(x0, implied, t), k).rsample(draws))
     return torch.stack(states)
 
 
@@ -81,7 +72,7 @@ class Chains:
     losers: Tensor
 
 
-class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
+class SPINModule(OpponentModule[tuple[Noised, Noised] | Chains]):
     """Self-play finetuning on preferred images, all iterations in one fit."""
 
     def __init__(
@@ -89,20 +80,15 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
         backbone: DiffusionBackbone,
         sampler: SamplerFactory,
         rewards: RewardBank,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
         iterations: int = 3,
         steps: int | list[int] = 500,
         beta: float | list[float] = 2000.0,
         lr: float | list[float] | None = None,
         exact: bool = False,
         shared_noise: bool = True,
-        guidance: float = 7.5,
         opponent_guidance: float | None = None,
-        clip_norm: float = 1.0,
-        micro_batch: int = 8,
-        rollout_batch: int = 8,
-        seed: int | None = None,
+        optimisation: Optimisation = Optimisation(),
+        sampling: Sampling = Sampling(),
     ) -> None:
         """Wire the parts. The paper's own values are in ``configs/paper/spin_sd15.yaml``, as far as known.
 
@@ -110,51 +96,41 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
             backbone: The diffusion model.
             sampler: How the opponent's images, validation, test and predict are sampled.
             rewards: What is monitored; the weights make ``val/reward``, and nothing is trained on it.
-            optimizer: Of the trained weights; made anew in each iteration. Released models: AdamW, lr 2e-5
-                for all weights.
-            lr_scheduler: Stepped once per update; begins anew in each iteration.
             iterations: Self-play iterations. 3 in the paper.
             steps: Updates of an iteration; a list has one number for each. Training ends after the last.
                 Released models: 500.
             beta: Strength, one for all iterations or a list, in the convention of Diffusion-DPO's released
                 code: errors are means over latent elements, and a half stands before it (see
-                :func:`~lit_align.objectives.error_margin`). With ``exact`` it stands before log-ratios in
-                nats summed over steps and divided by the number of latent elements, so the paper's lambda is
-                ``beta / D``. The default is Diffusion-DPO's for Stable Diffusion 1.5 in its paper (section
+                :func:`~lit_align.methods.objectives.error_margin`). With ``exact`` it stands before log-ratios
+                in nats summed over steps and divided by the number of latent elements, so the paper's lambda
+                is ``beta / D``. The default is Diffusion-DPO's for Stable Diffusion 1.5 in its paper (section
                 5.1).
             lr: Learning rate of each iteration, in place of the optimizer's.
             exact: Train on whole chains (equation 4.8), all of the steps that have noise, instead of on one
                 timestep of each pair (equation 4.9, which bounds it from above, and which the paper trains).
                 The pool then holds ``T + 1`` latents a pair, and a backward pass ``2 T`` predictions a pair:
-                set the backbone's ``checkpointing``.
+                set the backbone's ``checkpointing`` to ``prediction``.
             shared_noise: Winner and loser get the same noise, as in the released code of Diffusion-DPO; the
                 paper's formula draws two. At the start of an iteration the gradient is the same on average.
                 Unused with ``exact``.
-            guidance: Scale of classifier-free guidance in sampling; the errors use none. With ``exact`` the
-                chains are those of the guided policy, and the log-ratios too.
             opponent_guidance: Another scale for the opponent's images: with guidance they differ from what
                 the denoiser has learnt, and training also pushes away from that difference. The same as
-                ``guidance`` if not given.
-            clip_norm: Largest norm of the gradient.
-            micro_batch: Pairs in one backward pass. Bounds memory and changes no result.
-            rollout_batch: Images sampled at once. Bounds memory and changes no result.
-            seed: Seed of timesteps and noise; that of ``seed_everything`` if not given.
+                ``sampling.guidance`` if not given.
+            optimisation: How the weights are updated; optimizer and schedule begin anew in each iteration.
+                Released models: AdamW, lr 2e-5 for all weights. ``micro_batch`` counts pairs.
+            sampling: How images are sampled; the errors use no guidance. With ``exact`` the chains are those
+                of the guided policy, and the log-ratios too.
 
         Raises:
             ConfigError: A list has not one entry for each iteration, a value is not positive, or the sampler
                 has no noise for the exact objective.
         """
         super().__init__(
-            backbone,
-            sampler,
-            rewards,
-            partial(self._optimizer_of_iteration, optimizer),
-            lr_scheduler,
-            guidance,
-            clip_norm,
-            micro_batch,
-            rollout_batch,
-            seed,
+            backbone=backbone,
+            sampler=sampler,
+            rewards=rewards,
+            optimisation=optimisation,
+            sampling=sampling,
         )
         if iterations < 1:
             raise ConfigError(f"iterations: {iterations} must be at least 1")
@@ -171,9 +147,9 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
             )
         self.exact = exact
         self.shared_noise = shared_noise
-        self.opponent_guidance = guidance if opponent_guidance is None else opponent_guidance
-        self.backbone.add_weights(OPPONENT)
-        self.pool: Pool | None = None
+        self.opponent_guidance = sampling.guidance if opponent_guidance is None else opponent_guidance
+        self.backbone.weight_sets.add(OPPONENT)
+        self.pool = None
 
     # ---- iterations
 
@@ -187,21 +163,23 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
             started = time.perf_counter()
             with self.trainer.precision_plugin.forward_context(), torch.no_grad():
                 self._fill_pool(batch_idx)
-            self.sampling = time.perf_counter() - started
+            self.sampling_seconds = time.perf_counter() - started
 
     def _begin_iteration(self) -> None:
         """The policy becomes its own opponent, and the optimizer forgets."""
         if self.iteration:
             self._drop_pool()
         self.iteration, self.done = self.iteration + 1, 0
-        self.backbone.copy_weights(POLICY, OPPONENT)
+        self.backbone.weight_sets.copy(POLICY, OPPONENT)
         if self.iteration > 1:
             self.trainer.strategy.setup_optimizers(self.trainer)
 
-    def _optimizer_of_iteration(self, make: OptimizerCallable, parameters: Any) -> torch.optim.Optimizer:
-        optimizer = make(parameters)
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] if self.rates is None else self.rates[max(self.iteration - 1, 0)]
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer of the iteration in progress, at its learning rate."""
+        optimizer = super().make_optimizer(groups)
+        if self.rates is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.rates[max(self.iteration - 1, 0)]
         return optimizer
 
     def configure_optimizers(self) -> Any:
@@ -241,96 +219,6 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
                 "trainer.limit_train_batches or data.batches_per_epoch"
             )
 
-    # ---- the opponent's images
-
-    def _opponent_weights(self) -> dict[str, Tensor]:
-        own = set(self.backbone.parameters_of(OPPONENT))
-        return {name: parameter for name, parameter in self.named_parameters() if parameter in own}
-
-    def _opponent_hash(self) -> str:
-        """Changes with the opponent, the pretrained model under it, the prompts, and how it is sampled."""
-        source = self.trainer.datamodule.source  # type: ignore[attr-defined]
-        settings = [self.seed, self.iteration, self.opponent_guidance, self.exact, source.fingerprint()]
-        digest = hashlib.sha256(f"{settings} {self.sampler.timesteps.tolist()}".encode())
-        one = torch.ones(1, 1, dtype=torch.float64)
-        for k in range(self.sampler.num_steps):
-            step = self.sampler.step(one, one, k)
-            digest.update(f"{step.mean.item()} {step.std.item()}".encode())
-        for name, parameter in self.backbone.named_parameters():
-            if parameter.requires_grad:
-                continue  # the policy, which moves on
-            digest.update(name.encode())
-            digest.update(whole(parameter.detach()).float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-    def _pool_folder(self) -> Path | None:
-        """Where this opponent's images lie; every rank must call it."""
-        trainer = self.trainer
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return None
-        return Path(trainer.log_dir or trainer.default_root_dir) / "pool" / self._opponent_hash()
-
-    def _drop_pool(self) -> None:
-        """Delete the images of an iteration that is over; what else lies beside them is not ours."""
-        folder = self._pool_folder()
-        if folder is not None and self.trainer.is_global_zero:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _coming(self, batch_idx: int) -> int:
-        """Batches that this iteration still has, this one included, as far as the Trainer goes."""
-        trainer, left = self.trainer, float(self.steps[self.iteration - 1] - self.done)
-        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            epochs = trainer.max_epochs - trainer.current_epoch
-            left = min(left, epochs * trainer.num_training_batches - batch_idx)
-        if trainer.max_steps >= 0:
-            left = min(left, trainer.max_steps - self.batches)
-        return max(1, int(left))
-
-    def _coming_rows(self, batches: int) -> dict[int, str]:
-        """Row and prompt of this rank's coming pairs, each of which is read once to see that it can be."""
-        rows = self.trainer.datamodule.train_rows(self.batches, batches)  # type: ignore[attr-defined]
-        total = batches * self.trainer.datamodule.pairs_per_batch // self.trainer.world_size  # type: ignore[attr-defined]
-        return dict(self.track(rows, total, f"Pairs of iteration {self.iteration}"))
-
-    def _fill_pool(self, batch_idx: int) -> None:
-        """Sample the opponent for the coming pairs; what the run's folder has of it already is kept."""
-        trainer, folder = self.trainer, self._pool_folder()
-        on_disk = folder is not None
-        self.pool = Pool(folder, folder.name if folder else "memory")
-        own = self._coming_rows(self._coming(batch_idx))
-        ranks = self.gather(list(own.items())) if on_disk else [list(own.items())]
-        prompts = dict(row for rank in ranks for row in rank)
-        missing = self.pool.missing(prompts)
-        if on_disk:
-            share = missing[trainer.global_rank :: trainer.world_size]
-            self._add_to_pool(share, prompts, missing[: -(-len(missing) // trainer.world_size) - len(share)])
-        else:
-            self._add_to_pool(missing, prompts, [])
-        trainer.strategy.barrier("pool")
-        self.pool.refresh()
-        assert not self.pool.missing(own), "the pool lacks images: do all ranks see the run's folder?"
-
-    def _add_to_pool(self, share: list[int], prompts: dict[int, str], padding: list[int]) -> None:
-        """Draw and store ``share``; ``padding`` is drawn only, as all ranks call a sharded model together."""
-        assert self.pool is not None
-        starts = range(0, len(share + padding), SHARD)
-        for start in self.track(starts, len(starts), f"Images of opponent {self.iteration}"):
-            rows = (share + padding)[start : start + SHARD]
-            samples = self._play(rows, [prompts[row] for row in rows])
-            if stored := share[start : start + SHARD]:
-                self.pool.add(stored, samples[: len(stored)])
-
-    def _play(self, rows: list[int], prompts: list[str]) -> Tensor:
-        """The opponent's latents, ``(N, C, H, W)``; its chains, ``(N, T + 1, C, H, W)``, if exact."""
-        cond = self.backbone.encode(prompts)
-        policy = self.backbone.policy(self.sampler, cond, self.opponent_guidance, OPPONENT)
-        samples = []
-        for part in torch.arange(len(rows)).split(self.rollout_batch):
-            noise, draws = self.draw_noise(torch.tensor(rows)[part], f"opponent {self.iteration}")
-            states = rollout(policy[part], noise, self.sampler.num_steps, draws).states
-            samples.append(states.transpose(0, 1) if self.exact else states[-1])
-        return torch.cat(samples)
-
     # ---- one batch
 
     def prepare(self, batch: PairBatch) -> tuple[Noised, Noised] | Chains:
@@ -346,17 +234,16 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
         )
         return Chains(policy, opponent, winners, losers.transpose(0, 1))
 
-    def loss(self, prepared: tuple[Noised, Noised] | Chains, rows: Tensor, metrics: Metrics) -> Tensor:
+    def loss(self, prepared: tuple[Noised, Noised] | Chains, rows: Tensor) -> tuple[Tensor, Metrics]:
         beta = self.betas[self.iteration - 1]
-        metrics["iteration"], metrics["beta"] = (
-            [torch.tensor([float(self.iteration)])],
-            [torch.tensor([beta])],
-        )
         if isinstance(prepared, Chains):
-            return self._trajectory_loss(prepared, rows, beta, metrics)
-        return self.preference(prepared, rows, OPPONENT, beta, metrics)
+            loss, metrics = self._trajectory_loss(prepared, rows, beta)
+        else:
+            loss, metrics = self.preference(prepared, rows, OPPONENT, beta)
+        settings = {"iteration": float(self.iteration), "beta": beta}
+        return loss, metrics | {name: torch.tensor([value]) for name, value in settings.items()}
 
-    def _trajectory_loss(self, chains: Chains, rows: Tensor, beta: float, metrics: Metrics) -> Tensor:
+    def _trajectory_loss(self, chains: Chains, rows: Tensor, beta: float) -> tuple[Tensor, Metrics]:
         """The exact objective: log-ratios of all steps of both chains, as means over elements."""
         both = torch.cat([rows, rows])
         policy, opponent = chains.policy[both], chains.opponent[both]
@@ -369,9 +256,9 @@ class SPINModule(PairModule[tuple[Noised, Noised] | Chains]):
                 reference = opponent(before, k)
             ratios.append(policy(before, k).log_ratio(reference, after) / before[0].numel())
         winner, loser = torch.stack(ratios).chunk(2, dim=1)
-        for name, values in {"winner_ratio": winner, "loser_ratio": loser}.items():
-            metrics.setdefault(name, []).append(values.detach().sum(0))
-        return self.judge(trajectory_margin(winner, loser, beta), metrics)
+        loss, metrics = judge(trajectory_margin(winner, loser, beta))
+        sums = {"winner_ratio": winner.detach().sum(0), "loser_ratio": loser.detach().sum(0)}
+        return loss, sums | metrics
 
     # ---- checkpoints
 

@@ -7,11 +7,10 @@ is cut short by a one-shot prediction: all are choices of ``truncation``. Shapes
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lit_align.backbones import POLICY, REFERENCE, Conditioning, DiffusionBackbone
@@ -19,11 +18,14 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError, check_positive
 from lit_align.gaussian import GaussianStep, Generators
+from lit_align.methods.alignprop.truncation import Truncation
 from lit_align.methods.base import AlignmentModule
+from lit_align.methods.metrics import Metrics
+from lit_align.methods.optimisation import Optimisation
+from lit_align.methods.sampling import Sampling
 from lit_align.randomness import generator
 from lit_align.rewards import RewardBank
 from lit_align.samplers import Sampler
-from lit_align.truncation import Truncation
 
 Predict = Callable[[Tensor, int], Tensor]
 """``predict(x, k)``: the guided output of the denoiser at the states ``x (B, ...)`` of step ``k``."""
@@ -93,7 +95,7 @@ def differentiable_rollout(
         if reference is not None and used:
             kl = kl + torch.where(keep, step.kl(sampler.step(x, reference(x, k), k)), 0.0)
         if one_shot:
-            clean = sampler.predict_x0(x, prediction, int(sampler.timesteps[k]))
+            clean = sampler.schedule.predict_x0(x, prediction, sampler.timesteps[k])
             jumped = torch.where(here, clean, jumped)
         x = step.rsample(draws)
     return jumped if one_shot else x, kl
@@ -120,27 +122,25 @@ def last_step_again(
     k, standard = sampler.num_steps - 1, GaussianStep(torch.zeros_like(clean), clean.new_ones(()))
     ends = [clean]
     for _ in range(copies):
-        x = sampler.add_noise(clean.detach(), standard.rsample(draws), int(sampler.timesteps[k]))
+        x = sampler.schedule.add_noise(clean.detach(), standard.rsample(draws), sampler.timesteps[k])
         ends.append(sampler.step(x, predict(x, k), k).rsample(draws))
     return torch.cat(ends)
 
 
 @dataclass
-class Collection:
-    """One effective batch, while its micro-batches are worked off.
+class RolloutBatch:
+    """One rollout batch, while its micro-batches are worked off.
 
     Attributes:
         batch: This rank's images.
+        cond: Their encoded prompts.
         attached: ``(T, B)`` bool, in the order of ``batch``.
-        scores: Pieces of what the rewards said, in the order of work.
-        metrics: Pieces of what was measured.
-        sampling: Seconds for sampling and scoring.
+        sampling: Seconds for sampling and scoring, so far.
     """
 
     batch: Batch
+    cond: Conditioning
     attached: Tensor
-    scores: dict[str, list[Tensor]] = field(default_factory=dict)
-    metrics: dict[str, list[Tensor]] = field(default_factory=dict)
     sampling: float = 0.0
 
 
@@ -153,17 +153,12 @@ class AlignPropModule(AlignmentModule):
         sampler: SamplerFactory,
         rewards: RewardBank,
         truncation: Truncation,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
         target: float | None = None,
         ceiling: float | None = None,
         coefficient: float = 0.01,
         kl_weight: float = 0.0,
-        guidance: float = 7.5,
-        clip_norm: float = 5.0,
-        micro_batch: int = 4,
-        rollout_batch: int = 8,
-        seed: int | None = None,
+        optimisation: Optimisation = Optimisation(clip_norm=5.0, micro_batch=4),
+        sampling: Sampling = Sampling(guidance=7.5),
     ) -> None:
         """Wire the parts. "Released" is the authors' code, branch main.
 
@@ -173,8 +168,6 @@ class AlignPropModule(AlignmentModule):
             sampler: How it is sampled. Any eta: 0 in the released code, 1 in TRL; 50 steps in both.
             rewards: What is maximised, by gradient, and what is monitored.
             truncation: Which predictions the gradient goes through. ``UniformWindow`` in the paper.
-            optimizer: Of the trained weights. Released: AdamW, lr 1e-3, weight decay 0.1, LoRA of rank 4.
-            lr_scheduler: Stepped once per update.
             target: Minimise the distance of the total reward to this, instead of maximising it. Released: 10
                 for the aesthetic score.
             ceiling: Images above this total reward give no gradient. ReFL: 2 standard deviations above the
@@ -182,28 +175,22 @@ class AlignPropModule(AlignmentModule):
             coefficient: Factor on the loss, 0.01 in the released code. Adam hides it; the clip does not.
             kl_weight: Weight of the KL to the reference, summed over the attached steps and a mean over
                 latent elements; the coefficient does not scale it. Own addition (the paper stops early).
-            guidance: Scale of classifier-free guidance; gradient flows through both halves. Released: 7.5.
-            clip_norm: Largest norm of the gradient. Released: 5.
-            micro_batch: Images in one backward pass, each with its copies if the truncation makes any. Bounds
-                memory and changes no result. Released: 4, with 128 images per update on all devices; the
-                authors advise a lower lr with fewer.
-            rollout_batch: Images sampled at once in validation, test and predict.
-            seed: Seed of all noise and of the truncation; that of ``seed_everything`` if not given.
+            optimisation: How the weights are updated. Released: AdamW, lr 1e-3, weight decay 0.1, LoRA of rank
+                4, clip 5. ``micro_batch`` counts images, each with its copies if the truncation makes any.
+                Released: 4, with 128 images per update on all devices; the authors advise a lower lr with
+                fewer.
+            sampling: How images are sampled; gradient flows through both halves of guidance. Released: 7.5.
+                ``batch`` is that of validation, test and predict.
 
         Raises:
             ConfigError: A trained reward has no gradient, or the options exclude each other.
         """
         super().__init__(
-            backbone,
-            sampler,
-            rewards,
-            optimizer,
-            lr_scheduler,
-            guidance,
-            clip_norm,
-            micro_batch,
-            rollout_batch,
-            seed,
+            backbone=backbone,
+            sampler=sampler,
+            rewards=rewards,
+            optimisation=optimisation,
+            sampling=sampling,
         )
         _check_rewards(rewards)
         check_positive({"coefficient": coefficient})
@@ -233,49 +220,53 @@ class AlignPropModule(AlignmentModule):
             self.truncation.attached(steps, generator(self.seed, "truncation", i))
             for i in batch.index.tolist()
         ]
-        work = Collection(batch, torch.stack(drawn, dim=1))
+        work = RolloutBatch(batch, self.backbone.encode(batch.prompts), torch.stack(drawn, dim=1))
         # Alike windows together: a micro-batch needs the graph of its longest.
         order = work.attached.int().argmax(0).argsort(stable=True)
-        parts = order.split(self.micro_batch)
+        parts = order.split(self.optimisation.micro_batch)
         graphs = [work.attached[:, rows].any(1) for rows in parts]
         if self.device_mesh is not None:  # whoever shares the weights must go back through the same steps
             graphs = [torch.stack(those).any(0) for those in zip(*self.gather(graphs), strict=True)]
-        self.update([partial(self._loss, work, *part) for part in zip(parts, graphs, strict=True)])
-        work.metrics["grad_norm"] = [self.gradient_norm.detach()[None]]
-        work.metrics["attached_steps"] = [work.attached.sum(0)]
-        scores = {name: torch.cat(pieces)[order.argsort()] for name, pieces in work.scores.items()}
+        measured = self.update([partial(self._loss, work, *part) for part in zip(parts, graphs, strict=True)])
+        places = order.argsort()
+        names = [name for name in measured if name == "reward" or name.startswith("reward/")]
+        scores = {name: measured.pop(name)[places] for name in names}
+        measured["attached_steps"] = work.attached.sum(0)
         self.reward_queries += self.truncation.copies * len(batch) * self.trainer.world_size
-        self.log_rollout_batch(scores, work.metrics, work.sampling, time.perf_counter() - started)
+        self.log_rollout_batch(scores, measured, work.sampling, time.perf_counter() - started)
 
-    def _loss(self, work: Collection, rows: Tensor, graphs: Tensor) -> Tensor:
-        """The part of some images in the mean loss of the rollout batch, with graphs of some steps."""
+    def _loss(self, work: RolloutBatch, rows: Tensor, graphs: Tensor) -> tuple[Tensor, Metrics]:
+        """The part of some images in the mean loss of the batch, with graphs of some steps.
+
+        Its metrics include what the rewards report of these images.
+        """
         started = time.perf_counter()
         batch = work.batch[rows]
-        latents, kl = self.differentiable_sample(batch, work.attached[:, rows], graphs)
+        latents, kl = self.differentiable_sample(batch, work.cond[rows], work.attached[:, rows], graphs)
         images, ends = self.backbone.decode(latents), 1 + self.truncation.copies
         scored = batch[torch.arange(len(batch)).repeat(ends)]
         output = self.rewards(images, scored.prompts, scored.groups, scored.columns)
-        for name, score in output.report.items():
-            work.scores.setdefault(name, []).append(score[: len(batch)])
+        metrics = {name: score[: len(batch)] for name, score in output.report.items()}
         work.sampling += time.perf_counter() - started
         # An image without a score has no gradient; unlike a mask, the choice of rows keeps its NaN out.
         rewards = output.total[output.total.isfinite()]
         loss = self.coefficient * reward_loss(rewards, self.target, self.ceiling)
-        work.metrics.setdefault("loss", []).append(loss.detach())
+        metrics["loss"] = loss.detach()
         total = loss.sum() / ends
         if self.kl_weight:
             penalty = kl / latents[0].numel()
-            work.metrics.setdefault("kl_penalty", []).append(penalty.detach())
+            metrics["kl_penalty"] = penalty.detach()
             total = total + self.kl_weight * penalty.sum()
-        return total / len(work.batch)
+        return total / len(work.batch), metrics
 
     def differentiable_sample(
-        self, batch: Batch, attached: Tensor, graphs: Tensor | None = None
+        self, batch: Batch, cond: Conditioning, attached: Tensor, graphs: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The latents that :meth:`sample` draws for training, with a gradient, and their KL.
 
         Args:
             batch: ``B`` images.
+            cond: Their encoded prompts.
             attached: ``(T, B)`` bool.
             graphs: As in :func:`differentiable_rollout`.
 
@@ -283,17 +274,22 @@ class AlignPropModule(AlignmentModule):
             As :func:`differentiable_rollout`, and after the latents their ``m`` copies.
         """
         noise, draws = self.draw_noise(batch.index, "rollout")
-        cond = self.backbone.encode(batch.prompts)
-        policy = partial(self._predict, cond, POLICY)
-        reference = partial(self._predict, cond, REFERENCE) if self.kl_weight else None
+        guidance = self.sampling.guidance
+        policy, reference = (
+            self.backbone.policy(self.sampler, cond, guidance, weights).predict
+            for weights in (POLICY, REFERENCE)
+        )
         latents, kl = differentiable_rollout(
-            policy, self.sampler, noise, attached, draws, reference, self.truncation.one_shot, graphs
+            policy,
+            self.sampler,
+            noise,
+            attached,
+            draws,
+            reference if self.kl_weight else None,
+            self.truncation.one_shot,
+            graphs,
         )
         return last_step_again(policy, self.sampler, latents, self.truncation.copies, draws), kl
-
-    def _predict(self, cond: Conditioning, weights: str, x: Tensor, k: int) -> Tensor:
-        t = self.sampler.timesteps[k].to(x.device)
-        return self.backbone.predict(x, t, cond, self.guidance, weights)
 
 
 def _check_rewards(rewards: RewardBank) -> None:

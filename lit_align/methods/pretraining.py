@@ -11,7 +11,7 @@ from lit_align.backbones import DiffusionBackbone
 from lit_align.data import CaptionedImages
 from lit_align.data.splits import Permutation
 from lit_align.errors import ConfigError, check_positive
-from lit_align.objectives import denoising_error
+from lit_align.methods.objectives import denoising_error
 from lit_align.samplers import Sampler
 
 Order = Literal["before", "after", "every"]
@@ -90,9 +90,9 @@ def denoising_loss(
         ConfigError: The images are not of the model's size.
     """
     clean = backbone.clean_latents(images, OTHER_SIZE)
-    count = sampler.num_train_timesteps
-    t = torch.stack([torch.randint(count, (), generator=draw) for draw in draws])
+    schedule = sampler.schedule
+    t = schedule.draw_t(draws)
     noise = torch.stack([torch.randn(backbone.latent_shape, generator=draw) for draw in draws]).to(clean)
-    x = sampler.add_noise(clean, noise, t)
+    x = schedule.add_noise(clean, noise, t)
     prediction = backbone.predict(x, t.to(x.device), backbone.encode(captions))
-    return denoising_error(prediction, sampler.target(clean, noise, t))
+    return denoising_error(prediction, schedule.target(clean, noise, t))

@@ -3,17 +3,18 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from lit_align.backbones import REFERENCE, DenoisingPolicy, DiffusionBackbone
+from lit_align.backbones import REFERENCE, Conditioning, DenoisingPolicy, DiffusionBackbone
 from lit_align.data import Batch
 from lit_align.errors import ConfigError
-from lit_align.fusion import is_one_hot
-from lit_align.gaussian import GaussianStep, Policy
+from lit_align.gaussian import GaussianStep
+from lit_align.methods.msdda.fusion import is_one_hot
+from lit_align.methods.sampling import BatchPolicy
 from lit_align.randomness import generator
 from lit_align.rewards import RewardBank
 
@@ -35,8 +36,8 @@ class Host(Protocol):
     def alone(self, weights: Mapping[str, float]) -> str | None:
         """The expert that is all that the method does at these weights."""
 
-    def expert(self, name: str, batch: Batch) -> DenoisingPolicy:
-        """The policy of a weight set."""
+    def expert(self, name: str, cond: Conditioning) -> DenoisingPolicy:
+        """The policy of a weight set for the images of ``cond``."""
 
     def objective(self, name: str, images: Tensor, batch: Batch) -> Tensor:
         """The scaled reward of one objective, ``(B,)``; differentiable where the reward is."""
@@ -62,8 +63,10 @@ class Baseline(ABC):
         del host
 
     @abstractmethod
-    def policy(self, host: Host, weights: Mapping[str, float], batch: Batch) -> Policy:
-        """The policy for these weights and images."""
+    def policy(
+        self, host: Host, weights: Mapping[str, float], batch: Batch, cond: Conditioning
+    ) -> BatchPolicy:
+        """The policy for these weights and images, whose encoded prompts are ``cond``."""
 
     def is_expert(self, host: Host, weights: Mapping[str, float]) -> bool:
         """Whether it is just an expert at these weights, which then is not sampled twice."""
@@ -80,12 +83,14 @@ class Soup(Baseline):
     name = "soup"
 
     def prepare(self, host: Host) -> None:
-        host.backbone.mix_weights(self.name, dict.fromkeys(host.experts, 0.0))  # refuses whole models now
+        host.backbone.weight_sets.mix(self.name, dict.fromkeys(host.experts, 0.0))  # refuses whole models now
 
-    def policy(self, host: Host, weights: Mapping[str, float], batch: Batch) -> Policy:
+    def policy(
+        self, host: Host, weights: Mapping[str, float], batch: Batch, cond: Conditioning
+    ) -> BatchPolicy:
         exponents = {name: a for name, a in host.exponents(weights).items() if name != REFERENCE}
-        host.backbone.mix_weights(self.name, exponents)
-        return host.expert(self.name, batch)
+        host.backbone.weight_sets.mix(self.name, exponents)
+        return host.expert(self.name, cond)
 
     def is_expert(self, host: Host, weights: Mapping[str, float]) -> bool:
         return host.alone(weights) is not None
@@ -101,13 +106,15 @@ class FactorSoup(Baseline):
     name = "soup of factors"
 
     def prepare(self, host: Host) -> None:
-        host.backbone.add_weights("factors")
+        host.backbone.weight_sets.add("factors")
         # Refuses what has no means.
-        host.backbone.average_factors("factors", dict.fromkeys(host.experts, 1.0))
+        host.backbone.weight_sets.average_factors("factors", dict.fromkeys(host.experts, 1.0))
 
-    def policy(self, host: Host, weights: Mapping[str, float], batch: Batch) -> Policy:
-        host.backbone.average_factors("factors", weights)
-        return host.expert("factors", batch)
+    def policy(
+        self, host: Host, weights: Mapping[str, float], batch: Batch, cond: Conditioning
+    ) -> BatchPolicy:
+        host.backbone.weight_sets.average_factors("factors", weights)
+        return host.expert("factors", cond)
 
     def is_expert(self, host: Host, weights: Mapping[str, float]) -> bool:
         del host
@@ -144,22 +151,57 @@ class CoDe(Baseline):
                 "images; take CoDe out"
             )
 
-    def policy(self, host: Host, weights: Mapping[str, float], batch: Batch) -> Policy:
+    def policy(
+        self, host: Host, weights: Mapping[str, float], batch: Batch, cond: Conditioning
+    ) -> BatchPolicy:
         draws = [generator(host.seed, "candidates", i) for i in batch.index.tolist()]
-        base = host.expert(REFERENCE, batch)
+        base = host.expert(REFERENCE, cond)
+        return SearchPolicy(host, base, dict(weights), batch, self.candidates, self.every, draws)
 
-        def search(x: Tensor, k: int | Tensor) -> GaussianStep:
-            step = base(x, k)
-            assert isinstance(k, int), "a search is one step for all images"
-            if k % self.every or k + 1 == base.sampler.num_steps or not base.sampler.stochastic[k]:
-                return step
-            drawn = [step.rsample(draws) for _ in range(self.candidates)]
-            scores = [score_clean(host, base, weights, batch, x, k + 1) for x in drawn]
-            best = torch.stack(scores).nan_to_num(nan=-math.inf).argmax(0)
-            chosen = torch.stack(drawn)[best, torch.arange(len(best), device=best.device)]
-            return GaussianStep(chosen, torch.zeros_like(step.std))
 
-        return search
+@dataclass(frozen=True)
+class SearchPolicy:
+    """The pretrained model's steps, in some of which the best of several next states goes on.
+
+    Attributes:
+        host: Gives the rewards.
+        base: The pretrained policy for the images.
+        weights: Of the objectives.
+        batch: The images.
+        candidates: Next states that are drawn.
+        every: Steps from one search to the next.
+        draws: Where the candidates' noise comes from, one an image.
+    """
+
+    host: Host
+    base: DenoisingPolicy
+    weights: Mapping[str, float]
+    batch: Batch
+    candidates: int
+    every: int
+    draws: list[torch.Generator]
+
+    def __call__(self, x: Tensor, k: int) -> GaussianStep:
+        """The distribution of the next state; after a search its one value."""
+        step, sampler = self.base(x, k), self.base.sampler
+        if k % self.every or k + 1 == sampler.num_steps or not sampler.stochastic[k]:
+            return step
+        drawn = [step.rsample(self.draws) for _ in range(self.candidates)]
+        scores = [self._score_clean(state, k + 1) for state in drawn]
+        best = torch.stack(scores).nan_to_num(nan=-math.inf).argmax(0)
+        chosen = torch.stack(drawn)[best, torch.arange(len(best), device=best.device)]
+        return GaussianStep(chosen, torch.zeros_like(step.std))
+
+    def __getitem__(self, rows: Tensor) -> "SearchPolicy":
+        """The same policy for some of the images."""
+        draws = [self.draws[i] for i in rows.tolist()]
+        return replace(self, base=self.base[rows], batch=self.batch[rows], draws=draws)
+
+    def _score_clean(self, x: Tensor, k: int) -> Tensor:
+        """The mixed reward ``(B,)`` of the clean images that are predicted at states of step ``k``."""
+        latents = self.base.predict_x0(x, self.base.predict(x, k), k)
+        images, used = self.host.backbone.decode(latents), self.weights.items()
+        return torch.stack([w * self.host.objective(n, images, self.batch) for n, w in used if w != 0]).sum(0)
 
 
 class RewardGradient(Baseline):
@@ -188,54 +230,59 @@ class RewardGradient(Baseline):
                 "which has none; take it out"
             )
 
-    def policy(self, host: Host, weights: Mapping[str, float], batch: Batch) -> Policy:
-        base = host.expert(REFERENCE, batch)
+    def policy(
+        self, host: Host, weights: Mapping[str, float], batch: Batch, cond: Conditioning
+    ) -> BatchPolicy:
+        base = host.expert(REFERENCE, cond)
+        return GuidedPolicy(host, base, dict(weights), batch, self.growth, self.temperature)
 
-        def guided(x: Tensor, k: int | Tensor) -> GaussianStep:
-            assert isinstance(k, int), "guidance is one step for all images"
-            if not base.sampler.stochastic[k]:
-                return base(x, k)
-            prediction, gradients = self._gradients(host, base, weights, batch, x, k)
-            step = base.sampler.step(x, prediction, k)
-            shift = torch.zeros_like(step.mean)
-            for name, gradient in gradients.items():
-                norm = gradient.norm(dim=1, keepdim=True).clamp(min=1e-12)
-                shift += weights[name] * gradient / norm / self.temperature
-            strength = min(1.0, (1 + self.growth) ** k - 1)
-            return GaussianStep(step.mean + strength * step.std.square() * shift, step.std)
 
-        return guided
+@dataclass(frozen=True)
+class GuidedPolicy:
+    """The pretrained model's steps, moved along the gradients of the objectives.
 
-    def _gradients(
-        self,
-        host: Host,
-        base: DenoisingPolicy,
-        weights: Mapping[str, float],
-        batch: Batch,
-        x: Tensor,
-        k: int,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    Attributes:
+        host: Gives the rewards.
+        base: The pretrained policy for the images.
+        weights: Of the objectives.
+        batch: The images.
+        growth: See :class:`RewardGradient`.
+        temperature: See :class:`RewardGradient`.
+    """
+
+    host: Host
+    base: DenoisingPolicy
+    weights: Mapping[str, float]
+    batch: Batch
+    growth: float
+    temperature: float
+
+    def __call__(self, x: Tensor, k: int) -> GaussianStep:
+        """The distribution of the next state."""
+        if not self.base.sampler.stochastic[k]:
+            return self.base(x, k)
+        prediction, gradients = self._gradients(x, k)
+        step = self.base.sampler.step(x, prediction, k)
+        shift = torch.zeros_like(step.mean)
+        for name, gradient in gradients.items():
+            norm = gradient.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            shift += self.weights[name] * gradient / norm / self.temperature
+        strength = min(1.0, (1 + self.growth) ** k - 1)
+        return GaussianStep(step.mean + strength * step.std.square() * shift, step.std)
+
+    def __getitem__(self, rows: Tensor) -> "GuidedPolicy":
+        """The same policy for some of the images."""
+        return replace(self, base=self.base[rows], batch=self.batch[rows])
+
+    def _gradients(self, x: Tensor, k: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The prediction at ``x``, and of each objective that has a weight the gradient at ``x``."""
         with torch.inference_mode(False), torch.enable_grad():
             # Copies: what was made in inference mode cannot enter a graph.
-            cond = replace(base.cond, embeds=base.cond.embeds.clone(), null=base.cond.null.clone())
+            base = replace(self.base, cond=self.base.cond.map(torch.clone))
             state = x.clone().requires_grad_()
-            prediction = replace(base, cond=cond).predict(state, k)
-            images = host.backbone.decode(predict_clean(base, state, prediction, k))
-            names = [name for name, weight in weights.items() if weight != 0]
-            scores = [host.objective(name, images, batch).sum() for name in names]
+            prediction = base.predict(state, k)
+            images = self.host.backbone.decode(base.predict_x0(state, prediction, k))
+            names = [name for name, weight in self.weights.items() if weight != 0]
+            scores = [self.host.objective(name, images, self.batch).sum() for name in names]
             gradients = [torch.autograd.grad(score, state, retain_graph=True)[0] for score in scores]
         return prediction.detach(), dict(zip(names, gradients, strict=True))
-
-
-def predict_clean(policy: DenoisingPolicy, x: Tensor, prediction: Tensor, k: int) -> Tensor:
-    """The clean latents that a prediction at states of step ``k`` implies."""
-    return policy.sampler.predict_x0(x, prediction, int(policy.sampler.timesteps[k]))
-
-
-def score_clean(
-    host: Host, policy: DenoisingPolicy, weights: Mapping[str, float], batch: Batch, x: Tensor, k: int
-) -> Tensor:
-    """The mixed reward ``(B,)`` of the clean images that the denoiser predicts at states of step ``k``."""
-    images = host.backbone.decode(predict_clean(policy, x, policy.predict(x, k), k))
-    return torch.stack([w * host.objective(n, images, batch) for n, w in weights.items() if w != 0]).sum(0)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lit_align.baselines import Baseline, Soup
+from lit_align.comparison import compare
 from lit_align.errors import ConfigError
-from lit_align.evaluation import compare
-from lit_align.pareto import hypervolume, pareto_front, simplex_grid
+from lit_align.methods.msdda.baselines import Baseline, Soup
+from lit_align.methods.msdda.pareto import hypervolume, pareto_front, simplex_grid
 
 Weights = tuple[tuple[str, float], ...]
 """(objective, weight) pairs."""

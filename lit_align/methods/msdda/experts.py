@@ -12,17 +12,19 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from lit_align.backbones import REFERENCE, DenoisingPolicy, DiffusionBackbone
+from lit_align.backbones import REFERENCE, Conditioning, DenoisingPolicy, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch, PromptDataModule
 from lit_align.errors import ConfigError, check_positive
-from lit_align.methods.base import AlignmentModule, Samples
+from lit_align.methods.base import AlignmentModule
+from lit_align.methods.metrics import Metrics, pooled
+from lit_align.methods.optimisation import Optimisation
+from lit_align.methods.sampling import Sampling
+from lit_align.methods.tasks import check_updates
 from lit_align.replay import Pairs, Replay, draw_pairs
 from lit_align.rewards import RewardBank
-from lit_align.tasks import check_updates
 
 
 def centred(rewards: Tensor, groups: Tensor) -> Tensor:
@@ -79,8 +81,8 @@ class ExpertModule(AlignmentModule):
     r"""Trains experts side by side over one frozen model, on images of the reference.
 
     The step reward :math:`r_t(x_{t-1})` is the mean reward of the images that the *reference* makes from
-    :math:`x_{t-1}`. Its samples are the rewards of the reference's own images, so one rollout batch serves all
-    experts and all steps, with importance weights of one step.
+    :math:`x_{t-1}`. Its samples are the rewards of the reference's own images, so one rollout batch serves
+    all experts and all steps, with importance weights of one step.
     """
 
     def __init__(
@@ -90,57 +92,41 @@ class ExpertModule(AlignmentModule):
         rewards: RewardBank,
         objectives: dict[str, dict[str, float]],
         expert_betas: dict[str, float],
-        optimizer: OptimizerCallable,
-        lr_scheduler: LRSchedulerCallable | None,
         max_ratio: float,
         updates: int,
         inner_epochs: int,
         timestep_fraction: float,
-        guidance: float,
-        clip_norm: float,
-        micro_batch: int,
-        rollout_batch: int,
-        seed: int | None,
+        optimisation: Optimisation,
+        sampling: Sampling,
     ) -> None:
         """Wire the parts; what is not said here is documented where a method gives it a default.
 
         Args:
             backbone: The diffusion model, which gets a weight set for each objective. When all weight sets
-                are there, a subclass says which are trained: ``backbone.train_only(self.trained)``.
+                are there, a subclass says which are trained: ``weight_sets.train_only(self.trained)``.
             sampler: How it is sampled.
             rewards: The objectives' parts.
             objectives: For each expert the weights of the rewards, as scaled in the bank, that it maximises.
             expert_betas: The KL strength of each expert.
-            optimizer: Of the experts.
-            lr_scheduler: Stepped once per update.
             max_ratio: Bound on importance weights.
-            updates: Optimiser steps per pass over a rollout batch.
+            updates: Optimizer steps per pass over a rollout batch.
             inner_epochs: Passes over a rollout batch.
             timestep_fraction: Share of the stochastic steps of each image that an update uses.
-            guidance: Scale of classifier-free guidance.
-            clip_norm: Largest norm of each expert's gradient.
-            micro_batch: (image, step) pairs in one backward pass, for each expert.
-            rollout_batch: Images sampled at once.
-            seed: Seed of all noise.
+            optimisation: How the experts are updated; each gradient is clipped by itself.
+            sampling: How images are sampled.
 
         Raises:
             ConfigError: A size is not positive.
         """
         super().__init__(
-            backbone,
-            sampler,
-            rewards,
-            optimizer,
-            lr_scheduler,
-            guidance,
-            clip_norm,
-            micro_batch,
-            rollout_batch,
-            seed,
+            backbone=backbone,
+            sampler=sampler,
+            rewards=rewards,
+            optimisation=optimisation,
+            sampling=sampling,
         )
         sizes = {"max_ratio": max_ratio, "updates": updates, "inner_epochs": inner_epochs}
-        sizes["timestep_fraction"] = timestep_fraction
-        check_positive(sizes)
+        check_positive(sizes | {"timestep_fraction": timestep_fraction})
         self.objectives, self.trained = objectives, list(objectives)
         self.expert_betas = expert_betas
         self.max_ratio = max_ratio
@@ -148,11 +134,15 @@ class ExpertModule(AlignmentModule):
         self.stochastic_steps = self.sampler.stochastic.nonzero().flatten()
         self.steps_per_image = max(1, round(min(timestep_fraction, 1) * len(self.stochastic_steps)))
         for name in self.trained:
-            backbone.add_weights(name)
+            backbone.weight_sets.add(name)
 
     @abstractmethod
-    def expert(self, name: str, batch: Batch) -> DenoisingPolicy:
-        """One expert's policy, or the reference's."""
+    def expert(self, name: str, cond: Conditioning) -> DenoisingPolicy:
+        """One expert's policy, or the reference's, for the images of ``cond``."""
+
+    def objective(self, name: str, images: Tensor, batch: Batch) -> Tensor:
+        """The scaled reward of one objective, ``(B,)``, with its gradient."""
+        return self.rewards.weighted(name, images, batch.prompts, batch.groups, batch.columns)
 
     def weighted_reward(self, scores: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
         """``(B,)``: the sum of the scaled objectives with these weights, from scores by name."""
@@ -195,53 +185,47 @@ class ExpertModule(AlignmentModule):
 
     def parameter_groups(self) -> list[list[torch.nn.Parameter]]:
         """The experts', apart: training side by side is training alone."""
-        return [self.backbone.parameters_of(name) for name in self.trained]
+        return [self.backbone.weight_sets.parameters_of(name) for name in self.trained]
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect images of the reference and their scores, then update all experts on them."""
+        """Sample images of the reference and score them, then update all experts on them."""
         started = time.perf_counter()
+        cond = self.backbone.encode(batch.prompts)
         with torch.no_grad():
-            samples = self.sample(batch, "rollout", REFERENCE)
+            samples = self.sample(self.policy(batch, cond, REFERENCE), batch, "rollout")
             scores = self.score(samples.images, batch)
         sampled = time.perf_counter()
         parts = {name: part.float().cpu() for name, part in scores.parts.items()}
-        lessons = [self._lesson(name, batch, samples, parts) for name in self.objectives]
+        lessons = []
+        for name, objective in self.objectives.items():
+            advantages = centred(self.weighted_reward(parts, objective), batch.groups).to(self.device)
+            lessons.append(Lesson(self.expert(name, cond), samples.trajectory, name, advantages))
         metrics = self._learn(lessons, batch)
         self.log_rollout_batch(scores.report, metrics, sampled - started, time.perf_counter() - started)
 
-    def _learn(self, lessons: Sequence[Lesson], batch: Batch) -> dict[str, list[Tensor]]:
-        """All updates of a rollout batch; returns what was measured in each micro-batch."""
-        metrics: dict[str, list[Tensor]] = {}
+    def _learn(self, lessons: Sequence[Lesson], batch: Batch) -> Metrics:
+        """All updates on a rollout batch."""
+        measured = []
         for epoch in range(self.inner_epochs):
             pairs = draw_pairs(batch.index, self.stochastic_steps, self.steps_per_image, self.seed, epoch)
             size = len(pairs.rows) // self.updates
             for part in pairs.split(size):
-                micros = part.split(self.micro_batch)
-                self.update([partial(self._loss, lessons, micro, size, metrics) for micro in micros])
-                metrics.setdefault("grad_norm", []).append(self.gradient_norm.detach()[None])
-        return metrics
+                micros = part.split(self.optimisation.micro_batch)
+                measured.append(self.update([partial(self._loss, lessons, micro, size) for micro in micros]))
+        return pooled(measured)
 
-    def _lesson(self, name: str, batch: Batch, samples: Samples, scores: dict[str, Tensor]) -> Lesson:
-        """The reference's chains, as one of the trained weight sets sees them."""
-        reward = self.weighted_reward(scores, self.objectives[name])
-        advantages = centred(reward, batch.groups).to(self.device)
-        return Lesson(self.expert(name, batch), samples.trajectory, name, advantages)
-
-    def _loss(
-        self, lessons: Sequence[Lesson], pairs: Pairs, size: int, metrics: dict[str, list[Tensor]]
-    ) -> Tensor:
+    def _loss(self, lessons: Sequence[Lesson], pairs: Pairs, size: int) -> tuple[Tensor, Metrics]:
         """The part of some (image, step) pairs in the loss of an update of ``size`` pairs, over all experts.
 
         All in one: over several processes every backward pass must reach every trained weight.
         """
-        total = torch.zeros((), device=self.device)
+        total, measured = torch.zeros((), device=self.device), []
         for lesson in lessons:
             now, then, drawn = lesson.step(pairs)
             kl, advantages = now.kl(then), lesson.advantages[pairs.rows.to(self.device)]
             beta = self.expert_betas[lesson.name]
             loss = step_loss(now.log_ratio(then, drawn), kl, advantages, beta, self.max_ratio)
-            for key, value in {"loss": loss, "kl": kl}.items():
-                metrics.setdefault(key, []).append(value.detach())
-                metrics.setdefault(f"{key}/{lesson.name}", []).append(value.detach())
+            own = {"loss": loss.detach(), "kl": kl.detach()}
+            measured += [own, {f"{metric}/{lesson.name}": values for metric, values in own.items()}]
             total = total + loss.sum() / size
-        return total
+        return total, pooled(measured)

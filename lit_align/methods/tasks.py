@@ -7,13 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_align.advantages import Advantages, BatchAdvantages, PerPromptAdvantages
+from lit_align.advantages import Advantages
 from lit_align.data import MultiTaskDataModule, PromptDataModule
 from lit_align.errors import ConfigError
 from lit_align.rewards import RewardBank, Scope, SetReward
 
 BATCH_LEARNS = " (DDPO learns from what a prompt shares with BatchAdvantages)"
 """Where a prompt's mean is taken away and its images share one score."""
+
+
+def of_task(name: str, task: str) -> str:
+    """The name under which a metric of one task is logged; unchanged where there is only one task."""
+    return f"{name}/{task}" if task else name
 
 
 @dataclass
@@ -99,7 +104,7 @@ def check_task(name: str, task: Task, data: PromptDataModule, updates: int, worl
         ConfigError: With what to change.
     """
     place, normaliser = f"tasks.{name}: " if name else "", type(task.advantages).__name__
-    if task.advantages.needs_groups and data.images_per_prompt < 2:
+    if task.advantages.baseline == "group" and data.images_per_prompt < 2:
         raise ConfigError(
             f"{place}images_per_prompt: {normaliser} compares the images of a prompt, and "
             f"there is {data.images_per_prompt} of each; set data.images_per_prompt to 2 or more, or use "
@@ -169,15 +174,17 @@ def check_rewards(
 
 
 def _baseline(advantages: Advantages, data: PromptDataModule) -> tuple[Scope, str]:
-    """Whose mean a normaliser takes away, and, if it is that of a prompt's images, what else would help."""
-    if advantages.needs_groups:
-        return "group", BATCH_LEARNS
-    if isinstance(advantages, BatchAdvantages):
-        alone = data.prompts_per_batch == 1
-        return ("group", ", or data.prompts_per_batch above 1") if alone else ("batch", "")
-    if isinstance(advantages, PerPromptAdvantages) and advantages.buffer_size <= data.images_per_prompt:
-        memory = f"its buffer_size, {advantages.buffer_size}, to several times data.images_per_prompt"
-        return "group", f", or give {type(advantages).__name__} a memory: {memory}"
+    """Whose mean a normaliser subtracts, and, if it is that of a prompt's images, what else would help."""
+    match advantages.baseline:
+        case "group":
+            return "group", BATCH_LEARNS
+        case "batch" if data.prompts_per_batch == 1:
+            return "group", ", or data.prompts_per_batch above 1"
+        case "batch":
+            return "batch", ""
+        case "history" if advantages.memory <= data.images_per_prompt:
+            memory = f"its buffer_size, {advantages.memory}, to several times data.images_per_prompt"
+            return "group", f", or give {type(advantages).__name__} a memory: {memory}"
     return "sample", ""
 
 
