@@ -28,8 +28,8 @@ class Advantages(ABC):
     """
 
     baseline: ClassVar[Literal["none", "group", "batch", "history"]] = "none"
-    """Whose mean is subtracted from a reward: that of the prompt's images in this rollout batch (``group``, so
-    that at least two of each are needed), of the whole ``batch``, of the prompt's ``history``, or none."""
+    """Whose mean is subtracted from a reward: that of the prompt's images in this rollout batch (``group``,
+    which needs at least two of each), of the whole ``batch``, of the prompt's ``history``, or none."""
 
     memory: int = 0
     """Newest rewards of a prompt that a ``history`` holds."""

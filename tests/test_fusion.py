@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_align.backbones import REFERENCE, DenoisingPolicy, StableDiffusionBackbone
 from lit_align.errors import ConfigError
-from lit_align.fusion import FusedPolicy, RandomExpertPolicy, draw_choices, fusion_weights
+from lit_align.methods.msdda.fusion import FusedPolicy, RandomExpertPolicy, draw_choices, fusion_weights
 from lit_align.gaussian import GaussianStep, fuse
 from lit_align.rollout import rollout
 from lit_align.samplers import DDIM

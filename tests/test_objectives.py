@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from lit_align.gaussian import GaussianStep
-from lit_align.objectives import (
+from lit_align.methods.objectives import (
     denoising_error,
     error_margin,
     implicit_accuracy,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lit_align.comparison import compare
-from lit_align.pareto import hypervolume, pareto_front, simplex_grid
-from lit_align.sweep import Front, Measured, Point
+from lit_align.methods.msdda.pareto import hypervolume, pareto_front, simplex_grid
+from lit_align.methods.msdda.sweep import Front, Measured, Point
 
 
 def test_the_grid_holds_every_weight_once_from_the_first_objective_to_the_last():

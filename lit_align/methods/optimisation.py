@@ -141,7 +141,7 @@ class OptimisedModule(LightningModule):
         for group in optimizer.param_groups:
             if group["lr"] is None:
                 raise ConfigError(
-                    f"optimisation.optimizer: kl_target or the weight of a task scales this step by {scale:g}, "
+                    f"optimisation.optimizer: kl_target or a task's weight scales this step by {scale:g}, "
                     "but the optimizer has no learning rate; give it one (lr)"
                 )
             group["lr"] *= scale

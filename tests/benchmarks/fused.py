@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lit_align.backbones import LoRA, StableDiffusionBackbone
-from lit_align.fusion import FusedPolicy, RandomExpertPolicy, draw_choices
+from lit_align.methods.msdda.fusion import FusedPolicy, RandomExpertPolicy, draw_choices
 from lit_align.gaussian import Policy
 from lit_align.rollout import rollout
 from lit_align.samplers import DDIM

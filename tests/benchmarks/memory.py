@@ -25,7 +25,7 @@ from lit_align.data import Batch
 from lit_align.methods import AlignPropModule
 from lit_align.rewards import CLIPScore, RewardBank
 from lit_align.samplers import DDIM
-from lit_align.truncation import FixedWindow
+from lit_align.methods.alignprop.truncation import FixedWindow
 from tests.benchmarks.machine import each_alone, machine, now, peak_bytes, reset_peak
 
 

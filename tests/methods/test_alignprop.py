@@ -19,7 +19,7 @@ from lit_align.methods.alignprop import differentiable_rollout, last_step_again,
 from lit_align.randomness import generator
 from lit_align.rewards import Brightness, CLIPScore, JPEGCompressibility, Redness, Reward, RewardBank
 from lit_align.samplers import DDIM, Sampler
-from lit_align.truncation import (
+from lit_align.methods.alignprop.truncation import (
     FixedWindow,
     GaussianWindow,
     LowVariance,

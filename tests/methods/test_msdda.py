@@ -15,14 +15,14 @@ from PIL import Image
 from rich.progress import Progress
 
 from lit_align.backbones import POLICY, REFERENCE, LoRA, StableDiffusionBackbone
-from lit_align.baselines import CoDe, FactorSoup, RewardGradient, Soup, score_clean
+from lit_align.methods.msdda.baselines import CoDe, FactorSoup, RewardGradient, Soup, score_clean
 from lit_align.callbacks import SweepReport
 from lit_align.cli import main
 from lit_align.data import Batch, PromptDataModule, ShapesPrompts
 from lit_align.errors import ConfigError
 from lit_align.gaussian import GaussianStep
 from lit_align.methods import MSDDAModule
-from lit_align.methods.experts import centred, step_loss
+from lit_align.methods.msdda.experts import centred, step_loss
 from lit_align.rewards import (
     Brightness,
     JPEGCompressibility,
@@ -32,7 +32,7 @@ from lit_align.rewards import (
     RewardBank,
 )
 from lit_align.samplers import DDIM
-from lit_align.sweep import Front, Measured, Point, Sweep
+from lit_align.methods.msdda.sweep import Front, Measured, Point, Sweep
 
 CONFIG = Path(__file__).parents[2] / "configs" / "msdda.yaml"
 BOTH = {"bright": None, "red": None}

@@ -175,10 +175,10 @@ class AlignPropModule(AlignmentModule):
             coefficient: Factor on the loss, 0.01 in the released code. Adam hides it; the clip does not.
             kl_weight: Weight of the KL to the reference, summed over the attached steps and a mean over
                 latent elements; the coefficient does not scale it. Own addition (the paper stops early).
-            optimisation: How the weights are updated. Released: AdamW, lr 1e-3, weight decay 0.1, LoRA of rank
-                4, clip 5. ``micro_batch`` counts images, each with its copies if the truncation makes any.
-                Released: 4, with 128 images per update on all devices; the authors advise a lower lr with
-                fewer.
+            optimisation: How the weights are updated. Released: AdamW, lr 1e-3, weight decay 0.1, LoRA of
+                rank 4, clip 5. ``micro_batch`` counts images, each with its copies if the truncation makes
+                any. Released: 4, with 128 images per update on all devices; the authors advise a lower lr
+                with fewer.
             sampling: How images are sampled; gradient flows through both halves of guidance. Released: 7.5.
                 ``batch`` is that of validation, test and predict.
 

@@ -103,7 +103,7 @@ class MSDDAModule(SweepModule):
             updates: Optimiser steps per pass over a rollout batch; each takes whole prompts.
             inner_epochs: Passes over a rollout batch. Its images are the reference's, and never grow stale.
             timestep_fraction: Share of the stochastic steps of each image that an update uses, at random.
-            optimisation: How the experts are updated. ``micro_batch`` counts (image, step) pairs of one expert.
+            optimisation: How the experts are updated. ``micro_batch`` counts (image, step) pairs.
             sampling: How images are sampled. Guidance of Diffusion Blend: 7.5.
 
         Raises:

@@ -101,10 +101,10 @@ class SPINModule(OpponentModule[tuple[Noised, Noised] | Chains]):
                 Released models: 500.
             beta: Strength, one for all iterations or a list, in the convention of Diffusion-DPO's released
                 code: errors are means over latent elements, and a half stands before it (see
-                :func:`~lit_align.methods.objectives.error_margin`). With ``exact`` it stands before log-ratios
-                in nats summed over steps and divided by the number of latent elements, so the paper's lambda
-                is ``beta / D``. The default is Diffusion-DPO's for Stable Diffusion 1.5 in its paper (section
-                5.1).
+                :func:`~lit_align.methods.objectives.error_margin`). With ``exact`` it stands before
+                log-ratios in nats summed over steps and divided by the number of latent elements, so the
+                paper's lambda is ``beta / D``. The default is Diffusion-DPO's for Stable Diffusion 1.5 in its
+                paper (section 5.1).
             lr: Learning rate of each iteration, in place of the optimizer's.
             exact: Train on whole chains (equation 4.8), all of the steps that have noise, instead of on one
                 timestep of each pair (equation 4.9, which bounds it from above, and which the paper trains).
