@@ -104,8 +104,8 @@ class DDPOModule(JointModule):
             kl_target: KL by which one rollout batch should move the policy, in nats per step; the learning
                 rate is scaled towards it. It falls with the square of a task's weight, and of what a schedule
                 has left of the rate. Interleaved tasks are measured together. Own addition, after the
-                adaptive penalty of PPO (Schulman et al. 2017, section 4): the useful range of learning rates is narrow
-                and moves during a run.
+                adaptive penalty of PPO (Schulman et al. 2017, section 4): the useful range of learning rates
+                is narrow and moves during a run.
             tasks: Instead of ``rewards`` and ``advantages``: several tasks by name, each with the prompts of
                 the same name in ``MultiTaskDataModule``. As in Zhang et al., one iteration takes each in
                 turn, and no two rewards are added up.
