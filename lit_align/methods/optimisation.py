@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lit_align.backbones.base import whole
+from lit_align.backbones import whole
 from lit_align.errors import ConfigError, check_positive
 from lit_align.methods.metrics import Loss, Metrics, pooled
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lit_align.backbones.base import whole
+from lit_align.backbones import whole
 from lit_align.methods.pairs import PairModule
 from lit_align.pool import Pool
 from lit_align.rollout import rollout
