@@ -150,12 +150,11 @@ class JointModule(AlignmentModule):
     def collect(self, batch: Batch) -> Rollouts:
         """Sample images of a task with the weights of now, and score them."""
         started = time.perf_counter()
-        with torch.no_grad():
-            policy = self.backbone.policy(
-                self.sampler, self.backbone.encode(batch.prompts), self.sampling.guidance
-            )
-            samples = self.sample(policy, batch, "rollout")
-            scores = self.score(samples.images, batch)
+        policy = self.backbone.policy(
+            self.sampler, self.backbone.encode(batch.prompts), self.sampling.guidance
+        )
+        samples = self.sample(policy, batch, "rollout")
+        scores = self.score(samples.images, batch)
         seconds = time.perf_counter() - started
         rewards = scores.total.float().cpu()
         unscored = rewards.isfinite().logical_not().float()
@@ -171,6 +170,7 @@ class JointModule(AlignmentModule):
             seconds,
         )
 
+    @torch.no_grad()
     def score(self, images: Tensor, batch: Batch) -> RewardOutput:
         """What the rewards of the batch's task say; of several tasks, reported under names that all have."""
         scores = self.tasks[batch.task].rewards(images, batch.prompts, batch.groups, batch.columns)

@@ -198,9 +198,8 @@ class PRDPModule(AlignmentModule):
         policy = self.backbone.policy(
             self.sampler, self.backbone.encode(batch.prompts), self.sampling.guidance
         )
-        with torch.no_grad():
-            samples = self.sample(policy, batch, "rollout")
-            scores = self.score(samples.images, batch)
+        samples = self.sample(policy, batch, "rollout")
+        scores = self.score(samples.images, batch)
         sampled = time.perf_counter()
         replay = Replay(policy, samples.trajectory)
         images = int((batch.groups == batch.groups[0]).sum())

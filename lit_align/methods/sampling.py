@@ -75,8 +75,9 @@ class SamplingModule(LightningModule):
         """The policy that samples the images of ``batch``, whose encoded prompts are ``cond``."""
         return self.backbone.policy(self.sampler, cond, self.sampling.guidance, weights)
 
+    @torch.no_grad()
     def sample(self, policy: BatchPolicy, batch: Batch, purpose: str, seed: int | None = None) -> Samples:
-        """Sample one image for each row of ``batch``, in chunks of ``sampling.batch``.
+        """Sample one image for each row of ``batch``, in chunks of ``sampling.batch``, without gradient.
 
         Image ``i`` is a pure function of the weights, its prompt, (seed, purpose) and its global number
         ``batch.index[i]``: it depends neither on its batch nor on its rank or device.

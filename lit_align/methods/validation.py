@@ -123,8 +123,9 @@ class ValidatedModule(SamplingModule):
     prompt_groups: Tensor
     _evaluated: list[dict[str, Tensor]]
 
+    @torch.no_grad()
     def score(self, images: Tensor, batch: Batch) -> RewardOutput:
-        """What the rewards say of images."""
+        """What the rewards say of images, without gradient."""
         return self.rewards(images, batch.prompts, batch.groups, batch.columns)
 
     def gather(self, value: Any) -> list[Any]:

@@ -191,9 +191,8 @@ class ExpertModule(AlignmentModule):
         """Sample images of the reference and score them, then update all experts on them."""
         started = time.perf_counter()
         cond = self.backbone.encode(batch.prompts)
-        with torch.no_grad():
-            samples = self.sample(self.policy(batch, cond, REFERENCE), batch, "rollout")
-            scores = self.score(samples.images, batch)
+        samples = self.sample(self.policy(batch, cond, REFERENCE), batch, "rollout")
+        scores = self.score(samples.images, batch)
         sampled = time.perf_counter()
         parts = {name: part.float().cpu() for name, part in scores.parts.items()}
         lessons = []
