@@ -1,8 +1,8 @@
 """Small runs of every method, of which a test says only what matters to it.
 
 Options are named as in a configuration but without their group: ``make(DDPOModule, tiny, lr=1e-2, batch=4,
-eta=0.0, updates=2)`` finds ``optimisation``, ``sampling``, the sampler and the backbone by itself; what belongs
-to none of these is the method's own.
+eta=0.5, updates=2)`` finds ``optimisation``, ``sampling``, the sampler and the backbone by itself; what
+belongs to none of these is the method's own.
 """
 
 import math
@@ -20,6 +20,7 @@ from lit_align.backbones import POLICY, StableDiffusionBackbone
 from lit_align.callbacks import BatchCheckpoint
 from lit_align.data import (
     Batch,
+    CaptionedImages,
     MultiTaskDataModule,
     PickaPicDataModule,
     PromptDataModule,
@@ -40,7 +41,7 @@ from lit_align.methods.alignprop import UniformWindow
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.sampling import Samples, Sampling
 from lit_align.methods.tasks import Task
-from lit_align.rewards import Brightness, Redness, Reward, RewardBank
+from lit_align.rewards import Brightness, Redness, Reward, RewardBank, SetReward
 from lit_align.samplers import DDIM
 
 Method = TypeVar("Method", bound=AlignmentModule)
@@ -178,20 +179,23 @@ class Recorder(Callback):
     """Keeps what happens in a fit, batch by batch and update by update.
 
     Args:
-        crash: Raise :class:`Killed` in the update of this batch, counted from 1; 0 for never.
-        path: Write everything there at the end, where the parent of this process can read it.
+        crash: Raise :class:`Killed` in this batch, counted from 1; 0 for never.
+        after: Updates that are made in that batch before.
 
     Attributes:
-        gradients: Before each update (clipped), of each trained parameter.
+        gradients: Before each update, not yet clipped, of each trained parameter.
         logged: What the Trainer has logged after each batch, by name.
-        index: Numbers of the images (or rows of the pairs) of each batch.
+        index: Numbers of this rank's images (or rows of its pairs) of each batch.
         validated: What each validation measured, by name, ``(N,)`` each.
         at: Number of images at each validation.
         weights: Of each trained parameter, at the end.
     """
 
-    def __init__(self, crash: int = 0, path: Path | None = None) -> None:
-        self.crash, self.path = crash, path
+    KEPT = ("gradients", "logged", "index", "validated", "at", "weights")
+
+    def __init__(self, crash: int = 0, after: int = 0) -> None:
+        self.crash, self.after = crash, after
+        self.made = 0  # updates in this batch
         self.gradients: list[list[Tensor]] = []
         self.logged: list[dict[str, float]] = []
         self.index: list[list[int]] = []
@@ -200,14 +204,16 @@ class Recorder(Callback):
         self.weights: list[Tensor] = []
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-        if len(self.logged) == self.crash - 1:
+        if (len(self.logged) + 1, self.made) == (self.crash, self.after):
             raise Killed
+        self.made += 1
         trained = [p for p in pl_module.parameters() if p.requires_grad]
         self.gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.made = 0
         self.logged.append({name: float(value) for name, value in trainer.logged_metrics.items()})
         parts = batch if isinstance(batch, list) else [batch]
         self.index.append([i for part in parts for i in part.index.tolist()])
@@ -218,17 +224,25 @@ class Recorder(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.weights = trained(pl_module)
-        if self.path is not None and trainer.is_global_zero:
-            kept = ("gradients", "logged", "index", "validated", "at", "weights")
-            torch.save({name: getattr(self, name) for name in kept}, self.path)
+        if trainer.world_size > 1 and trainer.is_global_zero:  # a process that ends before fit() returns
+            path = Path(trainer.default_root_dir) / "recorded.pt"
+            torch.save({name: getattr(self, name) for name in self.KEPT}, path)
+
+    def read(self, folder: Path) -> None:
+        """Take over what the first of several processes has recorded."""
+        for name, value in torch.load(folder / "recorded.pt", weights_only=True).items():
+            setattr(self, name, value)
 
 
 def trainer(folder: Path, batches: int, *callbacks: Callback, **options: Any) -> Trainer:
     """A Trainer of ``batches`` rollout batches an epoch; it validates nothing unless told.
 
-    A checkpoint is written after each batch if :class:`BatchCheckpoint` is among the callbacks.
+    A checkpoint is written after each batch if :class:`BatchCheckpoint` is among the callbacks. With
+    ``devices=2`` processes are forked: that takes a tenth of the time of new ones, which import everything.
     """
     settings: dict[str, Any] = {"max_epochs": 1, "limit_val_batches": 0, "logger": False} | options
+    if settings.get("devices", 1) > 1:
+        settings["strategy"] = "ddp_fork"
     return Trainer(
         accelerator="cpu",
         limit_train_batches=batches,
@@ -250,10 +264,15 @@ def fit(
     recorder: Recorder | None = None,
     **options: Any,
 ) -> Recorder:
-    """Train, on :func:`data_for` the module if no other ``data`` is given; returns what was recorded."""
+    """Train, on :func:`data_for` the module if no other ``data`` is given; returns what was recorded.
+
+    With ``devices=2`` the module of this process stays as it is: what was trained is in the recorder.
+    """
     recorder = recorder or Recorder()
     runs = trainer(folder, batches, recorder, *callbacks, **options)
     runs.fit(module, data or data_for(module), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    if runs.world_size > 1:
+        recorder.read(folder)
     return recorder
 
 
@@ -306,7 +325,7 @@ def randomise(module: AlignmentModule, std: float = 0.3) -> list[Tensor]:
 
 
 class Unscored(Reward):
-    """Every other image has no score; the others that of another reward."""
+    """The first image and every second after it have no score; the others that of another reward."""
 
     scope = "sample"
 
@@ -323,3 +342,45 @@ class Unscored(Reward):
     ) -> Tensor:
         scores = self.scored(images, prompts, groups, columns)
         return torch.where(torch.arange(len(images)) % 2 == 0, math.nan, scores)
+
+
+class Dark(Reward):
+    """Scores dark images; a bright one has no score."""
+
+    differentiable = False
+    scope = "sample"
+
+    def forward(
+        self,
+        images: Tensor,
+        prompts: list[str],
+        groups: Tensor | None = None,
+        columns: Mapping[str, list[Any]] | None = None,
+    ) -> Tensor:
+        level = images.mean(dim=(1, 2, 3))
+        return torch.where(level > level.median(), torch.nan, -level)
+
+
+class EvenBrightness(SetReward):
+    """Minus the squared mean distance of a set's brightness from a half, for as many bright as dark."""
+
+    DEFINED_FROM = 1
+
+    def features(self, images: Tensor) -> Tensor:
+        return (images.mean(dim=(1, 2, 3))[:, None] - 0.5).double().cpu()
+
+    def value(self, total: Tensor, count: Tensor) -> Tensor:
+        return -(total[:, 0] / count).square()
+
+
+class Greys(CaptionedImages):
+    """Seven grey images of the tiny model's size."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def caption(self, row: int) -> str:
+        return f"grey {row}"
+
+    def image(self, row: int) -> Tensor:
+        return torch.full((3, 16, 16), row / 7)
