@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ from lit_align.methods.pretraining import Pretraining
 from lit_align.methods.tasks import Task
 from lit_align.rewards import Brightness, Redness, RewardBank
 from tests.methods.build import (
-    Dark,
     EvenBrightness,
     Greys,
     Killed,
@@ -90,7 +89,7 @@ class Case:
 def two_tasks() -> dict[str, Task]:
     return {
         "a": Task(bank(EvenBrightness("leave_one_out")), GroupAdvantages("batch")),
-        "b": Task(bank(Dark()), PerPromptAdvantages(4, 2), 0.5),
+        "b": Task(bank(Unscored(Brightness())), PerPromptAdvantages(4, 2), 0.5),
     }
 
 
@@ -339,6 +338,17 @@ def test_validation_begins_at_no_images_and_measures_the_same_ones_every_time(
         torch.testing.assert_close(
             scores, validated["reward"][: len(batch)], rtol=1e-6, atol=0, equal_nan=True
         )
+
+
+def test_an_image_does_not_depend_on_the_batch_it_is_sampled_in(
+    whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, batch, images = whole.module, held_out(whole.module), []
+    for size in (3, 100):
+        monkeypatch.setattr(module, "sampling", replace(module.sampling, batch=size))
+        images.append(draw(module, batch).images)
+    torch.testing.assert_close(*images, atol=1e-5, rtol=0)
+    assert (draw(module, batch, "test").images - images[1]).abs().amax((1, 2, 3)).min() > 0.01
 
 
 def test_the_axis_of_what_is_logged_is_the_number_of_images(whole: Run) -> None:
