@@ -1,23 +1,20 @@
 """Diffusion models behind one interface; to add one, see CONTRIBUTING.md."""
 
-from lit_align.backbones.adapters import LoRA
-from lit_align.backbones.base import (
-    POLICY,
-    REFERENCE,
-    Conditioning,
-    DenoisingPolicy,
-    DiffusionBackbone,
-    whole,
-)
+from lit_align.backbones.adapters import LoRA, whole
+from lit_align.backbones.base import Conditioning, DenoisingPolicy, DiffusionBackbone
+from lit_align.backbones.pipeline import DiffusersBackbone
 from lit_align.backbones.stable_diffusion import StableDiffusionBackbone
+from lit_align.backbones.weight_sets import POLICY, REFERENCE, WeightSets
 
 __all__ = [
     "POLICY",
     "REFERENCE",
     "Conditioning",
     "DenoisingPolicy",
+    "DiffusersBackbone",
     "DiffusionBackbone",
     "LoRA",
     "StableDiffusionBackbone",
+    "WeightSets",
     "whole",
 ]

@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from lit_align.backbones.base import whole
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, check_positive
 
 FILE = "pytorch_lora_weights.safetensors"
 """The file of an adapter's folder, by diffusers' convention."""
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, for which all processes must ask; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass
@@ -27,14 +31,25 @@ class LoRA:
 
     Args:
         rank: Rank of each update ``B A``. 4 in ddpo-pytorch and in TRL's DDPOTrainer.
-        alpha: The update is scaled by ``alpha / rank``; TRL's DDPOTrainer has ``alpha = rank``.
+        alpha: The update is scaled by ``alpha / rank``; null means the rank, so a scale of 1 whatever the
+            rank, as in TRL's DDPOTrainer.
         target_modules: Ends of the names of the layers that get an adapter. The default is all projections of
             attention, as in ddpo-pytorch.
     """
 
     rank: int = 4
-    alpha: float = 4.0
+    alpha: float | None = None
     target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+
+    def config(self) -> LoraConfig:
+        """These settings as peft has them.
+
+        Raises:
+            ConfigError: Rank or alpha is not positive.
+        """
+        check_positive({"lora.rank": self.rank, "lora.alpha": self.alpha})
+        alpha = float(self.rank) if self.alpha is None else self.alpha
+        return LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=list(self.target_modules))  # type: ignore[arg-type]
 
 
 class Adapters:
@@ -44,12 +59,18 @@ class Adapters:
     the adapters' own scales ``alpha / rank``. So a mixture is linear in the updates, which peft's
     ``combination_type="linear"`` is not: that one averages the factors. The empty set is the denoiser itself.
 
+    Adapters are kept in float32 whatever the denoiser's dtype: an update of Adam is lost in bfloat16.
+
     Args:
         denoiser: A diffusers model with the mixin of adapters, such as a UNet.
+        pipeline_class: The pipeline class of the denoiser, which knows its files.
+        part: The denoiser's name in the pipeline, ``unet`` or ``transformer``.
     """
 
-    def __init__(self, denoiser: nn.Module) -> None:
+    def __init__(self, denoiser: nn.Module, pipeline_class: Any, part: str) -> None:
         self.denoiser: Any = denoiser
+        self._pipeline_class = pipeline_class
+        self._part = part
         self._sets: dict[str, dict[str, float]] = {}
         self._scales: dict[BaseTunerLayer, dict[str, float]] = {}
 
@@ -62,46 +83,73 @@ class Adapters:
         Raises:
             ConfigError: No layer has such a name.
         """
-        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules))
+        config = lora.config()
         try:
             with self._injecting(name):
                 self.denoiser.add_adapter(config, adapter_name=name)
         except ValueError as error:
             raise ConfigError(
-                f"lora.target_modules {lora.target_modules} match no layer of the UNet; "
+                f"lora.target_modules {lora.target_modules} match no layer of the {self._part}; "
                 "give ends of layer names, such as [to_q, to_k, to_v, to_out.0]"
             ) from error
 
-    def load(self, name: str, folder: Path) -> None:
-        """Load an adapter of any rank from a folder in diffusers' format, as a set of its own.
+    def load(self, name: str, path: Path) -> None:
+        """Load an adapter of any rank, as a set of its own.
+
+        Args:
+            name: Of the set.
+            path: A folder in diffusers' format, or a .safetensors file.
 
         Raises:
             ConfigError: There is none, or it is not one for this denoiser.
         """
-        if not (folder / FILE).is_file():
-            raise ConfigError(f"there is no {FILE} in {folder}; give the adapter/ folder of a run")
-        try:
-            layers, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
-                folder, weight_name=FILE, unet_config=self.denoiser.config, return_lora_metadata=True
+        file = path if path.suffix == ".safetensors" else path / FILE
+        if not file.is_file():
+            raise ConfigError(
+                f"there is no {file.name} in {file.parent}; give the adapter/ folder of a run, or a "
+                ".safetensors file"
             )
-            if foreign := [key for key in layers if not key.startswith("unet.")]:
-                raise ValueError(f"it adapts more than the UNet: {foreign[0]}")
+        try:
+            # Between the two some families have alphas, from files of other programs. unet_config is needed
+            # to read those, and ignored by families without a UNet.
+            layers, *alphas, metadata = self._pipeline_class.lora_state_dict(
+                file.parent,
+                weight_name=file.name,
+                unet_config=self.denoiser.config,
+                return_lora_metadata=True,
+            )
+            prefix = f"{self._part}."
+            if foreign := [key for key in layers if not key.startswith(prefix)]:
+                raise ValueError(f"it adapts more than the {self._part}: {foreign[0]}")
             with self._injecting(name):
-                StableDiffusionPipeline.load_lora_into_unet(
-                    layers, alphas, self.denoiser, adapter_name=name, metadata=metadata
+                self.denoiser.load_lora_adapter(
+                    layers,
+                    prefix=self._part,
+                    adapter_name=name,
+                    network_alphas=alphas[0] if alphas else None,
+                    metadata=metadata,
                 )
+            self._copy_exactly(name, {key.removeprefix(prefix): value for key, value in layers.items()})
         except (ValueError, RuntimeError, KeyError, OSError) as error:
-            raise ConfigError(f"the adapter in {folder} does not fit this model: {error}") from error
+            raise ConfigError(f"the adapter in {path} does not fit this model: {error}") from error
+
+    def _copy_exactly(self, name: str, layers: dict[str, Tensor]) -> None:
+        """Set the values again, because peft rounded them to the denoiser's dtype when it loaded them."""
+        if "lora_A" not in next(iter(layers)):
+            layers = convert_unet_state_dict_to_peft(layers)
+        set_peft_model_state_dict(self.denoiser, layers, adapter_name=name)
 
     @contextmanager
     def _injecting(self, name: str) -> Iterator[None]:
-        """Peft also chooses a new adapter and makes it trainable; here both are undone."""
+        """Undo that peft chooses a new adapter, makes it trainable and gives it the base's dtype."""
         trained = {p for p in self.denoiser.parameters() if p.requires_grad}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
             yield
         for parameter in self.denoiser.parameters():
             parameter.requires_grad_(parameter in trained)
+        for parameter in self.parameters([name]):
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         # Kept, because peft's own set_adapter walks all modules and flips requires_grad at every switch.
         for layer in self.denoiser.modules():
             if isinstance(layer, BaseTunerLayer) and name in layer.scaling:
@@ -179,11 +227,11 @@ class Adapters:
             return
         # Renamed are only the layers of attention, and diffusers reads a file by the style of its first name.
         renamed = convert_state_dict_to_diffusers(layers)
-        StableDiffusionPipeline.save_lora_weights(
-            folder,
-            unet_lora_layers=layers if any(".lora_A." in key for key in renamed) else renamed,
-            unet_lora_adapter_metadata=config.to_dict(),
-        )
+        settings: dict[str, Any] = {
+            f"{self._part}_lora_layers": layers if any(".lora_A." in key for key in renamed) else renamed,
+            f"{self._part}_lora_adapter_metadata": config.to_dict(),
+        }
+        self._pipeline_class.save_lora_weights(folder, **settings)
 
     def _concatenated(self, chosen: Mapping[str, float]) -> tuple[dict[str, Tensor], LoraConfig]:
         """One adapter with the same update: ``[w_1 s_1 B_1, w_2 s_2 B_2] [A_1; A_2]``."""

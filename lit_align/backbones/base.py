@@ -1,109 +1,82 @@
 """What a method may ask of a text-to-image diffusion model, whatever its architecture.
 
-Shapes: ``B`` images, ``L`` tokens, ``C H W``. ``k`` is a step index in sampling order, ``t`` a timestep
-value.
+Shapes: ``B`` images, ``C H W`` of a latent. ``k`` is a step index in sampling order, ``t`` a timestep value.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
+from lit_align.backbones.weight_sets import POLICY, WeightSets
 from lit_align.errors import ConfigError
 from lit_align.gaussian import GaussianStep
 from lit_align.samplers import Sampler
-
-POLICY = "policy"
-"""The weight set that is trained."""
-
-REFERENCE = "reference"
-"""The weight set of the pretrained model."""
 
 SamplerFactory = Callable[[Mapping[str, Any]], Sampler]
 """A sampler but for its first argument, the scheduler's configuration."""
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, for which all processes must ask; any other tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is told about ``B`` images.
+    """What the denoiser is told about ``B`` images, under names that only the backbone knows.
 
     Attributes:
-        embeds: Token states of the prompts, ``(B, L, D)``.
-        null: Token states of the empty prompt, for classifier-free guidance, ``(1, L, D)``.
+        prompt: Of the prompts; every tensor has ``B`` rows.
+        negative: Of the empty prompt, for classifier-free guidance, under the same names; every tensor has
+            one row. None where the model is not guided so.
     """
 
-    embeds: Tensor
-    null: Tensor
+    prompt: dict[str, Tensor]
+    negative: dict[str, Tensor] | None
 
     def __len__(self) -> int:
-        return len(self.embeds)
+        return len(next(iter(self.prompt.values())))
 
     def __getitem__(self, rows: Tensor | slice) -> "Conditioning":
         """The conditioning of some images, chosen by a slice, a mask or a tensor of row numbers."""
-        rows = rows if isinstance(rows, slice) else rows.to(self.embeds.device)
-        return Conditioning(self.embeds[rows], self.null)
+        chosen = {
+            name: value[rows if isinstance(rows, slice) else rows.to(value.device)]
+            for name, value in self.prompt.items()
+        }
+        return Conditioning(chosen, self.negative)
+
+    @staticmethod
+    def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
+        """The images of all parts, in order; the parts come from one backbone."""
+        prompts = [part.prompt for part in parts]
+        joined = {name: torch.cat([prompt[name] for prompt in prompts]) for name in prompts[0]}
+        return Conditioning(joined, parts[0].negative)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
+        """The same with a function applied to every tensor."""
+        prompt, negative = self.prompt, self.negative
+        return Conditioning(
+            {name: function(value) for name, value in prompt.items()},
+            None if negative is None else {name: function(value) for name, value in negative.items()},
+        )
 
 
 class DiffusionBackbone(nn.Module, ABC):
-    """A denoiser with its text encoder and its image autoencoder, and *named weight sets* of the denoiser.
+    """A denoiser with its text encoders and its image autoencoder.
 
-    ``"policy"`` is trained, ``"reference"`` is the pretrained model, further sets (an opponent, an expert)
-    are frozen unless :meth:`train_only` says otherwise. Which parameters require gradients is decided once,
-    at construction; choosing a set for a prediction changes nothing but what is computed.
+    Attributes:
+        weight_sets: The denoiser and its *named weight sets*: ``"policy"`` is trained, ``"reference"`` is the
+            pretrained model, further sets (an opponent, an expert) are frozen unless said otherwise.
+        size: ``(height, width)`` of an image in pixels.
     """
+
+    weight_sets: WeightSets
+    size: tuple[int, int]
 
     @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
         """``(C, H, W)`` of one latent."""
-
-    @property
-    @abstractmethod
-    def weight_sets(self) -> tuple[str, ...]:
-        """The names that ``weights=`` accepts."""
-
-    @abstractmethod
-    def add_weights(self, name: str) -> None:
-        """Add a frozen weight set that starts as a copy of the policy."""
-
-    @abstractmethod
-    def copy_weights(self, source: str, target: str) -> None:
-        """Overwrite the frozen set ``target`` with the values of ``source``."""
-
-    def load_weights(self, name: str, folder: Path) -> None:
-        """Add a frozen weight set from a folder that :meth:`save_weights` wrote.
-
-        Raises:
-            ConfigError: There is none, or not one for this model.
-        """
-        raise ConfigError(f"{type(self).__name__} cannot load weight sets")
-
-    def mix_weights(self, name: str, weights: Mapping[str, float]) -> None:
-        """Make (or replace) the frozen set whose update of the reference is the weighted sum of others'."""
-        raise ConfigError(f"{type(self).__name__} cannot mix weight sets")
-
-    def average_factors(self, name: str, weights: Mapping[str, float]) -> None:
-        """As :meth:`mix_weights`, for an added set, but with the means of the adapters' factors."""
-        raise ConfigError(f"{type(self).__name__} has no factors to average")
-
-    def train_only(self, names: Collection[str]) -> None:
-        """Decide, once and before training, which weight sets are trained; all others are frozen."""
-        raise ConfigError(f"{type(self).__name__} trains one weight set")
-
-    def parameters_of(self, name: str) -> list[nn.Parameter]:
-        """The parameters that belong to one weight set alone."""
-        raise ConfigError(f"{type(self).__name__} trains one weight set")
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -111,16 +84,21 @@ class DiffusionBackbone(nn.Module, ABC):
 
     @abstractmethod
     def predict(
-        self, x: Tensor, t: int | Tensor, cond: Conditioning, guidance: float = 1.0, weights: str = POLICY
+        self,
+        x: Tensor,
+        t: float | Tensor,
+        cond: Conditioning,
+        guidance: float = 1.0,
+        weights: str = POLICY,
     ) -> Tensor:
-        """The denoiser's guided output, in the scheduler's prediction type.
+        """The denoiser's guided output, in the scheduler's prediction type and in at least float32.
 
         Args:
             x: Noisy latents, ``(B, C, H, W)``.
-            t: A timestep value for all, or one each, ``(B,)``.
+            t: A timestep value for all, or one each, ``(B,)``; whole or real.
             cond: Conditioning of the same ``B`` images.
-            guidance: Scale ``w`` of classifier-free guidance, ``null + w (cond - null)``; 1 computes the
-                conditional half only.
+            guidance: Scale ``w`` of classifier-free guidance, ``negative + w (prompt - negative)``; 1
+                computes the half of the prompt only.
             weights: Name of the weight set.
         """
 
@@ -143,14 +121,13 @@ class DiffusionBackbone(nn.Module, ABC):
         Raises:
             ConfigError: The images are not of the model's size.
         """
-        clean = self.latents(images).float().contiguous()
-        if clean.shape[1:] != self.latent_shape:
-            side = images.shape[-1] * self.latent_shape[-1] // clean.shape[-1]
+        size = tuple(images.shape[-2:])
+        if size != self.size:
             raise ConfigError(
-                f"the dataset's images have {images.shape[-1]} pixels a side, but the model draws {side}; "
-                f"{remedy}"
+                f"the dataset's images are {size[0]} x {size[1]} pixels (height x width), but the model "
+                f"draws {self.size[0]} x {self.size[1]}; {remedy}"
             )
-        return clean
+        return self.latents(images).float().contiguous()
 
     def autoencoder_hash(self) -> str:
         """Changes with what decides :meth:`latents`; needed where latents are kept on disk."""
@@ -159,15 +136,6 @@ class DiffusionBackbone(nn.Module, ABC):
     @abstractmethod
     def make_sampler(self, factory: SamplerFactory) -> Sampler:
         """Complete a sampler with the configuration of this model's noise schedule."""
-
-    @abstractmethod
-    def save_weights(self, folder: Path | None, weights: str = POLICY) -> None:
-        """Write a weight set in the form that diffusers loads (an adapter, or a pipeline folder).
-
-        Args:
-            folder: Where; null on a process that only gives its shards. All processes must call.
-            weights: The set.
-        """
 
     @abstractmethod
     def shard(self, mesh: DeviceMesh) -> None:
@@ -201,8 +169,15 @@ class DenoisingPolicy:
 
     def predict(self, x: Tensor, k: int | Tensor) -> Tensor:
         """The denoiser's guided output at the states of a step; arguments as for a call."""
-        t = self.sampler.timesteps[k.cpu() if isinstance(k, Tensor) else k]
-        return self.backbone.predict(x, t.to(x.device), self.cond, self.guidance, self.weights)
+        t = self._timesteps(k).to(x.device)
+        return self.backbone.predict(x, t, self.cond, self.guidance, self.weights)
+
+    def predict_x0(self, x: Tensor, prediction: Tensor, k: int | Tensor) -> Tensor:
+        """The clean latents that a prediction implies at the states of a step."""
+        return self.sampler.schedule.predict_x0(x, prediction, self._timesteps(k))
+
+    def _timesteps(self, k: int | Tensor) -> Tensor:
+        return self.sampler.timesteps[k.cpu() if isinstance(k, Tensor) else k]
 
     def __getitem__(self, rows: Tensor | slice) -> "DenoisingPolicy":
         """The same policy for some of the images."""

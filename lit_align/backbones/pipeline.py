@@ -1,0 +1,376 @@
+"""What every family of diffusers pipelines shares; a family is a subclass with a handful of hooks."""
+
+import hashlib
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from lit_align.backbones.adapters import LoRA
+from lit_align.backbones.base import Conditioning, DiffusionBackbone, SamplerFactory
+from lit_align.backbones.loading import load_pipeline
+from lit_align.backbones.weight_sets import POLICY, WeightSets
+from lit_align.errors import ConfigError, check_positive
+from lit_align.samplers import Sampler
+
+recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+"""Checkpointing without state of random numbers: the models are in evaluation mode and draw none."""
+
+
+class DiffusersBackbone(DiffusionBackbone):
+    """A diffusers pipeline with named weight sets of its denoiser.
+
+    A family says which pipeline it takes and what its denoiser is called, and has three functions:
+    :meth:`embed`, :meth:`denoise` and :meth:`blocks`. Where it differs from Stable Diffusion it overrides
+    :meth:`negative`, :meth:`normalise` and :meth:`denormalise`, :meth:`attend`, or the class attributes.
+
+    Attributes:
+        pipeline_class: The pipeline's class in diffusers.
+        denoiser: The denoiser's name in it, ``unet`` or ``transformer``.
+        without: Components and settings of the pipeline that are given instead of loaded.
+        no_input_for: Entries of the denoiser's configuration that ask for an input that :meth:`denoise` does
+            not give: a model that has one is refused.
+        patch: Side of the patches of latent pixels that the denoiser reads; sizes are multiples of it.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    denoiser: ClassVar[str]
+    without: ClassVar[dict[str, Any]] = {}
+    no_input_for: ClassVar[tuple[str, ...]] = ()
+    patch: ClassVar[int] = 1
+
+    vae: nn.Module
+
+    def __init__(
+        self,
+        pretrained: str = "shapes",
+        size: int | tuple[int, int] | None = None,
+        lora: LoRA | None = LoRA(),
+        adapters: dict[str, float] | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        checkpointing: Literal["none", "prediction", "blocks"] = "none",
+        compile: bool = False,
+        attention: Literal["auto", "sdpa", "plain"] = "auto",
+        variant: str | None = None,
+        config: str | None = None,
+        decode_batch: int = 16,
+        prompt_cache: int = 1024,
+    ) -> None:
+        """Load the pipeline.
+
+        Args:
+            pretrained: ``shapes`` for the bundled model, a folder in diffusers' format, a hub id, or a
+                .safetensors file with all weights in the original layout.
+            size: Height and width of the images in pixels, or one number for both; null for the size that the
+                pipeline was trained for.
+            lora: The adapter that is trained, or null to train all weights of the denoiser.
+            adapters: Adapters (``adapter/`` folders of earlier runs, or .safetensors files) and their
+                weights. The policy is the pretrained model plus the weighted sum of their updates, plus what
+                is trained: without a checkpoint ``predict`` and ``test`` show the mixture alone, and ``fit``
+                goes on from it.
+            dtype: Of the frozen weights of denoiser and text encoders. What is trained is float32 in any
+                case, with ``lora: null`` the whole denoiser; so is the autoencoder.
+            checkpointing: What the backward pass computes again instead of keeping its activations:
+                ``prediction`` recomputes each prediction whole, for losses that hold several at once, as
+                AlignProp's; ``blocks`` recomputes block by block, which needs least memory within one
+                prediction. Both recompute the decoding.
+            compile: Compile the denoiser with torch.compile: slow at first, then faster.
+            attention: ``sdpa`` is torch's fused attention, ``plain`` two products and a softmax; ``auto``
+                takes what diffusers takes, but ``plain`` in bfloat16 on a CPU, where its backward pass takes
+                half the time.
+            variant: Of the weight files, such as ``fp16``.
+            config: For a single file: a folder in diffusers' format, or a hub id, with the configuration of
+                its family; null lets diffusers find it on the hub.
+            decode_batch: Images decoded at once; bounds the memory of the autoencoder.
+            prompt_cache: Number of prompts whose embeddings are remembered.
+
+        Raises:
+            ConfigError: The model or an adapter cannot be loaded or is of another family, the size is none of
+                the model's, or no layer matches ``lora.target_modules``.
+        """
+        super().__init__()
+        check_positive({"backbone.decode_batch": decode_batch, "backbone.prompt_cache": prompt_cache})
+        lora = _lora(lora)
+        frozen: torch.dtype = getattr(torch, dtype)
+        dtypes = {"default": frozen, "vae": torch.float32}
+        if lora is None:
+            dtypes[self.denoiser] = torch.float32
+        self.pipeline = load_pipeline(self.pipeline_class, pretrained, self.without, dtypes, config, variant)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.checkpointing = checkpointing
+        self._compile = compile
+        self.attention = attention
+        self.decode_batch = decode_batch
+        self._plain_attention: set[nn.Module] = set()
+        self._cache: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._cache_size = prompt_cache
+        for name, component in self.pipeline.components.items():
+            if isinstance(component, nn.Module) and name != self.denoiser:
+                self.add_module(name, component.requires_grad_(False))
+        if checkpointing == "blocks":
+            self.pipeline.vae.enable_gradient_checkpointing()
+        self.size = self._choose_size(size)
+        self._check(pretrained)
+        self.weight_sets = WeightSets(self.pipeline, self.denoiser, lora, adapters or {}, self._prepare)
+        self.eval()
+
+    # ---- what a family says
+
+    @abstractmethod
+    def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What the denoiser is told about prompts, on :attr:`device`; every tensor has a row for each."""
+
+    @abstractmethod
+    def denoise(self, network: Any, x: Tensor, t: Tensor, cond: dict[str, Tensor], guidance: float) -> Tensor:
+        """The prediction of ``network``, without classifier-free guidance.
+
+        Args:
+            network: The denoiser, or a copy of it.
+            x: ``(B, C, H, W)`` in the network's dtype, as all of ``cond`` that is not whole numbers.
+            t: ``(B,)``.
+            cond: What :meth:`embed` or :meth:`negative` gave, ``B`` rows.
+            guidance: For models that take it as an input.
+        """
+
+    @abstractmethod
+    def blocks(self, network: Any) -> list[nn.Module]:
+        """The blocks of the denoiser, which are sharded one by one."""
+
+    def negative(self, empty: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """What classifier-free guidance leads away from: the embedding of the empty prompt, ``empty``.
+
+        None where the model has no such guidance.
+        """
+        return empty
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """The autoencoder's latents to those of the denoiser, in float32."""
+        config: Any = self.vae.config
+        return (z - config.shift_factor if config.get("shift_factor") else z) * config.scaling_factor
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of :meth:`normalise`."""
+        config: Any = self.vae.config
+        z = latents / config.scaling_factor
+        return z + config.shift_factor if config.get("shift_factor") else z
+
+    def attend(self, network: Any, plain: bool) -> None:
+        """Give the network's layers the plain or the fused attention."""
+        network.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
+
+    @property
+    def input_channels(self) -> int:
+        """Channels that the denoiser's configuration must ask for."""
+        return self.latent_shape[0]
+
+    # ---- the model as it was loaded
+
+    @property
+    def network(self) -> nn.Module:
+        """The denoiser that holds the policy."""
+        return self.weight_sets.networks[POLICY]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.vae.parameters()).device
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        config: Any = self.vae.config
+        height, width = (side // self.pipeline.vae_scale_factor for side in self.size)
+        return config.latent_channels, height, width
+
+    def train(self, mode: bool = True) -> "DiffusersBackbone":
+        """Stay in evaluation mode: replaying a step must be the same function as sampling it was."""
+        del mode
+        super().train(False)
+        return self
+
+    def _check(self, pretrained: str) -> None:
+        """Refuse a denoiser that needs an input which it would not be given."""
+        config = getattr(self.pipeline, self.denoiser).config
+        asked = [f"{name}: {config[name]}" for name in self.no_input_for if config.get(name) is not None]
+        for name in ("in_channels", "out_channels"):
+            if config.get(name) not in (None, self.input_channels):
+                asked.append(f"{name}: {config[name]} where the latents have {self.input_channels}")
+        if asked:
+            raise ConfigError(
+                f"pretrained: the {self.denoiser} of {pretrained!r} is of another kind ({', '.join(asked)}), "
+                f"which {type(self).__name__} cannot run; give a plain text-to-image model"
+            )
+
+    def _choose_size(self, size: int | Sequence[int] | None) -> tuple[int, int]:
+        scale: int = self.pipeline.vae_scale_factor
+        if size is None:
+            config = getattr(self.pipeline, self.denoiser).config
+            own = config.get("sample_size") or self.pipeline.default_sample_size
+            height, width = (own, own) if isinstance(own, int) else own
+            return height * scale, width * scale
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        unit = scale * self.patch
+        if len(sides) != 2 or any(side < 1 or side % unit for side in sides):
+            raise ConfigError(
+                f"backbone.size: {size} is no size of this model; give height and width in pixels, each a "
+                f"multiple of {unit}, or one number for both"
+            )
+        return sides
+
+    def _prepare(self, network: Any) -> None:
+        """Set a denoiser up as the options say."""
+        if self.checkpointing == "blocks":
+            network.enable_gradient_checkpointing(self._recompute_block)
+        if self.attention == "plain":
+            self._attend(network, True)
+        if self._compile:
+            network.compile()
+
+    # ---- predictions
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        states = {prompt: self._embedding(prompt) for prompt in dict.fromkeys(["", *prompts])}
+        while len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
+        places = {prompt: place for place, prompt in enumerate(states)}
+        rows = torch.tensor([places[prompt] for prompt in prompts], device=self.device)
+        empty = states[""]
+        known = {name: torch.cat([state[name] for state in states.values()]) for name in empty}
+        prompt = {name: value.to(self.device)[rows] for name, value in known.items()}
+        negative = self.negative({name: value.to(self.device) for name, value in empty.items()})
+        return Conditioning(prompt, negative)
+
+    @torch.no_grad()
+    def _embedding(self, prompt: str) -> dict[str, Tensor]:
+        if prompt not in self._cache:
+            # One by one: a row of a batch is rounded differently in another batch, and a resumed run has an
+            # empty cache.
+            self._cache[prompt] = {name: value.cpu() for name, value in self.embed([prompt]).items()}
+        self._cache.move_to_end(prompt)
+        return self._cache[prompt]
+
+    def predict(
+        self,
+        x: Tensor,
+        t: float | Tensor,
+        cond: Conditioning,
+        guidance: float = 1.0,
+        weights: str = POLICY,
+    ) -> Tensor:
+        if self.checkpointing == "prediction" and torch.is_grad_enabled():
+            # The choice of the weight set is inside what is recomputed: outside, the backward pass would use
+            # whichever set is active then.
+            prediction: Tensor = recompute(self._predict, x, t, cond, guidance, weights)
+            return prediction
+        return self._predict(x, t, cond, guidance, weights)
+
+    def _predict(
+        self, x: Tensor, t: float | Tensor, cond: Conditioning, guidance: float, weights: str
+    ) -> Tensor:
+        network = self.weight_sets.choose(weights)
+        dtype = next(network.parameters()).dtype
+        self._choose_attention(network, x.device, dtype)
+        x, t = x.to(dtype), torch.as_tensor(t, device=x.device).expand(len(x))
+        cond = cond.map(lambda value: value.to(dtype) if value.is_floating_point() else value)
+        if guidance == 1.0 or cond.negative is None:
+            return _promote(self.denoise(network, x, t, cond.prompt, guidance))
+        negative = cond.negative
+        both = {
+            name: torch.cat([negative[name].expand_as(value), value]) for name, value in cond.prompt.items()
+        }
+        predictions = self.denoise(network, torch.cat([x, x]), torch.cat([t, t]), both, guidance)
+        away, towards = _promote(predictions).chunk(2)
+        return away + guidance * (towards - away)
+
+    def _recompute_block(self, block: nn.Module, *inputs: Any) -> Any:
+        """A block of the denoiser, recomputed with the weight set that is active now."""
+        name = self.weight_sets.chosen
+
+        def run(*inputs: Any) -> Any:
+            self.weight_sets.choose(name)
+            return block(*inputs)
+
+        return recompute(run, *inputs)
+
+    def _choose_attention(self, network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        if self.attention == "auto" and device.type == "cpu":
+            if torch.is_autocast_enabled("cpu"):
+                dtype = torch.get_autocast_dtype("cpu")
+            self._attend(network, dtype == torch.bfloat16)
+
+    def _attend(self, network: nn.Module, plain: bool) -> None:
+        if plain != (network in self._plain_attention):
+            self.attend(network, plain)
+            (self._plain_attention.add if plain else self._plain_attention.remove)(network)
+
+    # ---- images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        z = self.denormalise(latents.to(next(self.vae.parameters()).dtype))
+        with torch.autocast(z.device.type, enabled=False):  # in half precision images lose their last bits
+            chunks = [self._decode(part) for part in z.split(self.decode_batch)]
+        return (torch.cat(chunks).float() / 2 + 0.5).clamp(0, 1)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        decode: Any = partial(self.pipeline.vae.decode, return_dict=False)
+        images: Tensor = (recompute(decode, z) if self._recomputes(z) else decode(z))[0]
+        return images
+
+    def _recomputes(self, z: Tensor) -> bool:
+        return self.checkpointing == "prediction" and z.requires_grad
+
+    def latents(self, images: Tensor) -> Tensor:
+        pixels = 2 * images.to(next(self.vae.parameters()).dtype) - 1
+        with torch.autocast(images.device.type, enabled=False):
+            chunks = [self.pipeline.vae.encode(x).latent_dist.mode() for x in pixels.split(self.decode_batch)]
+        return self.normalise(torch.cat(chunks))
+
+    def autoencoder_hash(self) -> str:
+        config: Any = self.vae.config
+        scale = [config.scaling_factor, *([config.shift_factor] if config.get("shift_factor") else [])]
+        digest = hashlib.sha256(" ".join(map(str, scale)).encode())
+        for name, value in self.vae.state_dict().items():
+            digest.update(name.encode() + value.float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    # ---- schedule and scale
+
+    def make_sampler(self, factory: SamplerFactory) -> Sampler:
+        return factory(dict(self.pipeline.scheduler.config))
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        if self._compile:
+            raise ConfigError(
+                "backbone.compile: true does not work with a sharded model; set it to false, or use DDP"
+            )
+        for network in self.weight_sets.networks.values():
+            if isinstance(network, FSDPModule):  # a second fit of the same objects
+                continue
+            for block in self.blocks(network):
+                fully_shard(block, mesh=mesh)
+            fully_shard(network, mesh=mesh)
+
+
+def _lora(given: LoRA | Mapping[str, Any] | None) -> LoRA | None:
+    """Settings of LoRA, which Python may give as a dict, as YAML does."""
+    if not isinstance(given, Mapping):
+        return given
+    if unknown := set(given) - {field.name for field in fields(LoRA)}:
+        raise ConfigError(
+            f"backbone.lora has no {', '.join(sorted(unknown))}; it has rank, alpha and target_modules"
+        )
+    return LoRA(**given)
+
+
+def _promote(prediction: Tensor) -> Tensor:
+    """At least float32: guidance in half precision would be rounded."""
+    return prediction.to(torch.promote_types(prediction.dtype, torch.float32))

@@ -1,0 +1,38 @@
+"""What every sampler is: a schedule, the timesteps of its steps, and one step as a Gaussian."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from lit_align.gaussian import GaussianStep
+from lit_align.samplers.schedule import NoiseSchedule
+
+
+class Sampler(ABC):
+    """Turns predictions into Gaussian steps.
+
+    ``k`` is a step index in sampling order, ``t`` a timestep value of the network.
+
+    Attributes:
+        schedule: The noise levels that the network was trained on.
+        num_steps: Number of steps ``T``.
+        timesteps: ``(T,)``, on the CPU: the ``t`` of each ``k``, decreasing. Whole or real numbers.
+        stochastic: ``(T,)`` bool, on the CPU: whether step ``k`` draws noise; only such steps have a
+            log-probability.
+    """
+
+    schedule: NoiseSchedule
+    num_steps: int
+    timesteps: Tensor
+    stochastic: Tensor
+
+    @abstractmethod
+    def step(self, x: Tensor, prediction: Tensor, k: int | Tensor) -> GaussianStep:
+        """The Gaussian of the state after step ``k``.
+
+        Args:
+            x: ``(B, ...)`` state before the step.
+            prediction: ``(B, ...)`` the network's output at ``x``, after guidance.
+            k: Step index; or ``(B,)`` long (best on the CPU, where the tables are), so that a batch may mix
+                steps.
+        """
