@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from lit_align.backbones.adapters import LoRA
 from lit_align.backbones.base import Conditioning, DiffusionBackbone, SamplerFactory
 from lit_align.backbones.checkpointing import by_block, recompute
+from lit_align.backbones.compiling import compile_blocks
 from lit_align.backbones.loading import check_inputs, choose_size, load_pipeline
 from lit_align.backbones.prompt_cache import PromptCache
 from lit_align.backbones.weight_sets import POLICY, WeightSets
@@ -80,7 +81,7 @@ class DiffusersBackbone(DiffusionBackbone):
                 ``prediction`` recomputes each prediction whole, for losses that hold several at once, as
                 AlignProp's; ``blocks`` recomputes block by block, which needs least memory within one
                 prediction. Both recompute the decoding.
-            compile: Compile the denoiser with torch.compile: slow at first, then faster.
+            compile: Compile the denoiser's blocks with torch.compile: slow at first, then faster.
             attention: ``sdpa`` is torch's fused attention, ``plain`` two products and a softmax; ``auto``
                 takes what diffusers takes, but ``plain`` in bfloat16 on a CPU, where its backward pass takes
                 half the time.
@@ -107,7 +108,6 @@ class DiffusersBackbone(DiffusionBackbone):
         self._compile = compile
         self.attention = attention
         self.decode_batch = decode_batch
-        self._plain_attention: set[nn.Module] = set()
         self._prompts = PromptCache(self.embed, prompt_cache)
         for name, component in self.pipeline.components.items():
             if isinstance(component, nn.Module) and name != self.denoiser:
@@ -202,7 +202,7 @@ class DiffusersBackbone(DiffusionBackbone):
         if self.attention == "plain":
             self._attend(network, True)
         if self._compile:
-            network.compile()
+            compile_blocks(network, self.blocks(network))
 
     # ---- predictions
 
@@ -246,16 +246,16 @@ class DiffusersBackbone(DiffusionBackbone):
         away, towards = _promote(predictions).chunk(2)
         return away + guidance * (towards - away)
 
-    def _choose_attention(self, network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    def _choose_attention(self, network: Any, device: torch.device, dtype: torch.dtype) -> None:
         if self.attention == "auto" and device.type == "cpu":
             if torch.is_autocast_enabled("cpu"):
                 dtype = torch.get_autocast_dtype("cpu")
             self._attend(network, dtype == torch.bfloat16)
 
-    def _attend(self, network: nn.Module, plain: bool) -> None:
-        if plain != (network in self._plain_attention):
+    def _attend(self, network: Any, plain: bool) -> None:
+        if plain != getattr(network, "attends_plainly", False):
             self.attend(network, plain)
-            (self._plain_attention.add if plain else self._plain_attention.remove)(network)
+            network.attends_plainly = plain
 
     # ---- images
 
