@@ -37,9 +37,7 @@ def load_pipeline(
     if file.suffix in (".safetensors", ".ckpt") and not file.is_dir():
         return _load_file(pipeline_class, file, without, dtypes, config)
     if config is not None:
-        raise ConfigError(
-            f"config: it is for a single file, and pretrained is {pretrained!r}; take config out"
-        )
+        raise ConfigError(f"config: {config!r} is for a single file; take it out, or give one as pretrained")
     with loading(pretrained):
         source = resolve(pretrained, PIPELINE)
         index = pipeline_class.load_config(source)
@@ -48,16 +46,28 @@ def load_pipeline(
         for part in parts:
             if part not in without:
                 _check_weights(pretrained, Path(source) / part, variant)
-        return pipeline_class.from_pretrained(
+        pipeline = pipeline_class.from_pretrained(
             source, dtype=dict(dtypes), use_safetensors=True, variant=variant, **without
         )
+    _check_complete(pretrained, pipeline)
+    return pipeline
+
+
+def _check_complete(pretrained: str, pipeline: Any) -> None:
+    for part, component in pipeline.components.items():
+        weights = component.named_parameters() if isinstance(component, nn.Module) else ()
+        if missing := [name for name, weight in weights if weight.is_meta]:
+            raise ConfigError(
+                f"pretrained: the {part} of {pretrained!r} is incomplete: {len(missing)} weights are missing, "
+                f"such as {missing[0]}; copy or download it again"
+            )
 
 
 def _check_class(pipeline_class: Any, index: Mapping[str, Any], place: str) -> None:
     if (found := index.get("_class_name")) != pipeline_class.__name__:
         raise ConfigError(
-            f"{place} is a {found}, and this backbone takes a {pipeline_class.__name__}; give such a model, or "
-            "the backbone of its family"
+            f"{place} is a {found}, and this backbone takes a {pipeline_class.__name__}; give such a model, "
+            "or the backbone of its family"
         )
 
 
@@ -66,14 +76,15 @@ def _check_weights(pretrained: str, folder: Path, variant: str | None) -> None:
     weights = [path.name for path in folder.glob("*.safetensors")]
     if not weights and list(folder.glob("*.bin")):
         raise ConfigError(
-            f"pretrained: {pretrained!r} has its {folder.name} as a .bin file only, which may run code when it "
-            "is opened; where you trust it, load it in diffusers with use_safetensors=False and save it with "
-            "save_pretrained"
+            f"pretrained: {pretrained!r} has its {folder.name} as a .bin file only, which may run code when "
+            "it is opened; where you trust it, load it in diffusers with use_safetensors=False and save it "
+            "with save_pretrained"
         )
     if weights and variant is None and all(name.count(".") > 1 for name in weights):
         only = weights[0].split(".")[1].partition("-")[0]
         raise ConfigError(
-            f"pretrained: {pretrained!r} has its {folder.name} as the variant {only} only; set variant: {only}"
+            f"pretrained: {pretrained!r} has its {folder.name} as the variant {only} only; "
+            f"set variant: {only}"
         )
 
 
@@ -86,9 +97,7 @@ def _load_file(
 ) -> Any:
     place = f"pretrained: {str(file)!r}"
     if file.suffix == ".ckpt":
-        raise ConfigError(
-            f"{place} may run code when it is opened; give a .safetensors file of the same weights"
-        )
+        raise ConfigError(f"{place} may run code when it is opened; give the weights as .safetensors")
     if not file.is_file():
         raise ConfigError(f"{place} is no file; give one that exists (the working directory is {Path.cwd()})")
     folder = None if config is None else Path(config).expanduser()
