@@ -1,6 +1,6 @@
 """A diffusers pipeline from a folder, a hub id or a single file, or a sentence that says why not."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ def _check_complete(pretrained: str, pipeline: Any) -> None:
         weights = component.named_parameters() if isinstance(component, nn.Module) else ()
         if missing := [name for name, weight in weights if weight.is_meta]:
             raise ConfigError(
-                f"pretrained: the {part} of {pretrained!r} is incomplete: {len(missing)} weights are missing, "
-                f"such as {missing[0]}; copy or download it again"
+                f"pretrained: the {part} of {pretrained!r} lacks {len(missing)} of its weights, such as "
+                f"{missing[0]}; copy or download it again"
             )
 
 
@@ -121,55 +121,3 @@ def _load_file(
         if isinstance(component, nn.Module):
             nn.Module.to(component, dtypes.get(name, dtypes["default"]))
     return pipeline
-
-
-def check_inputs(pretrained: str, config: Mapping[str, Any], unknown: Sequence[str], channels: int) -> None:
-    """Refuse a denoiser that needs an input which it would not be given.
-
-    Args:
-        pretrained: What the user wrote.
-        config: Of the denoiser.
-        unknown: Entries of it that ask for such an input.
-        channels: Of the latents as the denoiser reads and predicts them.
-
-    Raises:
-        ConfigError: It has one of the entries, or other channels.
-    """
-    asked = [f"{name} {config[name]}" for name in unknown if config.get(name) is not None]
-    for name in ("in_channels", "out_channels"):
-        if config.get(name) not in (None, channels):
-            asked.append(f"{name} {config[name]} for latents of {channels}")
-    if asked:
-        raise ConfigError(
-            f"pretrained: {pretrained!r} is no plain text-to-image model (its configuration has "
-            f"{', '.join(asked)}); give one that is told nothing but prompts"
-        )
-
-
-def choose_size(
-    size: int | Sequence[int] | None, own: int | Sequence[int] | None, scale: int, patch: int
-) -> tuple[int, int]:
-    """Height and width of the images in pixels.
-
-    Args:
-        size: What the user wrote.
-        own: The pipeline's own, in latent pixels.
-        scale: Pixels of an image to a latent pixel, a side.
-        patch: Latent pixels of a patch, a side.
-
-    Raises:
-        ConfigError: The model cannot draw images of that size.
-    """
-    if size is None:
-        if own is None:
-            raise ConfigError("backbone.size: the model's configuration says none; give height and width")
-        height, width = (own, own) if isinstance(own, int) else own
-        return height * scale, width * scale
-    sides = [size, size] if isinstance(size, int) else list(size)
-    unit = scale * patch
-    if len(sides) != 2 or any(side < 1 or side % unit for side in sides):
-        raise ConfigError(
-            f"backbone.size: this model cannot draw {size}; give height and width in pixels, each a multiple "
-            f"of {unit}, or one number for both"
-        )
-    return sides[0], sides[1]
