@@ -152,7 +152,9 @@ class Adapters:
         """Set the values again, because peft rounded them to the denoiser's dtype when it loaded them."""
         if "lora_A" not in next(iter(layers)):
             layers = convert_unet_state_dict_to_peft(layers)
-        set_peft_model_state_dict(self.denoiser, layers, adapter_name=name)
+        loaded = set_peft_model_state_dict(self.denoiser, layers, adapter_name=name)
+        if loaded.unexpected_keys:
+            raise ValueError(f"the model has no place for {loaded.unexpected_keys[0]}")
 
     @contextmanager
     def _injecting(self, name: str) -> Iterator[None]:
