@@ -1,5 +1,6 @@
 """A diffusers pipeline from a folder, a hub id or a single file, or a sentence that says why not."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def _check_files(pretrained: str, folder: Path, variant: str | None) -> None:
         if not weights and list(part.glob("*.bin")):
             raise ConfigError(
                 f"pretrained: {pretrained!r} has its {part.name} as a .bin file only, which may run code "
-                "when it is opened; convert it once: load it with diffusers (use_safetensors=False) where you "
+                "when it is opened; convert it once: load it in diffusers (use_safetensors=False) where you "
                 "trust it, and save it with save_pretrained"
             )
         plain = [name for name in weights if name.count(".") == 1]
@@ -101,3 +102,55 @@ def _from_file(
         if isinstance(component, torch.nn.Module):
             component.to(dtypes.get(name, dtypes["default"]))
     return pipeline
+
+
+def check_inputs(pretrained: str, config: Mapping[str, Any], unknown: Sequence[str], channels: int) -> None:
+    """Refuse a denoiser that needs an input which it would not be given.
+
+    Args:
+        pretrained: What the user wrote.
+        config: Of the denoiser.
+        unknown: Entries of it that ask for such an input.
+        channels: Of the latents as the denoiser reads and predicts them.
+
+    Raises:
+        ConfigError: It has one of the entries, or other channels.
+    """
+    asked = [f"{name} {config[name]}" for name in unknown if config.get(name) is not None]
+    for name in ("in_channels", "out_channels"):
+        if config.get(name) not in (None, channels):
+            asked.append(f"{name} {config[name]} for latents of {channels}")
+    if asked:
+        raise ConfigError(
+            f"pretrained: {pretrained!r} is no plain text-to-image model (its configuration has "
+            f"{', '.join(asked)}); give one that is told nothing but prompts"
+        )
+
+
+def choose_size(
+    size: int | Sequence[int] | None, own: int | Sequence[int] | None, scale: int, patch: int
+) -> tuple[int, int]:
+    """Height and width of the images in pixels.
+
+    Args:
+        size: What the user wrote.
+        own: The pipeline's own, in latent pixels.
+        scale: Pixels of an image to a latent pixel, a side.
+        patch: Latent pixels of a patch, a side.
+
+    Raises:
+        ConfigError: The model cannot draw images of that size.
+    """
+    if size is None:
+        if own is None:
+            raise ConfigError("backbone.size: the model's configuration says none; give height and width")
+        height, width = (own, own) if isinstance(own, int) else own
+        return height * scale, width * scale
+    sides = [size, size] if isinstance(size, int) else list(size)
+    unit = scale * patch
+    if len(sides) != 2 or any(side < 1 or side % unit for side in sides):
+        raise ConfigError(
+            f"backbone.size: this model cannot draw {size}; give height and width in pixels, each a multiple "
+            f"of {unit}, or one number for both"
+        )
+    return sides[0], sides[1]

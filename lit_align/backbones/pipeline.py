@@ -2,9 +2,7 @@
 
 import hashlib
 from abc import abstractmethod
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -14,17 +12,15 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.utils.checkpoint import checkpoint
 
 from lit_align.backbones.adapters import LoRA
 from lit_align.backbones.base import Conditioning, DiffusionBackbone, SamplerFactory
-from lit_align.backbones.loading import load_pipeline
+from lit_align.backbones.checkpointing import by_block, recompute
+from lit_align.backbones.loading import check_inputs, choose_size, load_pipeline
+from lit_align.backbones.prompt_cache import PromptCache
 from lit_align.backbones.weight_sets import POLICY, WeightSets
 from lit_align.errors import ConfigError, check_positive
 from lit_align.samplers import Sampler
-
-recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-"""Checkpointing without state of random numbers: the models are in evaluation mode and draw none."""
 
 
 class DiffusersBackbone(DiffusionBackbone):
@@ -100,7 +96,7 @@ class DiffusersBackbone(DiffusionBackbone):
         """
         super().__init__()
         check_positive({"backbone.decode_batch": decode_batch, "backbone.prompt_cache": prompt_cache})
-        lora = _lora(lora)
+        lora = LoRA.of(lora)
         frozen: torch.dtype = getattr(torch, dtype)
         dtypes = {"default": frozen, "vae": torch.float32}
         if lora is None:
@@ -112,15 +108,17 @@ class DiffusersBackbone(DiffusionBackbone):
         self.attention = attention
         self.decode_batch = decode_batch
         self._plain_attention: set[nn.Module] = set()
-        self._cache: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
-        self._cache_size = prompt_cache
+        self._prompts = PromptCache(self.embed, prompt_cache)
         for name, component in self.pipeline.components.items():
             if isinstance(component, nn.Module) and name != self.denoiser:
                 self.add_module(name, component.requires_grad_(False))
         if checkpointing == "blocks":
-            self.pipeline.vae.enable_gradient_checkpointing()
-        self.size = self._choose_size(size)
-        self._check(pretrained)
+            self.pipeline.vae.enable_gradient_checkpointing(recompute)
+        network_config = getattr(self.pipeline, self.denoiser).config
+        own = network_config.get("sample_size") or getattr(self.pipeline, "default_sample_size", None)
+        scale: int = self.pipeline.vae_scale_factor
+        self.size = choose_size(size, own, scale, self.patch)
+        check_inputs(pretrained, network_config, self.no_input_for, self.input_channels)
         self.weight_sets = WeightSets(self.pipeline, self.denoiser, lora, adapters or {}, self._prepare)
         self.eval()
 
@@ -197,39 +195,10 @@ class DiffusersBackbone(DiffusionBackbone):
         super().train(False)
         return self
 
-    def _check(self, pretrained: str) -> None:
-        """Refuse a denoiser that needs an input which it would not be given."""
-        config = getattr(self.pipeline, self.denoiser).config
-        asked = [f"{name}: {config[name]}" for name in self.no_input_for if config.get(name) is not None]
-        for name in ("in_channels", "out_channels"):
-            if config.get(name) not in (None, self.input_channels):
-                asked.append(f"{name}: {config[name]} where the latents have {self.input_channels}")
-        if asked:
-            raise ConfigError(
-                f"pretrained: the {self.denoiser} of {pretrained!r} is of another kind ({', '.join(asked)}), "
-                f"which {type(self).__name__} cannot run; give a plain text-to-image model"
-            )
-
-    def _choose_size(self, size: int | Sequence[int] | None) -> tuple[int, int]:
-        scale: int = self.pipeline.vae_scale_factor
-        if size is None:
-            config = getattr(self.pipeline, self.denoiser).config
-            own = config.get("sample_size") or self.pipeline.default_sample_size
-            height, width = (own, own) if isinstance(own, int) else own
-            return height * scale, width * scale
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        unit = scale * self.patch
-        if len(sides) != 2 or any(side < 1 or side % unit for side in sides):
-            raise ConfigError(
-                f"backbone.size: {size} is no size of this model; give height and width in pixels, each a "
-                f"multiple of {unit}, or one number for both"
-            )
-        return sides
-
-    def _prepare(self, network: Any) -> None:
+    def _prepare(self, network: Any, sets: WeightSets) -> None:
         """Set a denoiser up as the options say."""
         if self.checkpointing == "blocks":
-            network.enable_gradient_checkpointing(self._recompute_block)
+            network.enable_gradient_checkpointing(by_block(sets))
         if self.attention == "plain":
             self._attend(network, True)
         if self._compile:
@@ -238,25 +207,11 @@ class DiffusersBackbone(DiffusionBackbone):
     # ---- predictions
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        states = {prompt: self._embedding(prompt) for prompt in dict.fromkeys(["", *prompts])}
-        while len(self._cache) > self._cache_size:
-            self._cache.popitem(last=False)
-        places = {prompt: place for place, prompt in enumerate(states)}
-        rows = torch.tensor([places[prompt] for prompt in prompts], device=self.device)
-        empty = states[""]
-        known = {name: torch.cat([state[name] for state in states.values()]) for name in empty}
-        prompt = {name: value.to(self.device)[rows] for name, value in known.items()}
-        negative = self.negative({name: value.to(self.device) for name, value in empty.items()})
-        return Conditioning(prompt, negative)
-
-    @torch.no_grad()
-    def _embedding(self, prompt: str) -> dict[str, Tensor]:
-        if prompt not in self._cache:
-            # One by one: a row of a batch is rounded differently in another batch, and a resumed run has an
-            # empty cache.
-            self._cache[prompt] = {name: value.cpu() for name, value in self.embed([prompt]).items()}
-        self._cache.move_to_end(prompt)
-        return self._cache[prompt]
+        rows, known = self._prompts.get(["", *prompts])
+        known = {name: value.to(self.device) for name, value in known.items()}
+        rows = rows.to(self.device)
+        negative = self.negative({name: value[rows[:1]] for name, value in known.items()})
+        return Conditioning({name: value[rows[1:]] for name, value in known.items()}, negative)
 
     def predict(
         self,
@@ -291,16 +246,6 @@ class DiffusersBackbone(DiffusionBackbone):
         away, towards = _promote(predictions).chunk(2)
         return away + guidance * (towards - away)
 
-    def _recompute_block(self, block: nn.Module, *inputs: Any) -> Any:
-        """A block of the denoiser, recomputed with the weight set that is active now."""
-        name = self.weight_sets.chosen
-
-        def run(*inputs: Any) -> Any:
-            self.weight_sets.choose(name)
-            return block(*inputs)
-
-        return recompute(run, *inputs)
-
     def _choose_attention(self, network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         if self.attention == "auto" and device.type == "cpu":
             if torch.is_autocast_enabled("cpu"):
@@ -322,11 +267,9 @@ class DiffusersBackbone(DiffusionBackbone):
 
     def _decode(self, z: Tensor) -> Tensor:
         decode: Any = partial(self.pipeline.vae.decode, return_dict=False)
-        images: Tensor = (recompute(decode, z) if self._recomputes(z) else decode(z))[0]
+        whole = self.checkpointing == "prediction" and z.requires_grad
+        images: Tensor = (recompute(decode, z) if whole else decode(z))[0]
         return images
-
-    def _recomputes(self, z: Tensor) -> bool:
-        return self.checkpointing == "prediction" and z.requires_grad
 
     def latents(self, images: Tensor) -> Tensor:
         pixels = 2 * images.to(next(self.vae.parameters()).dtype) - 1
@@ -358,17 +301,6 @@ class DiffusersBackbone(DiffusionBackbone):
             for block in self.blocks(network):
                 fully_shard(block, mesh=mesh)
             fully_shard(network, mesh=mesh)
-
-
-def _lora(given: LoRA | Mapping[str, Any] | None) -> LoRA | None:
-    """Settings of LoRA, which Python may give as a dict, as YAML does."""
-    if not isinstance(given, Mapping):
-        return given
-    if unknown := set(given) - {field.name for field in fields(LoRA)}:
-        raise ConfigError(
-            f"backbone.lora has no {', '.join(sorted(unknown))}; it has rank, alpha and target_modules"
-        )
-    return LoRA(**given)
 
 
 def _promote(prediction: Tensor) -> Tensor:
