@@ -1,4 +1,4 @@
-"""Several rewards under one roof: those with a weight are trained on, the others are only monitored."""
+"""A set of weighted rewards: those with a weight are trained on, the others are only monitored."""
 
 import math
 import re
@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_align.errors import ConfigError
 from lit_align.rewards.base import Reward
+from lit_align.rewards.function import FunctionReward
+from lit_align.rewards.scoring import score, try_out
+from lit_align.rewards.shapes import ShapesTruth
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,17 @@ class RewardBank(nn.Module):
     By convention the reward named ``truth`` is the one that knows what an image really shows (for Shapes,
     its judge); methods log it as ``val/truth`` besides ``val/reward/truth``.
 
-    Scores are computed outside autocast: they must not change with the trainer's precision.
+    Rewards that are not of this package are tried on two images (see
+    :func:`lit_align.rewards.scoring.try_out`).
 
     Args:
         rewards: The rewards by name. Names become TensorBoard tags and columns: letters, digits, ``_`` and
-            ``-``.
+            ``-``. In Python a plain function may stand for its :class:`FunctionReward`.
         weights: Weight by reward name; at least one must be positive. A negative weight makes a penalty.
 
     Raises:
-        ConfigError: No reward, a bad name, a weight that is not finite or has no reward, or no positive
-            weight.
+        ConfigError: No reward, a bad name, a weight that is not finite or has no reward, no positive weight,
+            or a reward that fails on two images.
     """
 
     def __init__(self, rewards: dict[str, Reward], weights: dict[str, float]) -> None:
@@ -58,7 +63,9 @@ class RewardBank(nn.Module):
         self.names = tuple(rewards)
         self.weights = {name: float(weights[name]) for name in rewards if weights.get(name, 0) != 0}
         # A list: a ModuleDict refuses names like "type" or "keys".
-        self._rewards = nn.ModuleList(reward.freeze() for reward in rewards.values())
+        self._rewards = nn.ModuleList(_reward(name, given).freeze() for name, given in rewards.items())
+        for name, reward in self.rewards.items():
+            try_out(name, reward)
 
     @property
     def rewards(self) -> dict[str, Reward]:
@@ -86,9 +93,38 @@ class RewardBank(nn.Module):
         return tuple(name for name in self.trained if self.rewards[name].scope != "sample")
 
     @property
+    def of_shapes(self) -> tuple[str, ...]:
+        """Names of the rewards whose scores mean nothing outside the Shapes world."""
+        return tuple(name for name in self.names if self.rewards[name].domain == "shapes")
+
+    @property
     def differentiable(self) -> bool:
         """Whether every trained reward has a gradient."""
         return not self.black_box
+
+    def check_model(self, is_shapes: bool) -> None:
+        """Refuse the judge of Shapes on another model, and warn about models that were trained on Shapes.
+
+        Args:
+            is_shapes: Whether the images come from the bundled Shapes pipeline.
+
+        Raises:
+            ConfigError: They do not, and a reward is :class:`ShapesTruth`.
+        """
+        if is_shapes:
+            return
+        rewards = self.rewards
+        if judges := [name for name in self.of_shapes if isinstance(rewards[name], ShapesTruth)]:
+            raise ConfigError(
+                f"rewards: ShapesTruth ({_quoted(judges)}) judges images of the bundled Shapes pipeline, and "
+                "the backbone is another model; take it out of rewards and weights."
+            )
+        if self.of_shapes:
+            rank_zero_warn(
+                f"rewards: the models of {_quoted(self.of_shapes)} were trained on Shapes images, and the "
+                "backbone is another model: their scores say nothing about its images; leave out "
+                "'pretrained: shapes' for the published models, or name others under 'pretrained'"
+            )
 
     def forward(
         self,
@@ -102,22 +138,14 @@ class RewardBank(nn.Module):
         total, worth = images.new_zeros(len(images)), images.new_zeros(len(images))
         parts: dict[str, Tensor] = {}
         shown: dict[str, Tensor] = {}
-        with torch.autocast(images.device.type, enabled=False):
-            for name, reward in self.rewards.items():
-                attach = torch.is_grad_enabled() and name in self.weights and reward.differentiable
-                with torch.set_grad_enabled(attach):
-                    score, value = reward.shared_out(images, prompts, groups, columns)
-                if score.shape != total.shape:
-                    raise ConfigError(
-                        f"The reward '{name}' ({type(reward).__name__}) returned the shape "
-                        f"{tuple(score.shape)} for {len(images)} images; "
-                        "its forward must return one number per image, "
-                        f"shape ({len(images)},)."
-                    )
-                if name in self.weights:
-                    total = total + self.weights[name] * score
-                    worth = worth + self.weights[name] * value.detach()
-                parts[name], shown[f"reward/{name}"] = score.detach(), value.detach()
+        for name, reward in self.rewards.items():
+            attach = torch.is_grad_enabled() and name in self.weights and reward.differentiable
+            with torch.set_grad_enabled(attach):
+                scores, value = score(name, reward, images, prompts, groups, columns)
+            if name in self.weights:
+                total = total + self.weights[name] * scores
+                worth = worth + self.weights[name] * value.detach()
+            parts[name], shown[f"reward/{name}"] = scores.detach(), value.detach()
         report = {name: value.float().cpu() for name, value in ({"reward": worth} | shown).items()}
         return RewardOutput(total, parts, report)
 
@@ -130,14 +158,30 @@ class RewardBank(nn.Module):
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
         """One trained reward times its weight, ``(B,)``, with gradient; arguments as in :meth:`forward`."""
-        with torch.autocast(images.device.type, enabled=False):
-            score = self.rewards[name](at_least_float32(images), prompts, groups, columns)
-        return self.weights[name] * score
+        images = at_least_float32(images)
+        return self.weights[name] * score(name, self.rewards[name], images, prompts, groups, columns)[0]
 
 
 def at_least_float32(images: Tensor) -> Tensor:
     """Images as rewards take them."""
     return images.to(torch.promote_types(images.dtype, torch.float32))
+
+
+def _reward(name: str, given: object) -> Reward:
+    """The reward that was given under a name, or that a given function is."""
+    if isinstance(given, Reward):
+        return given
+    if isinstance(given, type) or not callable(given):
+        what = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
+        raise ConfigError(
+            f"rewards: '{name}' is {what}; give a Reward that was made, such as Redness(), or a function of "
+            "images and prompts."
+        )
+    return FunctionReward(given)
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
 
 
 def _check(rewards: dict[str, Reward], weights: dict[str, float]) -> None:

@@ -34,7 +34,7 @@ def measure(options: argparse.Namespace, steps: int, checkpointing: bool) -> dic
     module = AlignPropModule(
         StableDiffusionBackbone(options.pretrained, checkpointing=checkpointing),
         partial(DDIM, num_steps=max(options.steps), eta=1.0),
-        RewardBank({"clip": CLIPScore()}, {"clip": 1.0}),
+        RewardBank({"clip": CLIPScore("shapes")}, {"clip": 1.0}),
         FixedWindow(steps),
         guidance=options.guidance,
         seed=0,

@@ -664,7 +664,7 @@ def test_clip_score_gives_the_trained_weights_a_gradient_after_validation(tiny, 
     """Prompt embeddings that validation remembered in inference mode can enter a graph."""
     recorder = Recorder()
     fit(
-        module(tiny, reward=CLIPScore(), guidance=2.0, checkpointing=True),
+        module(tiny, reward=CLIPScore("shapes"), guidance=2.0, checkpointing=True),
         tmp_path,
         2,
         recorder,

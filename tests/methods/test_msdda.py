@@ -672,6 +672,7 @@ def test_objectives_are_scored_outside_autocast(tiny, dtype):
 
     fused = module(tiny)
     fused.rewards = RewardBank({"bright": Watcher()}, {"bright": 10.0})
+    seen.clear()  # the bank tried it
     with torch.autocast("cpu", torch.bfloat16):
         scores = fused.objective("bright", torch.full((4, 3, 8, 8), 0.5, dtype=dtype), batch())
     assert seen == [(False, torch.float32)]
@@ -704,7 +705,9 @@ def test_guidance_by_gradients_predicts_once_a_step(tiny, monkeypatch):
 
 
 def test_rewards_of_sets_are_no_objectives_of_single_steps_or_candidates(tiny, tmp_path):
-    bank = RewardBank({"bright": Brightness(), "varied": PairwiseDiversity()}, {"bright": 1.0, "varied": 1.0})
+    bank = RewardBank(
+        {"bright": Brightness(), "varied": PairwiseDiversity("shapes")}, {"bright": 1.0, "varied": 1.0}
+    )
     options = {"weights": {"bright": 1.0}, "guidance": 1.0, "experts": {"bright": None, "varied": None}}
     sampler, backbone = partial(DDIM, num_steps=2), StableDiffusionBackbone(str(tiny))
     with pytest.raises(ConfigError, match=r"varied is a reward of sets.*take CoDe out"):

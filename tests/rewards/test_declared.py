@@ -11,26 +11,32 @@ from torch import Tensor
 from lit_align import rewards
 from lit_align.rewards import PickScore, Reward, RewardBank
 
+
+def redness(images: Tensor, prompts: list[str]) -> Tensor:
+    return images[:, 0].mean(dim=(1, 2))
+
+
 MAKE: dict[str, Callable[[Path], Reward]] = {
     "AestheticScore": lambda folder: rewards.AestheticScore(
         str(folder.with_name("head.safetensors")), str(folder)
     ),
     "BatchPairwiseDiversity": lambda folder: rewards.BatchPairwiseDiversity(str(folder), credit="shared"),
-    "BatchStatisticalParity": lambda folder: rewards.BatchStatisticalParity(min_confidence=0),
+    "BatchStatisticalParity": lambda folder: rewards.BatchStatisticalParity("shapes", min_confidence=0),
     "Brightness": lambda folder: rewards.Brightness(),
     "CLIPScore": lambda folder: rewards.CLIPScore(str(folder)),
     "ColourFraction": lambda folder: rewards.ColourFraction("teal"),
+    "FunctionReward": lambda folder: rewards.FunctionReward(redness, differentiable=True),
     "JPEGCompressibility": lambda folder: rewards.JPEGCompressibility(),
     "JPEGIncompressibility": lambda folder: rewards.JPEGIncompressibility(),
     "ObjectCount": lambda folder: rewards.ObjectCount(str(folder.with_name("detector"))),
-    "ObjectPresence": lambda folder: rewards.ObjectPresence(),
+    "ObjectPresence": lambda folder: rewards.ObjectPresence("shapes"),
     "PairwiseDiversity": lambda folder: rewards.PairwiseDiversity(str(folder), credit="shared"),
     "PickScore": lambda folder: PickScore(str(folder)),
     "Redness": lambda folder: rewards.Redness(),
     "ShapesTruth": lambda folder: rewards.ShapesTruth(),
     "SoftJPEGCompressibility": lambda folder: rewards.SoftJPEGCompressibility(),
     "SoftJPEGIncompressibility": lambda folder: rewards.SoftJPEGIncompressibility(),
-    "StatisticalParity": lambda folder: rewards.StatisticalParity(min_confidence=0),
+    "StatisticalParity": lambda folder: rewards.StatisticalParity("shapes", min_confidence=0),
 }
 """One way to make each reward; a new class without a line here fails by name."""
 

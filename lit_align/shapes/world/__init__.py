@@ -49,6 +49,7 @@ from lit_align.shapes.world.scenes import (
 from lit_align.shapes.world.space import ALL_PAIRS, Kind, PromptSpace, ShapePairs, shape_pairs
 from lit_align.shapes.world.taste import AESTHETIC_WEIGHT, aesthetics, utility
 from lit_align.shapes.world.verdict import Verdict, judge
+from lit_align.shapes.world.vocabulary import unknown_words, untaught, words
 
 __all__ = [
     "AESTHETIC_WEIGHT",
@@ -87,5 +88,8 @@ __all__ = [
     "sample_caption",
     "sample_scene",
     "shape_pairs",
+    "unknown_words",
+    "untaught",
     "utility",
+    "words",
 ]
