@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.progress import Progress
 from torch import Tensor
 
@@ -17,9 +18,10 @@ from lit_align.methods.metrics import Metrics
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.strategies import check_trainer
-from lit_align.methods.validation import ValidatedModule
+from lit_align.methods.validation import ValidatedModule, held_out_prompts
 from lit_align.randomness import run_seed
 from lit_align.rewards import RewardBank
+from lit_align.shapes.world import untaught
 
 Item = TypeVar("Item")
 
@@ -77,7 +79,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
 
         Raises:
             ConfigError: The Trainer is one that methods do not know, or the data has several tasks and the
-                method learns one.
+                method learns one, or a reward does not fit the model.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit" and isinstance(data, MultiTaskDataModule) and not self.several_tasks:
@@ -86,6 +88,19 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
                 "PromptDataModule"
             )
         check_trainer(self.trainer)
+        self._check_domain(held_out_prompts(data, stage))
+
+    def _check_domain(self, prompts: list[str]) -> None:
+        """Tell of rewards, and of prompts, that do not fit the model."""
+        for bank in self.reward_banks:
+            bank.check_model(self.backbone.is_shapes, prompts)
+        if self.backbone.is_shapes and (warning := untaught(prompts)):
+            rank_zero_warn(warning)
+
+    @property
+    def reward_banks(self) -> list[RewardBank]:
+        """All banks; several tasks have one each."""
+        return [self.rewards]
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:

@@ -28,7 +28,7 @@ from lit_align.methods.sampling import Sampling
 from lit_align.methods.tasks import Task, data_of_tasks, joint_scores, of_task
 from lit_align.randomness import generator
 from lit_align.replay import Replay
-from lit_align.rewards import RewardOutput
+from lit_align.rewards import RewardBank, RewardOutput
 
 TaskOrder = Literal["sequence", "interleaved"]
 
@@ -88,6 +88,10 @@ class JointModule(AlignmentModule):
         self.pretraining = pretraining
         self.step_scale = dict.fromkeys(tasks, 1.0)
         self.denoising_steps = 0
+
+    @property
+    def reward_banks(self) -> list[RewardBank]:
+        return [task.rewards for task in self.tasks.values()]
 
     @abstractmethod
     def learn(self, rollouts: Rollouts) -> Iterator[Metrics]:
