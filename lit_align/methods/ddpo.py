@@ -7,6 +7,7 @@ image. Shapes: ``B`` images, ``N`` (image, step) pairs, ``D`` latent elements.
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,6 +170,21 @@ class DDPOModule(JointModule):
             there = data_of_tasks(self.trainer.datamodule, self.tasks)  # type: ignore[attr-defined]
             for name in (name for name in there if self.tasks[name].weight):
                 check_task(name, self.tasks[name], there[name], self.updates, self.trainer.world_size)
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """As for every method.
+
+        Raises:
+            ConfigError: There is a target for the step, and no rate that could be scaled towards it.
+        """
+        optimizer = super().make_optimizer(groups)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        if self.kl_target is not None and not all(rates):
+            raise ConfigError(
+                f"kl_target: it scales the learning rate, and that of the optimizer is {rates[0]}; give "
+                "optimisation.optimizer a positive lr, or set kl_target to null"
+            )
+        return optimizer
 
     def learn(self, rollouts: Rollouts) -> Iterator[Metrics]:
         """All updates on a rollout batch."""
