@@ -169,7 +169,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             task, drawn = bar.add_task(description, total=total), 0.0
             for item in items:
                 yield item
-                # Inside the Trainer's bar nothing else draws it.
+                # The Trainer's own bar stops rich from refreshing this one.
                 refresh = time.monotonic() - drawn > SECONDS_PER_FRAME
                 bar.update(task, advance=1, refresh=refresh)
                 drawn = time.monotonic() if refresh else drawn
@@ -214,5 +214,5 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
 
 
 def _is_told(name: str, values: Tensor) -> bool:
-    """Whether a metric is logged: what stands for a fault is not, as long as there is none."""
+    """Whether a metric is logged: those that count faults are logged only where they are not 0."""
     return not name.startswith(("unscored", "ratio_deviation")) or bool(values.any())

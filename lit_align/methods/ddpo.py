@@ -245,7 +245,7 @@ class DDPOModule(JointModule):
         )
         kl, informative = torch.cat([one for one, _ in ranks]).mean(), any(told for _, told in ranks)
         metrics = {of_task("kl", batch.task): kl[None]}
-        # A batch that broke, had no signal, or whose last update was skipped, says nothing of the steps.
+        # Without a signal, or after a skipped update, the KL does not measure the step size.
         measured = informative and kl.isfinite() and self.gradient_norm.isfinite()
         if self.kl_target is not None and measured:
             scale = self._scale_step(batch.task, kl, self.kl_target)

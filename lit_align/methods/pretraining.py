@@ -1,4 +1,4 @@
-"""The loss of pre-training beside a reward: a denoiser that still fits captioned images stays natural."""
+"""The pre-training loss on captioned images, added to a reward so that images stay natural."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
