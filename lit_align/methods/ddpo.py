@@ -98,7 +98,7 @@ class DDPOModule(JointModule):
             timestep_fraction: Share of the stochastic steps, at random for each image, that is replayed. 1 in
                 ddpo-pytorch.
             shared_timesteps: Instead of both: so many of the stochastic steps, at random and the same for all
-                images, each with an optimiser step of its own on the whole rollout batch; 5 of 50 in Zhang et
+                images, each with an optimizer step of its own on the whole rollout batch; 5 of 50 in Zhang et
                 al. 2024 (arXiv 2401.12244). Then ``updates`` is 1 and ``timestep_fraction`` 1.
             kl_weight: Weight of the KL of each step to the reference, DPOK's penalty, as a mean over latent
                 elements. Exact, where DPOK's code drops the factor of the schedule.
