@@ -151,15 +151,6 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         shown = {bar: logged[f"train/{bar}"], "images/s": speed}
         self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
 
-    # ---- validation and test
-
-    def on_train_start(self) -> None:
-        """Validate before the first update, so that every curve has a point at 0 images."""
-        if not self.baseline and self.images == 0 and self.trainer.enable_validation:
-            self.trainer.validating = True
-            self.trainer.fit_loop.epoch_loop.val_loop.run()
-            self.trainer.training = True
-
     # ---- ranks, files and checkpoints
 
     def track(self, items: Iterable[Item], total: int, description: str) -> Iterator[Item]:

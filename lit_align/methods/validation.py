@@ -1,6 +1,7 @@
 """What is measured of held-out images. Shapes: ``B`` images, ``T`` steps."""
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -158,12 +159,36 @@ class ValidatedModule(SamplingModule):
         torch.distributed.all_gather_object(gathered, value)
         return gathered
 
+    def forget_baseline(self) -> None:
+        """Drop what was measured of the pretrained model: it is measured anew when training starts."""
+        self.baseline = {}
+
     def on_train_start(self) -> None:
-        """Validate before the first update, so that every curve has a point at 0 images."""
-        if not self.baseline and self.images == 0 and self.trainer.enable_validation:
-            self.trainer.validating = True
-            self.trainer.fit_loop.epoch_loop.val_loop.run()
-            self.trainer.training = True
+        """Measure the pretrained model where that was not done: every curve has a point at 0 images."""
+        if self.baseline or not self.trainer.enable_validation:
+            return
+        if self.images:
+            self._measure_reference()
+            return
+        self.trainer.validating = True
+        self.trainer.fit_loop.epoch_loop.val_loop.run()
+        self.trainer.training = True
+
+    @torch.no_grad()
+    def _measure_reference(self) -> None:
+        """The baseline of a run that goes on; outside of the Trainer's loop, whose counters are the run's."""
+        loop = self.trainer.fit_loop.epoch_loop.val_loop
+        loop.setup_data()
+        total = int(sum(self.trainer.num_val_batches))
+        for batch in islice(self.trainer.val_dataloaders, total):
+            with self.trainer.precision_plugin.forward_context():
+                cond = self.backbone.encode(batch.prompts)
+                samples = self.sample(self.policy(batch, cond, REFERENCE), batch, "validation")
+                measured = measure(samples.images, self.score(samples.images, batch), batch)
+                distance = self.distance(batch, cond, samples.trajectory)
+            self._evaluated.append(measured | {n: torch.zeros_like(values) for n, values in distance.items()})
+        parts = [part for rank in self.gather(self._evaluated) for part in rank]
+        self.baseline, self._evaluated = in_global_order(parts)[0], []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """A rollout on held-out prompts with the same noise every time; returns the images."""

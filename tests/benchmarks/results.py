@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tests.benchmarks.harness.metrics import copy_images, plot_curves
 
-from lit_align.callbacks.folder import write
+from lit_align.callbacks.files import write
 from lit_align.errors import ConfigError
 from tests.benchmarks.harness.plan import ROOT, Cell, Plan, load_plan
 from tests.benchmarks.harness.record import images, stored
