@@ -26,8 +26,8 @@ class RewardOutput:
         total: ``(B,)`` weighted sum of the trained rewards; NaN where one of them is. Carries gradient for
             differentiable rewards.
         parts: Every reward's own score by name, ``(B,)`` each, unweighted and detached.
-        report: What a report says of them, on the CPU: ``{"reward": (B,), "reward/<name>": (B,)}``, the
-            total and the parts, with what a set is worth in place of an image's credit for it.
+        report: What is reported, on the CPU: ``{"reward": (B,), "reward/<name>": (B,)}``, the total and the
+            parts, with the value of the set in place of an image's credit for it.
     """
 
     total: Tensor
@@ -90,7 +90,7 @@ class RewardBank(nn.Module):
 
     @property
     def of_sets(self) -> tuple[str, ...]:
-        """Names of the trained rewards that say nothing of an image alone."""
+        """Names of the trained rewards that score sets of images."""
         return tuple(name for name in self.trained if self.rewards[name].scope != "sample")
 
     @property
