@@ -91,14 +91,14 @@ def named_blocks() -> dict[str, str]:
 def work(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as a reader has it: the configurations, prompts, and the files that the pages show."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    kinds = ("circle", "star", "square", "heart")
-    (tmp_path / "prompts.txt").write_text(
-        "".join(
-            f"a {size} {kind}\n" for kind in kinds for size in ("red", "blue", "small", "large", "medium")
-        )
-        * 1
-        + "".join(f"two {kind}s\nthree {kind}s\nfour {kind}s\n" for kind in kinds)
-    )
+    looks = [
+        f"a {look} {shape}" for shape in ("circle", "star", "heart") for look in ("red", "blue", "small")
+    ]
+    counts = [
+        f"{count} {shape}s" for count in ("two", "three", "four") for shape in ("circle", "star", "heart")
+    ]
+    more = [f"{one} and {other}" for one in looks for other in counts]
+    (tmp_path / "prompts.txt").write_text("\n".join(looks + counts + more))
     for name, text in named_blocks().items():
         (tmp_path / name).write_text(text)
     (tmp_path / "FOLDER").symlink_to(tiny)
