@@ -51,10 +51,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """``B`` pairs of images of one prompt each, of which people preferred one.
+    """``B`` pairs of images; people preferred one image of each pair.
 
     Attributes:
-        prompts: One a pair, length ``B``.
+        prompts: One per pair, length ``B``.
         winners: ``(B, 3, H, W)`` float32 in [0, 1], the preferred images.
         losers: ``(B, 3, H, W)`` float32 in [0, 1], the others; None where only winners were asked for.
         index: ``(B,)`` long, on the CPU. Row of the pair in its source: the same in every epoch, on every
@@ -76,12 +76,9 @@ class PairBatch:
 
     def __getitem__(self, rows: Tensor) -> "PairBatch":
         """Some pairs, by their places ``(N,)`` long."""
-        return PairBatch(
-            [self.prompts[i] for i in rows.tolist()],
-            self.winners[rows],
-            None if self.losers is None else self.losers[rows],
-            self.index[rows],
-        )
+        prompts = [self.prompts[i] for i in rows.tolist()]
+        losers = None if self.losers is None else self.losers[rows]
+        return PairBatch(prompts, self.winners[rows], losers, self.index[rows])
 
     def to(self, device: torch.device) -> "PairBatch":
         """The same pairs with their images on a device."""

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from PIL import Image
-from pyarrow import parquet
+from pyarrow import dataset, parquet
 
 from lit_align.data import (
     Batch,
@@ -35,8 +35,8 @@ from lit_align.data import (
     ShapesPromptSet,
     TablePrompts,
 )
-from lit_align.data.pair_loader import PairOrder
-from lit_align.data.pairs import UnreadableImage, decode
+from lit_align.data.images import UnreadableImage, decode
+from lit_align.data.preferences.loader import PairOrder
 from lit_align.errors import ConfigError
 from lit_align.randomness import place
 from lit_align.shapes import PICK
@@ -172,23 +172,33 @@ def test_a_hub_id_names_the_shards_of_one_split(shards: Path) -> None:
         fsspec.register_implementation("hf", real, clobber=True)
 
 
+class Spy:
+    """A file or a row group that notes what is read of it."""
+
+    def __init__(self, part: Any, seen: list[tuple[str, int, tuple[str, ...]]]) -> None:
+        self._part, self._seen = part, seen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._part, name)
+
+    def split_by_row_group(self) -> list["Spy"]:
+        return [Spy(part, self._seen) for part in self._part.split_by_row_group()]
+
+    def to_table(self, columns: list[str]) -> pa.Table:
+        self._seen.append((self.path, self.row_groups[0].id, tuple(columns)))
+        return self._part.to_table(columns=columns)
+
+
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, tuple[str, ...]]]:
-    """What is read of Parquet files: rows read, row group (-1 for all) and columns."""
+    """What is read of Parquet files: file, row group and columns."""
     seen: list[tuple[str, int, tuple[str, ...]]] = []
-    one, everything = parquet.ParquetFile.read_row_group, parquet.ParquetFile.read
 
-    def read_row_group(self: Any, number: int, columns: list[str]) -> Any:
-        table = one(self, number, columns=columns)
-        seen.append((str(table["jpg_0"][0].as_py()), number, tuple(columns)))
-        return table
+    class Format(dataset.ParquetFileFormat):
+        def make_fragment(self, *arguments: Any, **options: Any) -> Any:
+            return Spy(super().make_fragment(*arguments, **options), seen)
 
-    def read(self: Any, columns: list[str]) -> Any:
-        seen.append(("", -1, tuple(columns)))
-        return everything(self, columns=columns)
-
-    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", read_row_group)
-    monkeypatch.setattr(parquet.ParquetFile, "read", read)
+    monkeypatch.setattr(dataset, "ParquetFileFormat", Format)
     return seen
 
 
@@ -202,7 +212,7 @@ def test_a_pass_reads_each_row_group_once_and_holds_a_few(
     assert light == {"caption", "label_0", "has_label"}
     reads.clear()
     for _ in data.train_dataloader():
-        assert len(source._held) <= row_groups
+        assert source._group.cache_info().currsize <= row_groups
     assert len(reads) == len(set(reads)) == SHARDS * GROUPS
     assert {columns for _, _, columns in reads} == {("jpg_0", "jpg_1")}
 
@@ -314,7 +324,7 @@ def test_the_prompts_alone(shards: Path) -> None:
 
 
 def order(num_blocks: int, mixed: int, number: int = 0, seed: int = 0) -> list[int]:
-    blocks = [range(10 * b, 10 * b + 10) for b in range(num_blocks)]
+    blocks = [np.arange(10 * b, 10 * b + 10) for b in range(num_blocks)]
     turns = PairOrder(blocks, mixed, seed, number)
     return [turns[position] for position in range(len(turns))]
 
@@ -610,7 +620,7 @@ def test_a_table_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_missing_and_wrong_columns_are_named(tmp_path: Path) -> None:
     table = parquet.read_table(PICK)
     parquet.write_table(table.rename_columns({"jpg_0": "jpeg_0"}), tmp_path / "a.parquet")
-    with pytest.raises(ConfigError, match=r"a.parquet has no column 'jpg_0' \(is it 'jpeg_0'\?\), only are_"):
+    with pytest.raises(ConfigError, match=r"a.parquet has no column 'jpg_0', only are_.*: save it with"):
         PickaPicFiles(str(tmp_path / "a.parquet"))
     wrong = table.set_column(table.column_names.index("jpg_1"), "jpg_1", table["image_0_url"])
     parquet.write_table(wrong, tmp_path / "b.parquet")

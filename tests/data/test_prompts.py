@@ -28,8 +28,10 @@ from lit_align.data import (
     TablePrompts,
     TextPrompts,
 )
-from lit_align.data.loaders import FixedLoader, Rank, RolloutLoader
-from lit_align.data.splits import Permutation, PromptSet
+from lit_align.data.loading import Rank
+from lit_align.data.prompts.loaders import FixedLoader, RolloutLoader
+from lit_align.data.prompts.sets import PromptSet
+from lit_align.data.splits import Permutation
 from lit_align.errors import ConfigError
 from lit_align.shapes.world import parse
 
@@ -46,7 +48,7 @@ def table(num: int, start: int = 0) -> TablePrompts:
 
 
 def prompt_set(num: int) -> PromptSet:
-    return PromptSet(table(num), range(num), lambda prompt: True)
+    return PromptSet(table(num))
 
 
 def module(source: PromptSource, **settings: Any) -> PromptDataModule:
@@ -155,7 +157,7 @@ def test_splits_are_disjoint_complete_and_of_the_size_asked_for() -> None:
 def test_a_prompt_keeps_its_split_when_rows_are_added_or_a_fraction_changes() -> None:
     small, large = module(table(500)), module(table(900, start=-200))
     other = module(table(500), validation_fraction=0.3)
-    known = texts(PromptSet(table(500), range(500), lambda prompt: True))
+    known = texts(PromptSet(table(500)))
     for name in ("train", "validation", "test"):
         assert texts(large._sets[name]) & known == texts(small._sets[name])
     assert texts(other._sets["test"]) == texts(small._sets["test"])
@@ -189,7 +191,8 @@ def test_settings_that_cannot_work_say_why(settings: dict[str, Any], words: list
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_an_empty_split_names_the_fraction(split: str) -> None:
     data = module(ShapesPrompts(["pair"]), validation_fraction=0.0, test_fraction=0.0)
-    with pytest.raises(ConfigError, match=f"raise data.{split}_fraction"):
+    remedy = f"raise data.{split}_fraction, or give data.{split}_source"
+    with pytest.raises(ConfigError, match=remedy):
         data.val_dataloader() if split == "validation" else data.test_dataloader()
 
 
@@ -222,7 +225,7 @@ def test_a_pass_visits_every_prompt_once_and_the_next_one_in_another_order() -> 
     assert passes[0] != passes[1] != passes[2] != passes[0]
 
 
-def test_a_collection_never_holds_a_prompt_twice() -> None:
+def test_a_rollout_batch_never_holds_a_prompt_twice() -> None:
     for batch in RolloutLoader(prompt_set(7), 4, 1, batches_per_epoch=40):
         assert len(set(batch.prompts)) == 4
 
@@ -257,7 +260,7 @@ def joined(parts: list[Batch]) -> list[tuple[int, int, str, Any]]:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_the_collections_of_one(world: int) -> None:
+def test_ranks_share_the_rollout_batches_of_one(world: int) -> None:
     alone = RolloutLoader(prompt_set(30), 4, 3, 6)
     ranks = [RolloutLoader(prompt_set(30), 4, 3, 6, rank=Rank(r, world)) for r in range(world)]
     for whole, *parts in zip(alone, *ranks, strict=True):

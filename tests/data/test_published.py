@@ -17,7 +17,7 @@ from lit_align.data import (
     PromptSource,
     TSVPrompts,
 )
-from lit_align.data.index import index
+from lit_align.data.prompts.index import index
 from lit_align.errors import ConfigError
 
 

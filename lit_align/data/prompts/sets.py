@@ -1,0 +1,110 @@
+"""The prompts of one split, and the orders in which they are taken."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+
+from lit_align.data.batch import Batch, repeat_prompts
+from lit_align.data.loading import Rows
+from lit_align.data.prompts.index import Index, index
+from lit_align.data.prompts.sources import PromptSource
+from lit_align.data.splits import Keys, Permutation, find, prompt_keys
+from lit_align.randomness import place
+
+COUNTED = 50_000
+"""Of larger sources of distinct prompts, a split's expected size is used instead of counting its prompts."""
+
+
+class PromptSet:
+    """The prompts of a source whose place is in ``[start, end)``, a part of [0, 1).
+
+    A prompt's split depends on its text alone. Of a source with an index, ``rows`` are the split's. A source
+    of distinct prompts, which may be millions, is never read as a whole: ``rows`` are all of its rows, and a
+    prompt is asked when it is reached.
+
+    Args:
+        source: Where the prompts come from.
+        held_out: Keys of prompts that are in no split, ascending in each array.
+        start: Lower end of the split.
+        end: Upper end of the split.
+        found: The index of the source, if it is known.
+
+    Attributes:
+        rows: The rows to draw from.
+        usable: Number of prompts of the source in all splits.
+        index: The index of the source; None of many distinct prompts.
+
+    Raises:
+        ConfigError: The source has no usable prompt.
+    """
+
+    def __init__(
+        self,
+        source: PromptSource,
+        held_out: Sequence[Keys] = (),
+        start: float = 0.0,
+        end: float = 1.0,
+        found: Index | None = None,
+    ) -> None:
+        self.source = source
+        self._held_out, self._start, self._end = held_out, start, end
+        many = source.distinct and len(source) > COUNTED
+        self.index = None if many else found or index(source)
+        if self.index is None or source.distinct:
+            self.rows: Rows = range(len(source)) if start < end else range(0)
+            self.usable = len(source)
+        else:
+            self.rows, self.usable = self.index.rows[self.index.window(start, end)], len(self.index)
+
+    def split(self, start: float, end: float) -> "PromptSet":
+        """The prompts whose place is in ``[start, end)``."""
+        return PromptSet(self.source, self._held_out, start, end, self.index)
+
+    def prompt(self, row: int) -> str:
+        """The prompt of a row, without spaces around it."""
+        return self.source.prompt(row).strip()
+
+    def walk(self, order: Permutation, start: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield ``(position after it, row)`` for each prompt of the split from position ``start`` on."""
+        for position in range(start, len(order)):
+            row = int(self.rows[order[position]])
+            if self.accepts(self.prompt(row)):
+                yield position + 1, row
+
+    def accepts(self, prompt: str) -> bool:
+        """Whether a prompt belongs to the split."""
+        inside = self._start <= place(prompt) < self._end
+        return inside and not any(len(find(keys, prompt_keys([prompt]))) for keys in self._held_out)
+
+    def count(self) -> int:
+        """How many prompts the split has; expected, not counted, of many distinct prompts."""
+        if self.index is None:
+            return int(len(self.source) * (self._end - self._start))
+        keys = self.index.keys[self.index.window(self._start, self._end)]
+        removed = [find(keys, held_out) for held_out in self._held_out]
+        return len(keys) - (len(np.unique(np.concatenate(removed))) if removed else 0)
+
+    def keys(self, wanted: int) -> Keys:
+        """The keys of all prompts of the source; of distinct ones, of the first alone (see :meth:`first`)."""
+        if self.index is not None and not self.source.distinct:
+            return self.index.keys
+        return np.unique(prompt_keys([self.prompt(row) for row in self.first(wanted)]))
+
+    def training_order(self, seed: int, number: int) -> Permutation:
+        """The order in which pass ``number`` of a run takes the prompts."""
+        return Permutation(len(self.rows), seed, number, purpose="training order")
+
+    def first(self, wanted: int) -> list[int]:
+        """The first rows (or all, if fewer) in an order that depends on nothing but the number of rows."""
+        order = Permutation(len(self.rows), 0, purpose="evaluation order")
+        return [row for _, row in islice(self.walk(order), wanted)]
+
+    def first_trained(self, wanted: int, seed: int) -> list[int]:
+        """The rows (or all, if fewer) with which training begins in a run of that seed."""
+        return [row for _, row in islice(self.walk(self.training_order(seed, 0)), wanted)]
+
+    def batch(self, rows: Sequence[int], groups: Sequence[int], images_per_prompt: int) -> Batch:
+        """The batch of some rows with their group numbers (see :func:`repeat_prompts`)."""
+        columns = [self.source.columns(row) for row in rows]
+        return repeat_prompts([self.prompt(row) for row in rows], columns, groups, images_per_prompt)
