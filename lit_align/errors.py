@@ -5,6 +5,9 @@ import textwrap
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeVar
+
+Made = TypeVar("Made")
 
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 """Folders of code that a user did not write."""
@@ -30,6 +33,22 @@ def check_positive(values: Mapping[str, float | None]) -> None:
     for name, value in values.items():
         if value is not None and not value > 0:
             raise ConfigError(f"{name}: {value} must be positive")
+
+
+def built(kind: type[Made], /, *args: Any, **kwargs: Any) -> Made:
+    """Make an object of a user's class, for jsonargparse's ``add_instantiator``.
+
+    Raises:
+        ConfigError: The constructor raises; the message names the class and the line.
+    """
+    try:
+        return kind(*args, **kwargs)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{kind.__module__}.{kind.__qualname__} cannot be made: {described(error)}"
+        ) from error
 
 
 def described(error: BaseException) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.progress import Progress
 from torch import Tensor
 
@@ -17,9 +18,10 @@ from lit_align.methods.metrics import Metrics
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.strategies import check_trainer
-from lit_align.methods.validation import ValidatedModule
+from lit_align.methods.validation import ValidatedModule, held_out_prompts
 from lit_align.randomness import run_seed
 from lit_align.rewards import RewardBank
+from lit_align.shapes.world import untaught
 
 Item = TypeVar("Item")
 
@@ -77,7 +79,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
 
         Raises:
             ConfigError: The Trainer is one that methods do not know, or the data has several tasks and the
-                method learns one.
+                method learns one, or a reward does not fit the model.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit" and isinstance(data, MultiTaskDataModule) and not self.several_tasks:
@@ -86,6 +88,19 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
                 "PromptDataModule"
             )
         check_trainer(self.trainer)
+        self._check_domain(held_out_prompts(data, stage))
+
+    def _check_domain(self, prompts: list[str]) -> None:
+        """Tell of rewards, and of prompts, that do not fit the model."""
+        for bank in self.reward_banks:
+            bank.check_model(self.backbone.is_shapes, prompts)
+        if self.backbone.is_shapes and (warning := untaught(prompts)):
+            rank_zero_warn(warning)
+
+    @property
+    def reward_banks(self) -> list[RewardBank]:
+        """All banks; several tasks have one each."""
+        return [self.rewards]
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
@@ -145,7 +160,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             task, drawn = bar.add_task(description, total=total), 0.0
             for item in items:
                 yield item
-                # Inside the Trainer's bar nothing else draws it.
+                # The Trainer's own bar stops rich from refreshing this one.
                 refresh = time.monotonic() - drawn > SECONDS_PER_FRAME
                 bar.update(task, advance=1, refresh=refresh)
                 drawn = time.monotonic() if refresh else drawn
@@ -190,5 +205,5 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
 
 
 def _is_told(name: str, values: Tensor) -> bool:
-    """Whether a metric is logged: what stands for a fault is not, as long as there is none."""
+    """Whether a metric is logged: those that count faults are logged only where they are not 0."""
     return not name.startswith(("unscored", "ratio_deviation")) or bool(values.any())

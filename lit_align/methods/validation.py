@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_align.backbones import POLICY, REFERENCE, Conditioning
 from lit_align.comparison import diversity
-from lit_align.data import Batch
+from lit_align.data import Batch, MultiTaskDataModule, PickaPicDataModule, PromptDataModule
 from lit_align.gaussian import GaussianStep
 from lit_align.methods.sampling import BatchPolicy, SamplingModule
 from lit_align.rewards import RewardBank, RewardOutput
@@ -18,6 +18,10 @@ from lit_align.samplers import Sampler
 
 DRIFT_STEPS = 4
 """Steps of a deterministic chain at which the drift is measured, evenly spaced; all would cost a rollout."""
+
+
+CHECKED_PROMPTS = 1024
+"""Held-out prompts that are compared with what the model was taught."""
 
 
 def measure(images: Tensor, scores: RewardOutput, batch: Batch) -> dict[str, Tensor]:
@@ -106,6 +110,24 @@ def in_global_order(parts: Iterable[dict[str, Tensor]]) -> tuple[dict[str, Tenso
 def base_metrics(measured: dict[str, Any]) -> dict[str, Any]:
     """The metrics of the pretrained model, named apart from the policy's."""
     return {f"base/{name}": value for name, value in measured.items() if name not in ("index", "group")}
+
+
+def held_out_prompts(data: Any, stage: str) -> list[str]:
+    """The prompts of this rank that a stage evaluates, each once, at most :data:`CHECKED_PROMPTS`.
+
+    Args:
+        data: A data module of this package; of others, and without one, nothing is known.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+    """
+    if not isinstance(data, PromptDataModule | MultiTaskDataModule | PickaPicDataModule):
+        return []
+    split = {"test": data.test_dataloader, "predict": data.predict_dataloader}
+    prompts: dict[str, None] = {}
+    for batch in split.get(stage, data.val_dataloader)():
+        prompts |= dict.fromkeys(batch.prompts)
+        if len(prompts) >= CHECKED_PROMPTS:
+            break
+    return list(prompts)[:CHECKED_PROMPTS]
 
 
 class ValidatedModule(SamplingModule):

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from lit_align.rewards.base import Reward
 from lit_align.rewards.function import FunctionReward
 from lit_align.rewards.scoring import score, try_out
 from lit_align.rewards.shapes import ShapesTruth
+from lit_align.shapes.world import in_grammar
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class RewardOutput:
         total: ``(B,)`` weighted sum of the trained rewards; NaN where one of them is. Carries gradient for
             differentiable rewards.
         parts: Every reward's own score by name, ``(B,)`` each, unweighted and detached.
-        report: What a report says of them, on the CPU: ``{"reward": (B,), "reward/<name>": (B,)}``, the
-            total and the parts, with what a set is worth in place of an image's credit for it.
+        report: What is reported, on the CPU: ``{"reward": (B,), "reward/<name>": (B,)}``, the total and the
+            parts, with the value of the set in place of an image's credit for it.
     """
 
     total: Tensor
@@ -89,7 +90,7 @@ class RewardBank(nn.Module):
 
     @property
     def of_sets(self) -> tuple[str, ...]:
-        """Names of the trained rewards that say nothing of an image alone."""
+        """Names of the trained rewards that score sets of images."""
         return tuple(name for name in self.trained if self.rewards[name].scope != "sample")
 
     @property
@@ -102,29 +103,44 @@ class RewardBank(nn.Module):
         """Whether every trained reward has a gradient."""
         return not self.black_box
 
-    def check_model(self, is_shapes: bool) -> None:
-        """Refuse the judge of Shapes on another model, and warn about models that were trained on Shapes.
+    def check_model(self, is_shapes: bool, prompts: Sequence[str] = ()) -> None:
+        """Find what cannot score the images of a model: rewards of the Shapes world on another one.
+
+        The judge of Shapes is left out where it is only monitored, with a warning. Learned models of Shapes
+        stay, with a warning.
 
         Args:
             is_shapes: Whether the images come from the bundled Shapes pipeline.
+            prompts: Some of the prompts.
 
         Raises:
-            ConfigError: They do not, and a reward is :class:`ShapesTruth`.
+            ConfigError: The judge is trained on, and cannot judge such images or prompts.
         """
-        if is_shapes:
-            return
-        rewards = self.rewards
-        if judges := [name for name in self.of_shapes if isinstance(rewards[name], ShapesTruth)]:
-            raise ConfigError(
-                f"rewards: ShapesTruth ({_quoted(judges)}) judges images of the bundled Shapes pipeline, and "
-                "the backbone is another model; take it out of rewards and weights."
+        judges = [name for name, reward in self.rewards.items() if isinstance(reward, ShapesTruth)]
+        foreign = [prompt for prompt in prompts if not in_grammar(prompt)]
+        if judges and (foreign or not is_shapes):
+            what = (
+                f"the prompt {foreign[0]!r} is none" if is_shapes else "the backbone is another model"
             )
-        if self.of_shapes:
+            reason = (
+                f"ShapesTruth ({_quoted(judges)}) judges images of Shapes prompts, and {what}"
+            )
+            if trained := [name for name in judges if name in self.weights]:
+                raise ConfigError(
+                    f"rewards: {reason}; take {_quoted(trained)} out of weights, and train on another reward"
+                )
+            rank_zero_warn(f"rewards: {reason}; it is left out")
+            self._leave_out(judges)
+        if self.of_shapes and not is_shapes:
             rank_zero_warn(
                 f"rewards: the models of {_quoted(self.of_shapes)} were trained on Shapes images, and the "
                 "backbone is another model: their scores say nothing about its images; leave out "
                 "'pretrained: shapes' for the published models, or name others under 'pretrained'"
             )
+
+    def _leave_out(self, names: Collection[str]) -> None:
+        kept = {name: reward for name, reward in self.rewards.items() if name not in names}
+        self.names, self._rewards = tuple(kept), nn.ModuleList(kept.values())
 
     def forward(
         self,

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lit_align.errors import ConfigError
 from lit_align.pretrained import SHAPES
 from lit_align.rewards.calling import accepted
 
@@ -73,7 +74,7 @@ class Reward(nn.Module, ABC):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The scores, and what is reported of each image: for all but rewards of sets the same.
+        """The scores, and what is reported of each image: the same, but for rewards of sets.
 
         Arguments as in :meth:`forward`.
         """
@@ -126,5 +127,14 @@ class BlackBoxReward(Reward):
             self.score(image, prompt) if ok else None
             for image, prompt, ok in zip(to_bytes(images), prompts, finite, strict=True)
         ]
-        numbers = [float("nan") if score is None else float(score) for score in scores]
+        numbers = [self._number(score) for score in scores]
         return torch.tensor(numbers, dtype=torch.float32, device=images.device)
+
+    def _number(self, score: Any) -> float:
+        try:
+            return float("nan") if score is None else float(score)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"{type(self).__name__}.score returned a value of the type {type(score).__name__}; return "
+                "one number, or None where there is no score."
+            ) from None

@@ -1,4 +1,4 @@
-"""Rewards of a set of images: what can be said of several only, such as fairness or diversity.
+"""Rewards of a set of images, such as fairness and diversity.
 
 After Zhang et al. 2024, "Large-scale Reinforcement Learning for Diffusion Models" (arXiv 2401.12244),
 section 3.2. Shapes: ``B`` images, ``F`` features, ``n`` images of a set.
@@ -24,21 +24,21 @@ Credit = Literal["leave_one_out", "shared"]
 class SetReward(Reward):
     """A reward ``R(S)`` of a set ``S`` of images, shared out among them.
 
-    ``R`` is a function of the sum of the images' features and of their number, which is what a subclass
-    gives. Two rules say what one image gets:
+    ``R`` is a function of the sum of the images' features and of their number; a subclass gives the features
+    and the function. Two rules say what one image gets:
 
-    - ``shared``: ``R(S)``, the same for all, which is the paper's rule. A baseline that is the mean of the
-      set takes all of it away: a prompt's set needs a normaliser over the batch (``BatchAdvantages``), a
-      batch's one with a memory (``PerPromptAdvantages``), which only prompts that come again have.
-    - ``leave_one_out``: ``R(S) - R(S without i)``, what the set owes to the image. The expected policy
-      gradient is the same, since the second term does not depend on image ``i``; its variance was
-      3.5 times smaller with sixteen images and four uneven classes (a test). Our own addition.
+    - ``shared``: ``R(S)``, the same for all, which is the paper's rule. A baseline that subtracts the mean of
+      the set cancels it: the set of a prompt needs a normaliser over the batch (``BatchAdvantages``), the set
+      of a batch one with a memory (``PerPromptAdvantages``) and prompts that come again.
+    - ``leave_one_out``: ``R(S) - R(S without i)``. The expected policy gradient is the same, since the second
+      term does not depend on image ``i``; its variance was 3.5 times smaller with sixteen images and four
+      uneven classes (a test). Our own addition.
 
-    An image whose features are not finite is in no set: it has no score. The others of its prompt have, if
+    An image whose features are not finite is in no set and has no score. The others of its set have one if
     at least :attr:`smallest` are left.
 
-    What is reported of an image is ``R(S)`` under both rules: a mean of leave-one-out credits says nothing
-    of the set (that of :class:`PairwiseDiversity` is always 0).
+    What is reported of an image is ``R(S)`` under both rules: a mean of leave-one-out credits does not
+    describe the set (that of :class:`PairwiseDiversity` is always 0).
 
     With the scope ``"batch"`` the set is the whole batch, of all processes: then every process must score as
     often as the others. In validation and test that is one batch of ``eval_batch`` images times the

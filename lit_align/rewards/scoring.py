@@ -17,7 +17,7 @@ from lit_align.rewards.function import FunctionReward
 Columns = Mapping[str, list[Any]]
 
 SIDES = (64, 512)
-"""Sizes of the trial's images in pixels: small ones first; a reward that needs larger ones gets them next."""
+"""Sizes of the trial's images in pixels; the second is for a reward that cannot score small ones."""
 
 PROMPTS = ["a red circle", "two blue squares"]
 
@@ -47,7 +47,7 @@ def score(
         raise
     except Exception as error:
         raise ConfigError(
-            f"{subject} failed: {described(error)}; mend it, or return NaN where there is no score."
+            f"{subject} failed: {described(error)}; fix it, or return NaN where there is no score."
         ) from error
     read = as_scores(scores, images, subject)
     attached = reward.differentiable and images.requires_grad and torch.is_grad_enabled()

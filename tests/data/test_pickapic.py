@@ -663,7 +663,7 @@ def test_what_the_ranks_cannot_share_is_refused(shards: Path) -> None:
 
 
 class Recorder(LightningModule):
-    """Records what it sees and takes one optimiser step a batch."""
+    """Records what it sees and takes one optimizer step a batch."""
 
     def __init__(self) -> None:
         super().__init__()

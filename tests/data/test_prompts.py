@@ -327,7 +327,7 @@ def test_millions_of_prompts_start_at_once() -> None:
 
 
 class Recorder(LightningModule):
-    """Records what it sees and takes one optimiser step a batch."""
+    """Records what it sees and takes one optimizer step a batch."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -73,6 +73,24 @@ def test_every_class_is_exported() -> None:
     assert set(names()) == set(MAKE)
 
 
+def test_nothing_is_declared_by_default(reward: Reward) -> None:
+    """The defaults of Reward are for rewards that people write; a class of ours says what it is."""
+    own = [vars(reward), *(vars(kind) for kind in type(reward).__mro__ if kind not in Reward.__mro__)]
+    assert {"differentiable", "scope"} <= set().union(*own)
+    assert reward.domain in (None, "shapes")
+
+
+def test_a_reward_leaves_what_it_is_given(reward: Reward, images: Tensor) -> None:
+    """Without the copies that a bank makes; and a bank changes no score."""
+    given, prompts, groups = images.clone(), list(PROMPTS), torch.tensor([5, 2, 5, 2])
+    scores = reward(given, prompts, groups)
+    assert torch.equal(given, images)
+    assert prompts == PROMPTS
+    assert groups.tolist() == [5, 2, 5, 2]
+    parts = RewardBank({"it": reward}, {"it": 1.0})(images, PROMPTS, groups).parts
+    assert torch.equal(parts["it"].nan_to_num(9), scores.nan_to_num(9))
+
+
 def test_contract(reward: Reward, images: Tensor) -> None:
     scores = reward(images, PROMPTS)
     assert scores.shape == (4,)

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, built
 from lit_align.rewards import BlackBoxReward, Brightness, FunctionReward, Redness, Reward, RewardBank
 
 PROMPTS = ["a cat", "a dog", "a fox"]
@@ -218,6 +218,31 @@ weights: {{mine: 1.0}}
     assert "function: test_written.blueness" in parser.dump(config)
 
 
+class Unbuilt(Reward):
+    def __init__(self, address: str = "nowhere") -> None:
+        raise ConnectionError(f"no server at {address}")
+
+    def forward(self, images, prompts):  # type: ignore[no-untyped-def, override]
+        return levels(images)
+
+
+def test_a_constructor_that_raises_is_one_sentence_with_its_name() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--bank", type=RewardBank)
+    parser.add_instantiator(built, Reward, subclasses=True)
+    init = {"rewards": {"mine": {"class_path": f"{__name__}.Unbuilt"}}, "weights": {"mine": 1.0}}
+    config = parser.parse_object({"bank": {"class_path": "RewardBank", "init_args": init}})
+    with pytest.raises(
+        ConfigError,
+        match=r"test_written.Unbuilt cannot be made: ConnectionError: no server at nowhere \(test_w",
+    ):
+        parser.instantiate_classes(config)
+    init["rewards"]["mine"] = {"class_path": "ColourFraction", "init_args": {"colour": "rouge"}}
+    config = parser.parse_object({"bank": {"class_path": "RewardBank", "init_args": init}})
+    with pytest.raises(ConfigError, match=r"cannot read the colour 'rouge'"):
+        parser.instantiate_classes(config)
+
+
 class Detached(Reward):
     differentiable = True
 
@@ -323,6 +348,11 @@ class Sometimes(BlackBoxReward):
         return None if image.mean() < 100 else np.float32(1.5) if image.mean() < 200 else torch.tensor(2)
 
 
+class Pair(BlackBoxReward):
+    def score(self, image: NDArray[np.uint8], prompt: str) -> Any:
+        return 1.0, "because"
+
+
 class Never(BlackBoxReward):
     def score(self, image: NDArray[np.uint8], prompt: str) -> None:
         return None
@@ -336,8 +366,10 @@ def test_none_and_infinity_are_no_score() -> None:
     assert bank(lambda images, prompts: [None] * 1 + [1.0] * (len(images) - 1))(
         grey, PROMPTS
     ).total.isnan().tolist() == [True, False, False]
-    with pytest.warns(UserWarning, match="'mine'.*neither of two trial images"):
+    with pytest.warns(UserWarning, match=r"'mine'.*neither of two trial images"):
         bank(Never())
+    with pytest.raises(ConfigError, match=r"Pair.score returned a value of the type tuple; return"):
+        bank(Pair())
 
 
 class Vandal(Reward):

@@ -71,7 +71,7 @@ class OpponentModule(PairModule[Prepared], ABC):
         return run_folder(trainer) / "pool" / self._opponent_hash()
 
     def _drop_pool(self) -> None:
-        """Delete the images of an iteration that is over; what else lies beside them is not ours."""
+        """Delete the images of a finished iteration, and nothing else in the folder."""
         folder = self._pool_folder()
         if folder is not None and self.trainer.is_global_zero:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,9 +1,11 @@
 """The words of the world, and the words of a prompt that the bundled models were never taught."""
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
+from lit_align.shapes import PIPELINE
 from lit_align.shapes.world.grammar import COLOURS, COUNTS, RADII, RELATIONS, SHAPES, Group
 
 EXAMPLES = 5
@@ -26,6 +28,12 @@ def unknown_words(prompt: str) -> list[str]:
     """
     found = re.findall(r"\w+|[^\w\s]", prompt.lower())
     return [word for word in dict.fromkeys(found) if word not in _known()]
+
+
+def is_shapes_vocabulary(vocabulary: Mapping[str, int]) -> bool:
+    """Whether a tokenizer's vocabulary is that of the bundled pipeline, as of every model trained from it."""
+    bundled = json.loads((PIPELINE / "tokenizer" / "tokenizer.json").read_text())
+    return dict(vocabulary) == bundled["model"]["vocab"]
 
 
 def untaught(prompts: Iterable[str]) -> str | None:
