@@ -3,7 +3,7 @@
 import os
 import sys
 
-HELP = """usage: python -m lit_align {fit,validate,test,predict} --config CONFIG [--config OVERLAY] [--OPTION VALUE]
+HELP = """usage: python -m lit_align COMMAND --config CONFIG [--config OVERLAY] [--KEY VALUE]
 
 Align text-to-image diffusion models with rewards and preferences.
 
@@ -15,7 +15,7 @@ commands:
 
 examples:
   python -m lit_align fit     --config configs/ddpo.yaml
-  python -m lit_align fit     --config configs/ddpo.yaml --config configs/variant/redness.yaml --trainer.max_epochs 5
+  python -m lit_align fit     --config configs/ddpo.yaml --config configs/variant/redness.yaml
   python -m lit_align fit     --config configs/ddpo.yaml --ckpt_path last
   python -m lit_align test    --config configs/ddpo.yaml --ckpt_path last
 

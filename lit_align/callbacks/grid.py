@@ -7,8 +7,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-MARGIN, LINE, FONT_SIZE = 6, 15, 12
-"""Pixels: around a cell, from line to line of a caption, and of its letters."""
+MARGIN, GAP, LINE, FONT_SIZE = 6, 3, 15, 12
+"""Pixels: around a cell, between its images, from line to line of a caption, and of its letters."""
 
 
 def uint8(images: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def image_grid(
     height, width = cells[0][0].shape[1:]
     scale = side / max(height, width)
     width, height = round(width * scale), round(height * scale)
-    cell_width = len(cells[0]) * width
+    cell_width = len(cells[0]) * (width + GAP) - GAP
     texts = [wrap(caption, cell_width) for caption in captions]
     rows = [range(start, min(start + columns, len(cells))) for start in range(0, len(cells), columns)]
     heights = [height + LINE * max(len(texts[i]) for i in row) + 2 * MARGIN for row in rows]
@@ -73,7 +73,7 @@ def image_grid(
             left = place * (cell_width + 2 * MARGIN) + MARGIN
             for number, image in enumerate(cells[i]):
                 picture = Image.fromarray(pixels(image)).resize((width, height), Image.Resampling.BICUBIC)
-                grid.paste(picture, (left + number * width, top))
+                grid.paste(picture, (left + number * (width + GAP), top))
             for number, line in enumerate(texts[i]):
                 draw.text((left, top + height + LINE * number), line, fill="black", font=font)
         top += row_height

@@ -120,7 +120,7 @@ class ImageGrids(Callback):
 
 
 def _change(values: list[float]) -> str:
-    return " → ".join("no score" if math.isnan(value) else f"{value:.2f}" for value in values)
+    return " -> ".join("no score" if math.isnan(value) else f"{value:.2f}" for value in values)
 
 
 class ImageWriter(Callback):

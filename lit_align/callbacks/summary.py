@@ -24,7 +24,7 @@ from lit_align.shapes import WEIGHTS_HASH
 class RunSummary(Callback):
     """Says at the start what is trained and where, and at the end how the held-out metrics changed.
 
-    ``fit`` leaves ``validation.json`` and ``.csv``, the newest; of a run that goes on, the older ones are kept
+    ``fit`` leaves ``validation.json`` and ``.csv``, the newest; when a run goes on, the older ones are kept
     with their number of images in the name. Every ``test`` and ``validate`` leaves files of its own.
     """
 
@@ -120,10 +120,7 @@ def _rows(columns: dict[str, Tensor]) -> str:
 
 
 def _show_change(found: dict[str, Comparison], split: str) -> None:
-    table = Table(
-        title=f"{split}: {_count(found)} images, before and after on the same prompts and noise",
-        caption="win rate: share of the images that score higher after than before; a tie counts half",
-    )
+    table = Table(title=f"{split}: {_count(found)} images, before and after on the same prompts and noise")
     for header in ("", "before", "after", "change ± standard error", "win rate"):
         table.add_column(header, justify="right" if header else "left", no_wrap=True)
     for name, c in found.items():
@@ -137,6 +134,7 @@ def _show_change(found: dict[str, Comparison], split: str) -> None:
         change = _number(c.difference, c.standard_error, "+")
         table.add_row(name, _number(c.before), _number(c.after), change, wins)
     Console().print(table)
+    _say("win rate: share of the images that score higher after than before; a tie counts half")
 
 
 def _show_means(found: dict[str, Comparison], split: str) -> None:

@@ -6,10 +6,10 @@ import shutil
 import sys
 from typing import Any
 
-from lightning import Trainer
+from lightning import Callback, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_align.callbacks import ProgressBar, RunConfig, RunFolder, default_callbacks
 from lit_align.cli.checkpoint import Saved, find
@@ -18,10 +18,14 @@ from lit_align.cli.loggers import keep_metrics, new_folder, runs_of, use_folder
 from lit_align.cli.method import check_annotations
 from lit_align.cli.settings import settings_of
 from lit_align.errors import ConfigError
+from lit_align.methods.strategies import check_trainer
+
+REFUSED = (ValueError, TypeError, RuntimeError, MisconfigurationException)
+"""What Trainer raises where its options cannot work together."""
 
 
 class AlignCLI(LightningCLI):
-    """LightningCLI with one folder for each run, which a resumed run keeps, and the callbacks of every run."""
+    """LightningCLI with a folder for each run, which a resumed run keeps, and the callbacks of every run."""
 
     def __init__(self, **arguments: Any) -> None:
         self.saved: Saved | None = None
@@ -41,7 +45,8 @@ class AlignCLI(LightningCLI):
             config.ckpt_path = None  # Lightning would read all of it, for hyper-parameters that it has not
 
     def before_instantiate_classes(self) -> None:
-        config = self.config[self.subcommand]
+        stage = str(self.subcommand)
+        config = self.config[stage]
         _check_trainer(config.trainer)
         check_annotations(config.model.class_path)
         if self.saved is not None:
@@ -50,12 +55,12 @@ class AlignCLI(LightningCLI):
             rank_zero_warn(
                 "no --ckpt_path: this is the pretrained model; --ckpt_path last takes the newest run"
             )
-        parser = self._subcommand_parsers[self.subcommand]
+        parser = self._subcommand_parsers[stage]
         text = parser.dump(config, skip_none=False)
         now = settings_of(json.loads(parser.dump(config, format="json", skip_none=False)))
-        extra = [RunConfig(text, now)]
+        extra: list[Callback] = [RunConfig(text, now)]
         if self.saved is not None:
-            extra += going_on(self.saved, now, config, self.subcommand)
+            extra += going_on(self.saved, now, config, stage)
         config.weights_only = True
         if "verbose" in config:
             config.verbose = False  # Lightning's table repeats ours
@@ -82,7 +87,7 @@ class AlignCLI(LightningCLI):
         kwargs["enable_progress_bar"] = _has_bar(trainer)
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, RuntimeError, MisconfigurationException) as error:
+        except REFUSED as error:
             raise ConfigError(f"trainer: {error}") from error
 
     def after_instantiate_classes(self) -> None:
@@ -119,15 +124,26 @@ def _has_bar(trainer: Any) -> bool:
     return sys.stdout.isatty() if trainer.enable_progress_bar is None else trainer.enable_progress_bar
 
 
-def _check_trainer(trainer: Any) -> None:
-    if trainer.accumulate_grad_batches not in (None, 1):
+def _check_trainer(config: Any) -> None:
+    """Refuse what cannot work before any model is loaded."""
+    if config.accumulate_grad_batches not in (None, 1):
         raise ConfigError(
-            f"trainer.accumulate_grad_batches: {trainer.accumulate_grad_batches} does nothing here, where a batch "
-            "has several updates; memory is bounded by model.optimisation.micro_batch, which changes no result, "
-            "and an update takes more images by data.prompts_per_batch"
+            f"trainer.accumulate_grad_batches: {config.accumulate_grad_batches} does nothing here, since "
+            "methods make their updates themselves; to bound memory set model.optimisation.micro_batch, which "
+            "changes no result; for more images in an update raise data.prompts_per_batch"
         )
-    if trainer.gradient_clip_val:
+    if config.gradient_clip_val:
         raise ConfigError(
-            f"trainer.gradient_clip_val: {trainer.gradient_clip_val} does nothing here, where methods make their "
-            "updates themselves; set model.optimisation.clip_norm"
+            f"trainer.gradient_clip_val: {config.gradient_clip_val} does nothing here, since methods make "
+            "their updates themselves; set model.optimisation.clip_norm"
         )
+    if isinstance(config.strategy, str):
+        names = ("accelerator", "devices", "num_nodes", "precision", "strategy")
+        off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        options: dict[str, Any] = {name: config[name] for name in names} | dict.fromkeys(off, False)
+        try:
+            check_trainer(Trainer(**options))
+        except ConfigError:
+            raise
+        except REFUSED as error:
+            raise ConfigError(f"trainer: {error}") from None

@@ -30,8 +30,10 @@ class Saved:
     @property
     def run(self) -> Path | None:
         """The folder of its run, if the checkpoint lies where runs write."""
-        folder = self.path.absolute().parent
-        return folder.parent if folder.name == "checkpoints" else None
+        folder, here = self.path.absolute().parent, Path.cwd()
+        if folder.name != "checkpoints":
+            return None
+        return folder.parent.relative_to(here) if here in folder.parent.parents else folder.parent
 
 
 def find(ckpt_path: str, runs: Path) -> Saved:
@@ -55,8 +57,8 @@ def find(ckpt_path: str, runs: Path) -> Saved:
         return read(path)
     if not (path / "checkpoints").is_dir():
         raise ConfigError(
-            f"ckpt_path: {ckpt_path} is a folder, and not that of a run; give a checkpoint, which is one file, "
-            "or a folder that has checkpoints/"
+            f"ckpt_path: {ckpt_path} is a folder, and not that of a run; give a checkpoint, which is one "
+            "file, or a folder that has checkpoints/"
         )
     if (saved := newest(path)) is None:
         raise ConfigError(f"ckpt_path: {path / 'checkpoints'} has no checkpoint that is whole")

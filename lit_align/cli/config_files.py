@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -100,31 +101,36 @@ def read(path: str) -> ConfigFile:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        mark = _mark(text, error)
         raise ConfigError(f"{path}, line {mark.line + 1 if mark else '?'}: {_syntax(text, error)}") from None
     except yaml.YAMLError:
         raise ConfigError(f"--config {path}: this is not a text file") from None
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(
-            f"--config {path}: a configuration has the sections trainer, model and data, and this file has none"
+            f"--config {path}: a configuration has the sections trainer, model and data; this file has none"
         )
     _refuse_twice(path, root)
     return ConfigFile(path, text, root)
 
 
-def check_order(files: Sequence[ConfigFile], model: str | None) -> None:
+def check_order(files: Sequence[ConfigFile], arguments: Sequence[str], model: str | None) -> None:
     """Refuse overlays without a configuration before them.
 
     Args:
         files: In the order of the command.
+        arguments: The whole command.
         model: The class that the command line gives for the model.
 
     Raises:
         ConfigError: With the command that was meant.
     """
     if not files and model is None:
+        options = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
+        near = difflib.get_close_matches("--config", options, n=1)
         raise ConfigError(
-            "no configuration: give one, as in --config configs/ddpo.yaml (configs/README.md lists them)"
+            f"{near[0]}: there is no such option; did you mean --config?"
+            if near
+            else "no configuration: give one, as in --config configs/ddpo.yaml (configs/README.md lists them)"
         )
     whole = [number for number, file in enumerate(files) if file.model_class()]
     if whole and whole[0]:
@@ -164,7 +170,8 @@ def _paths(node: yaml.Node, before: tuple[str, ...] = ()) -> list[list[str]]:
     found = []
     for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
         path = before if key.value == "init_args" else (*before, str(key.value))
-        found += [list(path), *_paths(value, path)] if path else []
+        if key.value != "class_path" and path:
+            found += [list(path), *_paths(value, path)]
     return found
 
 
@@ -179,15 +186,20 @@ def _refuse_twice(path: str, node: yaml.Node) -> None:
         line = key.start_mark.line + 1
         if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, line) != line:
             raise ConfigError(
-                f"{path}, line {line}: {key.value} stands in line {first[key.value]} already; the second would "
-                "replace the first, so make one of them"
+                f"{path}, line {line}: {key.value} stands in line {first[key.value]} already; the second "
+                "would replace the first, so make one of them"
             )
         _refuse_twice(path, value)
 
 
+def _mark(text: str, error: yaml.MarkedYAMLError) -> Any:
+    """Where the mistake is: where something begins that never ends, or where the reader got lost."""
+    at_end = error.problem_mark is not None and error.problem_mark.index >= len(text.rstrip())
+    return error.context_mark if at_end and error.context_mark else error.problem_mark
+
+
 def _syntax(text: str, error: yaml.MarkedYAMLError) -> str:
-    mark = error.problem_mark or error.context_mark
-    lines = text.splitlines()
+    mark, lines = _mark(text, error), text.splitlines()
     line = lines[mark.line] if mark and mark.line < len(lines) else ""
     if "\t" in line[: len(line) - len(line.lstrip())]:
         return "a tab at the beginning of the line; YAML is indented by spaces"

@@ -1,4 +1,4 @@
-"""What the parser refuses, said in a sentence: where it stands, what is wrong, and what was probably meant."""
+"""What the parser refuses, as a sentence: where it stands, what is wrong, and what was probably meant."""
 
 import difflib
 import importlib
@@ -24,6 +24,7 @@ import lit_align.methods.msdda
 import lit_align.rewards
 import lit_align.samplers
 from lit_align.cli.config_files import ConfigFile
+from lit_align.cli.renamed import first_edition
 
 ROOMS: tuple[ModuleType, ...] = (
     lit_align.methods,
@@ -42,7 +43,11 @@ ROOMS: tuple[ModuleType, ...] = (
 )
 """Where the classes are that a configuration names."""
 
+COMMANDS = ("fit", "validate", "test", "predict")
+
 KINDS = {
+    "dict": "a mapping (name: value)",
+    "list": "a list",
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
@@ -60,23 +65,35 @@ class Given:
 
     def place(self, path: Sequence[str], word: str | None = None) -> str:
         """Where an option stands, or below it a word: a file and a line, or the option itself."""
-        if any(_option(argument)[: len(path)] == list(path) for argument in self.arguments):
-            values = [argument.partition("=")[2] or argument for argument in self.arguments]
-            if word is None or any(word in value for value in values):
+        values = [a.partition("=")[2] or a for a in self.arguments]
+        on_command = any(_option(argument)[: len(path)] == list(path) for argument in self.arguments)
+        for sought in dict.fromkeys((word, None)):
+            if on_command and (sought is None or any(sought in value for value in values)):
                 return f"--{'.'.join(path)}"
-        for file in reversed(self.files):
-            if (line := file.line(path, word)) is not None:
-                return f"{file.path}, line {line}: {'.'.join(path)}"
+            for file in reversed(self.files):
+                for written in (path, first_edition(path)):
+                    if (line := file.line(written, sought)) is not None:
+                        return f"{file.path}, line {line}: {'.'.join(written)}"
         return ".".join(path)
 
-    def ending_with(self, name: str) -> list[str]:
-        """Options of the files whose last part is a name: where a misplaced option may belong."""
-        found: dict[str, None] = {}
-        for file in self.files:
-            for path in file.paths():
-                if path[-1] == name and len(path) > 1:
-                    found[".".join(path)] = None
-        return list(found)
+    def argument(self, option: str) -> str:
+        """The argument as the user wrote it, of which the parser names the end."""
+        names = [argument.partition("=")[0] for argument in self.arguments]
+        return next((n for n in names if n.startswith("--") and n.endswith(option.lstrip("-"))), option)
+
+    def paths(self) -> list[list[str]]:
+        """The names that lead to every option of the files, without ``init_args``."""
+        return [path for file in self.files for path in file.paths()]
+
+    def ending_with(self, name: str, but: Sequence[str] = ()) -> list[str]:
+        """Options of the files whose last part is a name: where a misplaced option may belong.
+
+        Args:
+            name: The last part.
+            but: The place where it was found, and does not belong.
+        """
+        found = [path for path in self.paths() if path[-1] == name and len(path) > 1 and path != list(but)]
+        return list(dict.fromkeys(".".join(path) for path in found))
 
 
 def explain(error: BaseException, given: Given) -> str:
@@ -91,9 +108,10 @@ def explain(error: BaseException, given: Given) -> str:
         (r"invalid choice: '([^']+)' \(choose from (.*)\)", _choice),
         (r"argument --(\S+): expected", _no_value),
         (r"Not a valid subclass of (\w+)", _not_a_kind),
+        (r"Unable to load config [\"'](.*?)[\"']$", _not_a_mapping),
         (r"Expected a", _wrong_value),
     ):
-        if found := re.search(pattern, text):
+        if found := re.search(pattern, text, flags=re.MULTILINE):
             return tell(text, found, given)
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
@@ -101,7 +119,7 @@ def explain(error: BaseException, given: Given) -> str:
 def _path(text: str) -> list[str]:
     """The option that the message is about, without ``init_args``."""
     keys = re.findall(r'Parser key "([^"]+)"', text)
-    path = [part for key in keys for part in key.split(".") if part not in ("init_args", "fit")]
+    path = [part for key in keys for part in key.split(".") if part not in ("init_args", *COMMANDS)]
     nested = re.findall(r"NestedArg\(key='([^']+)'", text)
     longest = [part for part in (nested[-1].split(".") if nested else []) if part != "init_args"]
     return [path[0], *longest] if nested and len(longest) >= len(path) - 1 else path
@@ -116,18 +134,14 @@ def _unrecognised(text: str, found: re.Match[str], given: Given) -> str:
     words = [word for word in found[1].split() if word.startswith("-")]
     if not words:
         return f"{found[1]}: options begin with --, and this belongs to none"
-    option = words[0].partition("=")[0]
-    section, _, name = option.removeprefix("--").partition(".")
-    if section == "trainer" and name:
-        return (
-            f"{option}: Trainer has no such option{_did_you_mean(name, _parameters(Trainer), '--trainer.')}"
-        )
+    option = given.argument(words[0].partition("=")[0])
     if len(option) > 2 and not option.startswith("--"):
         return f"{option}: options begin with two dashes; did you mean -{option}?"
-    known = ["config", "model", "data", "trainer", "ckpt_path", "seed_everything", "print_config", "help"]
-    if near := difflib.get_close_matches(section, known, n=1):
-        return f"{option}: there is no such option; did you mean --{'.'.join([*near, *([name] if name else [])])}?"
-    return f"{option}: there is no such option{_elsewhere(name or section, given)}"
+    name = ".".join(_option(option))
+    known = [f"trainer.{one}" for one in _parameters(Trainer)] + [".".join(path) for path in given.paths()]
+    known += ["config", "ckpt_path", "seed_everything", "print_config", "help"]
+    meant = _did_you_mean(name, known, "--") or _elsewhere(name, given)
+    return f"{option}: there is no such option{meant}"
 
 
 def _unknown_section(text: str, found: re.Match[str], given: Given) -> str:
@@ -146,10 +160,11 @@ def _unknown_section(text: str, found: re.Match[str], given: Given) -> str:
 def _unknown_option(text: str, found: re.Match[str], given: Given) -> str:
     name, owner = found[1], re.findall(r"class_path '([\w.]+)'", text)
     path = _path(text)
-    path = path if path and path[-1] == name else [*path, name]
+    parts = name.split(".")
+    path = path if path[-len(parts) :] == parts else [*path, *parts]
     accepted = _parameters(_imported(owner[-1])) if owner else []
     class_name = owner[-1].rpartition(".")[2] if owner else "this part"
-    meant = _did_you_mean(name, accepted) or _elsewhere(name, given)
+    meant = _did_you_mean(parts[0], accepted) or _elsewhere(name, given, but=path)
     listed = meant or (f"; it has {', '.join(accepted)}" if accepted else "")
     return f"{given.place(path)}: {class_name} has no option {name}{listed}"
 
@@ -158,8 +173,8 @@ def _no_module(text: str, found: re.Match[str], given: Given) -> str:
     path = re.findall(r"class_path '([\w.]+)'", text)
     class_path = path[-1] if path else found[1]
     return (
-        f"{given.place(_path(text), class_path)}: {class_path} cannot be imported: there is no module {found[1]} "
-        "in this folder or among the installed packages"
+        f"{given.place(_path(text), class_path)}: {class_path} cannot be imported; there is no module "
+        f"{found[1]} in this folder or among the installed packages"
     )
 
 
@@ -173,7 +188,8 @@ def _required(text: str, found: re.Match[str], given: Given) -> str:
 
 def _choice(text: str, found: re.Match[str], given: Given) -> str:
     choices = re.findall(r"'([^']+)'", found[2])
-    return f"there is no command {found[1]}{_did_you_mean(found[1], choices) or f'; it has {chr(44).join(choices)}'}"
+    meant = _did_you_mean(found[1], choices) or f"; the commands are {', '.join(choices)}"
+    return f"there is no command {found[1]}{meant}"
 
 
 def _no_value(text: str, found: re.Match[str], given: Given) -> str:
@@ -184,6 +200,11 @@ def _not_a_kind(text: str, found: re.Match[str], given: Given) -> str:
     return (
         f"{given.place(_path(text))}: this is no {found[1]}; give its class_path, or its values as a mapping"
     )
+
+
+def _not_a_mapping(text: str, found: re.Match[str], given: Given) -> str:
+    place = given.place(_path(text)[:1], found[1])
+    return f"{place}: {found[1]!r} is not `name: value`, with a space after the colon"
 
 
 def _wrong_value(text: str, found: re.Match[str], given: Given) -> str:
@@ -199,6 +220,8 @@ def _wrong_value(text: str, found: re.Match[str], given: Given) -> str:
     if literals:
         meant = _did_you_mean(str(value), literals) or f"; it may be {', '.join(dict.fromkeys(literals))}"
         return f"{place}: {value!r} is not possible{meant}"
+    if named and named[-1] == "None":
+        return f"{place}: null can only be given in a file, as configs/backbone/full.yaml does"
     if named and (not kinds or value is None or value[:1].isupper() or "." in value):
         names = [name for room in ROOMS for name in vars(room) if name[0].isupper()]
         meant = _did_you_mean(named[-1].rpartition(".")[2], names)
@@ -210,10 +233,12 @@ def _wrong_value(text: str, found: re.Match[str], given: Given) -> str:
 
 def _value(text: str, named: Sequence[str]) -> str | None:
     """What was refused: the innermost value that the message quotes."""
-    for pattern in (r"Got value: ([^\n(]+)$", r"Given value: ([^\n(]+)$", r"val='([^']*)'"):
-        if quoted := re.findall(pattern, text, flags=re.MULTILINE):
-            return quoted[0].partition(". Got value")[0].strip("'\" ")
-    return named[-1] if named else None
+    for quoted in re.findall(r"(?:Given|Got) value: (.*)", text):
+        value = quoted.partition(". Got value")[0].strip("'\" ")
+        if not value.startswith(("Namespace(", "NestedArg(")):
+            return value
+    nested = re.findall(r"val='([^']*)'", text)
+    return nested[0] if nested else next(iter(named), None)
 
 
 def _did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -221,8 +246,8 @@ def _did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {' or '.join(prefix + one for one in near)}?" if near else ""
 
 
-def _elsewhere(name: str, given: Given) -> str:
-    places = given.ending_with(name.rpartition(".")[2])
+def _elsewhere(name: str, given: Given, but: Sequence[str] = ()) -> str:
+    places = given.ending_with(name.rpartition(".")[2], but)
     return f"; did you mean {' or '.join(places[:2])}?" if places else ""
 
 

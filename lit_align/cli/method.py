@@ -21,8 +21,8 @@ def check_annotations(class_path: str) -> None:
     ]
     if untyped:
         raise ConfigError(
-            f"model: {class_path} has no type for {', '.join(untyped)}; annotate the arguments of its __init__, as "
-            "in `sampler: SamplerFactory`, since the types say what the values of a configuration become"
+            f"model: {class_path} has no type for {', '.join(untyped)}; annotate the arguments of its "
+            "__init__, as in `sampler: SamplerFactory`: the types say what the values of a configuration become"
         )
 
 

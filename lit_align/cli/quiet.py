@@ -7,7 +7,7 @@ import warnings
 
 import diffusers
 import transformers
-from lightning.pytorch.utilities.warnings import PossibleUserWarning
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 
 NOISE = (
     "Found .* module.* in eval mode",  # the models are in evaluation mode on purpose

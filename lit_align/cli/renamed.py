@@ -14,6 +14,7 @@ OPTIONS = {
     "model.guidance": "model.sampling.guidance",
     "model.rollout_batch": "model.sampling.batch",
     "model.seed": "model.sampling.seed",
+    "model.sweep.pictures": "model.sweep.images",
     "data.prompts_per_collection": "data.prompts_per_batch",
     "data.collections_per_epoch": "data.batches_per_epoch",
     "data.tasks.*.prompts_per_collection": "data.tasks.*.prompts_per_batch",
@@ -46,7 +47,7 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
             word = str(holder[key]).lower()
             if isinstance(holder[key], bool) and word in values:
                 holder[key] = values[word]
-                _warn(f"{name}: {word} is now {values[word]}")
+                rank_zero_warn(f"{name}: {word} is now {values[word]}")
     return new
 
 
@@ -61,7 +62,7 @@ def translated_arguments(arguments: Sequence[str]) -> list[str]:
         words = VALUES.get(_plain(name.removeprefix("--")), {})
         given = value if equals else argument
         if given in words:
-            _warn(f"{_plain(name.removeprefix('--'))}: {given} is now {words[given]}")
+            rank_zero_warn(f"{_plain(name.removeprefix('--'))}: {given} is now {words[given]}")
             argument = words[given]
             new.append(f"{option}={argument}" if equals else argument)
         elif argument.startswith("--"):
@@ -69,6 +70,15 @@ def translated_arguments(arguments: Sequence[str]) -> list[str]:
         else:
             new.append(_value(argument))
     return new
+
+
+def first_edition(path: Sequence[str]) -> list[str]:
+    """Where an option stood in the first edition."""
+    name = ".".join(path)
+    for old, new in OPTIONS.items():
+        if name == new or name.startswith(f"{new}."):
+            return [*old.split("."), *path[new.count(".") + 1 :]]
+    return list(path)
 
 
 def _value(text: str) -> str:
@@ -84,7 +94,7 @@ def _translate_option(name: str) -> str:
         if (new := _renamed(path)) != path:
             end = places[count - 1] + 1
             kept = parts[: places[1]]  # model or data, and init_args if they are there
-            _warn(f"{'.'.join(path)} is now {'.'.join(new)}")
+            rank_zero_warn(f"{'.'.join(path)} is now {'.'.join(new)}")
             return ".".join([*kept, *new[1:], *parts[end:]]) + plus
     return name
 
@@ -138,7 +148,7 @@ def _move(config: dict[str, Any], old: Sequence[str], new: Sequence[str]) -> Non
             holder[name] = {}
         holder = holder[name]
     holder.setdefault(new[-1], value)
-    _warn(f"{'.'.join(old)} is now {'.'.join(new)}")
+    rank_zero_warn(f"{'.'.join(old)} is now {'.'.join(new)}")
 
 
 def _classes(config: Any) -> Any:
@@ -157,10 +167,6 @@ def _class(path: str) -> str:
     for old, new in CLASSES.items():
         moved = re.sub(rf"(^|\.){re.escape(old)}(?=\.|$)", rf"\g<1>{new}", path)
         if moved != path:
-            _warn(f"{path} is now {moved}")
+            rank_zero_warn(f"{path} is now {moved}")
             return moved
     return path
-
-
-def _warn(text: str) -> None:
-    rank_zero_warn(f"{text}; the old name will go with the next edition")

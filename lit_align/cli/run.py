@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, get_loader, set_loader
 from lightning import LightningDataModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_align.cli.align import AlignCLI
 from lit_align.cli.config_files import check_order, given_files, read
@@ -31,7 +32,7 @@ def _run(arguments: list[str]) -> None:
     if arguments and arguments[0] in AlignCLI.subcommands() and not helps:
         given = Given([read(path) for path in given_files(arguments)], arguments)
         model = model_argument(arguments)
-        check_order(given.files, model)
+        check_order(given.files, arguments, model)
         method = use_method(given, model)
     else:
         method = None

@@ -92,8 +92,8 @@ def check(found: Changes, saved: Mapping[str, Any], now: Mapping[str, Any], stag
     """
     if found.weights:
         raise ConfigError(
-            f"ckpt_path: the checkpoint was trained with other weights ({told(found.weights, saved, now)}); set "
-            "them back, or give the config.yaml of its run"
+            f"ckpt_path: the checkpoint belongs to another model ({told(found.weights, saved, now)}); set "
+            "this back, or give the config.yaml of its run"
         )
     if stage != "fit":
         return
@@ -102,8 +102,8 @@ def check(found: Changes, saved: Mapping[str, Any], now: Mapping[str, Any], stag
     fixed = [name for name in found.optimizer if "lr_scheduler" in name.split(".") or not _is_value(name)]
     if fixed:
         raise ConfigError(
-            f"ckpt_path: the schedule and the kind of the optimizer go on as they were ({told(fixed, saved, now)}); "
-            "set them back, or start a new run"
+            f"ckpt_path: in a run that goes on, the kind of the optimizer and the schedule cannot change "
+            f"({told(fixed, saved, now)}); set this back, or start a new run"
         )
 
 
@@ -131,7 +131,7 @@ def _is_measured(parts: list[str], now: Mapping[str, Any]) -> bool:
 
 
 def _same_model(old: Any, new: Any) -> bool:
-    """Whether two places hold the same model, as far as names say: the same folder moved, or a copy of the hub."""
+    """Whether two places hold the same model, as far as names say: a folder that was moved or copied."""
     return bool(old and new) and PurePath(str(old)).name == PurePath(str(new)).name
 
 

@@ -180,7 +180,8 @@ class ValidatedModule(SamplingModule):
         loop = self.trainer.fit_loop.epoch_loop.val_loop
         loop.setup_data()
         total = int(sum(self.trainer.num_val_batches))
-        for batch in islice(self.trainer.val_dataloaders, total):
+        batches: Any = self.trainer.val_dataloaders
+        for batch in islice(batches, total):
             with self.trainer.precision_plugin.forward_context():
                 cond = self.backbone.encode(batch.prompts)
                 samples = self.sample(self.policy(batch, cond, REFERENCE), batch, "validation")
