@@ -106,10 +106,8 @@ def bank(**made: Reward) -> RewardBank:
 
 def test_a_learned_reward_of_shapes_on_another_model_is_told(clip_folder: Path) -> None:
     clip = CLIPScore("shapes")
-    assert bank(clip=clip, truth=ShapesTruth(), other=CLIPScore(str(clip_folder))).of_shapes == (
-        "clip",
-        "truth",
-    )
+    other = CLIPScore(str(clip_folder))
+    assert bank(clip=clip, truth=ShapesTruth(), other=other).of_shapes == ("clip", "truth")
     both = bank(clip=clip, again=clip)
     with pytest.warns(UserWarning, match=r"the models of 'clip', 'again' were trained on Shapes"):
         both.check_model(is_shapes=False)
