@@ -119,12 +119,8 @@ class RewardBank(nn.Module):
         judges = [name for name, reward in self.rewards.items() if isinstance(reward, ShapesTruth)]
         foreign = [prompt for prompt in prompts if not in_grammar(prompt)]
         if judges and (foreign or not is_shapes):
-            what = (
-                f"the prompt {foreign[0]!r} is none" if is_shapes else "the backbone is another model"
-            )
-            reason = (
-                f"ShapesTruth ({_quoted(judges)}) judges images of Shapes prompts, and {what}"
-            )
+            what = f"the prompt {foreign[0]!r} is none" if is_shapes else "the backbone is another model"
+            reason = f"ShapesTruth ({_quoted(judges)}) judges images of Shapes prompts, and {what}"
             if trained := [name for name in judges if name in self.weights]:
                 raise ConfigError(
                     f"rewards: {reason}; take {_quoted(trained)} out of weights, and train on another reward"
