@@ -30,14 +30,10 @@ class RunFolder(Callback):
         path: The folder. If not given, that of the first TensorBoard or CSV logger; without one, the next
             ``logs/<method>/version_N`` in the Trainer's ``default_root_dir``. A ``fast_dev_run`` gets a
             temporary folder.
-
-    Attributes:
-        begun: Whether anything was computed that is worth a folder.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self.begun = False
         self._temporary: TemporaryDirectory[str] | None = None
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -48,18 +44,6 @@ class RunFolder(Callback):
             method = type(pl_module).__name__.removesuffix("Module").lower()
             self.path = _logged(trainer) or claim(Path(trainer.default_root_dir) / "logs" / method)
         self.path = trainer.strategy.broadcast(self.path)
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.begun = True
-
-    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.begun = True
-
-    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.begun = True
-
-    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.begun = True
 
 
 def run_folder(trainer: Trainer) -> Path:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer
@@ -31,6 +32,7 @@ class AlignCLI(LightningCLI):
         self.saved: Saved | None = None
         self.folder = RunFolder()
         self.claimed = False
+        self.configs: set[Path] = set()  # of the folder, before this command adds its own
         try:
             super().__init__(**arguments)
         except BaseException:
@@ -77,6 +79,7 @@ class AlignCLI(LightningCLI):
             self.folder.path = new_folder(config)
             self.claimed = self.folder.path is not None
         if self.folder.path is not None:
+            self.configs = set(self.folder.path.glob("config*.yaml"))
             use_folder(config, self.folder.path)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -96,8 +99,8 @@ class AlignCLI(LightningCLI):
     def _clean_up(self) -> None:
         """Leave nothing of a start that failed before anything was computed."""
         folder = self.folder.path
-        if folder is None or self.folder.begun:
-            return
+        if folder is None or set(folder.glob("config*.yaml")) != self.configs:
+            return  # it began
         if self.claimed:
             shutil.rmtree(folder, ignore_errors=True)
             for parent in (folder.parent, folder.parent.parent):
@@ -129,8 +132,8 @@ def _check_trainer(config: Any) -> None:
     if config.accumulate_grad_batches not in (None, 1):
         raise ConfigError(
             f"trainer.accumulate_grad_batches: {config.accumulate_grad_batches} does nothing here, since "
-            "methods make their updates themselves; to bound memory set model.optimisation.micro_batch, which "
-            "changes no result; for more images in an update raise data.prompts_per_batch"
+            "methods make their updates themselves; set model.optimisation.micro_batch to bound memory, and "
+            "data.prompts_per_batch for more images in an update"
         )
     if config.gradient_clip_val:
         raise ConfigError(

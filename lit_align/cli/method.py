@@ -22,7 +22,7 @@ def check_annotations(class_path: str) -> None:
     if untyped:
         raise ConfigError(
             f"model: {class_path} has no type for {', '.join(untyped)}; annotate the arguments of its "
-            "__init__, as in `sampler: SamplerFactory`: the types say what the values of a configuration become"
+            "__init__, as in `sampler: SamplerFactory`, since types say what becomes of a configuration's values"
         )
 
 
