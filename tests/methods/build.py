@@ -291,7 +291,7 @@ def assert_same(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def assert_close_gradients(one: Sequence[Tensor], other: Sequence[Tensor], tolerance: float = 1e-4) -> None:
+def assert_close_gradients(one: Sequence[Tensor], other: Sequence[Tensor], tolerance: float = 1e-3) -> None:
     """Equal up to this share of the largest element: rounding differs with the batch of a prediction."""
     largest = flat(one).abs().max()
     assert largest > 0
@@ -325,9 +325,10 @@ def randomise(module: AlignmentModule, std: float = 0.3) -> list[Tensor]:
 
 
 class Unscored(Reward):
-    """The first image and every second after it have no score; the others that of another reward."""
+    """Of so many neighbours the first image has no score; the others that of another reward."""
 
     scope = "sample"
+    every = 2
 
     def __init__(self, scored: Reward) -> None:
         super().__init__()
@@ -341,11 +342,11 @@ class Unscored(Reward):
         columns: Mapping[str, list[Any]] | None = None,
     ) -> Tensor:
         scores = self.scored(images, prompts, groups, columns)
-        return torch.where(torch.arange(len(images)) % 2 == 0, math.nan, scores)
+        return torch.where(torch.arange(len(images)) % self.every == 0, math.nan, scores)
 
 
 class Dark(Reward):
-    """Scores dark images; a bright one has no score."""
+    """Scores dark images; a bright one (about half of what the tiny pipeline draws) has no score."""
 
     differentiable = False
     scope = "sample"
@@ -358,7 +359,7 @@ class Dark(Reward):
         columns: Mapping[str, list[Any]] | None = None,
     ) -> Tensor:
         level = images.mean(dim=(1, 2, 3))
-        return torch.where(level > level.median(), torch.nan, -level)
+        return torch.where(level > 0.5, torch.nan, -level)
 
 
 class EvenBrightness(SetReward):
