@@ -74,7 +74,7 @@ def _report(path: Path, module: AlignmentModule, split: str) -> None:
     """Write and show what was measured, compared with the pretrained model where that was measured too."""
     groups, latest = module.prompt_groups, module.latest
     before = {name: values for name, values in module.baseline.items() if len(values) == len(groups)}
-    if module.images and before:
+    if before and module.baseline is not latest:  # a validation of an untrained model is its own baseline
         found = {name: compare(old, latest[name], groups) for name, old in before.items() if name in latest}
         metrics = {name: finite(asdict(comparison)) for name, comparison in found.items()}
         _show_change(found, split)

@@ -203,7 +203,9 @@ def test_what_fit_cannot_train_is_refused(tiny, tmp_path):
         fit(module(tiny, eta=0.0), tmp_path)
     with pytest.raises(ConfigError, match="samplers: fit learns red from chains of the common sampler"):
         fit(module(tiny, samplers={"red": partial(DDIM, num_steps=4, eta=0.5)}), tmp_path)
-    bank = RewardBank({"bright": Brightness(), "varied": PairwiseDiversity()}, {"bright": 1.0, "varied": 1.0})
+    bank = RewardBank(
+        {"bright": Brightness(), "varied": PairwiseDiversity("shapes")}, {"bright": 1.0, "varied": 1.0}
+    )
     of_sets = {"rewards": bank, "weights": {"bright": 1.0}, "experts": {"bright": None, "varied": None}}
     with pytest.raises(ConfigError, match=r"varied is a reward of sets.*train it with DDPOModule"):
         fit(module(tiny, **of_sets), tmp_path)
