@@ -1,6 +1,5 @@
 """The batches: prompts, which every method, reward and callback sees, and pairs of images."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -84,28 +83,3 @@ class PairBatch:
         """The same pairs with their images on a device."""
         losers = None if self.losers is None else self.losers.to(device, non_blocking=True)
         return replace(self, winners=self.winners.to(device, non_blocking=True), losers=losers)
-
-
-def repeat_prompts(
-    prompts: Sequence[str],
-    columns: Sequence[Mapping[str, Any]],
-    groups: Sequence[int],
-    images_per_prompt: int,
-) -> Batch:
-    """A batch with each prompt repeated ``images_per_prompt`` times, images of a prompt next to each other.
-
-    Image ``j`` of group ``g`` has the index ``g * images_per_prompt + j``.
-
-    Args:
-        prompts: The distinct prompts of the batch, in their global order.
-        columns: The extra columns of each prompt, with the same names for every prompt.
-        groups: The global number of each prompt.
-        images_per_prompt: Images that share a prompt.
-    """
-    copies = range(images_per_prompt)
-    return Batch(
-        prompts=[prompt for prompt in prompts for _ in copies],
-        groups=torch.tensor(groups).repeat_interleave(images_per_prompt),
-        columns={name: [row[name] for row in columns for _ in copies] for name in columns[0]},
-        index=torch.tensor([group * images_per_prompt + copy for group in groups for copy in copies]),
-    )

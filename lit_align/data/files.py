@@ -5,6 +5,7 @@ import difflib
 import glob
 import hashlib
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.csv
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_align.data.loading import counted
 from lit_align.errors import ConfigError
 
 LARGE = 16 * 2**20
@@ -28,7 +30,7 @@ def find_files(path: str, ending: str) -> list[Path]:
         ending: How the names of a folder's files end.
 
     Raises:
-        ConfigError: There is none, or one of them is empty.
+        ConfigError: There is none, or one of them is empty or may not be read.
     """
     place = Path(path).expanduser()
     if place.is_dir():
@@ -43,6 +45,8 @@ def find_files(path: str, ending: str) -> list[Path]:
     if not files:
         raise ConfigError(missing)
     for file in files:
+        if not os.access(file, os.R_OK):
+            raise ConfigError(f"{file} cannot be read: check its permissions")
         if file.stat().st_size == 0:
             remedy = "give a file with at least one prompt" if len(files) == 1 else "delete or restore it"
             raise ConfigError(f"{file} is empty: {remedy}")
@@ -50,23 +54,13 @@ def find_files(path: str, ending: str) -> list[Path]:
 
 
 def read_files(path: str, ending: str, builder: str, form: str, **options: Any) -> tuple[pa.Table, str]:
-    """One table of all the rows of a file, of a folder's files or of those that a pattern names.
+    """The rows of the files that :func:`find_files` finds, in their order, and a :func:`fingerprint`.
 
-    At the first start ``datasets`` writes the rows as Arrow files into its cache. They are memory-mapped: a
-    later start reads only the rows that are used.
-
-    Args:
-        path: See :func:`find_files`.
-        ending: See :func:`find_files`.
-        builder: The ``datasets`` builder of the format.
-        form: What error messages call the format.
-        options: Settings of the builder.
-
-    Returns:
-        The rows in the order of the files' names, and their :func:`fingerprint`.
+    At the first start the ``builder`` of ``datasets``, with its ``options``, writes the rows as Arrow files
+    into the cache. They are memory-mapped: a later start reads only the rows that are used.
 
     Raises:
-        ConfigError: No file is there, or one cannot be read, or they do not fit together.
+        ConfigError: No file is there, or one is not of the ``form``, or they do not fit together.
     """
     import datasets  # .3 s: only those who need it should wait for it
 
@@ -81,6 +75,14 @@ def read_files(path: str, ending: str, builder: str, form: str, **options: Any) 
         try:
             rows = load(files, streaming=False)
         except failures as error:
+            reason = error.__cause__ or error
+            if isinstance(reason, OSError) and reason.errno:  # of the system, not of a file's content
+                raise ConfigError(
+                    f"{path} cannot be written into the cache at {datasets.config.HF_DATASETS_CACHE} "
+                    f"({first_line(reason)}): make room there, or set HF_DATASETS_CACHE"
+                ) from error
+            if "no data" in str(reason):
+                raise ConfigError(f"{path} has no rows: give a source with at least one prompt") from error
             for file in files:  # which one is to blame?
                 if ending != ".parquet":
                     read_utf8(file)
@@ -89,26 +91,12 @@ def read_files(path: str, ending: str, builder: str, form: str, **options: Any) 
                         pass
                 except failures as other:
                     raise unreadable(file, form, first_line(other)) from other
-            raise _not_joined(path, error.__cause__ or error) from error
+            raise ConfigError(
+                f"the files of {path} do not fit together ({first_line(reason)}): give all of them the same "
+                "columns, and a column the same type in all"
+            ) from error
     pa.default_memory_pool().release_unused()  # copying leaves some 350 MB behind
     return rows.data.table, fingerprint(rows)
-
-
-def _not_joined(path: str, reason: BaseException) -> ConfigError:
-    """The error of files each of which can be read."""
-    if "no data" in str(reason):
-        return ConfigError(f"{path} has no rows: give a source with at least one prompt")
-    if isinstance(reason, OSError):
-        import datasets
-
-        return ConfigError(
-            f"{path} cannot be written into the cache at {datasets.config.HF_DATASETS_CACHE} "
-            f"({first_line(reason)}): make room there, or set HF_DATASETS_CACHE"
-        )
-    return ConfigError(
-        f"the files of {path} do not fit together ({first_line(reason)}): give all of them the same "
-        "columns, and a column the same type in all"
-    )
 
 
 @contextmanager
@@ -196,8 +184,8 @@ def _check_quotes(file: Path, text: str, form: str) -> None:
         ) from error
     if long:
         rank_zero_warn(
-            f"{len(long)} rows of {file} take several lines, the first from line {long[0]} on: "
-            "if that is not meant, close their quotes"
+            f"{counted(len(long), 'row')} of {file} with a line break in quotes, the first from line "
+            f"{long[0]} on: if that is not meant, close the quotes"
         )
 
 

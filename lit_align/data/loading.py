@@ -1,4 +1,4 @@
-"""What all loaders need: the share of each rank, and the check of a saved position."""
+"""What all loaders need: the share of each rank, the check of a saved position, numbers in messages."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,3 +72,8 @@ def check_resumed(settings: Mapping[str, int], state: Mapping[str, int]) -> None
                 f"data.{name} is {value}, but the checkpoint was written with {state[name]}: "
                 "set it back to resume this run, or start a new run without ckpt_path"
             )
+
+
+def counted(number: int, what: str) -> str:
+    """``1 prompt``, ``2 prompts``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,6 +1,5 @@
 """Prompt sets beyond memory: files mapped from a cache, and the index that tells their splits."""
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +12,11 @@ import pytest
 
 from lit_align.data import (
     Animals,
-    CSVPrompts,
     HubPrompts,
-    JSONLPrompts,
-    JSONPrompts,
     ParquetPrompts,
     PromptDataModule,
     PromptSource,
     TablePrompts,
-    TextPrompts,
-    TSVPrompts,
 )
 from lit_align.data.loading import Rank
 from lit_align.data.prompts import index as indexing
@@ -211,49 +205,6 @@ def test_a_cache_that_cannot_be_written_is_named(
         index(source)
 
 
-# Forms and shards
-
-
-@pytest.mark.parametrize("form", ["text", "csv", "tsv", "jsonl", "json", "json texts", "parquet", "hub"])
-def test_every_form_is_read_alike(tmp_path: Path, form: str) -> None:
-    prompts = ["a cat", 'a "dog"\u2028, müde', "", "[a] {bear}"]
-    rows = [{"prompt": prompt, "level": level} for level, prompt in enumerate(prompts)]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder := tmp_path / "data").mkdir()
-    source: PromptSource
-    if form == "text":
-        (folder / "p.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*prompts, ""]).encode())
-        source = TextPrompts(str(folder))
-    elif form == "csv":
-        with (folder / "p.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([["prompt", "level"], *(row.values() for row in rows)])
-        source = CSVPrompts(str(folder))
-    elif form == "tsv":
-        cells = [["prompt", "level"], *([row["prompt"], str(row["level"])] for row in rows)]
-        (folder / "p.tsv").write_text("\n".join(map("\t".join, cells)))
-        source = TSVPrompts(str(folder))
-    elif form in ("json", "json texts"):
-        (folder / "p.json").write_text(json.dumps(prompts if "texts" in form else rows))
-        source = JSONPrompts(str(folder))
-    elif form == "parquet":
-        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), folder / "p.parquet")
-        source = ParquetPrompts(str(folder / "*.parquet"))
-    else:
-        (folder / "p.jsonl").write_text(lines)
-        source = JSONLPrompts(str(folder)) if form == "jsonl" else HubPrompts(str(folder))
-    assert [source.prompt(row) for row in range(len(source))] == prompts == source.prompts(range(4))
-    assert source.columns(3) == ({} if form in ("text", "json texts") else {"level": 3})
-    assert (source.fingerprint() is None) == (form in ("csv", "tsv"))
-
-
-def test_only_the_columns_to_keep_are_read(tmp_path: Path) -> None:
-    rows = pa.table({"caption": TEXTS, "jpg_0": [b"x" * 10_000] * 300, "level": list(range(300))})
-    pyarrow.parquet.write_table(rows, tmp_path / "p.parquet", compression="none", use_dictionary=False)
-    source = ParquetPrompts(str(tmp_path / "p.parquet"), "caption", keep=["level"])
-    assert source.columns(7) == {"level": 7}
-    assert sum(file.stat().st_size for file in tmp_path.rglob("*.arrow")) < 50_000
-
-
 def test_slices_of_a_dataset_have_an_index_each(tmp_path: Path, on_disk: Path) -> None:
     (folder := tmp_path / "data").mkdir()
     (folder / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
@@ -261,65 +212,6 @@ def test_slices_of_a_dataset_have_an_index_each(tmp_path: Path, on_disk: Path) -
     keys = [index(part).keys for part in parts]
     assert [len(part) for part in keys] == [20, 20]
     assert len(np.intersect1d(*keys)) == 0
-
-
-def parquet_shards(folder: Path, *, broken: bool = False, column: str = "prompt") -> Path:
-    for number in range(3):
-        pyarrow.parquet.write_table(pa.table({"prompt": TEXTS}), folder / f"{number}.parquet")
-    bad = folder / "1.parquet"
-    if broken:
-        data = bytearray(bad.read_bytes())
-        data[4:60] = bytes(56)
-        bad.write_bytes(data)
-    else:
-        pyarrow.parquet.write_table(pa.table({column: TEXTS}), bad)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda d: ParquetPrompts(str(parquet_shards(d, broken=True))), ["1.parquet", "not Parquet"]),
-        (lambda d: ParquetPrompts(str(parquet_shards(d, column="Promt"))), ["1.parquet", "column: Promt"]),
-        (lambda d: ParquetPrompts(str(parquet_shards(d)), keep=["level"]), ["0.parquet", "'level'"]),
-        (
-            lambda d: JSONLPrompts(shard(d, "p.jsonl", '{"prompt": "a"}\n{"pro')),
-            ["p.jsonl", "not JSON lines"],
-        ),
-        (lambda d: JSONLPrompts(shard(d, "p.jsonl", '{"Prompts": "a"}\n')), ["column: Prompts"]),
-        (lambda d: TextPrompts(shard(d, "p.txt", b"a\nb\xe4r")), ["p.txt", "not UTF-8", "line 2"]),
-        (lambda d: TextPrompts(shard(d, "p.txt", "")), ["p.txt", "is empty"]),
-        (lambda d: TextPrompts(str(d / "*.txt")), ["*.txt", "does not exist"]),
-        (lambda d: ParquetPrompts(str(d)), ["folder without .parquet files"]),
-        (lambda d: TextPrompts(shard(d, "p.txt", "\n\n")), ["no usable prompt"]),
-    ],
-)
-def test_a_shard_that_cannot_work_is_named(tmp_path: Path, make: Any, words: list[str]) -> None:
-    (folder := tmp_path / "data").mkdir()
-    with pytest.raises(ConfigError) as caught:
-        ready(make(folder))
-    assert all(word in str(caught.value) for word in words), str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("content", ['["a", 3]', '["a"', "[]", '[{"prompt": "a"}, 3]'])
-def test_json_that_is_no_list_of_prompts_is_named(tmp_path: Path, content: str) -> None:
-    with pytest.raises(ConfigError, match=r"p\.json "):
-        JSONPrompts(shard(tmp_path, "p.json", content) + "/p.json")
-
-
-def shard(folder: Path, name: str, content: str | bytes) -> str:
-    """One file; the path is that of the folder."""
-    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    return str(folder)
-
-
-def test_shards_of_different_types_are_refused(tmp_path: Path) -> None:
-    for number, values in enumerate(([1], ["one"])):
-        rows = pa.table({"prompt": ["a"], "level": values})
-        pyarrow.parquet.write_table(rows, tmp_path / f"{number}.parquet")
-    with pytest.raises(ConfigError, match="do not fit together"):
-        ParquetPrompts(str(tmp_path))
 
 
 # Order, ranks and resuming

@@ -68,14 +68,18 @@ class PickaPicFiles(PairSource):
             group for file in files for group in file.split_by_row_group() if group.row_groups[0].num_rows
         ]
         self._starts = [0, *accumulate(group.row_groups[0].num_rows for group in self._groups)]
-        self._group = lru_cache(row_groups)(self._read_images)
+        self._make_cache()
+
+    def _make_cache(self) -> None:
+        self._group = lru_cache(self.mixed)(self._read_images)
         self._lock = Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "row_groups": self.mixed}
+        return {name: value for name, value in vars(self).items() if name not in ("_group", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        PickaPicFiles.__init__(self, **state)  # a process that is spawned opens the files anew
+        vars(self).update(state)
+        self._make_cache()  # in a process that is spawned
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -215,7 +219,7 @@ def _check_schema(file: str, schema: pa.Schema) -> None:
         raise ConfigError(
             f"{file} has no column '{missing[0]}', only {', '.join(schema.names)}: save it with Pick-a-Pic's "
             "columns caption, jpg_0, jpg_1 (encoded images) and label_0 (1 where jpg_0 is preferred, 0 where "
-            "jpg_1 is, 0.5 for a tie), or give FolderPairs a table"
+            "jpg_1 is, 0.5 for a tie), or save the images as files and give FolderPairs a table of them"
         )
     for name in IMAGES:
         kind = schema.field(name).type

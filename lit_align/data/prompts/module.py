@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_align.data.loading import Rank
+from lit_align.data.loading import Rank, counted
 from lit_align.data.module import AlignmentDataModule
 from lit_align.data.prompts.index import ON_DISK, index
 from lit_align.data.prompts.loaders import FixedLoader, RolloutLoader
@@ -112,14 +112,15 @@ class PromptDataModule(AlignmentDataModule):
         rank.check("prompts_per_batch", wanted)
         if not (count := train.count()):
             raise ConfigError(
-                f"{self.source} has no prompt left to train on, of {train.usable}: set "
-                "data.validation_fraction and data.test_fraction to 0, and give data.validation_source and "
-                "data.test_source prompts that it does not have"
+                f"{self.source} has {counted(train.usable, 'prompt')}, and none of them is left to train on: "
+                "set data.validation_fraction and data.test_fraction to 0, and give data.validation_source "
+                "and data.test_source prompts that it does not have"
             )
         if wanted > count:
             raise ConfigError(
-                f"data.prompts_per_batch is {wanted}, but {self.source} has only {count} training prompts: "
-                f"lower it to at most {count}, give more prompts, or lower the fractions that are held out"
+                f"data.prompts_per_batch is {wanted}, but {self.source} has only "
+                f"{counted(count, 'training prompt')}: lower it to at most {count}, give more prompts, or "
+                "lower the fractions that are held out"
             )
         length = self.batches_per_epoch or count // wanted
         return RolloutLoader(train, wanted, self.images_per_prompt, length, run_seed(self.seed), rank)
@@ -168,7 +169,8 @@ class PromptDataModule(AlignmentDataModule):
         if usable == 0:
             if split != "train" and prompts.usable > 1:  # a single prompt would only leave another split
                 remedy = f"raise data.{split}_fraction, or {remedy}"
-            there = f"{len(rows)} {'training' if split == 'train' else split} prompts for {rank.world} ranks"
+            kind = "training" if split == "train" else split
+            there = f"{counted(len(rows), f'{kind} prompt')} for {counted(rank.world, 'rank')}"
             raise ConfigError(f"{prompts.source} has {there}, of {prompts.usable} in all: {remedy}")
         if usable < wanted:
             used = f"data.{size} is {wanted}, but {prompts.source} has {len(rows)}: {usable} are used"
@@ -179,13 +181,12 @@ class PromptDataModule(AlignmentDataModule):
 
 def _read(source: PromptSource, held_out: Sequence[Keys] = ()) -> PromptSet:
     """All prompts of a source but those held out, of which it says how many there are."""
-    prompts, told = PromptSet(source, held_out), f"{source}: {len(source)} prompts read"
+    prompts, told = PromptSet(source, held_out), f"{source}: {counted(len(source), 'prompt')} read"
     if (found := prompts.index) and (found.empty or found.repeated):
         told += f"; {found.empty} empty and {found.repeated} repeated prompts dropped, {len(found)} left"
-    if held_out and found:
-        removed = prompts.usable - prompts.count()
+    if found and (removed := prompts.usable - prompts.count()):
         told += f"; {removed} prompts removed, which validation_source or test_source has too"
-    elif held_out:
+    elif held_out and not found:
         told += f"; {sum(map(len, held_out))} prompts of validation_source and test_source are skipped"
     rank_zero_info(told)
     return prompts

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
+import torch
 
-from lit_align.data.batch import Batch, repeat_prompts
+from lit_align.data.batch import Batch
 from lit_align.data.loading import Rows
 from lit_align.data.prompts.index import Index, index
 from lit_align.data.prompts.sources import PromptSource
@@ -34,9 +35,6 @@ class PromptSet:
         rows: The rows to draw from.
         usable: Number of prompts of the source in all splits.
         index: The index of the source; None of many distinct prompts.
-
-    Raises:
-        ConfigError: The source has no usable prompt.
     """
 
     def __init__(
@@ -105,6 +103,20 @@ class PromptSet:
         return [row for _, row in islice(self.walk(self.training_order(seed, 0)), wanted)]
 
     def batch(self, rows: Sequence[int], groups: Sequence[int], images_per_prompt: int) -> Batch:
-        """The batch of some rows with their group numbers (see :func:`repeat_prompts`)."""
+        """The batch of some rows; images of a prompt stand next to each other.
+
+        Image ``j`` of group ``g`` has the index ``g * images_per_prompt + j``.
+
+        Args:
+            rows: One per prompt, in their global order.
+            groups: The global number of each prompt.
+            images_per_prompt: Images that share a prompt.
+        """
+        copies = range(images_per_prompt)
         columns = [self.source.columns(row) for row in rows]
-        return repeat_prompts([self.prompt(row) for row in rows], columns, groups, images_per_prompt)
+        return Batch(
+            prompts=[prompt for prompt in map(self.prompt, rows) for _ in copies],
+            groups=torch.tensor(groups).repeat_interleave(images_per_prompt),
+            columns={name: [values[name] for values in columns for _ in copies] for name in columns[0]},
+            index=torch.tensor([group * images_per_prompt + copy for group in groups for copy in copies]),
+        )

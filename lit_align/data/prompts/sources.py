@@ -85,7 +85,8 @@ class TablePrompts(PromptSource):
         files: Fingerprint of the files that the table is mapped from, if it is.
 
     Raises:
-        ConfigError: The table is empty, has no such column, names one twice, or the column holds no text.
+        ConfigError: The table is empty, has no such column, names one twice, or the column holds no text; of
+            the sources below, a file is missing, empty, not UTF-8 or not of its form.
     """
 
     def __init__(
@@ -149,9 +150,6 @@ class TextPrompts(TablePrompts):
 
     Args:
         path: A file, a folder of ``.txt`` files, or a pattern such as ``prompts/*.txt``.
-
-    Raises:
-        ConfigError: A file is missing, empty or not UTF-8.
     """
 
     def __init__(self, path: str) -> None:
@@ -166,9 +164,6 @@ class CSVPrompts(TablePrompts):
         path: The file.
         column: The column with the prompts.
         texts: Other columns that are text whatever they look like: 0001 is a name, not 1.
-
-    Raises:
-        ConfigError: The file is missing, empty, not UTF-8, not CSV, or has no such column of text.
     """
 
     def __init__(self, path: str, column: str = "prompt", texts: list[str] | None = None) -> None:
@@ -184,9 +179,6 @@ class TSVPrompts(TablePrompts):
     Args:
         path: The file.
         column: The column with the prompts.
-
-    Raises:
-        ConfigError: The file is missing, empty, not UTF-8, not TSV, or has no such column of text.
     """
 
     def __init__(self, path: str, column: str = "prompt") -> None:
@@ -200,9 +192,6 @@ class JSONLPrompts(TablePrompts):
     Args:
         path: A file, a folder of ``.jsonl`` files, or a pattern such as ``shards/*.jsonl``.
         column: The key of the prompts; the others travel with them.
-
-    Raises:
-        ConfigError: A file is missing, empty, not UTF-8, not JSON lines, or has no such key with text.
     """
 
     def __init__(self, path: str, column: str = "prompt") -> None:
@@ -216,9 +205,6 @@ class JSONPrompts(TablePrompts):
     Args:
         path: A file, a folder of ``.json`` files, or a pattern such as ``benchmark/*.json``.
         column: The key of the prompts in objects; the others travel with them. Texts need none.
-
-    Raises:
-        ConfigError: A file is missing, empty, not UTF-8, not such a list, or its objects have no such key.
     """
 
     def __init__(self, path: str, column: str = "prompt") -> None:
@@ -236,9 +222,6 @@ class ParquetPrompts(TablePrompts):
         column: The column with the prompts.
         keep: The other columns that travel with the prompts; all of them if not given. Give ``[]`` where the
             others are large, such as images: what is kept is copied into the cache.
-
-    Raises:
-        ConfigError: A file is missing, empty, not Parquet, or has no such column of text.
     """
 
     def __init__(self, path: str, column: str = "prompt", keep: list[str] | None = None) -> None:
@@ -261,9 +244,6 @@ class HubPrompts(TablePrompts):
         split: Which of the dataset's own splits to read; slices such as ``train[:1000]`` work.
         column: The column with the prompts.
         keep: The other columns that travel with the prompts; all of them if not given.
-
-    Raises:
-        ConfigError: The dataset cannot be reached or read, or has no such column of text.
     """
 
     def __init__(
