@@ -53,7 +53,9 @@ def find_files(path: str, ending: str) -> list[Path]:
     return sorted(files)
 
 
-def read_files(path: str, ending: str, builder: str, form: str, **options: Any) -> tuple[pa.Table, str]:
+def read_files(
+    path: str, ending: str, builder: str, form: str, **options: Any
+) -> tuple[pa.Table, str | None]:
     """The rows of the files that :func:`find_files` finds, in their order, and a :func:`fingerprint`.
 
     At the first start the ``builder`` of ``datasets``, with its ``options``, writes the rows as Arrow files
@@ -133,11 +135,11 @@ def load_hub(name: str, split: str) -> Any:
         ) from error
 
 
-def fingerprint(rows: Any, split: str = "train") -> str:
-    """What tells a dataset's rows from others: the split, and its files with their sizes and times."""
+def fingerprint(rows: Any, split: str = "train") -> str | None:
+    """What tells a dataset's rows from others: split and files, with sizes and times; None without files."""
     files = [Path(entry["filename"]) for entry in rows.cache_files]
     facts = [f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
-    return hashlib.blake2b("\n".join([split, *facts]).encode()).hexdigest()
+    return hashlib.blake2b("\n".join([split, *facts]).encode()).hexdigest() if files else None
 
 
 def read_delimited(path: str, ending: str, texts: list[str], delimiter: str, quoted: bool) -> pa.Table:

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningDataModule
 
 from lit_align.data.batch import PairBatch
 from lit_align.errors import ConfigError
+from lit_align.randomness import run_seed
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -27,6 +28,9 @@ class AlignmentDataModule(LightningDataModule):
         eval_batch: Images in a batch of one rank in validation, test and predict, at most; prompts are kept
             whole.
         seed: Seed of the training order alone; that of ``seed_everything`` if not given.
+
+    Attributes:
+        order_seed: The seed, whether it was given or not.
     """
 
     batches_per_epoch: int | None = None
@@ -41,6 +45,7 @@ class AlignmentDataModule(LightningDataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
+        self.order_seed = run_seed(self.seed)
 
     def shared(self) -> dict[str, Any]:
         """The settings that all data modules have, by name."""

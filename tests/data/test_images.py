@@ -34,7 +34,7 @@ def test_scaling_down_does_not_alias() -> None:
     assert (decode(file.getvalue(), 16) - 0.5).abs().max() < 0.05
 
 
-def test_a_image_of_the_right_size_stays_as_it_is() -> None:
+def test_an_image_of_the_right_size_stays_as_it_is() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")

@@ -205,6 +205,18 @@ def test_a_cache_that_cannot_be_written_is_named(
         index(source)
 
 
+def test_a_dataset_without_files_has_its_index_in_memory(
+    tmp_path: Path, on_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.IN_MEMORY_MAX_SIZE", 1 << 20)
+    (folder := tmp_path / "data").mkdir()
+    (folder / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    source = HubPrompts(str(folder))
+    assert source.fingerprint() is None
+    assert len(index(source)) == 300
+    assert not on_disk.exists()
+
+
 def test_slices_of_a_dataset_have_an_index_each(tmp_path: Path, on_disk: Path) -> None:
     (folder := tmp_path / "data").mkdir()
     (folder / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))

@@ -26,7 +26,7 @@ from lit_align.errors import ConfigError
 View = Literal["winners", "pairs"]
 
 REPORTED = 20
-"""Pairs that cannot be read, of which each rank says so one by one."""
+"""So many pairs that cannot be read are reported one by one by each rank; the others are counted."""
 
 
 class PairOrder:
@@ -56,7 +56,7 @@ class PairOrder:
         return int(self._windows[window][place])
 
     def spares(self, position: int) -> Iterator[int]:
-        """Rows that stand in for the one at a position, in their order: first those of the same window."""
+        """Rows that can replace the one at a position, in their order: first those of the same window."""
         home = bisect_right(self._starts, position) - 1
         for window in chain(range(home, len(self._windows)), range(home)):
             order = self._permutation(window, "pair spares", position)
@@ -87,12 +87,12 @@ class PairLoader:
     is cut short repeats nothing. Lightning saves and restores :meth:`state_dict`; a resume is exact from
     checkpoints taken at batch ends. Pairs at the end of a pass that do not fill a batch are dropped.
 
-    A pair that cannot be read is reported and another takes its place: which one depends on its position
-    alone, so all ranks, a resumed run and :meth:`rows` agree.
+    A pair that cannot be read is reported and replaced. The replacement depends on the position alone, so all
+    ranks, a resumed run and :meth:`rows` agree.
 
     Attributes:
-        known: Says of a row and a side (0 the winner, 1 the loser) that nobody needs the image; it is then
-            not read, and all NaN.
+        known: Whether the image of a row and a side (0 the winner, 1 the loser) is not needed: it is then not
+            read, and all NaN.
         unreadable: Rows that cannot be read, and why.
 
     Args:
@@ -160,7 +160,7 @@ class PairLoader:
                 yield row, self.source.prompt(row).strip()
 
     def _batches_from(self, start: int, count: int) -> Iterator[list[Found]]:
-        """What the slots of coming batches get; the next ones are read meanwhile."""
+        """What the slots of coming batches get; the batches after them are read meanwhile."""
         waiting: deque[list[Future[Found]]] = deque()
         pool = ThreadPoolExecutor(self.workers)
         try:

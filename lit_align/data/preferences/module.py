@@ -17,10 +17,9 @@ from lit_align.data.prompts.index import read_keys
 from lit_align.data.prompts.loaders import FixedLoader
 from lit_align.data.splits import EMPTY, lowest_key
 from lit_align.errors import ConfigError
-from lit_align.randomness import run_seed
 
 FEW = 10_000
-"""Of larger sources of distinct prompts, which may hold all there are, training skips only those in use."""
+"""Of more distinct prompts, which could be all there are, training skips only those that are in use."""
 
 
 @dataclass(eq=False, repr=False)
@@ -97,8 +96,9 @@ class PickaPicDataModule(AlignmentDataModule):
         if wanted > len(rows):
             lower = f"lower it to at most {len(rows)}, " if len(rows) else ""
             raise ConfigError(
-                f"data.pairs_per_batch is {wanted}, but {self.pairs} has only {len(rows)} pairs to train "
-                f"on: {lower}give more pairs, or lower validation_fraction and test_fraction"
+                f"data.pairs_per_batch is {wanted}, but {self.pairs} has only {len(rows)} pairs to train on: "
+                f"{lower}give more pairs, lower validation_fraction and test_fraction, or give "
+                "validation_source and test_source prompts of their own"
             )
         blocks = np.searchsorted(rows, [(block.start, block.stop) for block in self.pairs.blocks()])
         return PairLoader(
@@ -108,7 +108,7 @@ class PickaPicDataModule(AlignmentDataModule):
             wanted,
             self.batches_per_epoch or len(rows) // wanted,
             self.resolution,
-            run_seed(self.seed),
+            self.order_seed,
             rank,
             self.workers,
         )
@@ -160,7 +160,7 @@ class PickaPicDataModule(AlignmentDataModule):
 
     def test_dataloader(self) -> FixedLoader:
         """The test prompts."""
-        return self._prompts.test_dataloader()
+        return self._prompts.fixed("test", "give data.test_source prompts of its own")
 
     def predict_dataloader(self) -> FixedLoader:
         """All prompts of ``predict_source``, or the test prompts."""

@@ -1,4 +1,4 @@
-"""What preference data is to the rest: numbered pairs of images, whatever they are stored in."""
+"""The interface of preference data: numbered pairs of images, in any storage."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -50,7 +50,7 @@ class PairSource(ABC):
         return f"row {row} of {self}"
 
     def fingerprint(self) -> str:
-        """Changes with prompts, labels and :meth:`images_are`; what is kept on disk is named by it."""
+        """Changes with prompts, labels and :meth:`images_are`; caches on disk are named by it."""
         digest = hashlib.sha256(f"{self} {self.images_are()}".encode())
         for row in range(len(self)):
             digest.update(f"{self.prompt(row)}\n{self.label(row)}\n".encode())

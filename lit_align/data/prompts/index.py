@@ -1,4 +1,4 @@
-"""The index of a source: which rows have a prompt of their own, in the order of the splits, as two arrays."""
+"""The index of a source: the first row of each different prompt, sorted by split, as two arrays."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from lit_align.data.splits import EMPTY, Keys, lowest_key, prompt_keys
 from lit_align.errors import ConfigError
 
 ON_DISK = 100_000
-"""Sources of at least so many rows with a fingerprint keep their index on disk: making it takes a while."""
+"""Sources with a fingerprint and at least this many rows keep their index on disk: making it is slow."""
 
 CHUNK = 1 << 16
 """Rows that are read at once."""

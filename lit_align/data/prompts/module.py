@@ -15,7 +15,6 @@ from lit_align.data.prompts.sets import PromptSet
 from lit_align.data.prompts.sources import PromptSource
 from lit_align.data.splits import Keys
 from lit_align.errors import ConfigError
-from lit_align.randomness import run_seed
 
 
 @dataclass(eq=False, repr=False)
@@ -98,9 +97,9 @@ class PromptDataModule(AlignmentDataModule):
 
     def _split(self) -> None:
         given = {"validation": self.validation_source, "test": self.test_source}
-        self.others = {name: _read(source) for name, source in given.items() if source is not None}
+        self.others = {name: _all_prompts(source) for name, source in given.items() if source is not None}
         held_out = [other.keys(getattr(self, f"{name}_prompts")) for name, other in self.others.items()]
-        usable = _read(self.source, held_out)
+        usable = _all_prompts(self.source, held_out)
         # Shares of [0, 1): test from below, validation from above, so that a change of one fraction does not
         # change the other split.
         low, high = self.test_fraction, 1 - self.validation_fraction
@@ -120,10 +119,10 @@ class PromptDataModule(AlignmentDataModule):
             raise ConfigError(
                 f"data.prompts_per_batch is {wanted}, but {self.source} has only "
                 f"{counted(count, 'training prompt')}: lower it to at most {count}, give more prompts, or "
-                "lower the fractions that are held out"
+                "lower the held-out fractions"
             )
         length = self.batches_per_epoch or count // wanted
-        return RolloutLoader(train, wanted, self.images_per_prompt, length, run_seed(self.seed), rank)
+        return RolloutLoader(train, wanted, self.images_per_prompt, length, self.order_seed, rank)
 
     def train_dataloader(self) -> RolloutLoader:
         """The train loader: one object a fit, whose position survives a reload between epochs."""
@@ -132,55 +131,59 @@ class PromptDataModule(AlignmentDataModule):
 
     def val_dataloader(self) -> FixedLoader:
         """The validation prompts."""
-        remedy = "give data.validation_source prompts of its own"
-        return self._fixed("validation", self.validation_prompts, self.validation_images_per_prompt, remedy)
+        return self.fixed("validation", "give data.validation_source prompts of its own")
 
     def test_dataloader(self) -> FixedLoader:
         """The prompts of ``test_split``."""
         if self.test_split == "train":
-            remedy = "set data.test_split to test, or lower the fractions that are held out"
-        else:
-            remedy = "give data.test_source prompts of its own, or set data.test_split to train"
-        return self._fixed(self.test_split, self.test_prompts, self.test_images_per_prompt, remedy)
+            return self.fixed("train", "set data.test_split to test, or lower the held-out fractions")
+        return self.fixed("test", "give data.test_source prompts of its own, or set data.test_split to train")
 
     def predict_dataloader(self) -> FixedLoader:
         """All prompts of ``predict_source``, or the test prompts."""
-        images = self.test_images_per_prompt
         if self.predict_source is None:
-            return self._fixed("test", self.test_prompts, images, "give data.predict_source")
-        rank, prompts = Rank.of(self.trainer), _read(self.predict_source)
+            return self.fixed("test", "give data.predict_source")
+        rank, prompts = Rank.of(self.trainer), _all_prompts(self.predict_source)
         rows = prompts.rows if self.predict_source.distinct else np.sort(prompts.rows)
         if len(rows) % rank.world:
             raise ConfigError(
                 f"data.predict_source has {len(rows)} prompts, which {rank.world} ranks cannot share "
                 "equally: predict on one device, or give a multiple"
             )
+        images = self.test_images_per_prompt
         return FixedLoader(prompts, rows, images, self.eval_batch // images, rank)
 
-    def _fixed(self, split: str, wanted: int, images_per_prompt: int, remedy: str) -> FixedLoader:
-        """The first prompts of a split; of training, those with which it begins."""
-        prompts, rank = self._sets[split], Rank.of(self.trainer)
-        size = f"{'test' if split == 'train' else split}_prompts"
-        rank.check(size, wanted)
-        rows = (
-            prompts.first_trained(wanted, run_seed(self.seed)) if split == "train" else prompts.first(wanted)
-        )
+    def fixed(self, split: str, remedy: str) -> FixedLoader:
+        """The first prompts of a split, in the order of training if it is that split.
+
+        Args:
+            split: "train", "validation" or "test".
+            remedy: What to do if it has no prompts, for messages.
+
+        Raises:
+            ConfigError: It has none, or their number cannot be shared by the ranks.
+        """
+        kind, prompts, rank = "test" if split == "train" else split, self._sets[split], Rank.of(self.trainer)
+        wanted, images = getattr(self, f"{kind}_prompts"), getattr(self, f"{kind}_images_per_prompt")
+        rank.check(f"{kind}_prompts", wanted)
+        order = prompts.training_order(self.order_seed, 0) if split == "train" else prompts.fixed_order()
+        rows = prompts.first(wanted, order)
         usable = len(rows) - len(rows) % rank.world
         if usable == 0:
             if split != "train" and prompts.usable > 1:  # a single prompt would only leave another split
                 remedy = f"raise data.{split}_fraction, or {remedy}"
-            kind = "training" if split == "train" else split
-            there = f"{counted(len(rows), f'{kind} prompt')} for {counted(rank.world, 'rank')}"
-            raise ConfigError(f"{prompts.source} has {there}, of {prompts.usable} in all: {remedy}")
+            there = counted(len(rows), f"{'training' if split == 'train' else split} prompt")
+            ranks = f"for {counted(rank.world, 'rank')}, of {prompts.usable} in all"
+            raise ConfigError(f"{prompts.source} has {there} {ranks}: {remedy}")
         if usable < wanted:
-            used = f"data.{size} is {wanted}, but {prompts.source} has {len(rows)}: {usable} are used"
-            rank_zero_warn(used)
-        batch = self.eval_batch // images_per_prompt
-        return FixedLoader(prompts, rows[:usable], images_per_prompt, batch, rank)
+            rank_zero_warn(
+                f"data.{kind}_prompts is {wanted}, but {prompts.source} has {len(rows)}: {usable} are used"
+            )
+        return FixedLoader(prompts, rows[:usable], images, self.eval_batch // images, rank)
 
 
-def _read(source: PromptSource, held_out: Sequence[Keys] = ()) -> PromptSet:
-    """All prompts of a source but those held out, of which it says how many there are."""
+def _all_prompts(source: PromptSource, held_out: Sequence[Keys] = ()) -> PromptSet:
+    """All prompts of a source but those held out; says how many were read."""
     prompts, told = PromptSet(source, held_out), f"{source}: {counted(len(source), 'prompt')} read"
     if (found := prompts.index) and (found.empty or found.repeated):
         told += f"; {found.empty} empty and {found.repeated} repeated prompts dropped, {len(found)} left"

@@ -20,9 +20,9 @@ COUNTED = 50_000
 class PromptSet:
     """The prompts of a source whose place is in ``[start, end)``, a part of [0, 1).
 
-    A prompt's split depends on its text alone. Of a source with an index, ``rows`` are the split's. A source
-    of distinct prompts, which may be millions, is never read as a whole: ``rows`` are all of its rows, and a
-    prompt is asked when it is reached.
+    A prompt's split depends on its text alone. For most sources an index knows the rows of each split. A
+    source of distinct prompts may have millions and is not read as a whole: ``rows`` are all of its rows, and
+    each prompt is checked when its turn comes.
 
     Args:
         source: Where the prompts come from.
@@ -84,23 +84,22 @@ class PromptSet:
         return len(keys) - (len(np.unique(np.concatenate(removed))) if removed else 0)
 
     def keys(self, wanted: int) -> Keys:
-        """The keys of all prompts of the source; of distinct ones, of the first alone (see :meth:`first`)."""
+        """The keys of all prompts of the source; of distinct ones, only of the first in the fixed order."""
         if self.index is not None and not self.source.distinct:
             return self.index.keys
-        return np.unique(prompt_keys([self.prompt(row) for row in self.first(wanted)]))
+        return np.unique(prompt_keys([self.prompt(row) for row in self.first(wanted, self.fixed_order())]))
 
     def training_order(self, seed: int, number: int) -> Permutation:
         """The order in which pass ``number`` of a run takes the prompts."""
         return Permutation(len(self.rows), seed, number, purpose="training order")
 
-    def first(self, wanted: int) -> list[int]:
-        """The first rows (or all, if fewer) in an order that depends on nothing but the number of rows."""
-        order = Permutation(len(self.rows), 0, purpose="evaluation order")
-        return [row for _, row in islice(self.walk(order), wanted)]
+    def fixed_order(self) -> Permutation:
+        """An order that depends on nothing but the number of rows."""
+        return Permutation(len(self.rows), 0, purpose="evaluation order")
 
-    def first_trained(self, wanted: int, seed: int) -> list[int]:
-        """The rows (or all, if fewer) with which training begins in a run of that seed."""
-        return [row for _, row in islice(self.walk(self.training_order(seed, 0)), wanted)]
+    def first(self, wanted: int, order: Permutation) -> list[int]:
+        """The first rows of an order, or all if there are fewer."""
+        return [row for _, row in islice(self.walk(order), wanted)]
 
     def batch(self, rows: Sequence[int], groups: Sequence[int], images_per_prompt: int) -> Batch:
         """The batch of some rows; images of a prompt stand next to each other.

@@ -8,8 +8,8 @@ set           files                                                       source
 HPDv2         ``train.json``: a list of objects with ``prompt``;          ``JSONPrompts``; a pattern such as
               ``benchmark/anime.json`` and 3 more styles: lists of texts  ``benchmark/*.json`` joins files
 GenEval       ``*_metadata.jsonl`` with ``prompt`` and what to count      ``JSONLPrompts``
-Pick-a-Pic    Parquet shards with ``caption``, one row a pair             ``ParquetPrompts``, ``keep: []``
-DiffusionDB   ``metadata.parquet`` with ``prompt``, one row an image     ``ParquetPrompts``, ``keep: []``
+Pick-a-Pic    Parquet shards with ``caption``, one row per pair           ``ParquetPrompts``, ``keep: []``
+DiffusionDB   ``metadata.parquet`` with ``prompt``, one row per image    ``ParquetPrompts``, ``keep: []``
 PartiPrompts  ``PartiPrompts.tsv``: ``Prompt Category Challenge Note``    ``TSVPrompts``, column ``Prompt``
 DrawBench     CSV with ``Prompts`` and ``Category``                       ``CSVPrompts``, column ``Prompts``
 animals       ship with the package                                       ``Animals``
