@@ -27,8 +27,12 @@ class Advantages(ABC):
         ConfigError: ``clip`` is not positive.
     """
 
-    needs_groups: ClassVar[bool] = False
-    """Whether it compares images of one prompt, so that at least two per prompt are needed."""
+    baseline: ClassVar[Literal["none", "group", "batch", "history"]] = "none"
+    """Whose mean is subtracted from a reward: that of the prompt's images in this rollout batch (``group``,
+    which needs at least two of each), of the whole ``batch``, of the prompt's ``history``, or none."""
+
+    memory: int = 0
+    """Newest rewards of a prompt that a ``history`` holds."""
 
     def __init__(self, clip: float = 5.0) -> None:
         if not clip > 0:
@@ -79,6 +83,7 @@ class BatchAdvantages(Advantages):
         clip: Largest absolute advantage.
     """
 
+    baseline: ClassVar[Literal["batch"]] = "batch"
     EPSILON: ClassVar[float] = 1e-8
 
     def __init__(self, clip: float = 5.0) -> None:
@@ -100,7 +105,7 @@ class GroupAdvantages(Advantages):
         clip: Largest absolute advantage.
     """
 
-    needs_groups: ClassVar[bool] = True
+    baseline: ClassVar[Literal["group"]] = "group"
     EPSILON: ClassVar[float] = 1e-4
 
     def __init__(self, divide_by: Literal["group", "batch", "none"] = "group", clip: float = 5.0) -> None:
@@ -139,6 +144,7 @@ class PerPromptAdvantages(Advantages):
         ConfigError: ``min_count`` is not between 1 and ``buffer_size``.
     """
 
+    baseline: ClassVar[Literal["history"]] = "history"
     EPSILON: ClassVar[float] = 1e-6
 
     def __init__(self, buffer_size: int = 32, min_count: int = 16, clip: float = 5.0) -> None:
@@ -148,13 +154,13 @@ class PerPromptAdvantages(Advantages):
                 f"PerPromptAdvantages: min_count is {min_count}; choose 1 to buffer_size ({buffer_size}), "
                 "or no prompt ever has enough rewards of its own."
             )
-        self.buffer_size = buffer_size
+        self.memory = buffer_size
         self.min_count = min_count
         self._history: dict[str, deque[float]] = {}
 
     def _normalise(self, rewards: Tensor, groups: Tensor, prompts: list[str]) -> Tensor:
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
-            self._history.setdefault(prompt, deque(maxlen=self.buffer_size)).append(reward)
+            self._history.setdefault(prompt, deque(maxlen=self.memory)).append(reward)
         statistics = {prompt: self._statistics(prompt, rewards) for prompt in dict.fromkeys(prompts)}
         mean, std = rewards.new_tensor([statistics[prompt] for prompt in prompts]).unbind(1)
         return (rewards - mean) / (std + self.EPSILON)
@@ -171,4 +177,4 @@ class PerPromptAdvantages(Advantages):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a history; a smaller ``buffer_size`` than it was made with keeps the newest rewards."""
         history: Mapping[str, list[float]] = state["history"]
-        self._history = {prompt: deque(rewards, self.buffer_size) for prompt, rewards in history.items()}
+        self._history = {prompt: deque(rewards, self.memory) for prompt, rewards in history.items()}

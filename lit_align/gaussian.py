@@ -118,8 +118,8 @@ class GaussianStep:
         return _sum_per_image(torch.where(stochastic, kl, singular))
 
 
-Policy: TypeAlias = Callable[[Tensor, int | Tensor], GaussianStep]
-"""``policy(x, k)``: the next state's Gaussian at ``x (B, ...)``, step ``k`` (int, or ``(B,)`` long)."""
+Policy: TypeAlias = Callable[[Tensor, int], GaussianStep]
+"""``policy(x, k)``: the Gaussian of the next state, at the states ``x (B, ...)`` of step ``k``."""
 
 
 def fuse(steps: Sequence[GaussianStep], weights: Sequence[float]) -> GaussianStep:

@@ -213,7 +213,10 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, collection: int) -> None:
     ids=["first", "mid-epoch", "first-of-epoch", "mid-second-epoch", "last"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(small, monkeypatch, crash, advantages):
-    rewards = {"clip": {"class_path": "CLIPScore"}, "redness": {"class_path": "Redness"}}
+    rewards = {
+        "clip": {"class_path": "CLIPScore", "init_args": {"pretrained": "shapes"}},
+        "redness": {"class_path": "Redness"},
+    }
     options = [
         *small,
         f"--model.init_args.rewards.init_args.rewards={json.dumps(rewards)}",

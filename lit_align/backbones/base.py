@@ -74,6 +74,11 @@ class DiffusionBackbone(nn.Module, ABC):
     size: tuple[int, int]
 
     @property
+    def is_shapes(self) -> bool:
+        """Whether it draws the Shapes world: the bundled model, or one that was trained from it."""
+        return False
+
+    @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
         """``(C, H, W)`` of one latent."""

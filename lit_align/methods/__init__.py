@@ -5,7 +5,9 @@ from lit_align.methods.base import AlignmentModule
 from lit_align.methods.ddpo import DDPOModule
 from lit_align.methods.dpo import DPOModule
 from lit_align.methods.msdda import MSDDAModule
+from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.prdp import PRDPModule
+from lit_align.methods.sampling import Sampling
 from lit_align.methods.sft import SFTModule
 from lit_align.methods.spin import SPINModule
 
@@ -15,7 +17,9 @@ __all__ = [
     "DDPOModule",
     "DPOModule",
     "MSDDAModule",
+    "Optimisation",
     "PRDPModule",
     "SFTModule",
     "SPINModule",
+    "Sampling",
 ]

@@ -7,9 +7,9 @@ image. Shapes: ``B`` images, ``N`` (image, step) pairs, ``D`` latent elements.
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lit_align.advantages import Advantages
@@ -17,12 +17,15 @@ from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError, check_positive
-from lit_align.methods.joint import Collection, JointModule, Metrics, TaskOrder, of_task
-from lit_align.pretraining import Pretraining
+from lit_align.methods.joint import JointModule, Rollouts, TaskOrder
+from lit_align.methods.metrics import Metrics
+from lit_align.methods.optimisation import Optimisation
+from lit_align.methods.pretraining import Pretraining
+from lit_align.methods.sampling import Sampling
+from lit_align.methods.tasks import Task, check_task, data_of_tasks, make_tasks, of_task
 from lit_align.randomness import generator
 from lit_align.replay import Pairs, draw_pairs
 from lit_align.rewards import RewardBank
-from lit_align.tasks import Task, check_task, data_of_tasks, make_tasks
 
 
 def score_function_loss(log_ratio: Tensor, advantages: Tensor) -> Tensor:
@@ -65,8 +68,6 @@ class DDPOModule(JointModule):
         sampler: SamplerFactory,
         rewards: RewardBank | None = None,
         advantages: Advantages | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
         clip_range: float | None = 1e-4,
         updates: int = 1,
         inner_epochs: int = 1,
@@ -74,14 +75,11 @@ class DDPOModule(JointModule):
         shared_timesteps: int | None = None,
         kl_weight: float = 0.0,
         kl_target: float | None = None,
-        guidance: float = 5.0,
-        clip_norm: float = 1.0,
-        micro_batch: int = 8,
-        rollout_batch: int = 8,
         tasks: dict[str, Task] | None = None,
         task_order: TaskOrder = "sequence",
         pretraining: Pretraining | None = None,
-        seed: int | None = None,
+        optimisation: Optimisation = Optimisation(),
+        sampling: Sampling = Sampling(guidance=5.0),
     ) -> None:
         """Wire the parts.
 
@@ -91,55 +89,45 @@ class DDPOModule(JointModule):
             rewards: What is maximised and what is monitored; null with ``tasks``.
             advantages: How rewards become advantages. The paper normalises with running statistics of each
                 prompt.
-            optimizer: Of the trained weights. The paper: AdamW, lr 1e-5 for all weights (table D.5);
-                ddpo-pytorch: 3e-4 for LoRA.
-            lr_scheduler: Stepped once per update, for a warm-up or a decay.
             clip_range: PPO's clip of the ratio, null for the score-function form. As in all published code
                 the ratio is that of the *mean* over latent elements, so ``e`` is about ``e * D`` nats of a
                 step: 1e-4 (table D.5) belongs to D = 16384, 1.6 nats.
-            updates: Optimiser steps per pass over a rollout batch; each takes whole prompts. 4 in table D.5, 1
-                for the score function.
+            updates: Optimizer steps per pass over a rollout batch; each takes whole prompts. 4 in table D.5,
+                1 for the score function.
             inner_epochs: Passes over a rollout batch; each draws its own timesteps. 1 in ddpo-pytorch.
             timestep_fraction: Share of the stochastic steps, at random for each image, that is replayed. 1 in
                 ddpo-pytorch.
             shared_timesteps: Instead of both: so many of the stochastic steps, at random and the same for all
-                images, each with an optimiser step of its own on the whole rollout batch; 5 of 50 in Zhang et
+                images, each with an optimizer step of its own on the whole rollout batch; 5 of 50 in Zhang et
                 al. 2024 (arXiv 2401.12244). Then ``updates`` is 1 and ``timestep_fraction`` 1.
             kl_weight: Weight of the KL of each step to the reference, DPOK's penalty, as a mean over latent
                 elements. Exact, where DPOK's code drops the factor of the schedule.
-            kl_target: KL by which one rollout batch should move the policy, in nats per step; the learning rate
-                is scaled towards it. It falls with the square of a task's weight, and of what a schedule has
-                left of the rate. Interleaved tasks are measured together. Own addition, after the adaptive
-                penalty of PPO (Schulman et al. 2017, section 4): the useful range of learning rates is narrow
-                and moves during a run.
-            guidance: Scale of classifier-free guidance, in sampling and in training. 5 in table D.5.
-            clip_norm: Largest norm of the gradient. 1 in table D.5.
-            micro_batch: (image, step) pairs in one backward pass. Bounds memory and changes no result.
-            rollout_batch: Images sampled at once. Bounds memory and changes no result.
+            kl_target: KL by which one rollout batch should move the policy, in nats per step; the learning
+                rate is scaled towards it. It falls with the square of a task's weight, and of what a schedule
+                has left of the rate. Interleaved tasks are measured together. Own addition, after the
+                adaptive penalty of PPO (Schulman et al. 2017, section 4): the useful range of learning rates
+                is narrow and moves during a run.
             tasks: Instead of ``rewards`` and ``advantages``: several tasks by name, each with the prompts of
                 the same name in ``MultiTaskDataModule``. As in Zhang et al., one iteration takes each in
                 turn, and no two rewards are added up.
             task_order: ``sequence``: a task samples with the weights that the tasks before it have left, as
                 in the paper. ``interleaved``: all sample with the same weights, then their updates alternate.
             pretraining: Captioned images whose denoising loss is mixed in; off if not given.
-            seed: Seed of all noise and of the choice of timesteps; that of ``seed_everything`` if not given.
+            optimisation: How the weights are updated. The paper's optimizer: AdamW, lr 1e-5 for all weights
+                (table D.5); ddpo-pytorch: 3e-4 for LoRA. ``micro_batch`` counts (image, step) pairs.
+            sampling: How images are sampled. Guidance is used in training too: 5 in table D.5.
 
         Raises:
             ConfigError: The sampler is deterministic, or the options exclude each other.
         """
         super().__init__(
-            backbone,
-            sampler,
-            make_tasks(rewards, advantages, tasks),
-            task_order,
-            pretraining,
-            optimizer,
-            lr_scheduler,
-            guidance,
-            clip_norm,
-            micro_batch,
-            rollout_batch,
-            seed,
+            backbone=backbone,
+            sampler=sampler,
+            tasks=make_tasks(rewards, advantages, tasks),
+            task_order=task_order,
+            pretraining=pretraining,
+            optimisation=optimisation,
+            sampling=sampling,
         )
         self.stochastic_steps = self.sampler.stochastic.nonzero().flatten()
         counts = {"updates": updates, "inner_epochs": inner_epochs, "shared_timesteps": shared_timesteps}
@@ -151,8 +139,8 @@ class DDPOModule(JointModule):
         steps = updates * inner_epochs * (shared_timesteps or 1)
         if clip_range is None and steps > 1:
             raise ConfigError(
-                "clip_range: the score-function form (null) allows one update per rollout batch, but updates is "
-                f"{updates}, inner_epochs {inner_epochs} and shared_timesteps {shared_timesteps}; "
+                "clip_range: the score-function form (null) allows one update per rollout batch, but updates "
+                f"is {updates}, inner_epochs {inner_epochs} and shared_timesteps {shared_timesteps}; "
                 "allow one, or set clip_range"
             )
         trained = sum(task.weight > 0 for task in self.tasks.values())
@@ -174,8 +162,8 @@ class DDPOModule(JointModule):
         """Check what depends on the data.
 
         Raises:
-            ConfigError: The advantages need several images per prompt, or the prompts of a rollout batch do not
-                divide into the updates.
+            ConfigError: The advantages need several images per prompt, or the prompts of a rollout batch do
+                not divide into the updates.
         """
         super().setup(stage)
         if stage == "fit":
@@ -183,16 +171,28 @@ class DDPOModule(JointModule):
             for name in (name for name in there if self.tasks[name].weight):
                 check_task(name, self.tasks[name], there[name], self.updates, self.trainer.world_size)
 
-    def learn(self, collection: Collection, metrics: Metrics) -> Iterator[None]:
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """As for every method.
+
+        Raises:
+            ConfigError: There is a target for the step, and no rate that could be scaled towards it.
+        """
+        optimizer = super().make_optimizer(groups)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        if self.kl_target is not None and not all(rates):
+            raise ConfigError(
+                f"kl_target: it scales the learning rate, and that of the optimizer is {rates[0]}; give "
+                "optimisation.optimizer a positive lr, or set kl_target to null"
+            )
+        return optimizer
+
+    def learn(self, rollouts: Rollouts) -> Iterator[Metrics]:
         """All updates on a rollout batch."""
+        size = self.optimisation.micro_batch
         for epoch in range(self.inner_epochs):
-            for part in self._draw_updates(collection.batch, epoch):
-                losses = [
-                    partial(self._loss, collection, micro, len(part.rows), metrics)
-                    for micro in part.split(self.micro_batch)
-                ]
-                self.optimise(losses, collection.batch.task, metrics)
-                yield
+            for part in self._draw_updates(rollouts.batch, epoch):
+                losses = [partial(self._loss, rollouts, micro, len(part.rows)) for micro in part.split(size)]
+                yield self.optimise(losses, rollouts.batch.task)
 
     def _draw_updates(self, batch: Batch, epoch: int) -> list[Pairs]:
         """What each update of a pass replays: whole prompts with steps of their own, or one step for all."""
@@ -204,57 +204,64 @@ class DDPOModule(JointModule):
         rows = torch.arange(len(batch))
         return [Pairs(rows, step.expand(len(batch))) for step in self.stochastic_steps[chosen]]
 
-    def _loss(self, collection: Collection, pairs: Pairs, size: int, metrics: Metrics) -> Tensor:
+    def _loss(self, rollouts: Rollouts, pairs: Pairs, size: int) -> tuple[Tensor, Metrics]:
         """The part of some pairs in the mean loss of an update of ``size`` pairs."""
-        now, then, drawn = collection.step(pairs)
+        now, then, drawn = rollouts.step(pairs)
         # The mean over D: the convention of published clip ranges.
         log_ratio = now.log_ratio(then, drawn) / drawn[0].numel()
-        advantages = collection.advantages[pairs.rows.to(self.device)]
+        advantages = rollouts.advantages[pairs.rows.to(self.device)]
+        metrics: Metrics = {}
         if self.clip_range is None:
             loss = score_function_loss(log_ratio, advantages)
         else:
             loss = clipped_surrogate(log_ratio, advantages, self.clip_range)
-            outside = (log_ratio.detach().exp() - 1).abs() > self.clip_range
-            metrics.setdefault("clip_fraction", []).append(outside.float())
-        metrics.setdefault("loss", []).append(loss.detach())
+            metrics["clip_fraction"] = ((log_ratio.detach().exp() - 1).abs() > self.clip_range).float()
+        metrics["loss"] = loss.detach()
         # Until the first update the weights are those that sampled, so this is rounding alone.
-        if self.trainer.global_step == collection.sampled_at:
-            metrics.setdefault("ratio_deviation", []).append(log_ratio.detach().expm1().abs())
+        if self.trainer.global_step == rollouts.sampled_at:
+            metrics["ratio_deviation"] = log_ratio.detach().expm1().abs()
         if self.kl_weight:
             with torch.no_grad():
-                reference = collection.reference[pairs.rows](
-                    collection.trajectory.states[pairs.steps, pairs.rows], pairs.steps
-                )
+                states = rollouts.trajectory.states[pairs.steps, pairs.rows]
+                reference = rollouts.reference[pairs.rows](states, pairs.steps)
             penalty = now.kl(reference) / drawn[0].numel()
-            metrics.setdefault("kl_penalty", []).append(penalty.detach())
+            metrics["kl_penalty"] = penalty.detach()
             loss = loss + self.kl_weight * penalty
-        return loss.sum() / size
+        return loss.sum() / size, metrics
 
-    def look_back(self, collection: Collection, metrics: Metrics) -> None:
-        """Measure how far the rollout batch moved the policy; scale the next one's steps to ``kl_target``."""
+    def look_back(self, rollouts: Rollouts) -> Metrics:
+        """Measure how far the rollout batch moved the policy; scale the next steps to ``kl_target``."""
         # On each prompt's first image: the same pairs whatever micro-batch and ranks, and little work where a
         # prompt has several.
-        batch = collection.batch
+        batch = rollouts.batch
         first = torch.cat([torch.tensor([True]), batch.groups[1:] != batch.groups[:-1]])
         drawn = draw_pairs(
             batch.index, self.stochastic_steps, self.steps_per_image, self.seed, self.inner_epochs
         )
         chosen = first[drawn.rows]
-        moved = collection.moved(Pairs(drawn.rows[chosen], drawn.steps[chosen]), self.micro_batch)
-        ranks = self.gather((moved, bool(collection.advantages.any())))
+        some = Pairs(drawn.rows[chosen], drawn.steps[chosen])
+        ranks = self.gather(
+            (rollouts.moved(some, self.optimisation.micro_batch), bool(rollouts.advantages.any()))
+        )
         kl, informative = torch.cat([one for one, _ in ranks]).mean(), any(told for _, told in ranks)
-        metrics.setdefault(of_task("kl", batch), []).append(kl[None])
-        # A rollout batch that broke, had no signal, or whose last update was skipped, says nothing of the steps.
+        metrics = {of_task("kl", batch.task): kl[None]}
+        # Without a signal, or after a skipped update, the KL does not measure the step size.
         measured = informative and kl.isfinite() and self.gradient_norm.isfinite()
         if self.kl_target is not None and measured:
-            group = self.trainer.optimizers[0].param_groups[0]
-            wished = self.tasks[batch.task].weight * group["lr"] / group.get("initial_lr", group["lr"])
-            # KL grows with the square of the step; bounded, since it is measured on few pairs. What a weight
-            # and a schedule make of the step stays: the scale must not undo it.
-            wanted = (wished**2 * self.kl_target / kl.clamp(min=1e-12)).sqrt().clamp(0.5, 1.5).item()
-            scale = min(max(self.step_scale[batch.task] * wanted, 1e-3), 1e3)
-            self.step_scale[batch.task] = scale
-            metrics.setdefault(of_task("step_scale", batch), []).append(torch.tensor([scale]))
+            scale = self._scale_step(batch.task, kl, self.kl_target)
+            metrics[of_task("step_scale", batch.task)] = torch.tensor([scale])
+        return metrics
+
+    def _scale_step(self, task: str, kl: Tensor, target: float) -> float:
+        """The factor on the learning rate with which the next rollout batch should move by ``target``."""
+        group = self.trainer.optimizers[0].param_groups[0]
+        initial = group.get("initial_lr", group["lr"])
+        # What a weight and a schedule make of the step stays: the scale must not undo it.
+        wished = self.tasks[task].weight * (group["lr"] / initial if initial else 1.0)
+        # KL grows with the square of the step; bounded, since it is measured on few pairs.
+        wanted = (wished**2 * target / kl.clamp(min=1e-12)).sqrt().clamp(0.5, 1.5).item()
+        self.step_scale[task] = min(max(self.step_scale[task] * wanted, 1e-3), 1e3)
+        return self.step_scale[task]
 
 
 def _check_steps(there: int, updates: int, fraction: float, shared: int | None) -> None:

@@ -6,14 +6,13 @@ scores and updates, and a batch of captioned images may be mixed in. Shapes: ``B
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -22,25 +21,20 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError
 from lit_align.methods.base import AlignmentModule
-from lit_align.pretraining import OTHER_SIZE, Pretraining, denoising_loss
+from lit_align.methods.metrics import Loss, Metrics, pooled
+from lit_align.methods.optimisation import Optimisation
+from lit_align.methods.pretraining import OTHER_SIZE, Pretraining, denoising_loss
+from lit_align.methods.sampling import Sampling
+from lit_align.methods.tasks import Task, data_of_tasks, joint_scores, of_task
 from lit_align.randomness import generator
 from lit_align.replay import Replay
-from lit_align.rewards import RewardOutput
-from lit_align.tasks import Task, data_of_tasks, joint_scores
-
-Metrics = dict[str, list[Tensor]]
-"""Pieces of what was measured in an iteration; the mean over all pieces is logged as ``train/<name>``."""
+from lit_align.rewards import RewardBank, RewardOutput
 
 TaskOrder = Literal["sequence", "interleaved"]
 
 
-def of_task(name: str, batch: Batch) -> str:
-    """The name under which a figure of one task is logged."""
-    return f"{name}/{batch.task}" if batch.task else name
-
-
 @dataclass(frozen=True)
-class Collection(Replay):
+class Rollouts(Replay):
     """Images of one task, ready to be replayed with the policy that is trained.
 
     Attributes:
@@ -48,7 +42,8 @@ class Collection(Replay):
         batch: The images' prompts and numbers.
         scores: What the rewards report, by name, ``(B,)`` each on the CPU.
         advantages: ``(B,)``, on the device.
-        sampled_at: Optimiser steps that had been made when the images were sampled.
+        metrics: What was measured while sampling and scoring.
+        sampled_at: Optimizer steps that had been made when the images were sampled.
         seconds: For sampling and scoring.
     """
 
@@ -56,12 +51,13 @@ class Collection(Replay):
     batch: Batch
     scores: dict[str, Tensor]
     advantages: Tensor
+    metrics: Metrics
     sampled_at: int
     seconds: float
 
 
 class JointModule(AlignmentModule):
-    """Collects for every task, and lets a subclass :meth:`learn`; its advantages never mix tasks."""
+    """Samples for every task, and lets a subclass :meth:`learn`; its advantages never mix tasks."""
 
     several_tasks: ClassVar[bool] = True
 
@@ -72,27 +68,17 @@ class JointModule(AlignmentModule):
         tasks: Mapping[str, Task],
         task_order: TaskOrder,
         pretraining: Pretraining | None,
-        optimizer: OptimizerCallable,
-        lr_scheduler: LRSchedulerCallable | None,
-        guidance: float,
-        clip_norm: float,
-        micro_batch: int,
-        rollout_batch: int,
-        seed: int | None,
+        optimisation: Optimisation,
+        sampling: Sampling,
     ) -> None:
         """Wire the parts; the arguments are documented where a method gives them defaults."""
         banks = [task.rewards for task in tasks.values()]
         super().__init__(
-            backbone,
-            sampler,
-            banks[0],
-            optimizer,
-            lr_scheduler,
-            guidance,
-            clip_norm,
-            micro_batch,
-            rollout_batch,
-            seed,
+            backbone=backbone,
+            sampler=sampler,
+            rewards=banks[0],
+            optimisation=optimisation,
+            sampling=sampling,
         )
         if task_order not in ("sequence", "interleaved"):
             raise ConfigError(f"task_order: {task_order!r} must be sequence or interleaved")
@@ -103,12 +89,16 @@ class JointModule(AlignmentModule):
         self.step_scale = dict.fromkeys(tasks, 1.0)
         self.denoising_steps = 0
 
+    @property
+    def reward_banks(self) -> list[RewardBank]:
+        return [task.rewards for task in self.tasks.values()]
+
     @abstractmethod
-    def learn(self, collection: Collection, metrics: Metrics) -> Iterator[None]:
+    def learn(self, rollouts: Rollouts) -> Iterator[Metrics]:
         """Learn from a rollout batch: one update, made by :meth:`optimise`, each time that it is resumed."""
 
     @abstractmethod
-    def look_back(self, collection: Collection, metrics: Metrics) -> None:
+    def look_back(self, rollouts: Rollouts) -> Metrics:
         """Measure what the updates on a rollout batch have done."""
 
     def setup(self, stage: str) -> None:
@@ -127,62 +117,64 @@ class JointModule(AlignmentModule):
             )
         if stage == "fit" and self.pretraining is not None:
             first, _ = self.pretraining.source.batch([0])
-            self.backbone.clean_latents(first, OTHER_SIZE)  # refused before a rollout batch is made
+            self.backbone.clean_latents(first, OTHER_SIZE)  # refused before anything is sampled
 
     # ---- one iteration
 
     def training_step(self, batch: Batch | list[Batch], batch_idx: int) -> None:
-        """Collect and learn for each task in turn, or first collect for all and then alternate updates."""
-        started, metrics = time.perf_counter(), Metrics()
+        """Sample and learn for each task in turn, or first sample for all and then alternate updates."""
+        started = time.perf_counter()
         batches = batch if isinstance(batch, list) else [batch]
         batches = [one for one in batches if self.tasks[one.task].weight]
         rounds = [batches] if self.task_order == "interleaved" else [[one] for one in batches]
-        self._denoise("before", metrics)
-        done = [result for together in rounds for result in self._round(together, metrics)]
-        self._denoise("after", metrics)
-        scores = {name: torch.cat([said[name] for said, _ in done]) for name in done[0][0]}
-        sampling = sum(seconds for _, seconds in done)
-        self.log_rollout_batch(scores, metrics, sampling, time.perf_counter() - started)
+        measured = [self._denoise("before")]
+        scores, sampling = [], 0.0
+        for together in rounds:
+            done, metrics = self._round(together)
+            scores += [reported for reported, _ in done]
+            sampling += sum(seconds for _, seconds in done)
+            measured.append(metrics)
+        measured.append(self._denoise("after"))
+        merged = {name: torch.cat([reported[name] for reported in scores]) for name in scores[0]}
+        self.log_rollout_batch(merged, pooled(measured), sampling, time.perf_counter() - started)
 
-    def _round(self, batches: Sequence[Batch], metrics: Metrics) -> list[tuple[dict[str, Tensor], float]]:
-        """Collect for some tasks and make all their updates.
+    def _round(self, batches: Sequence[Batch]) -> tuple[list[tuple[dict[str, Tensor], float]], Metrics]:
+        """Sample for some tasks and make all their updates.
 
         Returns:
-            Of each rollout batch what the rewards report and its seconds; the chains, which are large, go.
+            What the rewards report of each task and the seconds that it took, and the metrics. The chains,
+            which are large, are freed.
         """
-        collections = [self.collect(one, metrics) for one in batches]
-        self._learn(collections, metrics)
-        for collection in collections:
-            self.look_back(collection, metrics)
-        return [(collection.scores, collection.seconds) for collection in collections]
+        sampled = [self.collect(one) for one in batches]
+        measured = [rollouts.metrics for rollouts in sampled]
+        measured += [made for turn in zip_longest(*map(self.learn, sampled)) for made in turn if made]
+        measured += [self.look_back(rollouts) for rollouts in sampled]
+        return [(rollouts.scores, rollouts.seconds) for rollouts in sampled], pooled(measured)
 
-    def _learn(self, collections: Sequence[Collection], metrics: Metrics) -> None:
-        """All updates on some rollout batches, which alternate."""
-        for _ in zip_longest(*(self.learn(collection, metrics) for collection in collections)):
-            pass
-
-    def collect(self, batch: Batch, metrics: Metrics) -> Collection:
-        """Sample images of a task with the weights of now, and score them."""
+    def collect(self, batch: Batch) -> Rollouts:
+        """Sample images of a task with the current weights, and score them."""
         started = time.perf_counter()
-        with torch.no_grad():
-            samples = self.sample(batch, "rollout")
-            scores = self.score(samples.images, batch)
+        policy = self.backbone.policy(
+            self.sampler, self.backbone.encode(batch.prompts), self.sampling.guidance
+        )
+        samples = self.sample(policy, batch, "rollout")
+        scores = self.score(samples.images, batch)
         seconds = time.perf_counter() - started
         rewards = scores.total.float().cpu()
         unscored = rewards.isfinite().logical_not().float()
-        metrics.setdefault(of_task("unscored", batch), []).append(unscored)
-        policy = self.backbone.policy(self.sampler, self.backbone.encode(batch.prompts), self.guidance)
-        return Collection(
+        return Rollouts(
             policy,
             samples.trajectory,
             replace(policy, weights=REFERENCE),
             batch,
             scores.report,
             self._advantages(batch, rewards).to(self.device),
+            {of_task("unscored", batch.task): unscored},
             self.trainer.global_step,
             seconds,
         )
 
+    @torch.no_grad()
     def score(self, images: Tensor, batch: Batch) -> RewardOutput:
         """What the rewards of the batch's task say; of several tasks, reported under names that all have."""
         scores = self.tasks[batch.task].rewards(images, batch.prompts, batch.groups, batch.columns)
@@ -201,48 +193,46 @@ class JointModule(AlignmentModule):
         ordered = normalise(rewards[order], groups[order], [prompts[i] for i in order.tolist()])
         if not ordered.any():
             rank_zero_warn(
-                f"{of_task('rollout batch', batch)}: all advantages are 0, so there is nothing to learn from; "
-                "the images have one score, or the normaliser takes away what they share"
+                f"{of_task('rollout batch', batch.task)}: all advantages are 0, so there is nothing to learn "
+                "from: the images have one score, or the normaliser takes away what they share"
             )
         return ordered[torch.searchsorted(index[order], batch.index)]
 
     # ---- updates
 
-    def optimise(self, losses: Sequence[Callable[[], Tensor]], task: str, metrics: Metrics) -> None:
+    def optimise(self, losses: Sequence[Loss], task: str) -> Metrics:
         """One update on a task's losses, as large as its weight and its scale say."""
         extra = self.pretraining
         if extra is not None and extra.order == "every":
-            losses = [*losses, *self._denoising_losses(extra, extra.weight, metrics)]
-        self.update(losses, self.step_scale[task] * self.tasks[task].weight)
-        metrics.setdefault("grad_norm", []).append(self.gradient_norm.detach()[None])
+            losses = [*losses, *self._denoising_losses(extra, extra.weight)]
+        return self.update(losses, self.step_scale[task] * self.tasks[task].weight)
 
-    def _denoise(self, order: str, metrics: Metrics) -> None:
+    def _denoise(self, order: str) -> Metrics:
         """The update on captioned images alone, if this is the time for it."""
         extra = self.pretraining
-        if extra is not None and extra.order == order:
-            # In the units of the tasks' steps, whose scale follows a target where there is one.
-            trained = [scale for name, scale in self.step_scale.items() if self.tasks[name].weight]
-            scale = extra.weight * min(trained)
-            self.update(self._denoising_losses(extra, 1.0, metrics), scale)
+        if extra is None or extra.order != order:
+            return {}
+        # In the units of the tasks' steps, which kl_target may scale.
+        trained = [scale for name, scale in self.step_scale.items() if self.tasks[name].weight]
+        measured = self.update(self._denoising_losses(extra, 1.0), extra.weight * min(trained))
+        return {"denoising_loss": measured["denoising_loss"]}  # train/grad_norm is that of the tasks
 
-    def _denoising_losses(
-        self, extra: Pretraining, weight: float, metrics: Metrics
-    ) -> list[Callable[[], Tensor]]:
+    def _denoising_losses(self, extra: Pretraining, weight: float) -> list[Loss]:
         """The loss of this rank's part of the next captioned images, in micro-batches."""
         start = self.denoising_steps * extra.batch
         own = range(start + self.global_rank, start + extra.batch, self.trainer.world_size)
         self.denoising_steps += 1
-        parts = [own[i : i + self.micro_batch] for i in range(0, len(own), self.micro_batch)]
-        return [partial(self._denoising_loss, extra, part, weight / len(own), metrics) for part in parts]
+        size = self.optimisation.micro_batch
+        parts = [own[i : i + size] for i in range(0, len(own), size)]
+        return [partial(self._denoising_loss, extra, part, weight / len(own)) for part in parts]
 
     def _denoising_loss(
-        self, extra: Pretraining, numbers: Sequence[int], weight: float, metrics: Metrics
-    ) -> Tensor:
+        self, extra: Pretraining, numbers: Sequence[int], weight: float
+    ) -> tuple[Tensor, Metrics]:
         images, captions = extra.source.batch(extra.rows(self.seed, numbers))
         draws = [generator(self.seed, "pretraining", number) for number in numbers]
         losses = denoising_loss(self.backbone, self.sampler, images.to(self.device), captions, draws)
-        metrics.setdefault("denoising_loss", []).append(losses.detach())
-        return weight * losses.sum()
+        return weight * losses.sum(), {"denoising_loss": losses.detach()}
 
     # ---- checkpoints
 

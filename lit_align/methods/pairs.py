@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lit_align.backbones import POLICY, Conditioning, DiffusionBackbone
@@ -21,12 +20,12 @@ from lit_align.data import PairBatch, PickaPicDataModule
 from lit_align.errors import ConfigError
 from lit_align.latents import LatentCache
 from lit_align.methods.base import AlignmentModule
-from lit_align.objectives import denoising_error, error_margin, implicit_accuracy, logistic_loss
+from lit_align.methods.metrics import Metrics, pooled
+from lit_align.methods.objectives import denoising_error, error_margin, implicit_accuracy, logistic_loss
+from lit_align.methods.optimisation import Optimisation
+from lit_align.methods.sampling import Sampling
 from lit_align.randomness import generator
 from lit_align.rewards import RewardBank
-
-Metrics = dict[str, list[Tensor]]
-"""Pieces of what was measured in a batch; the mean over all pieces is logged as ``train/<name>``."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Noised:
     Attributes:
         latents: ``(B, C, H, W)``.
         noise: ``(B, C, H, W)``, standard normal.
-        t: ``(B,)`` long, on the CPU, where the sampler's tables are.
+        t: ``(B,)``, on the CPU, where the schedule's tables are.
         cond: Of the same ``B`` images.
     """
 
@@ -51,7 +50,7 @@ class Noised:
 
     def __add__(self, other: "Noised") -> "Noised":
         """Both, one after the other: one call of the denoiser for a pair."""
-        cond = Conditioning(torch.cat([self.cond.embeds, other.cond.embeds]), self.cond.null)
+        cond = Conditioning.cat([self.cond, other.cond])
         latents, noise = torch.cat([self.latents, other.latents]), torch.cat([self.noise, other.noise])
         return Noised(latents, noise, torch.cat([self.t, other.t]), cond)
 
@@ -72,29 +71,27 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         backbone: DiffusionBackbone,
         sampler: SamplerFactory,
         rewards: RewardBank,
-        optimizer: OptimizerCallable,
-        lr_scheduler: LRSchedulerCallable | None,
-        guidance: float,
-        clip_norm: float,
-        micro_batch: int,
-        rollout_batch: int,
-        seed: int | None,
+        optimisation: Optimisation = Optimisation(),
+        sampling: Sampling = Sampling(),
     ) -> None:
-        """Wire the parts; the arguments are documented where a method gives them defaults."""
+        """Wire the parts.
+
+        Args:
+            backbone: The diffusion model.
+            sampler: How validation, test and predict sample; training uses its noise schedule alone.
+            rewards: What is monitored; the weights make ``val/reward``, and nothing is trained on it.
+            optimisation: How the weights are updated. ``micro_batch`` counts pairs.
+            sampling: How images are sampled; training uses no guidance.
+        """
         super().__init__(
-            backbone,
-            sampler,
-            rewards,
-            optimizer,
-            lr_scheduler,
-            guidance,
-            clip_norm,
-            micro_batch,
-            rollout_batch,
-            seed,
+            backbone=backbone,
+            sampler=sampler,
+            rewards=rewards,
+            optimisation=optimisation,
+            sampling=sampling,
         )
         self.batches = 0
-        self.sampling = 0.0  # seconds since the last update for what a method draws itself, waiting included
+        self.sampling_seconds = 0.0  # since the last update, for what a method draws itself, waiting included
         self._latents: LatentCache | None = None
 
     @abstractmethod
@@ -102,8 +99,8 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         """Everything that the losses of a batch need and that carries no gradient."""
 
     @abstractmethod
-    def loss(self, prepared: Prepared, rows: Tensor, metrics: Metrics) -> Tensor:
-        """The loss of each of some pairs, ``(N,)``; appends what is worth a look to ``metrics``."""
+    def loss(self, prepared: Prepared, rows: Tensor) -> tuple[Tensor, Metrics]:
+        """The loss of each of some pairs, ``(N,)``, and what is worth a look."""
 
     # ---- the pieces
 
@@ -132,11 +129,6 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         """Where the timestep and the noise of each pair of this batch come from, whatever its rank."""
         return [generator(self.seed, "noising", self.batches, i) for i in index.tolist()]
 
-    def timesteps(self, draws: list[torch.Generator]) -> Tensor:
-        """A uniform timestep for each pair, ``(B,)`` long, of all that the network knows."""
-        count = self.sampler.num_train_timesteps
-        return torch.stack([torch.randint(count, (), generator=draw) for draw in draws])
-
     def noise(self, draws: list[torch.Generator]) -> Tensor:
         """Noise for each pair, ``(B, C, H, W)``."""
         noise = [torch.randn(self.backbone.latent_shape, generator=draw) for draw in draws]
@@ -145,19 +137,20 @@ class PairModule(AlignmentModule, Generic[Prepared]):
     def noised_pairs(self, batch: PairBatch, losers: Tensor, shared_noise: bool) -> tuple[Noised, Noised]:
         """Winners and losers (latents) of a batch at one timestep a pair, ready for their errors."""
         draws, cond = self.draws(batch.index), self.backbone.encode(batch.prompts)
-        t, noise = self.timesteps(draws), self.noise(draws)
+        t, noise = self.sampler.schedule.draw_t(draws), self.noise(draws)
         other = noise if shared_noise else self.noise(draws)
         return Noised(self.winners(batch), noise, t, cond), Noised(losers, other, t, cond)
 
     def errors(self, noised: Noised, weights: str = POLICY) -> Tensor:
         """Prediction error of a weight set, ``(B,)``: a mean over elements, without guidance."""
-        x = self.sampler.add_noise(noised.latents, noised.noise, noised.t)
+        schedule = self.sampler.schedule
+        x = schedule.add_noise(noised.latents, noised.noise, noised.t)
         prediction = self.backbone.predict(x, noised.t, noised.cond, weights=weights)
-        return denoising_error(prediction, self.sampler.target(noised.latents, noised.noise, noised.t))
+        return denoising_error(prediction, schedule.target(noised.latents, noised.noise, noised.t))
 
     def preference(
-        self, pairs: tuple[Noised, Noised], rows: Tensor, reference: str, beta: float, metrics: Metrics
-    ) -> Tensor:
+        self, pairs: tuple[Noised, Noised], rows: Tensor, reference: str, beta: float
+    ) -> tuple[Tensor, Metrics]:
         """Logistic loss of the policy's errors on some pairs, against those of a reference, ``(N,)``."""
         winners, losers = pairs
         both = winners[rows] + losers[rows]
@@ -166,15 +159,8 @@ class PairModule(AlignmentModule, Generic[Prepared]):
             winner_reference, loser_reference = self.errors(both, reference).chunk(2)
         found = {"winner_error": winner, "loser_error": loser}
         found |= {"winner_shift": winner - winner_reference, "loser_shift": loser - loser_reference}
-        for name, values in found.items():
-            metrics.setdefault(name, []).append(values.detach())
-        return self.judge(error_margin(winner, winner_reference, loser, loser_reference, beta), metrics)
-
-    def judge(self, margin: Tensor, metrics: Metrics) -> Tensor:
-        """Logistic loss of margins ``(N,)``."""
-        metrics.setdefault("margin", []).append(margin.detach())
-        metrics.setdefault("accuracy", []).append(implicit_accuracy(margin))
-        return logistic_loss(margin)
+        loss, metrics = judge(error_margin(winner, winner_reference, loser, loser_reference, beta))
+        return loss, {name: values.detach() for name, values in found.items()} | metrics
 
     # ---- one batch
 
@@ -199,46 +185,35 @@ class PairModule(AlignmentModule, Generic[Prepared]):
     def _latent_key(self, data: PickaPicDataModule) -> str:
         """Changes with all that decides the latents: the autoencoder, its precision, the images."""
         settings = [self.backbone.autoencoder_hash(), self.trainer.precision, data.resolution]
-        return hashlib.sha256(f"{settings} {data.source.fingerprint()}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{settings} {data.pairs.fingerprint()}".encode()).hexdigest()[:16]
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Prepare the pairs, then one update in micro-batches."""
-        started, metrics = time.perf_counter(), Metrics()
+        started = time.perf_counter()
         with torch.no_grad():
             prepared = self.prepare(batch)
-        ready = time.perf_counter()
-        parts = torch.arange(len(batch)).split(self.micro_batch)
-        self.update([partial(self._part, prepared, rows, len(batch), metrics) for rows in parts])
+        preparing = time.perf_counter() - started
+        parts = torch.arange(len(batch)).split(self.optimisation.micro_batch)
+        metrics = self.update([partial(self._part, prepared, rows, len(batch)) for rows in parts])
         self.batches += 1
-        metrics["grad_norm"] = [self.gradient_norm.detach()[None]]
-        self._log(metrics, len(batch), ready - started, time.perf_counter() - started)
-        self.sampling = 0.0
+        self._log(metrics, len(batch), preparing, time.perf_counter() - started)
+        self.sampling_seconds = 0.0
 
-    def _part(self, prepared: Prepared, rows: Tensor, size: int, metrics: Metrics) -> Tensor:
+    def _part(self, prepared: Prepared, rows: Tensor, size: int) -> tuple[Tensor, Metrics]:
         """The part of some pairs in the mean loss of the batch."""
-        loss = self.loss(prepared, rows, metrics)
-        metrics.setdefault("loss", []).append(loss.detach())
-        return loss.sum() / size
+        loss, metrics = self.loss(prepared, rows)
+        return loss.sum() / size, metrics | {"loss": loss.detach()}
 
     def _log(self, metrics: Metrics, pairs: int, preparing: float, total: float) -> None:
-        own = {name: torch.cat(pieces).cpu().double() for name, pieces in metrics.items()}
-        ranks = self.gather((own, pairs))
+        ranks = self.gather(({name: values.cpu().double() for name, values in metrics.items()}, pairs))
         count = sum(rank[1] for rank in ranks) * self.images_per_pair
         self.images += count
         logged: dict[str, Tensor | float] = {
-            f"train/{name}": torch.cat([rank[0][name] for rank in ranks]).mean() for name in own
+            f"train/{name}": values.mean() for name, values in pooled(rank[0] for rank in ranks).items()
         }
-        logged |= {
-            "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
-            "progress/images": float(self.images),
-            "progress/reward_queries": float(self.reward_queries),
-            "perf/sampling_fraction": self.sampling / (self.sampling + total),
-            "perf/preparing_fraction": preparing / total,
-            "perf/images_per_second": count / total,
-        }
-        self.log_dict(logged, batch_size=count)
-        bar = {"loss": logged["train/loss"], "images/s": logged["perf/images_per_second"]}
-        self.log_dict(bar, prog_bar=True, logger=False, batch_size=count)
+        logged["perf/preparing_fraction"] = preparing / total
+        sampling = self.sampling_seconds / (self.sampling_seconds + total)
+        self.log_progress(logged, count / total, sampling, bar="loss")
 
     @property
     def images_per_pair(self) -> int:
@@ -252,3 +227,8 @@ class PairModule(AlignmentModule, Generic[Prepared]):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.batches = checkpoint["progress"].get("batches", 0)
+
+
+def judge(margin: Tensor) -> tuple[Tensor, Metrics]:
+    """Logistic loss of margins ``(N,)``, and how often they have the right sign."""
+    return logistic_loss(margin), {"margin": margin.detach(), "accuracy": implicit_accuracy(margin)}

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lit_align.backbones import REFERENCE, DiffusionBackbone
@@ -21,15 +20,15 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch, PromptDataModule
 from lit_align.errors import ConfigError, check_positive
 from lit_align.methods.base import AlignmentModule
+from lit_align.methods.metrics import Metrics, pooled
+from lit_align.methods.optimisation import Optimisation
+from lit_align.methods.sampling import Sampling
+from lit_align.methods.tasks import check_rewards, check_updates
 from lit_align.replay import Pairs, Replay
 from lit_align.rewards import RewardBank
-from lit_align.tasks import check_rewards, check_updates
 
 Convention = Literal["listing", "equations"]
 """The two versions of the loss in the paper: the listing of its supplement, and the equations of its text."""
-
-Metrics = dict[str, list[Tensor]]
-"""Pieces of what was measured in a rollout batch; the mean over all pieces is logged as ``train/<name>``."""
 
 
 def predicted_reward(log_ratio: Tensor, convention: Convention = "listing") -> Tensor:
@@ -116,18 +115,13 @@ class PRDPModule(AlignmentModule):
         backbone: DiffusionBackbone,
         sampler: SamplerFactory,
         rewards: RewardBank,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
         beta: float = 3e-5,
         clip_range: float | None = 1e-4,
         convention: Convention = "listing",
         updates: int = 1,
         inner_epochs: int = 1,
-        guidance: float = 5.0,
-        clip_norm: float = 1.0,
-        micro_batch: int = 8,
-        rollout_batch: int = 8,
-        seed: int | None = None,
+        optimisation: Optimisation = Optimisation(),
+        sampling: Sampling = Sampling(guidance=5.0),
     ) -> None:
         """Wire the parts. "Small" and "large" are the scales of table 4 of the paper's supplement.
 
@@ -136,9 +130,6 @@ class PRDPModule(AlignmentModule):
             sampler: How it is sampled; at least one step must be stochastic (eta above 0), and only such
                 steps count. The paper: DDPM (here DDIM with eta 1), 50 steps.
             rewards: What is maximised and what is monitored.
-            optimizer: Of the trained weights. The paper: AdamW, weight decay 1e-4, lr 1e-5 (small) or 7e-6
-                (large).
-            lr_scheduler: Stepped once per update.
             beta: Weight of the KL, in units of the reward: 3e-5 (small, and large with several rewards) or
                 3e-6 (large with one). In the listing's convention it belongs to log-ratios that are means
                 over steps and latent elements: as the weight of a KL in nats it is ``beta / (S * D)``. With
@@ -150,30 +141,23 @@ class PRDPModule(AlignmentModule):
             convention: "listing" for the loss of the supplement's listing: means over steps (and, as in
                 ddpo-pytorch, over latent elements; the paper leaves open which log-probability it is), pairs
                 with unequal rewards. "equations" for that of the text: sums, all pairs.
-            updates: Optimiser steps per pass over a rollout batch; each takes whole prompts. 1 in the paper's
+            updates: Optimizer steps per pass over a rollout batch; each takes whole prompts. 1 in the paper's
                 algorithm.
             inner_epochs: Passes over a rollout batch: the paper's K, 10 (small) or 1 (large).
-            guidance: Scale of classifier-free guidance, in sampling and in training. The paper: 5.
-            clip_norm: Largest norm of the gradient. The paper: 1.
-            micro_batch: (image, step) pairs in one backward pass. Bounds memory and changes no result.
-            rollout_batch: Images sampled, and pairs evaluated without gradient, at once. Bounds memory and
-                changes no result.
-            seed: Seed of all noise; that of ``seed_everything`` if not given.
+            optimisation: How the weights are updated. The paper: AdamW, weight decay 1e-4, lr 1e-5 (small) or
+                7e-6 (large), clip 1. ``micro_batch`` counts (image, step) pairs.
+            sampling: How images are sampled. Guidance is used in training too; the paper: 5. ``batch`` also
+                bounds the pairs that are evaluated without gradient at once.
 
         Raises:
             ConfigError: The sampler is deterministic, or a value is not positive.
         """
         super().__init__(
-            backbone,
-            sampler,
-            rewards,
-            optimizer,
-            lr_scheduler,
-            guidance,
-            clip_norm,
-            micro_batch,
-            rollout_batch,
-            seed,
+            backbone=backbone,
+            sampler=sampler,
+            rewards=rewards,
+            optimisation=optimisation,
+            sampling=sampling,
         )
         self.stochastic_steps = self.sampler.stochastic.nonzero().flatten()
         if not len(self.stochastic_steps):
@@ -209,45 +193,51 @@ class PRDPModule(AlignmentModule):
         check_rewards(self.rewards, data, self.trainer.world_size, "PRDP", "group")
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect images and scores, then regress on the stored chains."""
+        """Sample images and score them, then regress on the stored chains."""
         started = time.perf_counter()
-        with torch.no_grad():
-            samples = self.sample(batch, "rollout")
-            scores = self.score(samples.images, batch)
+        policy = self.backbone.policy(
+            self.sampler, self.backbone.encode(batch.prompts), self.sampling.guidance
+        )
+        samples = self.sample(policy, batch, "rollout")
+        scores = self.score(samples.images, batch)
         sampled = time.perf_counter()
-        policy = self.backbone.policy(self.sampler, self.backbone.encode(batch.prompts), self.guidance)
-        replay, metrics = Replay(policy, samples.trajectory), Metrics()
+        replay = Replay(policy, samples.trajectory)
         images = int((batch.groups == batch.groups[0]).sum())
         assert bool((batch.groups.view(-1, images).diff() == 0).all()), "prompts stand together, of one size"
         rewards = scores.total.cpu().double().view(-1, images)
-        old = self._compare(replay, metrics).view(len(rewards), images, -1)
-        self._learn(replay, old, rewards, metrics)
-        self._measure_move(replay, images, metrics)
+        old, compared = self._compare(replay)
+        learnt = self._learn(replay, old.view(len(rewards), images, -1), rewards)
+        metrics = compared | learnt | {"kl": self._move(replay, images)}
         self.log_rollout_batch(scores.report, metrics, sampled - started, time.perf_counter() - started)
 
     @torch.no_grad()
-    def _compare(self, replay: Replay, metrics: Metrics) -> Tensor:
+    def _compare(self, replay: Replay) -> tuple[Tensor, Metrics]:
         """Log-ratio of the policy that sampled to the reference, ``(N * B, S)``: once a rollout batch."""
         before = replace(replay, policy=replace(replay.policy, weights=REFERENCE))
         pieces, kls = [], []
-        for pairs in self._pairs(torch.arange(len(replay.policy.cond))).split(self.rollout_batch):
+        for pairs in self._pairs(torch.arange(len(replay.policy.cond))).split(self.sampling.batch):
             reference, then, drawn = before.step(pairs)
             pieces.append(then.log_ratio(reference, drawn) / self._unit)
             kls.append(then.kl(reference))
-        metrics["reference_kl"] = [torch.cat(kls).view(-1, len(self.stochastic_steps)).sum(1)]
-        return torch.cat(pieces).cpu().double().view(-1, len(self.stochastic_steps))
+        steps = len(self.stochastic_steps)
+        metrics = {"reference_kl": torch.cat(kls).view(-1, steps).sum(1)}
+        return torch.cat(pieces).cpu().double().view(-1, steps), metrics
 
-    def _learn(self, replay: Replay, old: Tensor, rewards: Tensor, metrics: Metrics) -> None:
-        """All updates of a rollout batch."""
-        images = rewards.shape[1]
+    def _learn(self, replay: Replay, old: Tensor, rewards: Tensor) -> Metrics:
+        """All updates on a rollout batch."""
+        images, measured = rewards.shape[1], []
+        on_policy = True  # until the first update the weights are those that sampled
         for _ in range(self.inner_epochs):
             for prompts in torch.arange(len(rewards)).split(len(rewards) // self.updates):
                 pairs = self._pairs((prompts[:, None] * images + torch.arange(images)).flatten())
-                moved = self._moved(replay, pairs, metrics).view_as(old[prompts])
-                wanted = self._regress(moved, old[prompts], rewards[prompts], metrics).flatten()
-                micro = zip(pairs.split(self.micro_batch), wanted.split(self.micro_batch), strict=True)
-                self.update([partial(self._surrogate, replay, *part, metrics) for part in micro])
-                metrics.setdefault("grad_norm", []).append(self.gradient_norm.detach()[None])
+                moved = self._moved(replay, pairs, on_policy).view_as(old[prompts])
+                wanted, metrics = self._regress(moved, old[prompts], rewards[prompts])
+                size = self.optimisation.micro_batch
+                micro = zip(pairs.split(size), wanted.flatten().split(size), strict=True)
+                losses = [partial(self._surrogate, replay, *part, on_policy) for part in micro]
+                measured += [metrics, self.update(losses)]
+                on_policy = False
+        return pooled(measured)
 
     def _pairs(self, rows: Tensor) -> Pairs:
         """All steps with noise of some images: images in order, and the steps of each in order."""
@@ -260,14 +250,14 @@ class PRDPModule(AlignmentModule):
         return now.log_ratio(then, drawn) / self._unit
 
     @torch.no_grad()
-    def _moved(self, replay: Replay, pairs: Pairs, metrics: Metrics) -> Tensor:
+    def _moved(self, replay: Replay, pairs: Pairs, on_policy: bool) -> Tensor:
         """The first pass: how far the log-ratio of each step has moved since sampling, ``(N,)``."""
-        if "grad_norm" not in metrics:  # the weights are those that sampled
+        if on_policy:
             return torch.zeros(len(pairs.rows), dtype=torch.float64)
-        parts = [self._log_ratio(replay, part) for part in pairs.split(self.rollout_batch)]
+        parts = [self._log_ratio(replay, part) for part in pairs.split(self.sampling.batch)]
         return torch.cat(parts).cpu().double()
 
-    def _regress(self, moved: Tensor, old: Tensor, rewards: Tensor, metrics: Metrics) -> Tensor:
+    def _regress(self, moved: Tensor, old: Tensor, rewards: Tensor) -> tuple[Tensor, Metrics]:
         """The gradient of the loss with respect to the log-ratio of each step, ``(N, B, S)``."""
         with torch.enable_grad():
             log_ratio = (old + moved).requires_grad_()
@@ -275,24 +265,25 @@ class PRDPModule(AlignmentModule):
                 log_ratio, old, rewards, self.beta, self.clip_range, self.convention
             )
             (wanted,) = torch.autograd.grad(loss.mean(), log_ratio)
-        metrics.setdefault("loss", []).append(loss.detach())
-        compared = compared_pairs(rewards, self.convention)
-        metrics.setdefault("compared_pairs", []).append(compared.sum((1, 2)))
+        pairs = compared_pairs(rewards, self.convention).sum((1, 2))
+        metrics = {"loss": loss.detach(), "compared_pairs": pairs}
         if self.clip_range is not None:
-            metrics.setdefault("clip_fraction", []).append((moved.abs() > self.clip_range).flatten())
-        return wanted
+            metrics["clip_fraction"] = (moved.abs() > self.clip_range).flatten()
+        return wanted, metrics
 
-    def _surrogate(self, replay: Replay, pairs: Pairs, wanted: Tensor, metrics: Metrics) -> Tensor:
+    def _surrogate(
+        self, replay: Replay, pairs: Pairs, wanted: Tensor, on_policy: bool
+    ) -> tuple[Tensor, Metrics]:
         """The second pass: a loss with the gradient that the loss has through some log-ratios."""
         log_ratio = self._log_ratio(replay, pairs)
-        if "grad_norm" not in metrics:  # rounding alone, as the weights are those that sampled
-            metrics.setdefault("ratio_deviation", []).append(log_ratio.detach().expm1().abs())
-        return (wanted.to(log_ratio) * log_ratio).sum()
+        # At the first update rounding alone.
+        metrics = {"ratio_deviation": log_ratio.detach().expm1().abs()} if on_policy else {}
+        return (wanted.to(log_ratio) * log_ratio).sum(), metrics
 
-    def _measure_move(self, replay: Replay, images: int, metrics: Metrics) -> None:
-        """How far the rollout batch moved the policy, on each prompt's first image."""
+    def _move(self, replay: Replay, images: int) -> Tensor:
+        """How far the updates moved the policy, in nats a step, on each prompt's first image."""
         first = torch.arange(0, len(replay.policy.cond), images)
-        metrics["kl"] = [replay.moved(self._pairs(first), self.rollout_batch)]
+        return replay.moved(self._pairs(first), self.sampling.batch)
 
     @property
     def _unit(self) -> int:

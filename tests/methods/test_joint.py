@@ -25,12 +25,12 @@ from lit_align.data import (
 from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
 from lit_align.methods.joint import Collection
-from lit_align.objectives import denoising_error
-from lit_align.pretraining import Order, Pretraining, denoising_loss
+from lit_align.methods.objectives import denoising_error
+from lit_align.methods.pretraining import Order, Pretraining, denoising_loss
 from lit_align.randomness import generator
 from lit_align.rewards import Brightness, Redness, Reward, RewardBank, SetReward
 from lit_align.samplers import DDIM
-from lit_align.tasks import Task, check_task
+from lit_align.methods.tasks import Task, check_task
 
 
 class Greys(CaptionedImages):

@@ -218,7 +218,7 @@ class Given(Reward):
         self.scores = torch.tensor(scores)
 
     def forward(self, images, prompts, groups=None, columns=None):
-        return self.scores.repeat(len(images) // len(self.scores))
+        return self.scores.repeat(-(-len(images) // len(self.scores)))[: len(images)]
 
 
 def module(
@@ -474,7 +474,7 @@ def test_updates_that_do_not_divide_the_prompts_are_refused(tiny, tmp_path):
 
 
 def test_rewards_that_are_the_same_for_all_images_of_a_prompt_are_refused(tiny, tmp_path):
-    shared = StatisticalParity(min_confidence=0.0, credit="shared")
+    shared = StatisticalParity("shapes", min_confidence=0.0, credit="shared")
     with pytest.raises(ConfigError, match="PRDP takes their mean away"):
         trainer(tmp_path, 1).fit(module(tiny, shared), data())
 
@@ -495,7 +495,10 @@ def test_several_tasks_are_refused(tiny, tmp_path):
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tiny, tmp_path, monkeypatch, crash):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lit_align"])
-    rewards = {"clip": {"class_path": "CLIPScore"}, "redness": {"class_path": "Redness"}}
+    rewards = {
+        "clip": {"class_path": "CLIPScore", "init_args": {"pretrained": "shapes"}},
+        "redness": {"class_path": "Redness"},
+    }
     config = Path(__file__).parents[2] / "configs" / "prdp.yaml"
     options = [
         "fit",

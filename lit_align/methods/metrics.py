@@ -1,0 +1,21 @@
+"""Metrics: values that a loss measures on the way; their means are logged."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+Metrics = dict[str, Tensor]
+"""Measured values by name, ``(N,)`` each, without gradient; their mean is logged as ``train/<name>``."""
+
+Loss = Callable[[], tuple[Tensor, Metrics]]
+"""A part of an update's loss: computes a scalar with a gradient, and what was measured on the way."""
+
+
+def pooled(parts: Iterable[Metrics]) -> Metrics:
+    """The values of several parts as one, in their order; a part need not have every name."""
+    pieces: dict[str, list[Tensor]] = {}
+    for part in parts:
+        for name, values in part.items():
+            pieces.setdefault(name, []).append(values)
+    return {name: torch.cat(values) for name, values in pieces.items()}

@@ -1,0 +1,164 @@
+"""The one optimisation path of all methods: micro-batches, ranks, clipping, schedules, skipped updates."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lit_align.backbones import whole
+from lit_align.errors import ConfigError, check_positive
+from lit_align.methods.metrics import Loss, Metrics, pooled
+
+MAX_SKIPPED = 10
+"""Consecutive updates with a non-finite gradient after which a run is given up."""
+
+
+@dataclass
+class Optimisation:
+    """How the trained weights are updated.
+
+    Args:
+        optimizer: Of the trained weights.
+        lr_scheduler: Stepped once per update.
+        clip_norm: Largest norm of the gradient. DDPO's table D.5: 1.
+        micro_batch: Items in one backward pass: (image, step) pairs, images or pairs of images, as the method
+            says. Bounds memory and changes no result.
+
+    Raises:
+        ConfigError: A value is not positive.
+    """
+
+    optimizer: OptimizerCallable = torch.optim.AdamW
+    lr_scheduler: LRSchedulerCallable | None = None
+    clip_norm: float = 1.0
+    micro_batch: int = 8
+
+    def __post_init__(self) -> None:
+        check_positive(
+            {"optimisation.clip_norm": self.clip_norm, "optimisation.micro_batch": self.micro_batch}
+        )
+
+
+class OptimisedModule(LightningModule):
+    """Makes updates by hand, so that every method accumulates, clips and skips in the same way.
+
+    Attributes:
+        gradient_norm: Of the newest update, before it was clipped.
+        lr: Learning rate of the newest update; None before it, or where the optimizer has none.
+    """
+
+    optimisation: Optimisation
+    gradient_norm: Tensor
+    lr: float | None
+    _skipped: int
+
+    def parameter_groups(self) -> list[list[nn.Parameter]]:
+        """What is trained; each group's gradient is clipped by itself."""
+        return [[p for p in self.parameters() if p.requires_grad]]
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer of the configuration; a method that changes it overrides this."""
+        return self.optimisation.optimizer(groups)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and its schedule.
+
+        Raises:
+            ConfigError: They cannot be stepped once per update.
+        """
+        optimizer = self.make_optimizer([{"params": group} for group in self.parameter_groups()])
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ConfigError(
+                "optimisation.optimizer: LBFGS evaluates a loss several times in a step, and an update here "
+                "has one gradient; use AdamW or another first-order optimizer"
+            )
+        if self.device_mesh is not None:
+            # When a sharded optimizer is saved, torch finds out what its state looks like by a step without
+            # gradients, if it has made none. Adam would count it, so it is done here and set back.
+            get_optimizer_state_dict(self, optimizer)
+            for state in optimizer.state.values():
+                if "step" in state:
+                    state["step"].zero_()
+        if self.optimisation.lr_scheduler is None:
+            return optimizer
+        scheduler = self.optimisation.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ConfigError(
+                "optimisation.lr_scheduler: ReduceLROnPlateau waits for a validation metric, and a schedule "
+                "is stepped once per update here; use one that needs no metric, such as LinearLR"
+            )
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def update(self, losses: Sequence[Loss], scale: float = 1.0) -> Metrics:
+        """One optimizer step on the sum of the losses.
+
+        Each is computed and differentiated in turn, so that memory is that of one. Over several ranks
+        gradients are averaged, once, at the last loss; every rank must bring the same number of losses.
+
+        Args:
+            losses: Parts of the loss.
+            scale: Factor on the learning rate of this step alone.
+
+        Returns:
+            What the losses measured, and ``grad_norm``.
+        """
+        measured = []
+        for i, compute in enumerate(losses):
+            strategy, more = self.trainer.strategy, i < len(losses) - 1
+            accumulates = more and isinstance(strategy, ParallelStrategy)
+            with strategy.block_backward_sync() if accumulates else nullcontext():  # type: ignore[attr-defined]
+                loss, metrics = compute()
+                self.manual_backward(loss)
+            measured.append(metrics)
+        self._step(scale)
+        return pooled(measured) | {"grad_norm": self.gradient_norm.detach()[None]}
+
+    def _step(self, scale: float) -> None:
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        assert isinstance(optimizer, LightningOptimizer), "one optimizer a method"
+        rates = [group["lr"] for group in optimizer.param_groups]
+        if scale != 1:
+            self._scale_rates(optimizer, scale)
+        self.lr = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        if isinstance(scheduler, LRScheduler):
+            scheduler.step()
+
+    def _scale_rates(self, optimizer: LightningOptimizer, scale: float) -> None:
+        for group in optimizer.param_groups:
+            if group["lr"] is None:
+                raise ConfigError(
+                    f"optimisation.optimizer: kl_target or a task's weight scales this step by {scale:g}, "
+                    "but the optimizer has no learning rate; give it one (lr)"
+                )
+            group["lr"] *= scale
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip, and drop an update that is not finite; here fp16 gradients are unscaled and ranks agree."""
+        groups = [group["params"] for group in optimizer.param_groups]
+        norms = [nn.utils.clip_grad_norm_(group, self.optimisation.clip_norm) for group in groups]
+        self.gradient_norm = torch.stack([whole(norm) for norm in norms]).max()
+        if self.gradient_norm.isfinite():
+            self._skipped = 0
+            return
+        optimizer.zero_grad()  # sets gradients to None, which the optimizer passes over
+        self._skipped += 1
+        rank_zero_warn(f"an update was skipped: its gradient norm is {self.gradient_norm.item()}")
+        if self._skipped == MAX_SKIPPED:
+            raise ConfigError(
+                f"the last {MAX_SKIPPED} updates had non-finite gradients and were skipped; lower the "
+                "learning rate, or use precision bf16-mixed or 32-true"
+            )

@@ -1,0 +1,113 @@
+"""Sampling: the same function for training, validation and prediction. Shapes: ``B`` images, ``T`` steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from lit_align.backbones import POLICY, Conditioning, DiffusionBackbone
+from lit_align.data import Batch
+from lit_align.errors import check_positive
+from lit_align.gaussian import GaussianStep
+from lit_align.randomness import generator
+from lit_align.rollout import Trajectory, rollout
+from lit_align.samplers import Sampler
+
+
+class BatchPolicy(Protocol):
+    """A policy for the images of a batch, of which rows can be taken."""
+
+    def __call__(self, x: Tensor, k: int) -> GaussianStep:
+        """The distribution of the next state at ``x (B, ...)`` in step ``k``."""
+
+    def __getitem__(self, rows: Tensor) -> Self:
+        """The same policy for some of the images."""
+
+
+@dataclass
+class Sampling:
+    """How images are sampled.
+
+    Args:
+        guidance: Scale of classifier-free guidance, in sampling and, where a method replays its chains, in
+            training; 1 is none, at half the cost. 7.5 is the pipelines' own.
+        batch: Images sampled at once. Bounds memory and changes no result.
+        seed: Seed of all noise; that of ``seed_everything`` if not given.
+
+    Raises:
+        ConfigError: The batch is not positive.
+    """
+
+    guidance: float = 7.5
+    batch: int = 8
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_positive({"sampling.batch": self.batch})
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images that were sampled for a batch, and how.
+
+    Attributes:
+        trajectory: The chain of each image.
+        images: ``(B, 3, H, W)`` in [0, 1].
+    """
+
+    trajectory: Trajectory
+    images: Tensor
+
+
+class SamplingModule(LightningModule):
+    """A module that samples images from its policies."""
+
+    backbone: DiffusionBackbone
+    sampler: Sampler
+    sampling: Sampling
+    seed: int
+
+    def policy(self, batch: Batch, cond: Conditioning, weights: str = POLICY) -> BatchPolicy:
+        """The policy that samples the images of ``batch``, whose encoded prompts are ``cond``."""
+        return self.backbone.policy(self.sampler, cond, self.sampling.guidance, weights)
+
+    @torch.no_grad()
+    def sample(self, policy: BatchPolicy, batch: Batch, purpose: str, seed: int | None = None) -> Samples:
+        """Sample one image for each row of ``batch``, in chunks of ``sampling.batch``, without gradient.
+
+        Image ``i`` is a pure function of the weights, its prompt, (seed, purpose) and its global number
+        ``batch.index[i]``: it depends neither on its batch nor on its rank or device.
+        """
+        chunks: list[Samples] = []
+        for rows in torch.arange(len(batch)).split(self.sampling.batch):
+            noise, draws = self.draw_noise(batch.index[rows], purpose, seed)
+            trajectory = rollout(policy[rows], noise, self.sampler.num_steps, draws)
+            chunks.append(Samples(trajectory, self.backbone.decode(trajectory.states[-1])))
+        parts = [(c.trajectory.states, c.trajectory.means, c.trajectory.log_probs) for c in chunks]
+        states, means, log_probs = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        return Samples(Trajectory(states, means, log_probs), torch.cat([c.images for c in chunks]))
+
+    def draw_noise(
+        self, index: Tensor, purpose: str, seed: int | None = None
+    ) -> tuple[Tensor, list[torch.Generator]]:
+        """First states ``(B, C, H, W)`` of the images with these numbers, and where the rest comes from."""
+        draws = [generator(self.seed if seed is None else seed, purpose, i) for i in index.tolist()]
+        noise = torch.stack([torch.randn(self.backbone.latent_shape, generator=draw) for draw in draws])
+        return noise.to(self.device), draws
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[str], seed: int | None = None, weights: str = POLICY) -> Tensor:
+        """Images of some prompts, ``(B, 3, H, W)`` in [0, 1]: those that ``predict`` writes for them.
+
+        Args:
+            prompts: ``B``.
+            seed: The module's own if not given.
+            weights: ``"policy"``, or ``"reference"`` for the pretrained model.
+        """
+        numbers = torch.arange(len(prompts))
+        batch = Batch(list(prompts), numbers, index=numbers)
+        policy = self.policy(batch, self.backbone.encode(prompts), weights)
+        return self.sample(policy, batch, "predict", seed).images

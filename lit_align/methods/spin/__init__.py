@@ -1,0 +1,5 @@
+"""SPIN: self-play finetuning."""
+
+from lit_align.methods.spin.module import SPINModule
+
+__all__ = ["SPINModule"]

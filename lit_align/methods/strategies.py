@@ -1,0 +1,41 @@
+"""Which Trainers the methods run on: others would round the stored chains, or train copies apart."""
+
+from lightning import Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+
+from lit_align.errors import ConfigError
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse a precision or a strategy that the methods do not know.
+
+    Raises:
+        ConfigError: With what to change.
+    """
+    if trainer.precision not in ("32-true", "16-mixed", "bf16-mixed"):
+        raise ConfigError(
+            f"trainer.precision: {trainer.precision} would round the stored chains; "
+            "use 32-true, bf16-mixed or 16-mixed"
+        )
+    _check_strategy(trainer.strategy, trainer.world_size)
+
+
+def _check_strategy(strategy: Strategy, world: int) -> None:
+    if isinstance(strategy, FSDPStrategy):
+        raise ConfigError(
+            "trainer.strategy: fsdp wraps the whole module, of which a method calls parts; to shard the "
+            "denoiser add --config configs/backbone/fsdp.yaml"
+        )
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    if strategy.device_mesh["data_parallel"].size() != world:
+        raise ConfigError(
+            f"trainer.strategy: the denoiser is sharded over data_parallel_size, which is "
+            f"{strategy.device_mesh['data_parallel'].size()} with {world} processes; set it to {world}, and "
+            "tensor_parallel_size to 1"
+        )
+    if strategy._save_distributed_checkpoint:  # there is no public name
+        raise ConfigError(
+            "trainer.strategy: a checkpoint in shards would ask for the frozen weights, which none holds; "
+            "set save_distributed_checkpoint to false"
+        )

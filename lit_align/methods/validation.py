@@ -1,0 +1,252 @@
+"""What is measured of held-out images. Shapes: ``B`` images, ``T`` steps."""
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_align.backbones import POLICY, REFERENCE, Conditioning
+from lit_align.comparison import diversity
+from lit_align.data import Batch, MultiTaskDataModule, PickaPicDataModule, PromptDataModule
+from lit_align.gaussian import GaussianStep
+from lit_align.methods.sampling import BatchPolicy, SamplingModule
+from lit_align.rewards import RewardBank, RewardOutput
+from lit_align.rollout import Trajectory
+from lit_align.samplers import Sampler
+
+DRIFT_STEPS = 4
+"""Steps of a deterministic chain at which the drift is measured, evenly spaced; all would cost a rollout."""
+
+
+CHECKED_PROMPTS = 1024
+"""Held-out prompts that are compared with what the model was taught."""
+
+
+def measure(images: Tensor, scores: RewardOutput, batch: Batch) -> dict[str, Tensor]:
+    """What is reported of each image, ``(B,)`` on the CPU: its scores, diversity, and its place.
+
+    ``unscored`` is there only if some image has no score.
+    """
+    measured = dict(scores.report)
+    if bool(scores.total.isnan().any()):
+        measured["unscored"] = scores.total.isnan().float().cpu()
+    measured["diversity"] = diversity(images, batch.groups).cpu()
+    if "reward/truth" in measured:
+        measured["truth"] = measured["reward/truth"]
+    return measured | {"index": batch.index, "group": batch.groups}
+
+
+def kl_to_reference(
+    reference: BatchPolicy,
+    trajectory: Trajectory,
+    stochastic: Tensor,
+    chunk: int,
+    stds: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """KL to the reference along chains, summed over the stochastic steps: nats per image, ``(B,)``.
+
+    Args:
+        reference: For the same images.
+        trajectory: Their chains.
+        stochastic: ``(T,)`` bool; the other steps have no density, and the reference is not asked there.
+        chunk: Images at once.
+        stds: Of the ``T`` steps that made the chains, where they are not the reference's.
+    """
+    totals = []
+    for rows in torch.arange(trajectory.states.shape[1]).split(chunk):
+        total = trajectory.states.new_zeros(len(rows))
+        policy = reference[rows]
+        for k in stochastic.nonzero().flatten().tolist():
+            step = policy(trajectory.states[k, rows], k)
+            std = step.std if stds is None else stds[k]
+            total += GaussianStep(trajectory.means[k, rows], std).kl(step)
+        totals.append(total)
+    return torch.cat(totals)
+
+
+def drift_from_reference(
+    reference: BatchPolicy, trajectory: Trajectory, sampler: Sampler, chunk: int
+) -> Tensor:
+    """How far predictions have moved from the reference's, ``(B,)``: what can be said without a density.
+
+    It is the root mean square difference of the predictions at the states of the chain, over the latent's
+    elements and :data:`DRIFT_STEPS` of the steps, in the units of the network's output.
+    """
+    count = min(DRIFT_STEPS, sampler.num_steps)
+    steps = torch.linspace(0, sampler.num_steps - 1, count).round().long().tolist()
+    one = torch.ones(1, 1, dtype=torch.float64)
+    squares = []
+    for rows in torch.arange(trajectory.states.shape[1]).split(chunk):
+        policy, total = reference[rows], trajectory.states.new_zeros(len(rows))
+        for k in steps:
+            # A step is linear in the prediction, so that means differ by this factor times predictions.
+            factor = sampler.step(0 * one, one, k).mean.item()
+            difference = (trajectory.means[k, rows] - policy(trajectory.states[k, rows], k).mean) / factor
+            total += difference.square().flatten(1).mean(1)
+        squares.append(total / count)
+    return torch.cat(squares).sqrt()
+
+
+def in_global_order(parts: Iterable[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
+    """The metrics of all images in the order of their numbers, and their prompt groups.
+
+    Args:
+        parts: What :func:`measure` gave of each batch, over all ranks. ``unscored`` may be missing in some.
+    """
+    listed = list(parts)
+    names = dict.fromkeys(name for part in listed for name in part)
+
+    def values(part: dict[str, Tensor], name: str) -> Tensor:
+        return part[name] if name in part else torch.zeros(len(part["index"]))
+
+    merged = {name: torch.cat([values(part, name) for part in listed]) for name in names}
+    order = merged.pop("index").argsort()
+    merged = {name: found[order] for name, found in merged.items()}
+    return merged, merged.pop("group")
+
+
+def base_metrics(measured: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of the pretrained model, named apart from the policy's."""
+    return {f"base/{name}": value for name, value in measured.items() if name not in ("index", "group")}
+
+
+def held_out_prompts(data: Any, stage: str) -> list[str]:
+    """The prompts of this rank that a stage evaluates, each once, at most :data:`CHECKED_PROMPTS`.
+
+    Args:
+        data: A data module of this package; of others, and without one, nothing is known.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+    """
+    if not isinstance(data, PromptDataModule | MultiTaskDataModule | PickaPicDataModule):
+        return []
+    split = {"test": data.test_dataloader, "predict": data.predict_dataloader}
+    prompts: dict[str, None] = {}
+    for batch in split.get(stage, data.val_dataloader)():
+        prompts |= dict.fromkeys(batch.prompts)
+        if len(prompts) >= CHECKED_PROMPTS:
+            break
+    return list(prompts)[:CHECKED_PROMPTS]
+
+
+class ValidatedModule(SamplingModule):
+    """A module whose policy is compared with the pretrained model on held-out prompts and the same noise.
+
+    Attributes:
+        baseline: What was measured of the pretrained model, by name, ``(N,)`` each.
+        latest: The same of the policy, in the newest validation or test.
+        prompt_groups: ``(N,)``, the prompt of each image.
+    """
+
+    rewards: RewardBank
+    images: int
+    baseline: dict[str, Tensor]
+    latest: dict[str, Tensor]
+    prompt_groups: Tensor
+    _evaluated: list[dict[str, Tensor]]
+
+    @torch.no_grad()
+    def score(self, images: Tensor, batch: Batch) -> RewardOutput:
+        """What the rewards say of images, without gradient."""
+        return self.rewards(images, batch.prompts, batch.groups, batch.columns)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in rank order; every rank must call it."""
+        if self.trainer.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
+    def forget_baseline(self) -> None:
+        """Drop what was measured of the pretrained model: it is measured anew when training starts."""
+        self.baseline = {}
+
+    def on_train_start(self) -> None:
+        """Measure the pretrained model where that was not done: every curve has a point at 0 images."""
+        if self.baseline or not self.trainer.enable_validation:
+            return
+        if self.images:
+            self._measure_reference()
+            return
+        self.trainer.validating = True
+        self.trainer.fit_loop.epoch_loop.val_loop.run()
+        self.trainer.training = True
+
+    @torch.no_grad()
+    def _measure_reference(self) -> None:
+        """The baseline of a run that goes on; outside of the Trainer's loop, whose counters are the run's."""
+        loop = self.trainer.fit_loop.epoch_loop.val_loop
+        loop.setup_data()
+        total = int(sum(self.trainer.num_val_batches))
+        batches: Any = self.trainer.val_dataloaders
+        for batch in islice(batches, total):
+            with self.trainer.precision_plugin.forward_context():
+                cond = self.backbone.encode(batch.prompts)
+                samples = self.sample(self.policy(batch, cond, REFERENCE), batch, "validation")
+                measured = measure(samples.images, self.score(samples.images, batch), batch)
+                distance = self.distance(batch, cond, samples.trajectory)
+            self._evaluated.append(measured | {n: torch.zeros_like(values) for n, values in distance.items()})
+        parts = [part for rank in self.gather(self._evaluated) for part in rank]
+        self.baseline, self._evaluated = in_global_order(parts)[0], []
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """A rollout on held-out prompts with the same noise every time; returns the images."""
+        cond = self.backbone.encode(batch.prompts)
+        samples = self.sample(self.policy(batch, cond), batch, "validation")
+        measured = measure(samples.images, self.score(samples.images, batch), batch)
+        self._evaluated.append(measured | self.distance(batch, cond, samples.trajectory))
+        return samples.images
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Policy and reference on the same prompts and noise; returns the policy's images."""
+        cond = self.backbone.encode(batch.prompts)
+        samples, before = (
+            self.sample(self.policy(batch, cond, weights), batch, "test") for weights in (POLICY, REFERENCE)
+        )
+        distance = self.distance(batch, cond, samples.trajectory)
+        base = measure(before.images, self.score(before.images, batch), batch)
+        base |= {name: torch.zeros_like(values) for name, values in distance.items()}
+        measured = measure(samples.images, self.score(samples.images, batch), batch)
+        self._evaluated.append(base_metrics(base) | measured | distance)
+        return samples.images
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images ``(B, 3, H, W)`` and their rewards."""
+        policy = self.policy(batch, self.backbone.encode(batch.prompts))
+        images = self.sample(policy, batch, "predict").images
+        return images, self.score(images, batch).report
+
+    def distance(self, batch: Batch, cond: Conditioning, trajectory: Trajectory) -> dict[str, Tensor]:
+        """How far the policy is from the reference along its chains, ``(B,)`` on the CPU.
+
+        ``kl`` in nats per image; where no step has noise, and so no density, ``drift``.
+        """
+        reference, chunk = self.policy(batch, cond, REFERENCE), self.sampling.batch
+        if not self.sampler.stochastic.any():
+            return {"drift": drift_from_reference(reference, trajectory, self.sampler, chunk).cpu()}
+        stds = self.step_stds()
+        return {"kl": kl_to_reference(reference, trajectory, self.sampler.stochastic, chunk, stds).cpu()}
+
+    def step_stds(self) -> Sequence[Tensor] | None:
+        """Stds of the ``T`` steps that sample; None where they are the sampler's."""
+        return None
+
+    def on_validation_epoch_end(self) -> None:
+        self.latest = self._report("val")
+        if not self.images:
+            self.baseline = self.latest
+
+    def on_test_epoch_end(self) -> None:
+        self.latest = self._report("test")
+        self.baseline = {n[5:]: v for n, v in self.latest.items() if n.startswith("base/")}
+
+    def _report(self, stage: str) -> dict[str, Tensor]:
+        """Gather the images of all ranks in their global order, and log the mean of each metric."""
+        parts = [part for rank in self.gather(self._evaluated) for part in rank]
+        self._evaluated = []
+        merged, self.prompt_groups = in_global_order(parts)
+        means = {f"{stage}/{name}": values.nanmean() for name, values in merged.items()}
+        self.log_dict(means | {"step": torch.tensor(float(self.images))}, sync_dist=True)
+        return merged
