@@ -516,7 +516,8 @@ def test_runs_have_folders_of_their_own_whatever_the_logger(small, done, capsys)
         "class MyLogger(Logger):\n"
         "    name, version = 'project', 'abc'\n"
         "    save_dir = '.'\n"
-        "    def log_metrics(self, metrics, step=None): open('mine.txt', 'a').write(f'{step} {sorted(metrics)}\\n')\n"
+        "    def log_metrics(self, metrics, step=None):\n"
+        "        open('mine.txt', 'a').write(f'{step} {sorted(metrics)}\\n')\n"
         "    def log_hyperparams(self, params, *args, **kwargs): pass\n"
     )
     sys.path.insert(0, ".")
