@@ -23,8 +23,9 @@ ELSEWHERE = (
     "ruff check",
     "python -m tests.benchmarks.",
     "python -m lit_align.shapes.recipe",
+    "hf download",
 )
-"""Run by CI, by tests/benchmarks and by tests/shapes."""
+"""Run by CI, by tests/benchmarks and by tests/shapes; and downloads."""
 
 SMALL = """
 trainer:
@@ -91,14 +92,14 @@ def named_blocks() -> dict[str, str]:
 def work(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as a reader has it: the configurations, prompts, and the files that the pages show."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    kinds = ("circle", "star", "square", "heart")
-    (tmp_path / "prompts.txt").write_text(
-        "".join(
-            f"a {size} {kind}\n" for kind in kinds for size in ("red", "blue", "small", "large", "medium")
-        )
-        * 1
-        + "".join(f"two {kind}s\nthree {kind}s\nfour {kind}s\n" for kind in kinds)
-    )
+    looks = [
+        f"a {look} {shape}" for shape in ("circle", "star", "heart") for look in ("red", "blue", "small")
+    ]
+    counts = [
+        f"{count} {shape}s" for count in ("two", "three", "four") for shape in ("circle", "star", "heart")
+    ]
+    more = [f"{one} and {other}" for one in looks for other in counts]
+    (tmp_path / "prompts.txt").write_text("\n".join(looks + counts + more))
     for name, text in named_blocks().items():
         (tmp_path / name).write_text(text)
     (tmp_path / "FOLDER").symlink_to(tiny)
@@ -115,7 +116,9 @@ def small(line: str, work: Path) -> list[str]:
     arguments = shlex.split(line)[3:]
     name = Path(arguments[arguments.index("--config") + 1]).stem
     (work / "smaller.yaml").write_text(SMALLER[name])
-    arguments += ["--config", "small.yaml", "--config", "smaller.yaml"]
+    files = [part for name in ("small.yaml", "smaller.yaml") for part in ("--config", name)]
+    after = max(place for place, argument in enumerate(arguments) if argument == "--config") + 2
+    arguments[after:after] = files  # before the options of the page, which win
     if "configs/backbone/sd15.yaml" in arguments:
         # PickScore and Stable Diffusion are downloads; the tiny model has their format and 16 pixels a side.
         arguments += [
@@ -135,6 +138,8 @@ def test_a_command_of_the_pages_runs(line: str, work: Path):
         config = re.search(r"--config (\S+)", line)
         assert config
         main(small(f"python -m lit_align fit --config {config[1]}", work))
+        if line.split()[3] == "fit":
+            line += " --trainer.max_epochs 2"  # the run is complete after one
     if line.split()[3] == "fit" and "pinterest_joint" in line:
         pytest.skip("tests/test_cli.py runs the configuration of several tasks")
     main(small(line, work))

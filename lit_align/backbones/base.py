@@ -89,12 +89,7 @@ class DiffusionBackbone(nn.Module, ABC):
 
     @abstractmethod
     def predict(
-        self,
-        x: Tensor,
-        t: float | Tensor,
-        cond: Conditioning,
-        guidance: float = 1.0,
-        weights: str = POLICY,
+        self, x: Tensor, t: float | Tensor, cond: Conditioning, guidance: float = 1.0, weights: str = POLICY
     ) -> Tensor:
         """The denoiser's guided output, in the scheduler's prediction type and in at least float32.
 

@@ -4,7 +4,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,7 +16,17 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from lit_align.backbones.adapters import LoRA
 from lit_align.backbones.base import Conditioning, DiffusionBackbone, SamplerFactory
 from lit_align.backbones.checkpointing import by_block, recompute
-from lit_align.backbones.loading import check_inputs, choose_size, load_pipeline
+from lit_align.backbones.compiling import compile_blocks
+from lit_align.backbones.loading import load_pipeline
+from lit_align.backbones.options import (
+    Attention,
+    Checkpointing,
+    Dtype,
+    check_choice,
+    check_inputs,
+    choose_size,
+    wants_plain,
+)
 from lit_align.backbones.prompt_cache import PromptCache
 from lit_align.backbones.weight_sets import POLICY, WeightSets
 from lit_align.errors import ConfigError, check_positive
@@ -50,13 +60,13 @@ class DiffusersBackbone(DiffusionBackbone):
     def __init__(
         self,
         pretrained: str = "shapes",
-        size: int | tuple[int, int] | None = None,
         lora: LoRA | None = LoRA(),
         adapters: dict[str, float] | None = None,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        checkpointing: Literal["none", "prediction", "blocks"] = "none",
+        size: int | tuple[int, int] | None = None,
+        dtype: Dtype = "float32",
+        checkpointing: Checkpointing = "none",
         compile: bool = False,
-        attention: Literal["auto", "sdpa", "plain"] = "auto",
+        attention: Attention = "auto",
         variant: str | None = None,
         config: str | None = None,
         decode_batch: int = 16,
@@ -67,20 +77,20 @@ class DiffusersBackbone(DiffusionBackbone):
         Args:
             pretrained: ``shapes`` for the bundled model, a folder in diffusers' format, a hub id, or a
                 .safetensors file with all weights in the original layout.
-            size: Height and width of the images in pixels, or one number for both; null for the size that the
-                pipeline was trained for.
             lora: The adapter that is trained, or null to train all weights of the denoiser.
             adapters: Adapters (``adapter/`` folders of earlier runs, or .safetensors files) and their
                 weights. The policy is the pretrained model plus the weighted sum of their updates, plus what
                 is trained: without a checkpoint ``predict`` and ``test`` show the mixture alone, and ``fit``
                 goes on from it.
+            size: Height and width of the images in pixels, or one number for both; null for the size that the
+                pipeline was trained for.
             dtype: Of the frozen weights of denoiser and text encoders. What is trained is float32 in any
                 case, with ``lora: null`` the whole denoiser; so is the autoencoder.
             checkpointing: What the backward pass computes again instead of keeping its activations:
                 ``prediction`` recomputes each prediction whole, for losses that hold several at once, as
                 AlignProp's; ``blocks`` recomputes block by block, which needs least memory within one
                 prediction. Both recompute the decoding.
-            compile: Compile the denoiser with torch.compile: slow at first, then faster.
+            compile: Compile the denoiser's blocks with torch.compile: slow at first, then faster.
             attention: ``sdpa`` is torch's fused attention, ``plain`` two products and a softmax; ``auto``
                 takes what diffusers takes, but ``plain`` in bfloat16 on a CPU, where its backward pass takes
                 half the time.
@@ -96,6 +106,9 @@ class DiffusersBackbone(DiffusionBackbone):
         """
         super().__init__()
         check_positive({"backbone.decode_batch": decode_batch, "backbone.prompt_cache": prompt_cache})
+        check_choice("dtype", dtype, Dtype)
+        check_choice("checkpointing", checkpointing, Checkpointing)
+        check_choice("attention", attention, Attention)
         lora = LoRA.of(lora)
         frozen: torch.dtype = getattr(torch, dtype)
         dtypes = {"default": frozen, "vae": torch.float32}
@@ -107,18 +120,15 @@ class DiffusersBackbone(DiffusionBackbone):
         self._compile = compile
         self.attention = attention
         self.decode_batch = decode_batch
-        self._plain_attention: set[nn.Module] = set()
         self._prompts = PromptCache(self.embed, prompt_cache)
         for name, component in self.pipeline.components.items():
             if isinstance(component, nn.Module) and name != self.denoiser:
                 self.add_module(name, component.requires_grad_(False))
         if checkpointing == "blocks":
             self.pipeline.vae.enable_gradient_checkpointing(recompute)
-        network_config = getattr(self.pipeline, self.denoiser).config
-        own = network_config.get("sample_size") or getattr(self.pipeline, "default_sample_size", None)
-        scale: int = self.pipeline.vae_scale_factor
-        self.size = choose_size(size, own, scale, self.patch)
-        check_inputs(pretrained, network_config, self.no_input_for, self.input_channels)
+        own = getattr(self.pipeline, self.denoiser).config
+        self.size = choose_size(size, own, self.pipeline, self.patch)
+        check_inputs(pretrained, own, self.no_input_for, self.input_channels)
         self.weight_sets = WeightSets(self.pipeline, self.denoiser, lora, adapters or {}, self._prepare)
         self.eval()
 
@@ -145,22 +155,18 @@ class DiffusersBackbone(DiffusionBackbone):
         """The blocks of the denoiser, which are sharded one by one."""
 
     def negative(self, empty: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """What classifier-free guidance leads away from: the embedding of the empty prompt, ``empty``.
-
-        None where the model has no such guidance.
-        """
+        """What guidance leads away from: the embedding of the empty prompt; None for models without it."""
         return empty
 
     def normalise(self, z: Tensor) -> Tensor:
         """The autoencoder's latents to those of the denoiser, in float32."""
         config: Any = self.vae.config
-        return (z - config.shift_factor if config.get("shift_factor") else z) * config.scaling_factor
+        return (z - (config.get("shift_factor") or 0)) * config.scaling_factor
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """The inverse of :meth:`normalise`."""
         config: Any = self.vae.config
-        z = latents / config.scaling_factor
-        return z + config.shift_factor if config.get("shift_factor") else z
+        return latents / config.scaling_factor + (config.get("shift_factor") or 0)
 
     def attend(self, network: Any, plain: bool) -> None:
         """Give the network's layers the plain or the fused attention."""
@@ -199,10 +205,8 @@ class DiffusersBackbone(DiffusionBackbone):
         """Set a denoiser up as the options say."""
         if self.checkpointing == "blocks":
             network.enable_gradient_checkpointing(by_block(sets))
-        if self.attention == "plain":
-            self._attend(network, True)
         if self._compile:
-            network.compile()
+            compile_blocks(network, self.blocks(network))
 
     # ---- predictions
 
@@ -214,12 +218,7 @@ class DiffusersBackbone(DiffusionBackbone):
         return Conditioning({name: value[rows[1:]] for name, value in known.items()}, negative)
 
     def predict(
-        self,
-        x: Tensor,
-        t: float | Tensor,
-        cond: Conditioning,
-        guidance: float = 1.0,
-        weights: str = POLICY,
+        self, x: Tensor, t: float | Tensor, cond: Conditioning, guidance: float = 1.0, weights: str = POLICY
     ) -> Tensor:
         if self.checkpointing == "prediction" and torch.is_grad_enabled():
             # The choice of the weight set is inside what is recomputed: outside, the backward pass would use
@@ -236,26 +235,23 @@ class DiffusersBackbone(DiffusionBackbone):
         self._choose_attention(network, x.device, dtype)
         x, t = x.to(dtype), torch.as_tensor(t, device=x.device).expand(len(x))
         cond = cond.map(lambda value: value.to(dtype) if value.is_floating_point() else value)
-        if guidance == 1.0 or cond.negative is None:
-            return _promote(self.denoise(network, x, t, cond.prompt, guidance))
-        negative = cond.negative
-        both = {
-            name: torch.cat([negative[name].expand_as(value), value]) for name, value in cond.prompt.items()
-        }
-        predictions = self.denoise(network, torch.cat([x, x]), torch.cat([t, t]), both, guidance)
-        away, towards = _promote(predictions).chunk(2)
+        given, negative = cond.prompt, None if guidance == 1.0 else cond.negative
+        if negative is not None:
+            x, t = torch.cat([x, x]), torch.cat([t, t])
+            given = {name: torch.cat([negative[name].expand_as(row), row]) for name, row in given.items()}
+        prediction = self.denoise(network, x, t, given, guidance)
+        # Guidance in half precision would be rounded.
+        prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        if negative is None:
+            return prediction
+        away, towards = prediction.chunk(2)
         return away + guidance * (towards - away)
 
-    def _choose_attention(self, network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        if self.attention == "auto" and device.type == "cpu":
-            if torch.is_autocast_enabled("cpu"):
-                dtype = torch.get_autocast_dtype("cpu")
-            self._attend(network, dtype == torch.bfloat16)
-
-    def _attend(self, network: nn.Module, plain: bool) -> None:
-        if plain != (network in self._plain_attention):
+    def _choose_attention(self, network: Any, device: torch.device, dtype: torch.dtype) -> None:
+        plain = wants_plain(self.attention, device, dtype)
+        if plain != getattr(network, "attends_plainly", False):
             self.attend(network, plain)
-            (self._plain_attention.add if plain else self._plain_attention.remove)(network)
+            network.attends_plainly = plain
 
     # ---- images
 
@@ -267,8 +263,8 @@ class DiffusersBackbone(DiffusionBackbone):
 
     def _decode(self, z: Tensor) -> Tensor:
         decode: Any = partial(self.pipeline.vae.decode, return_dict=False)
-        whole = self.checkpointing == "prediction" and z.requires_grad
-        images: Tensor = (recompute(decode, z) if whole else decode(z))[0]
+        again = self.checkpointing == "prediction" and z.requires_grad
+        images: Tensor = (recompute(decode, z) if again else decode(z))[0]
         return images
 
     def latents(self, images: Tensor) -> Tensor:
@@ -301,8 +297,3 @@ class DiffusersBackbone(DiffusionBackbone):
             for block in self.blocks(network):
                 fully_shard(block, mesh=mesh)
             fully_shard(network, mesh=mesh)
-
-
-def _promote(prediction: Tensor) -> Tensor:
-    """At least float32: guidance in half precision would be rounded."""
-    return prediction.to(torch.promote_types(prediction.dtype, torch.float32))

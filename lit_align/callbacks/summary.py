@@ -88,7 +88,7 @@ def _compared(module: AlignmentModule) -> dict[str, Comparison]:
     """Every metric of the pretrained model and the policy; empty where only one of them was measured."""
     groups, latest = module.prompt_groups, module.latest
     before = {name: values for name, values in module.baseline.items() if len(values) == len(groups)}
-    if not module.images:
+    if module.baseline is latest:  # a validation of an untrained model is its own baseline
         return {}
     return {name: compare(old, latest[name], groups) for name, old in before.items() if name in latest}
 

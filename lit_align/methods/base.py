@@ -21,7 +21,7 @@ from lit_align.methods.strategies import check_trainer
 from lit_align.methods.validation import ValidatedModule, held_out_prompts
 from lit_align.randomness import run_seed
 from lit_align.rewards import RewardBank
-from lit_align.shapes.world import untaught
+from lit_align.shapes.world import IMAGE_SIDE, untaught
 
 Item = TypeVar("Item")
 
@@ -92,8 +92,9 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
 
     def _check_domain(self, prompts: list[str]) -> None:
         """Tell of rewards, and of prompts, that do not fit the model."""
+        judged = self.backbone.is_shapes and self.backbone.size == (IMAGE_SIDE, IMAGE_SIDE)
         for bank in self.reward_banks:
-            bank.check_model(self.backbone.is_shapes, prompts)
+            bank.check_model(judged, prompts)
         if self.backbone.is_shapes and (warning := untaught(prompts)):
             rank_zero_warn(warning)
 

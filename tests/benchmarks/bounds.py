@@ -58,7 +58,7 @@ def score_of_renders(prompts: Sequence[str], renders: int) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Compute and print; returns the figures."""
+    """Compute and print; returns the metrics."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--prompts", type=int, default=128, help="of two objects; of fairness at most 32")
     parser.add_argument("--renders", type=int, default=4, help="true images of a prompt")

@@ -244,7 +244,7 @@ def test_images_without_a_score_give_no_gradient_and_no_nan(tiny, tmp_path):
     assert math.isfinite(recorder.logged[0]["train/reward"])
 
 
-def test_a_image_does_not_depend_on_the_batch_it_is_sampled_in(tiny):
+def test_an_image_does_not_depend_on_the_batch_it_is_sampled_in(tiny):
     aligned = module(tiny, rollout_batch=3)
     loaded = data()
     loaded.setup("validate")

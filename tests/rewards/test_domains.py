@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lit_align import rewards
 from lit_align.errors import ConfigError
@@ -103,15 +104,35 @@ def bank(**made: Reward) -> RewardBank:
     return RewardBank({"red": Redness(), **made}, {"red": 1.0})
 
 
-def test_a_reward_of_shapes_on_another_model_is_never_silent(clip_folder: Path) -> None:
+def test_a_learned_reward_of_shapes_on_another_model_is_told(clip_folder: Path) -> None:
     clip = CLIPScore("shapes")
-    both = bank(clip=clip, truth=ShapesTruth(), other=CLIPScore(str(clip_folder)))
-    assert both.of_shapes == ("clip", "truth")
-    with pytest.raises(ConfigError, match=r"ShapesTruth \('truth'\).*take it out of rewards"):
-        both.check_model(is_shapes=False)
+    other = CLIPScore(str(clip_folder))
+    assert bank(clip=clip, truth=ShapesTruth(), other=other).of_shapes == ("clip", "truth")
+    both = bank(clip=clip, again=clip)
     with pytest.warns(UserWarning, match=r"the models of 'clip', 'again' were trained on Shapes"):
-        bank(clip=clip, again=clip).check_model(is_shapes=False)
+        both.check_model(is_shapes=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         both.check_model(is_shapes=True)
-        bank(other=CLIPScore(str(clip_folder))).check_model(is_shapes=False)
+        bank(other=other).check_model(is_shapes=False)
+
+
+@pytest.mark.parametrize(
+    ("is_shapes", "prompts", "reason"),
+    [
+        (False, ["a red circle"], "the backbone is another model"),
+        (True, ["a red circle", "a cat"], "'a cat'"),
+    ],
+)
+def test_the_judge_of_shapes_is_refused_or_left_out_elsewhere(
+    is_shapes: bool, prompts: list[str], reason: str
+) -> None:
+    trained = RewardBank({"truth": ShapesTruth(), "red": Redness()}, {"truth": 1.0})
+    with pytest.raises(ConfigError, match=rf"ShapesTruth \('truth'\).*{reason}.*take 'truth' out of weights"):
+        trained.check_model(is_shapes, prompts)
+    monitored = bank(truth=ShapesTruth())
+    monitored.check_model(True, ["a red circle"])
+    assert monitored.monitored == ("truth",)
+    with pytest.warns(UserWarning, match=rf"{reason}.*it is left out"):
+        monitored.check_model(is_shapes, prompts)
+    assert list(monitored(torch.rand(1, 3, 8, 8), ["a cat"]).parts) == ["red"]

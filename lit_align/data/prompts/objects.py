@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from lit_align.data.sources import PromptSource, TextPrompts
+from lit_align.data.prompts.sources import PromptSource, TextPrompts
 from lit_align.errors import ConfigError
 
 RELATIONS = ("and", "next to", "near", "on side of", "beside")
@@ -27,8 +27,7 @@ class ObjectPairs(PromptSource):
 
     def __init__(self, path: str, relations: tuple[str, ...] = RELATIONS) -> None:
         lines = TextPrompts(path)
-        self._objects = [lines.prompt(row).strip() for row in range(len(lines))]
-        self._objects = [name for name in self._objects if name]
+        self._objects = [name.strip() for name in lines.prompts(range(len(lines))) if name.strip()]
         if len(set(self._objects)) < max(2, len(self._objects)):
             raise ConfigError(f"{path} must name at least two objects, one a line, and none of them twice")
         if not relations:

@@ -1,12 +1,15 @@
 """The 45 common animals on which reward finetuning is usually tried first."""
 
-from pathlib import Path
 from typing import ClassVar
 
-from lit_align.data.sources import PromptSource
+from lit_align.data.prompts.sources import PromptSource
 from lit_align.errors import ConfigError
 
-LIST = Path(__file__).with_name("animals.txt")
+ANIMALS = """
+cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard
+beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig
+turkey fly llama camel bat gorilla hedgehog kangaroo
+""".split()  # noqa: SIM905
 """DDPO's list (Black et al., 2024, appendix; ``simple_animals.txt`` of its code), in its order."""
 
 
@@ -27,7 +30,6 @@ class Animals(PromptSource):
 
     def __init__(self, template: str = "{animal}") -> None:
         self.template = template
-        self._names = LIST.read_text(encoding="utf-8").split()
         try:
             prompts = {self.prompt(row) for row in range(len(self))}
         except (KeyError, IndexError, ValueError, AttributeError) as error:
@@ -37,10 +39,10 @@ class Animals(PromptSource):
             raise ConfigError(f"template of Animals is '{template}': put {{animal}} or {{an animal}} into it")
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(ANIMALS)
 
     def prompt(self, row: int) -> str:
-        name = self._names[row]
+        name = ANIMALS[row]
         article = "an" if name[0] in "aeiou" else "a"
         return self.template.format(**{"animal": name, "an animal": f"{article} {name}"})
 

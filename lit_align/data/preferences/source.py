@@ -1,29 +1,17 @@
-"""What preference data is to the rest: numbered pairs of images, whatever they are stored in."""
+"""The interface of preference data: numbered pairs of images, in any storage."""
 
 import hashlib
-import io
-import struct
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
-
-from lit_align.data.sources import PromptSource
+from lit_align.data.prompts import PromptSource
 
 HeldOut = Literal["validation", "test"]
 
 
-class UnreadableImage(Exception):
-    """The bytes of one image are missing or cannot be decoded; the message says what is wrong with them."""
-
-
 class PairSource(ABC):
-    """Numbered pairs of images of one prompt, with a verdict; a subclass of yours can be named in YAML too.
+    """Numbered pairs of images of one prompt, with a label; YAML can name a subclass of yours too.
 
     Several threads read images at the same time.
 
@@ -43,7 +31,7 @@ class PairSource(ABC):
 
     @abstractmethod
     def label(self, row: int) -> float:
-        """1 where the first image is preferred, 0 where the second is; anything else is no verdict."""
+        """1 where the first image is preferred, 0 where the second is; any other number is a tie."""
 
     @abstractmethod
     def image(self, row: int, side: int) -> bytes:
@@ -62,7 +50,7 @@ class PairSource(ABC):
         return f"row {row} of {self}"
 
     def fingerprint(self) -> str:
-        """Changes with prompts, verdicts and :meth:`images_are`; what is kept on disk is named by it."""
+        """Changes with prompts, labels and :meth:`images_are`; caches on disk are named by it."""
         digest = hashlib.sha256(f"{self} {self.images_are()}".encode())
         for row in range(len(self)):
             digest.update(f"{self.prompt(row)}\n{self.label(row)}\n".encode())
@@ -82,7 +70,7 @@ class PairSource(ABC):
 
 
 class PickaPicPrompts(PromptSource):
-    """The prompts of preference data alone, for methods that make their own images.
+    """The prompts of preference data alone, for methods that sample their own images.
 
     Args:
         pairs: The preference data; no image of it is read.
@@ -99,38 +87,3 @@ class PickaPicPrompts(PromptSource):
 
     def __str__(self) -> str:
         return f"prompts of {self.pairs}"
-
-
-def decode(data: bytes, resolution: int) -> Tensor:
-    """A stored image, scaled so that its shorter side fits and cropped to its centre.
-
-    Scaled with a bilinear filter, as torchvision's ``Resize`` does by default and with it the published
-    training scripts; Pillow widens it when it makes images smaller, so nothing aliases. An image of the
-    right size stays as it is.
-
-    Args:
-        data: A file that Pillow reads.
-        resolution: Height and width of the result, in pixels.
-
-    Returns:
-        ``(3, resolution, resolution)`` float32 in [0, 1].
-
-    Raises:
-        UnreadableImage: It is cut short or no image.
-    """
-    try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
-        what = str(error).split("\n")[0].split("<_io")[0].strip() or type(error).__name__
-        raise UnreadableImage(what) from error
-    if image.size != (resolution, resolution):
-        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255

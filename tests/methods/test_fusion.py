@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lit_align.backbones import REFERENCE, DenoisingPolicy, StableDiffusionBackbone
 from lit_align.errors import ConfigError
-from lit_align.methods.msdda.fusion import FusedPolicy, RandomExpertPolicy, draw_choices, fusion_weights
 from lit_align.gaussian import GaussianStep, fuse
+from lit_align.methods.msdda.fusion import FusedPolicy, RandomExpertPolicy, draw_choices, fusion_weights
 from lit_align.rollout import rollout
 from lit_align.samplers import DDIM
 
@@ -24,10 +24,10 @@ class Experts(StableDiffusionBackbone):
         super().__init__(folder)
         self.asked: list[str] = []
         for seed, name in enumerate("abc"):
-            self.add_weights(name)
+            self.weight_sets.add(name)
             draw = torch.Generator().manual_seed(seed)
             with torch.no_grad():
-                for parameter in self.parameters_of(name):
+                for parameter in self.weight_sets.parameters_of(name):
                     parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
 
     def predict(self, x, t, cond, guidance=1.0, weights="policy"):

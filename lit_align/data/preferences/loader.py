@@ -6,25 +6,27 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_align.data.batch import PairBatch
-from lit_align.data.loaders import Rank
-from lit_align.data.pairs import PairSource, UnreadableImage, decode
+from lit_align.data.images import UnreadableImage, decode
+from lit_align.data.loading import Rank, check_resumed
+from lit_align.data.preferences.source import PairSource
 from lit_align.data.splits import Permutation
 from lit_align.errors import ConfigError
 
 View = Literal["winners", "pairs"]
 
 REPORTED = 20
-"""Pairs that cannot be read, of which each rank says so one by one."""
+"""So many pairs that cannot be read are reported one by one by each rank; the others are counted."""
 
 
 class PairOrder:
@@ -37,11 +39,11 @@ class PairOrder:
         number: Of the pass.
     """
 
-    def __init__(self, blocks: Sequence[Sequence[int]], mixed: int, seed: int, number: int) -> None:
+    def __init__(self, blocks: Sequence[NDArray[np.int64]], mixed: int, seed: int, number: int) -> None:
         order = Permutation(len(blocks), seed, number, purpose="pair blocks")
         turns = [blocks[order[i]] for i in range(len(blocks))]
-        self._windows = [turns[i : i + mixed] for i in range(0, len(turns), mixed)]
-        self._starts = [0, *accumulate(sum(map(len, window)) for window in self._windows)]
+        self._windows = [np.concatenate(turns[i : i + mixed]) for i in range(0, len(turns), mixed)]
+        self._starts = [0, *accumulate(map(len, self._windows))]
         self._key = (seed, number)
 
     def __len__(self) -> int:
@@ -49,36 +51,22 @@ class PairOrder:
 
     def __getitem__(self, position: int) -> int:
         """The row at a position."""
-        window, place = self._locate(position)
-        return self._pick(window, self._permutation(window, "pair order")[place])
+        window = bisect_right(self._starts, position) - 1
+        place = self._permutation(window, "pair order")[position - self._starts[window]]
+        return int(self._windows[window][place])
 
     def spares(self, position: int) -> Iterator[int]:
-        """Rows that stand in for the one at a position, in their order: first those of the same window."""
-        home, _ = self._locate(position)
-        for step in range(len(self._windows)):
-            window = (home + step) % len(self._windows)
-            spare = self._permutation(window, "pair spares", position)
-            yield from (self._pick(window, spare[i]) for i in range(len(spare)))
-
-    def _locate(self, position: int) -> tuple[int, int]:
-        window = bisect_right(self._starts, position) - 1
-        return window, position - self._starts[window]
+        """Rows that can replace the one at a position, in their order: first those of the same window."""
+        home = bisect_right(self._starts, position) - 1
+        for window in chain(range(home, len(self._windows)), range(home)):
+            order = self._permutation(window, "pair spares", position)
+            yield from (int(self._windows[window][order[i]]) for i in range(len(order)))
 
     def _permutation(self, window: int, purpose: str, *counters: int) -> Permutation:
-        size = self._starts[window + 1] - self._starts[window]
-        seed, number = self._key
-        return Permutation(size, seed, number, window, *counters, purpose=purpose)
-
-    def _pick(self, window: int, place: int) -> int:
-        for block in self._windows[window]:
-            if place < len(block):
-                return block[place]
-            place -= len(block)
-        raise IndexError(place)
+        return Permutation(len(self._windows[window]), *self._key, window, *counters, purpose=purpose)
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """What one slot of a batch got.
 
     Attributes:
@@ -97,14 +85,14 @@ class PairLoader:
 
     Its position counts the batches that were handed out and goes on over the ends of epochs, so an epoch that
     is cut short repeats nothing. Lightning saves and restores :meth:`state_dict`; a resume is exact from
-    checkpoints taken at batch ends. What is left at the end of a pass and does not fill a batch is dropped.
+    checkpoints taken at batch ends. Pairs at the end of a pass that do not fill a batch are dropped.
 
-    A pair that cannot be read is reported and another takes its place: which one depends on its position
-    alone, so all ranks, a resumed run and :meth:`rows` agree.
+    A pair that cannot be read is reported and replaced. The replacement depends on the position alone, so all
+    ranks, a resumed run and :meth:`rows` agree.
 
     Attributes:
-        known: Says of a row and a side (0 the winner, 1 the loser) that nobody needs the image; it is then
-            not read, and all NaN.
+        known: Whether the image of a row and a side (0 the winner, 1 the loser) is not needed: it is then not
+            read, and all NaN.
         unreadable: Rows that cannot be read, and why.
 
     Args:
@@ -123,7 +111,7 @@ class PairLoader:
     def __init__(
         self,
         source: PairSource,
-        blocks: Sequence[Sequence[int]],
+        blocks: Sequence[NDArray[np.int64]],
         view: View,
         pairs_per_batch: int,
         batches_per_epoch: int,
@@ -141,29 +129,22 @@ class PairLoader:
         self.workers, self.ahead = workers, ahead
         self.unreadable: dict[int, str] = {}
         self.known: Callable[[int, int], bool] | None = None
-        self._blocks = [block for block in blocks if len(block)]
-        self._count = sum(map(len, self._blocks))
+        blocks = [block for block in blocks if len(block)]
+        self._count = sum(map(len, blocks))
         self._settings = {"pairs_per_batch": pairs_per_batch, "seed": seed}
         self._batches = 0
-        self._pass = lru_cache(2)(lambda number: PairOrder(self._blocks, source.mixed, seed, number))
+        self._pass = lru_cache(2)(lambda number: PairOrder(blocks, source.mixed, seed, number))
 
     def __len__(self) -> int:
         return self.batches_per_epoch
 
     def __iter__(self) -> Iterator[PairBatch]:
-        waiting: deque[list[Future[Found]]] = deque()
-        last = self._batches + self.batches_per_epoch
-        pool = ThreadPoolExecutor(self.workers)
-        try:
-            coming = iter(range(self._batches, last))
-            for _ in range(self.batches_per_epoch):
-                while len(waiting) <= self.ahead and (number := next(coming, None)) is not None:
-                    waiting.append([pool.submit(self._find, *slot) for slot in self._slots(number)])
-                batch = self._collate([future.result() for future in waiting.popleft()])
-                self._batches += 1
-                yield batch
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for found in self._batches_from(self._batches, self.batches_per_epoch):
+            rows, images, _ = zip(*found, strict=True)
+            winners, *losers = (torch.stack(side) for side in zip(*images, strict=True))
+            prompts = [self.source.prompt(row).strip() for row in rows]
+            self._batches += 1
+            yield PairBatch(prompts, winners, losers[0] if losers else None, torch.tensor(rows))
 
     def rows(self, start_batch: int, num_batches: int) -> Iterator[tuple[int, str]]:
         """Yield row and prompt of each of this rank's pairs in coming batches, in their order.
@@ -174,11 +155,22 @@ class PairLoader:
             start_batch: Number of the first batch, counted over the run.
             num_batches: How many batches.
         """
-        with ThreadPoolExecutor(self.workers) as pool:
-            for number in range(start_batch, start_batch + num_batches):  # so that few images are held
-                found = pool.map(lambda slot: self._find(*slot), self._slots(number))
-                for row in [self._report(one).row for one in found]:
-                    yield row, self.source.prompt(row).strip()
+        for found in self._batches_from(start_batch, num_batches):
+            for row, _, _ in found:
+                yield row, self.source.prompt(row).strip()
+
+    def _batches_from(self, start: int, count: int) -> Iterator[list[Found]]:
+        """What the slots of coming batches get; the batches after them are read meanwhile."""
+        waiting: deque[list[Future[Found]]] = deque()
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            for number in range(start, start + count + self.ahead):
+                if number < start + count:
+                    waiting.append([pool.submit(self._find, *slot) for slot in self._slots(number)])
+                if number >= start + self.ahead:
+                    yield [self._report(future.result()) for future in waiting.popleft()]
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _slots(self, batch: int) -> list[tuple[int, int]]:
         """Pass and position of this rank's pairs in a batch."""
@@ -219,12 +211,6 @@ class PairLoader:
                     warnings.warn(f"{self.source.where(row)} is skipped: {reason}{also}", stacklevel=2)
         return found
 
-    def _collate(self, found: list[Found]) -> PairBatch:
-        rows = [self._report(one).row for one in found]
-        sides = [torch.stack(side) for side in zip(*(one.images for one in found), strict=True)]
-        prompts = [self.source.prompt(row).strip() for row in rows]
-        return PairBatch(prompts, sides[0], sides[1] if len(sides) == 2 else None, torch.tensor(rows))
-
     def state_dict(self) -> dict[str, int]:
         """Position and the settings that give it its meaning, as plain integers."""
         return {"batches": self._batches, **self._settings, "rows": self._count}
@@ -235,12 +221,7 @@ class PairLoader:
         Raises:
             ConfigError: The state was saved with another seed or number of pairs per batch.
         """
-        for name, value in self._settings.items():
-            if state[name] != value:
-                raise ConfigError(
-                    f"data.{name} is {value}, but the checkpoint was written with {state[name]}: "
-                    "set it back to resume this run, or start a new run without ckpt_path"
-                )
+        check_resumed(self._settings, state)
         if state["rows"] != self._count:
             rank_zero_warn(
                 f"{self.source} has {self._count} pairs to train on, {state['rows']} when the checkpoint "

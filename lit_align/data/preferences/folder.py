@@ -1,4 +1,4 @@
-"""Preference data of one's own: a table of prompts, names of images and verdicts."""
+"""Preference data of one's own: a table of prompts, names of images and labels."""
 
 import hashlib
 import math
@@ -6,8 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lit_align.data.pairs import PairSource, UnreadableImage
-from lit_align.data.sources import CSVPrompts, JSONLPrompts
+from lit_align.data.images import UnreadableImage
+from lit_align.data.preferences.source import PairSource
+from lit_align.data.prompts import CSVPrompts, JSONLPrompts
 from lit_align.errors import ConfigError
 
 
@@ -41,33 +42,31 @@ class FolderPairs(PairSource):
         if file.suffix not in (".csv", ".jsonl"):
             raise ConfigError(f"{path} ends in '{file.suffix}': give a table *.csv or *.jsonl")
         self.path, self.folder = path, file.parent
-        texts = [first, second]  # 0001 is a name too
-        table = CSVPrompts(path, prompt, texts) if file.suffix == ".csv" else JSONLPrompts(path, prompt)
+        names = [first, second]
+        # 0001 is a name too, so the names stay text.
+        table = CSVPrompts(path, prompt, names) if file.suffix == ".csv" else JSONLPrompts(path, prompt)
         there = table.columns(0)
-        for column in (first, second, label):
-            if column not in there:
-                names = ", ".join([prompt, *there])
+        for setting, column in (("first", first), ("second", second), ("label", label)):
+            if column not in there:  # no near name is proposed: label_1 would make the losers win
                 raise ConfigError(
-                    f"{path} has no column '{column}', only {names}: name the one that is meant"
+                    f"{path} has no column '{column}', only {', '.join([prompt, *there])}: set {setting} to "
+                    "one of them; first and second hold a file name each, and label holds 1 where the first "
+                    "image is preferred, 0 where the second is"
                 )
-        self._prompts: list[str] = []
-        self._names: list[tuple[str, str]] = []
-        self._labels: list[float] = []
-        for row in range(len(table)):
-            values = table.columns(row)
-            self._prompts.append(table.prompt(row))
-            self._names.append((str(values[first] or ""), str(values[second] or "")))
-            self._labels.append(_label(values[label], f"{self.where(row)}, column '{label}'"))
-        for side in (0, 1):
-            self._check_there(side, (first, second)[side])
-
-    def _check_there(self, side: int, column: str) -> None:
-        try:
-            self.image(0, side)
-        except UnreadableImage as error:
-            raise ConfigError(
-                f"{self.where(0)}, column '{column}': {error}; names are relative to {self.folder.absolute()}"
-            ) from error
+        rows = [table.columns(row) for row in range(len(table))]
+        self._prompts = table.prompts(range(len(table)))
+        self._names = [[str(values[name] or "") for name in names] for values in rows]
+        self._labels = [
+            _label(values[label], f"{self.where(row)}, column '{label}'") for row, values in enumerate(rows)
+        ]
+        for side, column in enumerate(names):
+            try:
+                self.image(0, side)
+            except UnreadableImage as error:
+                raise ConfigError(
+                    f"{self.where(0)}, column '{column}': {error}; names are relative to "
+                    f"{self.folder.absolute()}"
+                ) from error
 
     def __len__(self) -> int:
         return len(self._labels)

@@ -2,7 +2,9 @@
 
 from typing import ClassVar, Literal, get_args
 
-from lit_align.data.sources import ParquetPrompts, PromptSource, TextPrompts
+from pyarrow import parquet
+
+from lit_align.data.prompts.sources import PromptSource
 from lit_align.errors import ConfigError
 from lit_align.shapes import PROMPTS
 from lit_align.shapes.world import ALL_PAIRS, Kind, PromptSpace, shape_pairs
@@ -76,14 +78,16 @@ class ShapesPromptSet(PromptSource):
             there = ", ".join(names)
             raise ConfigError(f"name: there is no set '{name}' of Shapes prompts; give one of {there}")
         self.name, (file,) = name, PROMPTS.glob(f"{name}.*")
-        read = ParquetPrompts if file.suffix == ".parquet" else TextPrompts
-        self._file: PromptSource = read(str(file))
+        table = file.suffix == ".parquet"
+        self._prompts: list[str] = (
+            parquet.read_table(file)["prompt"].to_pylist() if table else file.read_text().splitlines()
+        )
 
     def __len__(self) -> int:
-        return len(self._file)
+        return len(self._prompts)
 
     def prompt(self, row: int) -> str:
-        return self._file.prompt(row)
+        return self._prompts[row]
 
     def __str__(self) -> str:
         return f"Shapes prompts ({self.name})"

@@ -1,38 +1,49 @@
 """Where prompts come from: tables made in Python, files, or the hub.
 
-How to read published sets as they are distributed (more columns than named here travel along or stay behind):
+How to read published sets as they are distributed (``keep`` chooses the other columns that travel along):
 
 ============  ==========================================================  ==================================
 set           files                                                       source
 ============  ==========================================================  ==================================
 HPDv2         ``train.json``: a list of objects with ``prompt``;          ``JSONPrompts``; a pattern such as
               ``benchmark/anime.json`` and 3 more styles: lists of texts  ``benchmark/*.json`` joins files
-Pick-a-Pic    Parquet shards with ``caption``, one row a pair             ``ParquetPrompts``, ``keep: []``
-DiffusionDB   ``metadata.parquet`` with ``prompt``, one row an image     ``ParquetPrompts``, ``keep: []``
+GenEval       ``*_metadata.jsonl`` with ``prompt`` and what to count      ``JSONLPrompts``
+Pick-a-Pic    Parquet shards with ``caption``, one row per pair           ``ParquetPrompts``, ``keep: []``
+DiffusionDB   ``metadata.parquet`` with ``prompt``, one row per image    ``ParquetPrompts``, ``keep: []``
 PartiPrompts  ``PartiPrompts.tsv``: ``Prompt Category Challenge Note``    ``TSVPrompts``, column ``Prompt``
 DrawBench     CSV with ``Prompts`` and ``Category``                       ``CSVPrompts``, column ``Prompts``
 animals       ship with the package                                       ``Animals``
 ============  ==========================================================  ==================================
 """
 
+import json
 from abc import ABC, abstractmethod
-from functools import partial
 from typing import Any, ClassVar
 
 import pyarrow as pa
-from pyarrow import csv
+from pyarrow import parquet
 
-from lit_align.data import readers
-from lit_align.data.files import find_file, find_files, fingerprint, first_line, read_table
-from lit_align.data.readers import check_columns
+from lit_align.data.files import (
+    check_columns,
+    find_files,
+    fingerprint,
+    first_line,
+    load_hub,
+    read_delimited,
+    read_files,
+    unreadable,
+)
 from lit_align.errors import ConfigError
+
+UTF8 = "utf-8-sig"
+"""How text is read; with this name the JSON builder of ``datasets`` refuses bytes that are not UTF-8."""
 
 
 class PromptSource(ABC):
-    """Numbered prompts with optional further columns; a subclass of yours can be named in YAML too.
+    """Numbered prompts with optional further columns; YAML can name a subclass of yours too.
 
     Attributes:
-        distinct: Promises that no prompt is empty or there twice, so that the source is never read as a
+        distinct: Promises that no prompt is empty or there twice, so that the source need not be read as a
             whole.
     """
 
@@ -51,11 +62,11 @@ class PromptSource(ABC):
         return [self.prompt(row) for row in rows]
 
     def columns(self, row: int) -> dict[str, Any]:
-        """The other values of a row, under the same names for every row. They travel to the rewards."""
+        """The other values of a row, under the same names for every row. Rewards receive them."""
         return {}
 
     def fingerprint(self) -> str | None:
-        """What changes with the prompts, for an index on disk; without it, one is made at each start."""
+        """What changes with the prompts, for an index on disk; without it, every start makes the index."""
         return None
 
     def __str__(self) -> str:
@@ -74,7 +85,8 @@ class TablePrompts(PromptSource):
         files: Fingerprint of the files that the table is mapped from, if it is.
 
     Raises:
-        ConfigError: The table is empty, has no such column, names one twice, or the column holds no text.
+        ConfigError: The table is empty, has no such column, names one twice, or the column holds no text; of
+            the sources below, a file is missing, empty, not UTF-8 or not of its form.
     """
 
     def __init__(
@@ -111,7 +123,7 @@ class TablePrompts(PromptSource):
         return [prompt or "" for prompt in self._prompts[rows.start : rows.stop].to_pylist()]
 
     def columns(self, row: int) -> dict[str, Any]:
-        return {name: values[row].as_py() for name, values in self._others.items()}
+        return {name: _plain(values[row].as_py(), values.type) for name, values in self._others.items()}
 
     def fingerprint(self) -> str | None:
         return self._fingerprint
@@ -120,19 +132,28 @@ class TablePrompts(PromptSource):
         return self.name
 
 
+def _plain(value: Any, kind: pa.DataType) -> Any:
+    """A value in which JSON of several types, such as ``["left of", 0]``, is no longer text."""
+    if value is None:
+        return None
+    if isinstance(kind, pa.JsonType):
+        return json.loads(value)
+    if pa.types.is_list(kind):
+        return [_plain(item, kind.value_type) for item in value]
+    if pa.types.is_struct(kind):
+        return {field.name: _plain(value[field.name], field.type) for field in kind}
+    return value
+
+
 class TextPrompts(TablePrompts):
     """UTF-8 text with one prompt a line.
 
     Args:
-        path: A file, a folder of ``.txt`` files, or a pattern such as ``prompts/*.txt``. Above 16 MB in all
-            the prompts are memory-mapped from the ``datasets`` cache, where they are copied once.
-
-    Raises:
-        ConfigError: A file is missing, empty or not UTF-8.
+        path: A file, a folder of ``.txt`` files, or a pattern such as ``prompts/*.txt``.
     """
 
     def __init__(self, path: str) -> None:
-        table, files = read_table(path, ".txt", readers.read_lines, "text", {"encoding": "utf-8-sig"})
+        table, files = read_files(path, ".txt", "text", "UTF-8 text", encoding=UTF8)
         super().__init__(table, "text", path, files=files)
 
 
@@ -143,14 +164,10 @@ class CSVPrompts(TablePrompts):
         path: The file.
         column: The column with the prompts.
         texts: Other columns that are text whatever they look like: 0001 is a name, not 1.
-
-    Raises:
-        ConfigError: The file is missing, empty, not UTF-8, not CSV, or has no such column of text.
     """
 
     def __init__(self, path: str, column: str = "prompt", texts: list[str] | None = None) -> None:
-        parse, file = csv.ParseOptions(newlines_in_values=True), find_file(path, ".csv")
-        table = readers.read_delimited(file, [column, *(texts or ())], parse, "CSV with a header line")
+        table = read_delimited(path, ".csv", [column, *(texts or ())], delimiter=",", quoted=True)
         super().__init__(table, column, path)
 
 
@@ -162,14 +179,10 @@ class TSVPrompts(TablePrompts):
     Args:
         path: The file.
         column: The column with the prompts.
-
-    Raises:
-        ConfigError: The file is missing, empty, not UTF-8, not TSV, or has no such column of text.
     """
 
     def __init__(self, path: str, column: str = "prompt") -> None:
-        parse = csv.ParseOptions(delimiter="\t", quote_char=False)
-        table = readers.read_delimited(find_file(path, ".tsv"), [column], parse, "TSV with a header line")
+        table = read_delimited(path, ".tsv", [column], delimiter="\t", quoted=False)
         super().__init__(table, column, path)
 
 
@@ -177,16 +190,12 @@ class JSONLPrompts(TablePrompts):
     """UTF-8 text with one JSON object a line.
 
     Args:
-        path: A file, a folder of ``.jsonl`` files, or a pattern such as ``shards/*.jsonl``. Above 16 MB in
-            all the rows are memory-mapped from the ``datasets`` cache, where they are copied once.
+        path: A file, a folder of ``.jsonl`` files, or a pattern such as ``shards/*.jsonl``.
         column: The key of the prompts; the others travel with them.
-
-    Raises:
-        ConfigError: A file is missing, empty, not UTF-8, not JSON lines, or has no such key with text.
     """
 
     def __init__(self, path: str, column: str = "prompt") -> None:
-        table, files = read_table(path, ".jsonl", partial(readers.read_jsonl, column=column), "json", {})
+        table, files = read_files(path, ".jsonl", "json", "JSON lines", encoding=UTF8)
         super().__init__(table, column, path, files=files)
 
 
@@ -194,16 +203,13 @@ class JSONPrompts(TablePrompts):
     """A UTF-8 file that is one JSON list, of texts or of objects.
 
     Args:
-        path: A file, a folder of ``.json`` files, or a pattern such as ``benchmark/*.json``. Above 16 MB in
-            all the rows are memory-mapped from the ``datasets`` cache, where they are copied once.
+        path: A file, a folder of ``.json`` files, or a pattern such as ``benchmark/*.json``.
         column: The key of the prompts in objects; the others travel with them. Texts need none.
-
-    Raises:
-        ConfigError: A file is missing, empty, not UTF-8, not such a list, or its objects have no such key.
     """
 
     def __init__(self, path: str, column: str = "prompt") -> None:
-        table, files = read_table(path, ".json", partial(readers.read_json_list, column=column), "json", {})
+        form = "one JSON list of texts or of objects that are alike"
+        table, files = read_files(path, ".json", "json", form, encoding=UTF8)
         column = "text" if table.column_names == ["text"] else column  # what a list of texts becomes
         super().__init__(table, column, path, files=files)
 
@@ -212,22 +218,21 @@ class ParquetPrompts(TablePrompts):
     """Parquet files.
 
     Args:
-        path: A file, a folder of ``.parquet`` files, or a pattern such as ``train-*.parquet``. Above 16 MB in
-            all the rows are memory-mapped from the ``datasets`` cache; the columns to keep are copied there.
+        path: A file, a folder of ``.parquet`` files, or a pattern such as ``train-*.parquet``.
         column: The column with the prompts.
         keep: The other columns that travel with the prompts; all of them if not given. Give ``[]`` where the
-            others are large, such as images.
-
-    Raises:
-        ConfigError: A file is missing, empty, not Parquet, or has no such column of text.
+            others are large, such as images: what is kept is copied into the cache.
     """
 
     def __init__(self, path: str, column: str = "prompt", keep: list[str] | None = None) -> None:
         columns = None if keep is None else [column, *keep]
         for file in find_files(path, ".parquet"):
-            check_columns(readers.open_parquet(file).schema_arrow.names, columns or [column], str(file))
-        read = partial(readers.read_parquet, columns=columns)
-        table, files = read_table(path, ".parquet", read, "parquet", {"columns": columns})
+            try:
+                names = parquet.read_schema(file).names
+            except (pa.ArrowException, OSError) as error:
+                raise unreadable(file, "Parquet", first_line(error)) from error
+            check_columns(names, columns or [column], str(file))
+        table, files = read_files(path, ".parquet", "parquet", "Parquet", columns=columns)
         super().__init__(table, column, path, keep, files)
 
 
@@ -239,20 +244,10 @@ class HubPrompts(TablePrompts):
         split: Which of the dataset's own splits to read; slices such as ``train[:1000]`` work.
         column: The column with the prompts.
         keep: The other columns that travel with the prompts; all of them if not given.
-
-    Raises:
-        ConfigError: The dataset cannot be reached or read, or has no such column of text.
     """
 
     def __init__(
         self, name: str, split: str = "train", column: str = "prompt", keep: list[str] | None = None
     ) -> None:
-        import datasets  # .5 to .8 s: only those who read from the hub should wait for it
-
-        try:
-            rows = datasets.load_dataset(name, split=split)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            what = f"cannot load split '{split}' of dataset '{name}' ({first_line(error)})"
-            raise ConfigError(f"{what}: check the name, or download it and give a local file") from error
-        table, files = rows.data.table, fingerprint(rows, split)
-        super().__init__(table, column, f"dataset {name} ({split})", keep, files)
+        rows = load_hub(name, split)
+        super().__init__(rows.data.table, column, f"dataset {name} ({split})", keep, fingerprint(rows, split))

@@ -84,3 +84,51 @@ def test_what_resampling_cannot_say_is_said_to_have_no_value():
     assert 0 < again.isnan().sum() < len(again)
     assert front([0, 0, 1, 1]).volumes()["base"].error == 0  # only the first prompt has something to say
     assert math.isnan(front([0, 0, 0, 0]).volumes()["base"].error)
+
+
+def test_less_of_a_penalty_is_better_on_the_front_and_in_volumes():
+    def point(method: str, gain: float, cost: float) -> Measured:
+        base = torch.linspace(-1, 1, 8)
+        metrics = {"reward/gain": base + gain, "reward/cost": base + cost}
+        return Measured(Point(method), metrics, torch.arange(8), 0.0, torch.zeros(0))
+
+    measured = [point("base", 0, 0), point("good", 1, -1), point("bad", 1, 1)]
+    front = Front(("gain", "cost"), measured, {"gain": 2.0, "cost": -3.0})
+    assert [row["front"] for row in front.rows()] == [False, True, False]
+    volumes = front.hypervolumes()
+    assert volumes["good"] > volumes["base"] > volumes["bad"]
+    again = front.resampled_hypervolumes()
+    assert all(abs(again[name].mean() - volumes[name]) < 0.3 for name in volumes)
+
+
+def test_what_does_not_vary_or_has_no_score_has_no_volume_and_no_place_on_the_front():
+    metrics = [
+        {"reward/a": torch.full((4,), value), "reward/b": torch.arange(4.0)} for value in (1.0, math.nan)
+    ]
+    measured = [
+        Measured(Point(name), own, torch.arange(4), 0.0, torch.zeros(0))
+        for name, own in zip(("base", "unscored"), metrics, strict=True)
+    ]
+    front = Front(("a", "b"), measured, {"a": 1.0, "b": 1.0})
+    assert all(math.isnan(volume) for volume in front.hypervolumes().values())
+    assert [row["front"] for row in front.rows()] == [True, False]
+
+
+def test_where_the_fused_policy_is_an_expert_it_leads_as_that():
+    base = torch.linspace(-1, 1, 8)
+    corner, even = (("a", 1.0), ("b", 0.0)), (("a", 0.5), ("b", 0.5))
+    gains = {
+        Point("base"): 0.0,
+        Point("expert", corner): 2.0,
+        Point("MSDDA", even): 1.0,
+        Point("CoDe", corner): 3.0,
+    }
+    measured = [
+        Measured(
+            point, {f"reward/{name}": base + gain for name in "ab"}, torch.arange(8), 0.0, torch.zeros(0)
+        )
+        for point, gain in gains.items()
+    ]
+    rows = Front(("a", "b"), measured, {"a": 1.0, "b": 1.0}, {"MSDDA": [corner]}).rows()
+    assert [row.get("lead") for row in rows[:3]] == [None, None, None]
+    assert rows[3]["lead"] == pytest.approx(-1.0)

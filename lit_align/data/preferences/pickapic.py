@@ -1,12 +1,10 @@
 """Preference data in Pick-a-Pic's Parquet files, here or on the hub, of which a few row groups are held."""
 
-import difflib
 import re
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
@@ -15,21 +13,22 @@ from typing import Any
 import fsspec  # type: ignore[import-untyped]
 import numpy as np
 import pyarrow as pa
-from pyarrow import parquet
+from pyarrow import dataset, fs
 
 from lit_align.data.files import first_line
-from lit_align.data.pairs import HeldOut, PairSource, UnreadableImage
-from lit_align.data.shapes import ShapesPromptSet
-from lit_align.data.sources import PromptSource
+from lit_align.data.images import UnreadableImage
+from lit_align.data.preferences.source import HeldOut, PairSource
+from lit_align.data.prompts import PromptSource, ShapesPromptSet
 from lit_align.errors import ConfigError
 from lit_align.shapes import PICK
 
 IMAGES = ("jpg_0", "jpg_1")
-LIGHT = ("caption", "label_0", "has_label")
+LIGHT = {"caption": pa.large_string(), "label_0": pa.float64(), "has_label": pa.bool_()}
+"""The columns that are read at the start, and their types."""
 SPLIT = re.compile(r"([^/]+)-\d{5}-of-\d{5}[^/]*$")
 """How ``datasets`` names the files of a split."""
 OPENED_AT_ONCE = 16
-"""Files whose light columns are read at the same time: over a network, waiting takes most of it."""
+"""Files whose light columns are read at the same time: over a network most of the time is waiting."""
 
 
 class PickaPicFiles(PairSource):
@@ -37,7 +36,7 @@ class PickaPicFiles(PairSource):
 
     At the start, the columns ``caption``, ``label_0`` and ``has_label`` are read: about 100 bytes a row.
     Images are read by whole row groups, when an image of one is asked for, and the last few are held. Each
-    rank reads all row groups, as its share of a batch lies scattered in them.
+    rank reads all row groups, because the rows of its share are in all of them.
 
     Args:
         path: A file, a folder with ``*.parquet``, or a pattern with ``*``; also a URL that fsspec reads
@@ -46,36 +45,41 @@ class PickaPicFiles(PairSource):
             memory on every rank: 335 GB of 959,040 rows, as Pick-a-Pic v2 has, is .35 MB a row.
 
     Raises:
-        ConfigError: There is no such file, it is not Parquet, or a column is missing or of another type.
+        ConfigError: There is no such file, it is not Parquet, a column is missing or of another type, or a
+            label is none.
     """
 
     def __init__(self, path: str, row_groups: int = 4) -> None:
         if row_groups < 1:
             raise ConfigError(f"row_groups is {row_groups}: give at least 1")
         self.path, self.mixed = path, row_groups
-        self._files, self._system = _find(path)
+        names, system = _find(path)
+        self._local = system is None
+        place = (
+            fs.LocalFileSystem(use_mmap=True) if system is None else fs.PyFileSystem(fs.FSSpecHandler(system))
+        )
+        files = [dataset.ParquetFileFormat().make_fragment(name, filesystem=place) for name in names]
         with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
-            parts = list(pool.map(self._read_light, self._files))
-        self._footers = [footer for footer, _ in parts]
-        light = pa.concat_tables([table for _, table in parts]).combine_chunks()
+            light = pa.concat_tables(pool.map(_read_light, files)).combine_chunks()
         if not len(light):
             raise ConfigError(f"{path} has no rows: give files with at least one pair")
-        self._captions = light["caption"]
-        self._labels = _verdicts(light)
-        groups = [
-            (file, g) for file, footer in enumerate(self._footers) for g in range(footer.num_row_groups)
+        self._captions, self._labels = light["caption"], _labels(light, path)
+        self._groups = [
+            group for file in files for group in file.split_by_row_group() if group.row_groups[0].num_rows
         ]
-        self._groups = [(f, g) for f, g in groups if self._footers[f].row_group(g).num_rows]
-        sizes = [self._footers[file].row_group(g).num_rows for file, g in self._groups]
-        self._starts = [0, *accumulate(sizes)]
-        self._held: OrderedDict[int, pa.Table | UnreadableImage] = OrderedDict()
+        self._starts = [0, *accumulate(group.row_groups[0].num_rows for group in self._groups)]
+        self._make_cache()
+
+    def _make_cache(self) -> None:
+        self._group = lru_cache(self.mixed)(self._read_images)
         self._lock = Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_held": OrderedDict(), "_lock": None}  # for processes that are spawned
+        return {name: value for name, value in vars(self).items() if name not in ("_group", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state | {"_lock": Lock()}
+        vars(self).update(state)
+        self._make_cache()  # in a process that is spawned
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -91,87 +95,46 @@ class PickaPicFiles(PairSource):
 
     def image(self, row: int, side: int) -> bytes:
         number = bisect_right(self._starts, row) - 1
-        group = self._group(number)
+        with self._lock:  # so that no two threads read the same group
+            group = self._group(number)
         if isinstance(group, UnreadableImage):
             raise group
         data = group[IMAGES[side]][row - self._starts[number]].as_py()
+        data = data["bytes"] if isinstance(data, dict) else data
         if data is None:
             raise UnreadableImage("there is none")
         return data
 
     def where(self, row: int) -> str:
-        number = bisect_right(self._starts, row) - 1
-        file, group = self._groups[number]
-        first = self._starts[number] - sum(self._footers[file].row_group(g).num_rows for g in range(group))
-        return f"row {row - first} of {self._files[file]}"
+        file = self._groups[bisect_right(self._starts, row) - 1].path
+        first = next(
+            start for start, group in zip(self._starts, self._groups, strict=False) if group.path == file
+        )
+        return f"row {row - first} of {file}"
 
     def images_are(self) -> str:
-        groups = [(f, self._footers[f].row_group(g)) for f, g in self._groups]
-        return str(
-            [(Path(self._files[f]).name, group.num_rows, group.total_byte_size) for f, group in groups]
-        )
+        groups = [(Path(group.path).name, group.row_groups[0]) for group in self._groups]
+        return str([(name, group.num_rows, group.total_byte_size) for name, group in groups])
 
     def __str__(self) -> str:
         return self.path
 
-    def _group(self, number: int) -> pa.Table | UnreadableImage:
-        """The images of a row group; read by one thread at a time, so that none is read twice."""
-        with self._lock:
-            if number not in self._held:
-                while len(self._held) >= self.mixed:
-                    self._held.popitem(last=False)
-                self._held[number] = self._read_images(*self._groups[number])
-            self._held.move_to_end(number)
-            return self._held[number]
-
-    def _read_images(self, file: int, group: int) -> pa.Table | UnreadableImage:
+    def _read_images(self, number: int) -> pa.Table | UnreadableImage:
+        """The images of a row group."""
+        group = self._groups[number]
         try:
-            with self._open(self._files[file], metadata=self._footers[file]) as shard:
-                return shard.read_row_group(group, columns=list(IMAGES))
+            return group.to_table(columns=list(IMAGES))
         except (pa.ArrowException, OSError) as error:
-            if self._system is not None and not isinstance(error, pa.ArrowException):
+            if not self._local and not isinstance(error, pa.ArrowException):
                 raise  # the network: another try may work, so no row is given up for it
-            return UnreadableImage(f"row group {group} is damaged ({first_line(error)})")
-
-    def _read_light(self, file: str) -> tuple[Any, pa.Table]:
-        try:
-            with self._open(file) as shard:
-                _check_columns(file, shard.schema_arrow)
-                names = [name for name in LIGHT if name in shard.schema_arrow.names]
-                table = shard.read(columns=names)
-        except ConfigError:
-            raise
-        except Exception as error:  # each file system raises errors of its own
-            raise ConfigError(
-                f"{file} is no Parquet file that can be read ({first_line(error)}): load it again"
-            ) from error
-        if "has_label" not in names:
-            table = table.append_column("has_label", pa.array(np.ones(len(table), bool)))
-        wanted = {"caption": pa.large_string(), "label_0": pa.float64(), "has_label": pa.bool_()}
-        try:
-            return shard.metadata, table.select(LIGHT).cast(pa.schema(wanted))
-        except pa.ArrowException as error:
-            kinds = ", ".join(f"{name}: {kind}" for name, kind in wanted.items())
-            raise ConfigError(f"{file}: {first_line(error)}; Pick-a-Pic's columns are {kinds}") from error
-
-    @contextmanager
-    def _open(self, file: str, metadata: Any = None) -> Iterator[parquet.ParquetFile]:
-        if self._system is None:
-            with parquet.ParquetFile(file, metadata=metadata, memory_map=True) as shard:
-                yield shard
-        else:
-            with (
-                self._system.open(file, "rb") as opened,
-                parquet.ParquetFile(opened, metadata=metadata, pre_buffer=True) as shard,
-            ):
-                yield shard
+            return UnreadableImage(f"row group {group.row_groups[0].id} is damaged ({first_line(error)})")
 
 
 class PickaPicHub(PickaPicFiles):
     """Pick-a-Pic on the Hugging Face hub, read where it lies: nothing is kept on the disk.
 
-    Whoever trains for more than a pass, or on several ranks, should download it
-    (``hf download --repo-type dataset``) and use :class:`PickaPicFiles`.
+    To train for more than a pass, or on several ranks, download it (``hf download --repo-type dataset``) and
+    use :class:`PickaPicFiles`.
 
     Args:
         name: The hub id.
@@ -211,7 +174,7 @@ def _find(path: str) -> tuple[list[str], Any]:
         folder = system.isdir(root)
         pattern = f"{root.rstrip('/')}/*.parquet" if folder else root
         files = sorted(map(str, system.glob(pattern))) if folder or "*" in root else [root]
-        there = bool(files) and (system.isfile(files[0]))
+        there = bool(files) and system.isfile(files[0])
     except Exception as error:  # each file system raises errors of its own
         raise ConfigError(
             f"{path} cannot be reached ({first_line(error)}): check the name and the network, "
@@ -228,22 +191,52 @@ def _find(path: str) -> tuple[list[str], Any]:
     return files, None if "file" in system.protocol else system
 
 
-def _check_columns(file: str, schema: pa.Schema) -> None:
-    for name in ("caption", *IMAGES, "label_0"):
-        if name not in schema.names:
-            near = difflib.get_close_matches(name, schema.names, n=1)
-            hint = f" (is it '{near[0]}'?)" if near else ""
-            there = ", ".join(schema.names)
-            raise ConfigError(
-                f"{file} has no column '{name}'{hint}, only {there}: Pick-a-Pic's schema needs it"
-            )
+def _read_light(file: Any) -> pa.Table:
+    """The columns of a Parquet file that are no images."""
+    try:
+        schema = file.physical_schema
+        _check_schema(file.path, schema)
+        table = file.to_table(columns=[name for name in LIGHT if name in schema.names])
+    except ConfigError:
+        raise
+    except Exception as error:  # each file system raises errors of its own
+        raise ConfigError(
+            f"{file.path} is no Parquet file that can be read ({first_line(error)}): load it again"
+        ) from error
+    if "has_label" not in table.column_names:
+        table = table.append_column("has_label", pa.array(np.ones(len(table), bool)))
+    try:
+        return table.select(list(LIGHT)).cast(pa.schema(LIGHT))
+    except pa.ArrowException as error:
+        kinds = ", ".join(f"{name}: {kind}" for name, kind in LIGHT.items())
+        raise ConfigError(f"{file.path}: {first_line(error)}; Pick-a-Pic's columns are {kinds}") from error
+
+
+def _check_schema(file: str, schema: pa.Schema) -> None:
+    needed = ("caption", *IMAGES, "label_0")
+    # No near names are proposed: those of label_0 are label_1 and has_label, under which another image wins.
+    if missing := [name for name in needed if name not in schema.names]:
+        raise ConfigError(
+            f"{file} has no column '{missing[0]}', only {', '.join(schema.names)}: save it with Pick-a-Pic's "
+            "columns caption, jpg_0, jpg_1 (encoded images) and label_0 (1 where jpg_0 is preferred, 0 where "
+            "jpg_1 is, 0.5 for a tie), or save the images as files and give FolderPairs a table of them"
+        )
     for name in IMAGES:
         kind = schema.field(name).type
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:  # an image of datasets
+            kind = kind.field("bytes").type
         if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
             raise ConfigError(f"column '{name}' of {file} holds {kind}, not encoded images (binary)")
 
 
-def _verdicts(light: pa.Table) -> "np.ndarray[Any, np.dtype[np.float64]]":
+def _labels(light: pa.Table, path: str) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    """The labels, NaN where there is none."""
     labels = light["label_0"].to_numpy().copy()
     labels[~light["has_label"].fill_null(False).to_numpy()] = np.nan
+    other = ~np.isnan(labels) & ~np.isin(labels, (0.0, 0.5, 1.0))
+    if other.any():
+        raise ConfigError(
+            f"column 'label_0' of {path} holds {labels[other][0]:g} in row {np.flatnonzero(other)[0]}: save "
+            "it with 1 where jpg_0 is preferred, 0 where jpg_1 is, and 0.5 for a tie"
+        )
     return labels
