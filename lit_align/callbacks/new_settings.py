@@ -33,6 +33,9 @@ class NewSettings(Callback):
                 "or start a new run"
             )
         self._wanted = [{name: group[name] for name in self.optimizer} for group in groups]
+        for group, wanted in zip(groups, self._wanted, strict=True):
+            if "lr" in wanted:  # a schedule has changed it already, and keeps what was configured
+                wanted["lr"] = group.get("initial_lr", group["lr"])
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]

@@ -29,6 +29,8 @@ class RunSummary(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if writes(trainer):
+            _put_aside(run_folder(trainer) / "validation.json")
         trained = [p.numel() for p in pl_module.parameters() if p.requires_grad]
         total = sum(p.numel() for p in pl_module.backbone.parameters())
         self._start(trainer, pl_module, f"trains {sum(trained):,} of {total:,} weights")
@@ -52,15 +54,17 @@ class RunSummary(Callback):
         place = "" if trainer.fast_dev_run else f", writes to {run_folder(trainer)}"  # type: ignore[attr-defined]
         _say(f"{type(module).__name__} {what} on {device}, {trainer.precision}{place}")
 
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if not writes(trainer) or trainer.sanity_checking:
+            return
+        if trainer.state.fn == "validate":
+            _report(unused(run_folder(trainer) / "validate.json"), pl_module, "validate")
+        elif pl_module.images:  # of an interrupted run, too, the newest comparison is there
+            _write(run_folder(trainer) / "validation.json", pl_module, "validation", complete=False)
+
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if writes(trainer) and pl_module.latest:
-            path = run_folder(trainer) / "validation.json"
-            _put_aside(path)
-            _report(path, pl_module, "validation")
-
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.state.fn == "validate" and writes(trainer):
-            _report(unused(run_folder(trainer) / "validate.json"), pl_module, "validate")
+            _report(run_folder(trainer) / "validation.json", pl_module, "validation", complete=True)
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         if writes(trainer) and pl_module.latest:
@@ -70,18 +74,31 @@ class RunSummary(Callback):
             _report(unused(run_folder(trainer) / f"{split}.json"), pl_module, split)
 
 
-def _report(path: Path, module: AlignmentModule, split: str) -> None:
-    """Write and show what was measured, compared with the pretrained model where that was measured too."""
+def _report(path: Path, module: AlignmentModule, split: str, **more: bool) -> None:
+    """Write what was measured, and show it."""
+    _write(path, module, split, **more)
+    if found := _compared(module):
+        _show_change(found, split)
+    else:
+        _show_means(_means(module), split)
+    _say_places(path)
+
+
+def _compared(module: AlignmentModule) -> dict[str, Comparison]:
+    """Every metric of the pretrained model and the policy; empty where only one of them was measured."""
     groups, latest = module.prompt_groups, module.latest
     before = {name: values for name, values in module.baseline.items() if len(values) == len(groups)}
-    if before and module.baseline is not latest:  # a validation of an untrained model is its own baseline
-        found = {name: compare(old, latest[name], groups) for name, old in before.items() if name in latest}
+    if module.baseline is latest:  # a validation of an untrained model is its own baseline
+        return {}
+    return {name: compare(old, latest[name], groups) for name, old in before.items() if name in latest}
+
+
+def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> None:
+    """The comparison as JSON, and beside it the metrics of each image as CSV."""
+    if found := _compared(module):
         metrics = {name: finite(asdict(comparison)) for name, comparison in found.items()}
-        _show_change(found, split)
-    else:  # the comparison with 0 has the mean and its error
-        found = {name: compare(torch.zeros_like(values), values, groups) for name, values in latest.items()}
-        metrics = {name: _mean(comparison) for name, comparison in found.items()}
-        _show_means(found, split)
+    else:
+        metrics = {name: _mean(comparison) for name, comparison in _means(module).items()}
     result = {
         "split": split,
         "shapes_weights": WEIGHTS_HASH,
@@ -89,9 +106,14 @@ def _report(path: Path, module: AlignmentModule, split: str) -> None:
         "reward_queries": module.reward_queries,
         "metrics": metrics,
     }
-    write(path.with_suffix(".csv"), _rows({"prompt": groups} | latest))
-    write(path, json.dumps(result, indent=2))
-    _say_places(path)
+    write(path.with_suffix(".csv"), _rows({"prompt": module.prompt_groups} | module.latest))
+    write(path, json.dumps(result | more, indent=2))
+
+
+def _means(module: AlignmentModule) -> dict[str, Comparison]:
+    """The mean of each metric and its error, as the comparison with 0 has them."""
+    groups = module.prompt_groups
+    return {n: compare(torch.zeros_like(values), values, groups) for n, values in module.latest.items()}
 
 
 def _mean(found: Comparison) -> dict[str, float | None]:
@@ -101,11 +123,10 @@ def _mean(found: Comparison) -> dict[str, float | None]:
 
 def _put_aside(path: Path) -> None:
     """Keep the files of an earlier end of this run under names with its number of images."""
-    if path.exists():
-        images = json.loads(path.read_text())["images"]
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    if earlier.get("complete"):
         for file in (path, path.with_suffix(".csv")):
-            if file.exists():
-                file.replace(unused(file.with_stem(f"{file.stem}_{images:08d}")))
+            file.replace(unused(file.with_stem(f"{file.stem}_{earlier['images']:08d}")))
 
 
 def _rows(columns: dict[str, Tensor]) -> str:

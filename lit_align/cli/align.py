@@ -16,7 +16,6 @@ from lit_align.callbacks import ProgressBar, RunConfig, RunFolder, default_callb
 from lit_align.cli.checkpoint import Saved, find
 from lit_align.cli.going_on import going_on
 from lit_align.cli.loggers import keep_metrics, new_folder, runs_of, use_folder
-from lit_align.cli.method import check_annotations
 from lit_align.cli.settings import settings_of
 from lit_align.errors import ConfigError
 from lit_align.methods.strategies import check_trainer
@@ -32,7 +31,7 @@ class AlignCLI(LightningCLI):
         self.saved: Saved | None = None
         self.folder = RunFolder()
         self.claimed = False
-        self.configs: set[Path] = set()  # of the folder, before this command adds its own
+        self.earlier: set[Path] = set()  # files of the folder before this command adds its own
         try:
             super().__init__(**arguments)
         except BaseException:
@@ -50,7 +49,6 @@ class AlignCLI(LightningCLI):
         stage = str(self.subcommand)
         config = self.config[stage]
         _check_trainer(config.trainer)
-        check_annotations(config.model.class_path)
         if self.saved is not None:
             config.ckpt_path = str(self.saved.path)
         elif self.subcommand != "fit":
@@ -79,7 +77,7 @@ class AlignCLI(LightningCLI):
             self.folder.path = new_folder(config)
             self.claimed = self.folder.path is not None
         if self.folder.path is not None:
-            self.configs = set(self.folder.path.glob("config*.yaml"))
+            self.earlier = set(self.folder.path.iterdir())
             use_folder(config, self.folder.path)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -99,7 +97,7 @@ class AlignCLI(LightningCLI):
     def _clean_up(self) -> None:
         """Leave nothing of a start that failed before anything was computed."""
         folder = self.folder.path
-        if folder is None or set(folder.glob("config*.yaml")) != self.configs:
+        if folder is None or set(folder.glob("config*.yaml")) - self.earlier:
             return  # it began
         if self.claimed:
             shutil.rmtree(folder, ignore_errors=True)
@@ -107,7 +105,7 @@ class AlignCLI(LightningCLI):
                 if parent.is_dir() and not any(parent.iterdir()):
                     parent.rmdir()
         else:
-            for file in folder.glob(f"events.out.tfevents.*.{os.getpid()}.*"):
+            for file in set(folder.glob(f"events.out.tfevents.*.{os.getpid()}.*")) - self.earlier:
                 file.unlink()
 
 

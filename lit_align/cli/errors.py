@@ -160,7 +160,7 @@ def _unknown_section(text: str, found: re.Match[str], given: Given) -> str:
 def _unknown_option(text: str, found: re.Match[str], given: Given) -> str:
     name, owner = found[1], re.findall(r"class_path '([\w.]+)'", text)
     path = _path(text)
-    parts = name.split(".")
+    parts = [part for part in name.split(".") if part != "init_args"]
     path = path if path[-len(parts) :] == parts else [*path, *parts]
     accepted = _parameters(_imported(owner[-1])) if owner else []
     class_name = owner[-1].rpartition(".")[2] if owner else "this part"

@@ -234,6 +234,9 @@ class ValidatedModule(SamplingModule):
         return None
 
     def on_validation_epoch_end(self) -> None:
+        if self.trainer.sanity_checking:  # some batches only, and measured again before the first update
+            self._evaluated = []
+            return
         self.latest = self._report("val")
         if not self.images:
             self.baseline = self.latest
