@@ -94,6 +94,7 @@ def make(
     rewards: RewardBank | None = None,
     lr: float | None = None,
     sampler: Any = None,
+    rates: float | list[float] | None = None,
     **options: Any,
 ) -> Method:
     """A module of a method on the tiny pipeline in ``folder``; the same weights every time.
@@ -104,6 +105,7 @@ def make(
         reward: What is trained on, in :func:`bank`.
         rewards: The whole bank instead.
         lr: Of AdamW without decay, if no ``optimizer`` is given.
+        rates: SPIN's ``lr``, that of each iteration.
         sampler: Instead of DDIM with ``num_steps``, ``eta`` and ``noisy_steps``.
         options: Of any group.
     """
@@ -117,6 +119,8 @@ def make(
     ]
     optimisation, sampling, steps, backbone = groups
     optimizer = partial(torch.optim.AdamW, lr=given.pop("lr"), weight_decay=0.0)
+    if rates is not None:
+        given["lr"] = rates
     own_reward = given.pop("reward", None)
     if "tasks" not in given:
         default = (

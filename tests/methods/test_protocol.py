@@ -82,8 +82,9 @@ class Case:
         return make(self.method, folder, **self.options() | options)
 
     def data(self, module: AlignmentModule, **options: Any) -> Any:
-        """Its data; four images of two prompts are validated."""
-        return data_for(module, validation_prompts=2, **(self.sizes or {}) | options)
+        """Its data; on two ranks the global order of the four validation prompts is not that of the ranks."""
+        sizes = {"validation_prompts": 4, "validation_images_per_prompt": 1} | (self.sizes or {})
+        return data_for(module, **sizes | options)
 
 
 def two_tasks() -> dict[str, Task]:
@@ -124,7 +125,7 @@ CASES = {
                 "kl_target": 1e-3,
             }
         ),
-        FEW,
+        FEW | {"validation_images_per_prompt": 2},  # a reward of sets has no score for one
         items=12,
         updates=4,
     ),
@@ -331,6 +332,13 @@ def test_validation_begins_at_no_images_and_measures_the_same_ones_every_time(
     trainer(tmp_path, 1, limit_val_batches=None).validate(module, case.data(module), verbose=False)
     assert_equal(module.latest, recorder.validated[-1])
     assert module.images == images
+    # And these are, before and after, those of purpose "validation" on the same prompts.
+    batch = held_out(module, case.data(module))
+    for weights, validated in ((REFERENCE, module.baseline), (POLICY, module.latest)):
+        scores = module.score(draw(module, batch, "validation", weights).images, batch).report["reward"]
+        torch.testing.assert_close(
+            scores, validated["reward"][: len(batch)], rtol=1e-6, atol=0, equal_nan=True
+        )
 
 
 def test_the_axis_of_what_is_logged_is_the_number_of_images(whole: Run) -> None:
