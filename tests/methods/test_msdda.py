@@ -154,6 +154,16 @@ def test_one_expert_per_step_draws_other_images_that_do_not_depend_on_the_batch(
 # ---- training
 
 
+def test_each_expert_minimises_its_own_loss_on_the_references_images(tiny, tmp_path):
+    """It begins at 0, where expert and reference are one; every pass uses the same images."""
+    learner = module(tiny, lr=4e-3, lora=LoRA(8, 8.0), beta=3e-3, updates=2, inner_epochs=4, micro_batch=128)
+    (logged,) = fit(learner, tmp_path, data=prompts(2, 16)).logged
+    for name in BOTH:
+        assert logged[f"train/loss/{name}"] < -0.01
+        assert logged[f"train/kl/{name}"] > 0
+
+
+@pytest.mark.slow
 def test_each_expert_learns_its_own_reward_and_the_fused_policy_lies_between(tiny, tmp_path):
     options = {"beta": 3e-3, "updates": 2, "inner_epochs": 2, "micro_batch": 128}
     learner = module(tiny, lr=4e-3, lora=LoRA(8, 8.0), **options)
