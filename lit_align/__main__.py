@@ -1,14 +1,36 @@
 """Entry point of ``python -m lit_align``."""
 
 import os
+import sys
 
-# Before torch is imported: threads that spin while they wait make a busy CPU several times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Before transformers is imported: it would tell at length that torchvision, which nothing here uses, is not
-# installed.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+HELP = """usage: python -m lit_align COMMAND --config CONFIG [--config OVERLAY] [--KEY VALUE]
 
-from lit_align.cli import main
+Align text-to-image diffusion models with rewards and preferences.
+
+commands:
+  fit         train
+  validate    measure a checkpoint on the validation prompts
+  test        compare a checkpoint with the pretrained model, on prompts that were never used
+  predict     draw images of a checkpoint, with their prompts and rewards
+
+examples:
+  python -m lit_align fit     --config configs/ddpo.yaml
+  python -m lit_align fit     --config configs/ddpo.yaml --config configs/variant/redness.yaml
+  python -m lit_align fit     --config configs/ddpo.yaml --ckpt_path last
+  python -m lit_align test    --config configs/ddpo.yaml --ckpt_path last
+
+more:
+  --print_config after a configuration prints every value, with its default
+  fit --help     every option of the Trainer and of the command
+  fit --model.help DDPOModule, fit --data.help PromptDataModule     the options of a class
+  --ckpt_path takes a checkpoint, the folder of a run, or last: the newest run of the configuration"""
 
 if __name__ == "__main__":
-    main()
+    # Before torch is imported: threads that spin while they wait make a busy CPU several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if sys.argv[1:] in ([], ["-h"], ["--help"]):
+        print(HELP)  # at once: the libraries take seconds to load
+    else:
+        from lit_align.cli import main
+
+        main()

@@ -1,6 +1,19 @@
 """The one exception that is shown to a user as a sentence, without a stack of library frames."""
 
+import sysconfig
+import textwrap
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+Made = TypeVar("Made")
+
+LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+"""Folders of code that a user did not write."""
+
+LONGEST = 300
+"""Characters of a foreign message that are shown."""
 
 
 class ConfigError(ValueError):
@@ -20,3 +33,31 @@ def check_positive(values: Mapping[str, float | None]) -> None:
     for name, value in values.items():
         if value is not None and not value > 0:
             raise ConfigError(f"{name}: {value} must be positive")
+
+
+def built(kind: type[Made], /, *args: Any, **kwargs: Any) -> Made:
+    """Make an object of a user's class, for jsonargparse's ``add_instantiator``.
+
+    Raises:
+        ConfigError: The constructor raises; the message names the class and the line.
+    """
+    try:
+        return kind(*args, **kwargs)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{kind.__module__}.{kind.__qualname__} cannot be made: {described(error)}"
+        ) from error
+
+
+def described(error: BaseException) -> str:
+    """Type, message and place of an exception from code that is not ours, on one line.
+
+    The place is the innermost line outside of installed libraries.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)] or frames
+    said = textwrap.shorten(str(error), LONGEST, placeholder=" ...")
+    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}{': ' if said else ''}{said}{place}"

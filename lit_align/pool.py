@@ -1,4 +1,4 @@
-"""Samples that were drawn ahead of their use, on disk: resumable, and sworn to one model.
+"""Samples that were drawn ahead of their use, on disk: resumable, and of one model only.
 
 A pool is a folder of safetensors shards. A shard holds ``index`` (N,), the numbers of its rows, and
 ``samples`` (N, ...); its metadata name the model that drew them. Shards are written whole or not at all, so

@@ -73,7 +73,8 @@ def loading(pretrained: str) -> Iterator[None]:
             )
         else:
             remedy = (
-                "check the id and the network; without a network, download it elsewhere and give the folder"
+                "check the id and the network; without a network, download it elsewhere and give the folder "
+                f"(hf download {pretrained} --local-dir FOLDER)"
             )
         reason = lines[0].rstrip(".")
         raise ConfigError(f"pretrained: cannot load {pretrained!r} ({reason}); {remedy}.") from error

@@ -1,4 +1,4 @@
-"""Stored chains, replayed: what a policy would do now at the states of a rollout, beside what was done then.
+"""Stored chains, replayed: the step of a policy at stored states, and the step that was taken then.
 
 Shapes: ``B`` images, ``T`` steps, ``N`` (image, step) pairs.
 """

@@ -13,6 +13,7 @@ ALLOWED = {
     "errors": set(),
     "randomness": set(),
     "comparison": set(),
+    "folder": set(),
     "gaussian": set(),
     "pool": {"errors"},
     "latents": {"pool"},
@@ -29,6 +30,7 @@ ALLOWED = {
         "errors",
         "randomness",
         "comparison",
+        "folder",
         "gaussian",
         "samplers",
         "rollout",
@@ -41,7 +43,7 @@ ALLOWED = {
         "data",
         "shapes",
     },
-    "callbacks": {"errors", "comparison", "methods", "data", "shapes"},
+    "callbacks": {"errors", "comparison", "folder", "methods", "data", "shapes"},
     "cli": {
         "errors",
         "advantages",
@@ -51,6 +53,7 @@ ALLOWED = {
         "data",
         "methods",
         "callbacks",
+        "folder",
     },
     "__main__": {"cli"},
     "__init__": {"methods"},  # names that are imported when they are asked for

@@ -1,29 +1,31 @@
+"""Runs through the real entry point, as small as can be; ``done`` is a finished run that many tests copy."""
+
 import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing
 import yaml
 from diffusers import StableDiffusionPipeline
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lit_align.cli import main
-from lit_align.errors import ConfigError
+from lit_align.cli.align import AlignCLI
 from lit_align.methods import DDPOModule
-from lit_align.methods.base import _check_strategy
-from lit_align.shapes import CLIP, PIPELINE
+from lit_align.shapes import PIPELINE
 
 ROOT = Path(__file__).parents[1]
 DDPO = ROOT / "configs" / "ddpo.yaml"
@@ -32,33 +34,26 @@ METHODS = sorted(ROOT.glob("configs/*.yaml"))
 VARIANTS = sorted(ROOT.glob("configs/variant/*.yaml"))
 SMALL = [
     "--trainer.max_epochs=2",
-    "--trainer.limit_train_batches=3",
+    "--trainer.limit_train_batches=1",
     "--trainer.accelerator=cpu",
-    "--trainer.enable_model_summary=false",
-    "--trainer.enable_progress_bar=false",
-    "--data.init_args.images_per_prompt=2",
-    "--data.init_args.prompts_per_batch=4",
-    "--data.init_args.validation_prompts=4",
-    "--data.init_args.validation_images_per_prompt=2",
-    "--data.init_args.test_prompts=4",
-    "--data.init_args.test_images_per_prompt=2",
-    "--data.init_args.eval_batch=4",
+    "--data.images_per_prompt=2",
+    "--data.prompts_per_batch=2",
+    "--data.validation_prompts=2",
+    "--data.validation_images_per_prompt=2",
+    "--data.test_prompts=2",
+    "--data.test_images_per_prompt=2",
+    "--data.eval_batch=4",
 ]
-OWN = {
-    "pinterest_joint": [
-        "--data.init_args.tasks.preference.prompts_per_batch=4",
-        "--data.init_args.tasks.fairness.images_per_prompt=2",
-        "--data.init_args.tasks.fairness.validation_prompts=4",
-        "--data.init_args.tasks.fairness.validation_images_per_prompt=2",
-        "--data.init_args.tasks.fairness.test_prompts=4",
-        "--data.init_args.tasks.fairness.test_images_per_prompt=2",
-    ]
-}
-"""Further sizes, of configurations that have some of their own."""
 ON_PAIRS = {"dpo", "sft", "spin"}
 """Methods on pairs of images: no reward scores what they train on."""
-OF_PROMPTS = ("--data.init_args.images_per_prompt", "--data.init_args.prompts_per_batch")
-SMALL_PAIRS = [a for a in SMALL if not a.startswith(OF_PROMPTS)] + ["--data.init_args.pairs_per_batch=4"]
+OWN = {"msdda": ["--model.updates=1"]}
+OF_PROMPTS = ("--data.images_per_prompt", "--data.prompts_per_batch")
+SMALL_PAIRS = [a for a in SMALL if not a.startswith(OF_PROMPTS)] + ["--data.pairs_per_batch=2"]
+BRIGHT = [
+    "--model.rewards.rewards={brightness: {class_path: Brightness}, redness: {class_path: Redness}}",
+    "--model.rewards.weights={brightness: 1.0}",
+]
+"""Rewards of images of any size; the judge of Shapes has one size."""
 
 
 @pytest.fixture(autouse=True)
@@ -67,83 +62,107 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "argv", ["lit_align"])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def small(tiny: Path) -> list[str]:
-    """Arguments that make the shipped configuration small; the model is a tiny one of the same format."""
-    return ["--config", str(DDPO), *SMALL, f"--model.init_args.backbone.init_args.pretrained={tiny}"]
+    """Arguments that make DDPO's configuration small; the model is a tiny one of the same format."""
+    return ["--config", str(DDPO), *SMALL, f"--model.backbone.pretrained={tiny}", *BRIGHT]
 
 
-def without_judge() -> list[str]:
-    """A tiny model's images are not of Shapes' size, which its judge refuses."""
-    rewards = {"brightness": {"class_path": "Brightness"}, "redness": {"class_path": "Redness"}}
-    return [
-        f"--model.init_args.rewards.init_args.rewards={json.dumps(rewards)}",
-        '--model.init_args.rewards.init_args.weights={"brightness": 1.0}',
-    ]
+@pytest.fixture(scope="module")
+def finished(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``logs/ddpo/version_0``, a run of two epochs that is over."""
+    folder, here = tmp_path_factory.mktemp("finished"), Path.cwd()
+    os.chdir(folder)
+    main(["fit", *small])
+    os.chdir(here)
+    return folder
+
+
+@pytest.fixture
+def done(finished: Path) -> Path:
+    """A copy of the finished run in the folder of this test."""
+    shutil.copytree(finished / "logs", "logs")
+    return Path("logs/ddpo/version_0")
 
 
 def scalars(run: Path) -> EventAccumulator:
-    events = EventAccumulator(str(run))
+    events = EventAccumulator(str(run), size_guidance={"images": 0, "histograms": 0, "scalars": 0})
     events.Reload()
     return events
 
 
-def base_of(config: Path) -> list[str]:
-    """Arguments for the configuration that an overlay is for; its first line names it."""
-    if config in METHODS:
-        return []
-    (base,) = re.findall(r"Overlay for (configs/\w+\.yaml)", config.read_text().splitlines()[0])
-    return ["--config", str(ROOT / base)]
+def curve(run: Path, tag: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in scalars(run).Scalars(tag)]
 
 
-@pytest.mark.parametrize("config", METHODS + VARIANTS, ids=lambda path: path.stem)
-def test_every_shipped_config_trains_through_the_real_entry_point(config: Path):
-    on_pairs = Path([*base_of(config), str(config)][0 if config in METHODS else 1]).stem in ON_PAIRS
-    main(
-        [
-            "fit",
-            *base_of(config),
-            "--config",
-            str(config),
-            *(SMALL_PAIRS if on_pairs else SMALL),
-            *OWN.get(config.stem, []),
-            "--trainer.max_epochs=1",
-            "--trainer.limit_train_batches=2",
-            "--data.init_args.eval_batch=8",  # one batch: there are many configurations
-        ]
-    )
-    (run,) = Path("logs").glob("*/version_0")
+def files(folder: Path | str) -> dict[str, bytes]:
+    """All files below a folder, with their content."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command that ends early says."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(list(arguments))
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    return out + err
+
+
+# ---- what is shipped
+
+
+@pytest.mark.parametrize("config", METHODS, ids=lambda path: path.stem)
+def test_every_method_trains_through_the_real_entry_point(config: Path):
+    on_pairs = config.stem in ON_PAIRS
+    sizes = [*(SMALL_PAIRS if on_pairs else SMALL), *OWN.get(config.stem, [])]
+    main(["fit", "--config", str(config), *sizes, "--trainer.max_epochs=1"])
+    run = Path("logs", config.stem, "version_0")
     names = scalars(run).Tags()["scalars"]
     wanted = {"train/loss", "train/reward", "val/reward", "val/kl", "val/diversity", "val/truth"}
     assert wanted - ({"train/reward"} if on_pairs else set()) <= set(names)
+    assert not [name for name in names if name == "epoch" or name.startswith("final/")]
     assert (run / "adapter" / "pytorch_lora_weights.safetensors").exists()
 
 
+class Parsed(Exception):
+    """Raised instead of what comes after the parser."""
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The configurations of the commands, of which nothing is built."""
+    found: list[Any] = []
+
+    def stop(self: AlignCLI) -> None:
+        found.append(self.config[self.subcommand])
+        raise Parsed
+
+    monkeypatch.setattr(AlignCLI, "before_instantiate_classes", stop)
+    return found
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=lambda path: path.stem)
+def test_every_overlay_is_read_after_the_configuration_that_it_names(config: Path, parsed):
+    (base,) = re.findall(r"Overlay for (configs/\w+\.yaml)", config.read_text().splitlines()[0])
+    with pytest.raises(Parsed):
+        main(["fit", "--config", str(ROOT / base), "--config", str(config)])
+    assert parsed[0].model.init_args.backbone.class_path.endswith("StableDiffusionBackbone")
+
+
 def test_a_run_leaves_what_it_promises(capsys):
-    main(["fit", "--config", str(DDPO), *SMALL, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"])
+    main(["fit", "--config", str(DDPO), *SMALL])
     run = Path("logs/ddpo/version_0")
     events = scalars(run)
-    first = events.Scalars("val/reward")[0]
-    assert first.step == 0
-    assert [point.value for point in events.Scalars("progress/images")][-1] == 16
-    assert "validation" in events.Tags()["images"]
-    wanted = {
-        "train/clip_fraction",
-        "train/kl",
-        "train/ratio_deviation",
-        "train/grad_norm",
-        "perf/images_per_second",
-    }
+    assert [step for step, _ in curve(run, "val/reward")] == [0, 4, 8]
+    assert curve(run, "progress/images") == [(4, 4.0), (8, 8.0)]
+    wanted = {"train/clip_fraction", "train/kl", "train/grad_norm", "train/lr", "perf/images_per_second"}
     wanted |= {"perf/sampling_fraction", "progress/reward_queries", "train/reward/truth", "val/reward/clip"}
     assert wanted <= set(events.Tags()["scalars"])
-    assert [path.name for path in sorted((run / "images").iterdir())] == [
-        "validation_00000000.png",
-        "validation_00000016.png",
-    ]
-    for stage in ("train_histogram", "val_histogram"):
-        assert {f"{stage}/reward", f"{stage}/reward/clip"} <= set(events.Tags()["histograms"])
-    assert (final := events.Scalars("final/truth")[0]).value == events.Scalars("val/truth")[-1].value
-    assert final.step == events.Scalars("val/truth")[-1].step == 1
+    assert [image.step for image in events.Images("validation")] == [0, 4, 8]
+    for stage, steps in (("train_histogram", [4, 8]), ("val_histogram", [0, 4, 8])):
+        assert [one.step for one in events.Histograms(f"{stage}/reward/clip")] == steps
     (start,) = (
         HParamsPluginData.FromString(content).session_start_info
         for tag, content in events.PluginTagToContent("hparams").items()
@@ -151,231 +170,123 @@ def test_a_run_leaves_what_it_promises(capsys):
     )
     assert start.hparams["model.kl_target"].number_value == 0.01
     assert start.hparams["model.sampler"].string_value == "DDIM"
+    grids = [path.name for path in sorted((run / "images").iterdir())]
+    assert grids == [f"validation_{images:08d}.png" for images in (0, 4, 8)]
+    before, after = (Image.open(run / "images" / name) for name in (grids[0], grids[-1]))
+    assert after.width > 1.9 * before.width  # before beside after
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert all(".lora_" in name for name in checkpoint["state_dict"])
     assert (run / "checkpoints" / "last.ckpt").stat().st_size < 20e6
     report = json.loads((run / "validation.json").read_text())
-    assert report["metrics"]["reward"]["num_pairs"] == 8
-    printed = capsys.readouterr().out
-    assert "before" in printed
-    assert "adapter" in printed
-    pipeline = StableDiffusionPipeline.from_pretrained(PIPELINE)
-    pipeline.load_lora_weights(run / "adapter")
+    assert report["metrics"]["reward"]["num_pairs"] == 4
+    StableDiffusionPipeline.from_pretrained(PIPELINE).load_lora_weights(run / "adapter")
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["model"]["class_path"].endswith("DDPOModule")
+    assert saved["trainer"]["logger"]["init_args"]["version"] is None  # so that it makes a run of its own
+    modes = {path.stat().st_mode & 0o777 for path in run.rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~_umask()}
+    printed = capsys.readouterr().out
+    for told in (
+        "before",
+        "win rate",
+        str(run / "adapter"),
+        "on cpu, 32-true",
+        "epoch 2/2  batch 1/1  reward",
+    ):
+        assert told in printed
+    assert "nan" not in printed
+    assert printed.count("truth") == 4  # three validations, and one row of the table
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_run_in_a_job_says_only_what_helps(small):
+    """Not on a terminal: no bars, no control codes, nothing of other libraries."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lit_align", "fit", *small],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("DDPOModule trains")
+    assert "\x1b" not in done.stdout
+    assert "\r" not in done.stdout
+    beginnings = ["validation after 0", "epoch 1/2", "validation after 4", "epoch 2/2", "validation after 8"]
+    assert all(line.startswith(begun) for line, begun in zip(lines[1:6], beginnings, strict=True))
+    assert "left" in lines[2]
+
+
+def test_help_comes_at_once_and_names_every_command():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "lit_align", "--help"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("usage: python -m lit_align")
+    assert all(f"\n  {command} " in done.stdout for command in AlignCLI.subcommands())
+    assert "torch" not in done.stderr  # nothing heavy was imported
 
 
 @pytest.mark.parametrize(("overlays", "model"), [(["sd15"], "tiny"), (["sd15", "sd21"], "tiny_v")])
 def test_overlays_for_real_models_train_one_batch(overlays, model, request, tmp_path):
     """Only the pretrained models, the data and sizes are replaced."""
     (tmp_path / "prompts.txt").write_text("\n".join(f"a star number {i}" for i in range(200)))
-    local = {"class_path": "PickScore", "init_args": {"pretrained": "shapes", "processor": str(CLIP)}}
-    rewards = {"preference": local, "jpeg": {"class_path": "JPEGIncompressibility"}}
-    configs = [f"--config={ROOT}/configs/backbone/{name}.yaml" for name in overlays]
     arguments = [
         f"--config={DDPO}",
-        *configs,
+        *(f"--config={ROOT}/configs/backbone/{name}.yaml" for name in overlays),
         *SMALL,
-        "--trainer.limit_train_batches=1",
         "--trainer.max_epochs=1",
-        f"--model.init_args.backbone.init_args.pretrained={request.getfixturevalue(model)}",
-        "--model.init_args.sampler.init_args.num_steps=3",
-        f"--model.init_args.rewards.init_args.rewards={json.dumps(rewards)}",
+        f"--model.backbone.pretrained={request.getfixturevalue(model)}",
+        "--model.sampler.num_steps=3",
+        "--model.rewards.rewards={jpeg: {class_path: JPEGIncompressibility}}",
+        "--model.rewards.weights={jpeg: 1.0}",
     ]
-    main(["fit", *arguments])
-    assert {"train/reward/preference", "val/reward/jpeg"} <= set(
+    main(["fit", *arguments, "--model.updates=1"])
+    assert {"train/reward/jpeg", "val/reward/jpeg"} <= set(
         scalars(Path("logs/ddpo/version_0")).Tags()["scalars"]
     )
 
 
-def crash_at(monkeypatch: pytest.MonkeyPatch, collection: int) -> None:
-    """The process dies in the middle of a rollout batch, after its rollout and before its end."""
-    look_back, calls = DDPOModule.look_back, []
-
-    def dying(self: DDPOModule, *arguments: Any) -> None:
-        calls.append(1)
-        if len(calls) == collection:
-            raise KeyboardInterrupt
-        look_back(self, *arguments)
-
-    monkeypatch.setattr(DDPOModule, "look_back", dying)
+def test_full_fine_tuning_leaves_a_pipeline(small, tiny):
+    main(["fit", *small, "--trainer.max_epochs=1", f"--config={ROOT}/configs/backbone/full.yaml"])
+    folder = Path("logs/ddpo/version_0/adapter")
+    base = load_file(next(tiny.glob("unet/*.safetensors")))
+    trained = load_file(next(folder.glob("unet/*.safetensors")))
+    assert any(not torch.equal(base[name], trained[name]) for name in base)
+    StableDiffusionPipeline.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    ("crash", "advantages"),
-    [
-        (1, "GroupAdvantages"),
-        (2, "GroupAdvantages"),
-        (4, "PerPromptAdvantages"),
-        (5, "PerPromptAdvantages"),
-        (6, "GroupAdvantages"),
-    ],
-    ids=["first", "mid-epoch", "first-of-epoch", "mid-second-epoch", "last"],
-)
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(small, monkeypatch, crash, advantages):
-    rewards = {"clip": {"class_path": "CLIPScore"}, "redness": {"class_path": "Redness"}}
-    options = [
-        *small,
-        f"--model.init_args.rewards.init_args.rewards={json.dumps(rewards)}",
-        '--model.init_args.rewards.init_args.weights={"clip": 1.0}',
-        f"--model.init_args.advantages={advantages}",
-        "--model.init_args.kl_target=1e-3",
-        "--model.init_args.lr_scheduler=torch.optim.lr_scheduler.LinearLR",
-        "--model.init_args.lr_scheduler.init_args.total_iters=8",
-        "--data.init_args.source.init_args.kinds=[open]",
-    ]
-    main(["fit", *options, "--trainer.logger.init_args.name=whole"])
-    with monkeypatch.context() as patch:
-        crash_at(patch, crash)
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            main(["fit", *options, "--trainer.logger.init_args.name=cut"])
-    main(["fit", *options, "--trainer.logger.init_args.name=cut", "--ckpt_path=last"])
-    assert [path.name for path in Path("logs/cut").iterdir()] == ["version_0"]
-    states = [
-        torch.load(f"logs/{name}/version_0/checkpoints/last.ckpt", weights_only=True)
-        for name in ("whole", "cut")
-    ]
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "progress", "tasks"):
-        assert_equal(states[0][part], states[1][part])
-    assert states[0]["global_step"] == states[1]["global_step"]
-    best = [
-        next(value for name, value in state["callbacks"].items() if "BestCheckpoint" in name)[
-            "best_model_score"
-        ]
-        for state in states
-    ]
-    assert torch.equal(*best)
-    loaders = [state["loops"]["fit_loop"]["state_dict"]["combined_loader"] for state in states]
-    assert loaders[0] == loaders[1]
-    curves = [scalars(Path(f"logs/{name}/version_0")).Scalars("train/reward") for name in ("whole", "cut")]
-    assert [p.value for p in curves[0]] == [p.value for p in curves[1]]
-    assert len(curves[0]) == 6
-    baselines = [scalars(Path(f"logs/{name}/version_0")).Scalars("val/reward") for name in ("whole", "cut")]
-    assert [p.value for p in baselines[0]] == [p.value for p in baselines[1]]
-    configs = {path.name for path in Path("logs/cut/version_0").glob("config*.yaml")}
-    assert configs == {"config.yaml", "config-2.yaml"}
-
-
-def test_a_run_that_dies_in_its_validation_repeats_it(small, monkeypatch):
-    options = [*small, *without_judge()]
-    main(["fit", *options, "--trainer.logger.init_args.name=whole"])
-    with monkeypatch.context() as patch:
-        measure, calls = DDPOModule._measure, []
-
-        def dying(self: DDPOModule, *arguments: Any, **named: Any) -> Any:
-            calls.append(1)
-            if len(calls) == 4:  # two batches before the first update, two after the first epoch
-                raise KeyboardInterrupt
-            return measure(self, *arguments, **named)
-
-        patch.setattr(DDPOModule, "_measure", dying)
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            main(["fit", *options, "--trainer.logger.init_args.name=cut"])
-    main(["fit", *options, "--trainer.logger.init_args.name=cut", "--ckpt_path=last"])
-    curves = [scalars(Path(f"logs/{name}/version_0")).Scalars("val/reward") for name in ("whole", "cut")]
-    assert [(p.step, p.value) for p in curves[0]] == [(p.step, p.value) for p in curves[1]]
-
-
-def test_a_terminated_run_says_so_and_can_be_resumed(small, monkeypatch):
-    options = [*small, *without_judge()]
-    with monkeypatch.context() as patch:
-        collect, calls = DDPOModule.collect, []
-
-        def terminated(self: DDPOModule, *arguments: Any) -> Any:
-            calls.append(1)
-            if len(calls) == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return collect(self, *arguments)
-
-        patch.setattr(DDPOModule, "collect", terminated)
-        with pytest.raises(SystemExit) as ended:
-            main(["fit", *options])
-    assert ended.value.code == 128 + signal.SIGTERM
-    main(["fit", *options, "--ckpt_path=last"])
-    (run,) = Path("logs/ddpo").iterdir()
-    assert len({point.step for point in scalars(run).Scalars("train/reward")}) > 2
-
-
-def fit_with_two_processes(*arguments: str) -> None:
-    """A fit in processes of its own; says what they said where they fail."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lit_align", "fit", *arguments],
-        timeout=240,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert not done.returncode, done.stderr[-2000:]
-
-
-def adapter(name: str) -> dict[str, torch.Tensor]:
-    """What the first run of this name hands on."""
-    (file,) = Path(f"logs/{name}/version_0/adapter").iterdir()
-    return load_file(file)
-
-
-@pytest.mark.parametrize("how", ["--trainer.devices=2", f"--config={FSDP}"], ids=["ddp", "fsdp"])
-def test_two_processes_from_the_command_line_leave_what_one_leaves(small, how):
-    arguments = [*small, *without_judge(), "--trainer.max_epochs=1"]
-    main(["fit", *arguments, "--trainer.logger.init_args.name=one"])
-    fit_with_two_processes(*arguments, how, "--trainer.logger.init_args.name=two")
-    one, two = adapter("one"), adapter("two")
-    assert one.keys() == two.keys()
-    # Adam's first steps are signs of gradients, of which some are 0 but for rounding.
-    torch.testing.assert_close(two, one, atol=2e-4, rtol=0)
-    files = [
-        {str(path.relative_to(run)) for path in run.rglob("*") if "events" not in path.name}
-        for run in (Path("logs/one/version_0"), Path("logs/two/version_0"))
-    ]
-    assert files[0] == files[1]
-    for tag in ("val/reward", "train/reward", "train/kl", "progress/images"):
-        curves = [scalars(Path(f"logs/{name}/version_0")).Scalars(tag) for name in ("one", "two")]
-        assert [p.value for p in curves[0]] == pytest.approx([p.value for p in curves[1]], rel=1e-2, abs=1e-5)
-
-
-def test_a_sharded_run_that_is_resumed_equals_the_uninterrupted_one(small):
-    """Adam must not count the empty step by which torch finds out what it saves."""
-    arguments = [*small, *without_judge(), f"--config={FSDP}", "--trainer.limit_train_batches=2"]
-    fit_with_two_processes(*arguments, "--trainer.logger.init_args.name=whole")
-    fit_with_two_processes(*arguments, "--trainer.logger.init_args.name=cut", "--trainer.max_epochs=1")
-    fit_with_two_processes(*arguments, "--trainer.logger.init_args.name=cut", "--ckpt_path=last")
-    assert_equal(adapter("whole"), adapter("cut"))
-
-
-def test_processes_that_share_the_weights_go_back_through_the_same_steps(small):
-    """AlignProp draws the steps of each image: one that went back through fewer would wait for ever."""
-    arguments = ["--config", str(ROOT / "configs" / "alignprop.yaml"), *small[2:], *without_judge()]
-    fit_with_two_processes(*arguments, f"--config={FSDP}", "--trainer.limit_train_batches=2")
-    assert adapter("alignprop")
-
-
-@pytest.mark.parametrize(
-    ("strategy", "replicas", "message"),
-    [
-        (FSDPStrategy(), 2, "configs/backbone/fsdp.yaml"),
-        (ModelParallelStrategy(), 1, "data_parallel_size, which is 1 with 2 processes"),
-        (ModelParallelStrategy(), 2, "save_distributed_checkpoint"),
-    ],
-)
-def test_a_strategy_that_shards_otherwise_is_refused(strategy, replicas, message):
-    strategy._device_mesh = {"data_parallel": SimpleNamespace(size=lambda: replicas)}
-    with pytest.raises(ConfigError, match=message):
-        _check_strategy(strategy, world=2)
-
-
-def test_weights_of_another_kind_are_refused(small, capsys):
-    main(["fit", *small, *without_judge(), "--trainer.max_epochs=1"])
-    overlay = ROOT / "configs" / "backbone" / "full.yaml"
-    with pytest.raises(SystemExit):
-        main(["test", *small, *without_judge(), f"--config={overlay}", "--ckpt_path=last"])
-    assert "other trained weights" in capsys.readouterr().err
+def test_mixed_precision_trains(small):
+    main(["fit", *small, "--trainer.max_epochs=1", "--trainer.precision=bf16-mixed"])
+    assert all(value == value for _, value in curve(Path("logs/ddpo/version_0"), "train/loss"))
 
 
 def test_a_fast_dev_run_leaves_no_files(small, tmp_path):
-    before = set(tmp_path.rglob("*"))
-    main(["fit", *small, *without_judge(), "--trainer.fast_dev_run=true"])
-    assert set(tmp_path.rglob("*")) == before
+    main(["fit", *small, "--trainer.fast_dev_run=true"])
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_print_config_runs_again_and_a_saved_config_too(small, done, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main(["fit", *small, "--trainer.max_epochs=1", "--print_config"])
+    assert exited.value.code == 0
+    Path("printed.yaml").write_text(capsys.readouterr().out)
+    main(["fit", "--config=printed.yaml"])
+    main(["fit", f"--config={done}/config.yaml", "--trainer.max_epochs=1"])
+    curves = [curve(Path(f"logs/ddpo/version_{i}"), "train/reward")[0] for i in range(3)]
+    assert curves[0] == curves[1] == curves[2]
+
+
+# ---- going on
 
 
 def assert_equal(one: Any, two: Any) -> None:
@@ -394,131 +305,341 @@ def assert_equal(one: Any, two: Any) -> None:
         assert one == two or (one != one and two != two)
 
 
-def test_validate_test_and_predict_of_a_trained_run(small):
-    main(["fit", *small, *without_judge(), "--trainer.max_epochs=1"])
+@pytest.fixture(scope="module")
+def long(small: list[str]) -> list[str]:
+    """Six rollout batches in two epochs, with all that a checkpoint must hold."""
+    return [
+        *small,
+        "--trainer.limit_train_batches=3",
+        "--model.advantages=PerPromptAdvantages",
+        "--model.kl_target=1e-3",
+        "--model.optimisation.lr_scheduler=torch.optim.lr_scheduler.LinearLR",
+        "--model.optimisation.lr_scheduler.init_args.total_iters=8",
+        "--data.source.kinds=[open]",
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(long: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing interrupted."""
+    folder, here = tmp_path_factory.mktemp("whole"), Path.cwd()
+    os.chdir(folder)
+    main(["fit", *long])
+    os.chdir(here)
+    return folder / "logs/ddpo/version_0"
+
+
+@pytest.mark.parametrize(
+    ("method", "call"),
+    [("look_back", 1), ("look_back", 2), ("look_back", 4), ("look_back", 6), ("validation_step", 2)],
+    ids=["first", "mid-epoch", "first-of-epoch", "last", "in a validation"],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(method, call, long, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        real, calls = getattr(DDPOModule, method), []
+
+        def dying(self: DDPOModule, *arguments: Any) -> Any:
+            calls.append(1)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            return real(self, *arguments)
+
+        patch.setattr(DDPOModule, method, dying)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            main(["fit", *long])
+    main(["fit", *long, "--ckpt_path=last"])
     run = Path("logs/ddpo/version_0")
-    main(["test", *small, *without_judge(), "--ckpt_path=last"])
-    report = json.loads((run / "test.json").read_text())
-    assert report["metrics"]["reward"]["num_pairs"] == 8
+    assert [path.name for path in run.parent.iterdir()] == ["version_0"]
+    states = [torch.load(one / "checkpoints/last.ckpt", weights_only=True) for one in (whole, run)]
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "progress", "tasks", "global_step"):
+        assert_equal(states[0][part], states[1][part])
+    best = [
+        next(
+            value["best_model_score"]
+            for name, value in state["callbacks"].items()
+            if "BestCheckpoint" in name
+        )
+        for state in states
+    ]
+    assert torch.equal(*best)
+    assert_equal(*(state["callbacks"]["ImageGrids"] for state in states))
+    loaders = [state["loops"]["fit_loop"]["state_dict"]["combined_loader"] for state in states]
+    assert loaders[0] == loaders[1]
+    for tag in ("train/reward", "val/reward"):
+        assert curve(whole, tag) == curve(run, tag)
+    assert {path.name for path in run.glob("config*.yaml")} == {"config.yaml", "config-2.yaml"}
+    assert (run / "validation.csv").read_bytes() == (whole / "validation.csv").read_bytes()
+    assert_equal(*(load_file(one / "adapter/pytorch_lora_weights.safetensors") for one in (whole, run)))
+
+
+def test_a_terminated_run_says_so_and_can_be_resumed(small, monkeypatch):
+    with monkeypatch.context() as patch:
+        collect, calls = DDPOModule.collect, []
+
+        def terminated(self: DDPOModule, *arguments: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return collect(self, *arguments)
+
+        patch.setattr(DDPOModule, "collect", terminated)
+        arguments = [*small, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+        with pytest.raises(SystemExit) as ended:
+            main(["fit", *arguments])
+    assert ended.value.code == 128 + signal.SIGTERM
+    main(["fit", *arguments, "--ckpt_path=last"])
+    assert [step for step, _ in curve(Path("logs/ddpo/version_0"), "train/reward")] == [4, 8]
+
+
+def test_a_complete_run_says_so_before_anything_is_loaded(small, done, capsys, monkeypatch):
+    before = files(".")
+    monkeypatch.setattr(AlignCLI, "instantiate_classes", lambda self: pytest.fail("something was loaded"))
+    told = said(capsys, "fit", *small, "--ckpt_path=last")
+    assert "complete (2 epochs); add --trainer.max_epochs 4" in told
+    assert files(".") == before
+
+
+def test_a_run_that_goes_on_keeps_the_numbers_of_its_earlier_end(small, done):
+    earlier = (done / "validation.json").read_bytes()
+    main(["fit", *small, "--trainer.max_epochs=3", "--ckpt_path", str(done)])
+    assert (done / "validation_00000008.json").read_bytes() == earlier
+    assert (done / "validation_00000008.csv").exists()
+    assert json.loads((done / "validation.json").read_text())["images"] == 12
+    assert [path.name for path in done.parent.iterdir()] == ["version_0"]
+
+
+@pytest.mark.parametrize("schedule", [False, True], ids=["constant", "schedule"])
+def test_another_learning_rate_is_applied_to_a_run_that_goes_on(schedule, small, capsys):
+    scheduler = "torch.optim.lr_scheduler.LinearLR"
+    extra = [f"--model.optimisation.lr_scheduler={scheduler}", "--model.kl_target=null"]
+    extra += ["--model.optimisation.lr_scheduler.init_args.total_iters=8", "--model.updates=1"]
+    arguments = [*small, *(extra if schedule else ["--model.kl_target=null", "--model.updates=1"])]
+    main(["fit", *arguments])
+    arguments += ["--trainer.max_epochs=4", "--ckpt_path=last"]
+    main(["fit", *arguments, "--model.optimisation.optimizer.lr=1e-4"])
+    rates = [value for _, value in curve(Path("logs/ddpo/version_0"), "train/lr")]
+    factors = [(1 + 2 * k / 8) / 3 if schedule else 1.0 for k in range(4)]  # of LinearLR: from a third to all
+    assert rates == pytest.approx([1e-3 * f for f in factors[:2]] + [1e-4 * f for f in factors[2:]])
+    assert "model.optimisation.optimizer.lr 0.001 -> 0.0001" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ("--model.backbone.lora.rank=4", "lora.rank 8 -> 4"),
+        ("--model.optimisation.optimizer=torch.optim.SGD", "optimizer AdamW -> SGD"),
+        (
+            "--model.optimisation.lr_scheduler=torch.optim.lr_scheduler.ConstantLR",
+            "lr_scheduler none -> ConstantLR",
+        ),
+        ("--data.images_per_prompt=4", "images_per_prompt"),
+    ],
+)
+def test_what_cannot_change_in_a_run_that_goes_on_is_refused(changed, told, small, done, capsys):
+    before = files(".")
+    arguments = ["--ckpt_path=last", "--trainer.max_epochs=3", changed]
+    assert told in said(capsys, "fit", *small, *arguments)
+    assert files(".") == before
+
+
+def test_held_out_images_that_are_measured_differently_are_compared_with_a_new_baseline(small, done, capsys):
+    best = (done / "checkpoints" / "best.ckpt").read_bytes()
+    old = json.loads((done / "validation.json").read_text())["metrics"]
+    changed = [a.replace("brightness: 1.0", "redness: 5.0") for a in small]
+    main(["fit", *changed, "--trainer.max_epochs=3", "--ckpt_path=last"])
+    new = json.loads((done / "validation.json").read_text())["metrics"]
+    printed = capsys.readouterr().out
+    assert "measured differently" in printed
+    assert "model.rewards.weights.redness none -> 5.0" in printed
+    assert new["reward"]["before"] == pytest.approx(5 * old["reward/redness"]["before"], rel=1e-5)
+    assert new["reward/redness"]["before"] == old["reward/redness"]["before"]  # the pretrained model
+    assert (done / "checkpoints" / "best_00000008.ckpt").read_bytes() == best
+    state = torch.load(done / "checkpoints" / "best.ckpt", weights_only=True)["callbacks"]
+    score = next(value["best_model_score"] for name, value in state.items() if "BestCheckpoint" in name)
+    assert float(score) == pytest.approx(new["reward"]["after"], rel=1e-5)
+
+
+def test_a_checkpoint_is_not_tested_without_the_adapters_that_its_run_mixed_in(small, done, capsys):
+    mix = Path("mix.yaml")
+    adapters = {str(done / "adapter"): 0.5}
+    mix.write_text(yaml.dump({"model": {"init_args": {"backbone": {"init_args": {"adapters": adapters}}}}}))
+    main(["fit", *small, f"--config={mix}", "--trainer.max_epochs=1"])
+    assert "adapters" in said(capsys, "test", *small, "--ckpt_path=last")
+    main(["test", *small, f"--config={mix}", "--ckpt_path=last"])
+    assert (done.parent / "version_1" / "test.json").exists()
+
+
+def test_validate_test_and_predict_of_a_trained_run(small, done, capsys):
+    main(["test", *small, "--ckpt_path=last"])
+    report = json.loads((done / "test.json").read_text())
+    assert report["metrics"]["reward"]["num_pairs"] == 4
     assert report["metrics"]["reward"]["difference"] != 0
-    with (run / "test.csv").open() as file:
+    with (done / "test.csv").open() as file:
         images = [float(row["reward"]) - float(row["base/reward"]) for row in csv.DictReader(file)]
-    assert sum(images) / 8 == pytest.approx(report["metrics"]["reward"]["difference"], abs=1e-5)
-    main(["validate", *small, *without_judge(), "--ckpt_path=last"])
-    main(["predict", *small, *without_judge(), f"--ckpt_path={run}/checkpoints/last.ckpt"])
-    rows = [json.loads(line) for line in (run / "predictions" / "metadata.jsonl").read_text().splitlines()]
-    assert [row["index"] for row in rows] == list(range(8))
-    assert {"file_name", "prompt", "seed", "reward", "reward/redness"} <= set(rows[0])
-    assert all(Image.open(run / "predictions" / row["file_name"]).size == (16, 16) for row in rows)
-    main(["predict", *small, *without_judge(), "--ckpt_path=last"])
-    assert (run / "predictions-2" / "metadata.jsonl").exists()
+    assert sum(images) / 4 == pytest.approx(report["metrics"]["reward"]["difference"], abs=1e-5)
+    assert [step for step, _ in curve(done, "test/reward")] == [8]
+    assert "test/reward" not in capsys.readouterr().out  # Lightning's table
+    kept = {name: content for name, content in files(done).items() if name.startswith("test")}
+    main(["test", *small, "--data.test_prompts=3", "--ckpt_path", str(done)])
+    assert {name: (done / name).read_bytes() for name in kept} == kept
+    assert json.loads((done / "test-2.json").read_text())["metrics"]["reward"]["num_pairs"] == 6
+    assert (done / "test-2.csv").exists()
+    main(["validate", *small, "--ckpt_path=last"])
+    validated = json.loads((done / "validate.json").read_text())["metrics"]
+    assert validated == json.loads((done / "validation.json").read_text())["metrics"]
+    for number in ("", "-2"):
+        main(["predict", *small, f"--ckpt_path={done}/checkpoints/last.ckpt"])
+        folder = done / f"predictions{number}"
+        rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+        assert [row["index"] for row in rows] == list(range(4))
+        assert {"file_name", "prompt", "seed", "reward", "reward/redness"} <= set(rows[0])
+        assert all(Image.open(folder / row["file_name"]).size == (16, 16) for row in rows)
     assert [path.name for path in Path("logs/ddpo").iterdir()] == ["version_0"]
-    stages = {"config", "config-test", "config-validate", "config-predict", "config-predict-2"}
-    assert {path.stem for path in run.glob("config*")} == stages
-
-
-def test_full_fine_tuning_leaves_a_pipeline(small):
-    overlay = ROOT / "configs" / "backbone" / "full.yaml"
-    main(["fit", *small, *without_judge(), "--trainer.max_epochs=1", f"--config={overlay}"])
-    folder = Path("logs/ddpo/version_0/adapter")
-    base = load_file(next(Path(small[-1].partition("=")[2]).glob("unet/*.safetensors")))
-    trained = load_file(next(folder.glob("unet/*.safetensors")))
-    assert any(not torch.equal(base[name], trained[name]) for name in base)
-    StableDiffusionPipeline.from_pretrained(folder)
-
-
-def test_print_config_runs_again_and_a_saved_config_too(small, capsys):
-    with pytest.raises(SystemExit) as exited:
-        main(["fit", *small, *without_judge(), "--trainer.max_epochs=1", "--print_config"])
-    assert exited.value.code == 0
-    Path("printed.yaml").write_text(capsys.readouterr().out)
-    main(["fit", "--config=printed.yaml"])
-    main(["fit", "--config=logs/ddpo/version_0/config.yaml"])
-    curves = [scalars(Path(f"logs/ddpo/version_{i}")).Scalars("train/reward") for i in range(2)]
-    assert [p.value for p in curves[0]] == [p.value for p in curves[1]]
-
-
-@pytest.mark.parametrize("precision", ["bf16-mixed"])
-def test_mixed_precision_trains(small, precision):
-    main(["fit", *small, *without_judge(), "--trainer.max_epochs=1", f"--trainer.precision={precision}"])
-    assert all(p.value == p.value for p in scalars(Path("logs/ddpo/version_0")).Scalars("train/loss"))
-
-
-def mistakes(tmp_path: Path, tiny: Path) -> dict[str, tuple[list[str], str]]:
-    """Wrong arguments by what is wrong, with what the message must name."""
-    empty, table = tmp_path / "empty.txt", tmp_path / "table.csv"
-    empty.write_text("\n")
-    table.write_text("prompt,style\na star,x\n")
-    broken = tmp_path / "broken"
-    subprocess.run(["cp", "-r", str(tiny), str(broken)], check=True)
-    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:500])
-    source = "--data.init_args.source"
-    pretrained = "--model.init_args.backbone.init_args.pretrained"
-    return {
-        "unknown key": (["--model.init_args.learning_rate=1"], "learning_rate"),
-        "unknown trainer key": (["--trainer.max_epoch=1"], "max_epoch"),
-        "unknown reward": (
-            ['--model.init_args.rewards.init_args.rewards={"x": {"class_path": "Nothing"}}'],
-            "Nothing",
-        ),
-        "weight without reward": (['--model.init_args.rewards.init_args.weights={"beauty": 1}'], "beauty"),
-        "missing prompts": ([f"{source}=TextPrompts", f"{source}.init_args.path=nowhere.txt"], "nowhere.txt"),
-        "empty prompts": ([f"{source}=TextPrompts", f"{source}.init_args.path={empty}"], "empty.txt"),
-        "wrong column": (
-            [f"{source}=CSVPrompts", f"{source}.init_args.path={table}", f"{source}.init_args.column=promt"],
-            "promt",
-        ),
-        "unreachable hub id": ([f"{pretrained}=someone/nothing"], "someone/nothing"),
-        "corrupt weights": ([f"{pretrained}={broken}"], "broken"),
-        "eta 0": (["--model.init_args.sampler.init_args.eta=0"], "eta"),
-        "one image per prompt": (["--data.init_args.images_per_prompt=1"], "images_per_prompt"),
-        "no checkpoint": (["--ckpt_path=last"], "last"),
-        "no such checkpoint": (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
-        "config of nothing": (["--config=nowhere.yaml"], "nowhere.yaml"),
+    stages = {
+        "config",
+        "config-test",
+        "config-test-2",
+        "config-validate",
+        "config-predict",
+        "config-predict-2",
     }
+    assert {path.stem for path in done.glob("config*")} == stages
 
 
-NAMES = [
-    "unknown key",
-    "unknown trainer key",
-    "unknown reward",
-    "weight without reward",
-    "missing prompts",
-    "empty prompts",
-    "wrong column",
-    "unreachable hub id",
-    "corrupt weights",
-    "eta 0",
-    "one image per prompt",
-    "no checkpoint",
-    "no such checkpoint",
-    "config of nothing",
-]
+# ---- one folder
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_mistake_is_one_clear_message(name, small, tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    arguments, named = mistakes(tmp_path, tiny)[name]
-    with pytest.raises(SystemExit) as exited:
-        main(["fit", *small, *arguments])
-    assert exited.value.code == 2
-    message = capsys.readouterr().err
-    told = message[message.rindex("lit_align:") :]
-    assert named in told
-    assert "Traceback" not in message
-    assert len(told.splitlines()) <= 4, told
-
-
-def test_a_misspelt_truncation_is_met_with_the_nearest(capsys):
-    with pytest.raises(SystemExit):
-        main(["fit", f"--config={ROOT}/configs/alignprop.yaml", "--model.init_args.truncation=LowVarianz"])
-    assert "did you mean LowVariance" in capsys.readouterr().err
-
-
-def test_python_m_lit_align_starts():
-    done = subprocess.run(
-        [sys.executable, "-m", "lit_align", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
+def test_runs_have_folders_of_their_own_whatever_the_logger(small, done, capsys):
+    earlier = files(done)
+    Path("mylogger.py").write_text(
+        "from lightning.pytorch.loggers import Logger\n"
+        "class MyLogger(Logger):\n"
+        "    name, version = 'project', 'abc'\n"
+        "    save_dir = '.'\n"
+        "    def log_metrics(self, metrics, step=None):\n"
+        "        open('mine.txt', 'a').write(f'{step} {sorted(metrics)}\\n')\n"
+        "    def log_hyperparams(self, params, *args, **kwargs): pass\n"
     )
-    assert "fit" in done.stdout
+    sys.path.insert(0, ".")
+    tensorboard = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "logs", "name": "ddpo"}}
+    table = {"class_path": "CSVLogger", "init_args": {"save_dir": "elsewhere"}}
+    choices = ["false", "mylogger.MyLogger", json.dumps([tensorboard, table]), "CSVLogger"]
+    for number, logger in enumerate(choices, start=1):
+        main(["fit", *small, "--trainer.max_epochs=1", f"--trainer.logger={logger}"])
+        run = Path(f"logs/ddpo/version_{number}")
+        assert (run / "checkpoints" / "best.ckpt").exists()
+        assert (run / "adapter").is_dir()
+        assert {"config.yaml", "validation.json"} <= set(files(run))
+    assert files(done) == earlier
+    sys.path.remove(".")
+    left = {path.name for path in Path().iterdir()} - {"__pycache__"}
+    assert left == {"logs", "mylogger.py", "mine.txt"}
+    assert "train/reward" in Path("mine.txt").read_text()
+    assert {"metrics.csv"} <= set(files("logs/ddpo/version_3"))
+    main(["fit", *small, "--trainer.logger=false", "--ckpt_path=last", "--trainer.max_epochs=2"])
+    assert "config-2.yaml" in files("logs/ddpo/version_4")
+
+
+def test_a_csv_logger_keeps_its_rows_when_the_run_goes_on_or_is_tested(small):
+    arguments = [*small, "--trainer.logger=CSVLogger"]
+    main(["fit", *arguments])
+    path = Path("logs/ddpo/version_0/metrics.csv")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    main(["test", *arguments, "--ckpt_path=last"])
+    main(["fit", *arguments, "--ckpt_path=last", "--trainer.max_epochs=3"])
+    with path.open() as file:
+        now = list(csv.DictReader(file))
+    assert [row["train/reward"] for row in now[: len(rows)]] == [row["train/reward"] for row in rows]
+    assert {row["step"] for row in now if row["test/reward"]} == {"8"}
+    assert [row["step"] for row in now if row["val/reward"]] == ["0", "4", "8", "12"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["--model.sampler.eta=0", "--data.source={class_path: TextPrompts, init_args: {path: empty.txt}}"],
+    ids=["model", "data"],
+)
+def test_a_start_that_fails_leaves_nothing(wrong, small, done, capsys):
+    Path("empty.txt").write_text("\n")
+    before = files(".")
+    said(capsys, "fit", *small, wrong)
+    assert [path.name for path in done.parent.iterdir()] == ["version_0"]
+    said(capsys, "fit", *small, wrong, "--ckpt_path=last", "--trainer.max_epochs=3")
+    assert files(".") == before
+
+
+def test_a_version_that_is_taken_is_refused(small, done, capsys):
+    before = files(".")
+    for version in ("0", "version_0"):
+        assert "another run's" in said(capsys, "fit", *small, f"--trainer.logger.init_args.version={version}")
+    assert files(".") == before
+
+
+# ---- processes
+
+
+def in_two_processes(*arguments: str) -> None:
+    """The command in two processes, as torchrun starts them; forked, since an import takes seconds."""
+    torch.multiprocessing.start_processes(_rank, (arguments,), nprocs=2, start_method="fork")
+
+
+def _rank(rank: int, arguments: tuple[str, ...]) -> None:
+    place = {"LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531", "GROUP_RANK": "0"})
+    rank_zero_only.rank = rank  # found when Lightning is imported
+    main(["fit", *arguments])
+
+
+@pytest.mark.parametrize("how", ["--trainer.devices=2", f"--config={FSDP}"], ids=["ddp", "fsdp"])
+def test_two_processes_from_the_command_line_leave_what_one_leaves(how, small):
+    arguments = [*small, "--data.prompts_per_batch=4", "--trainer.max_epochs=1"]
+    main(["fit", *arguments])
+    in_two_processes(*arguments, how)
+    runs = [Path(f"logs/ddpo/version_{number}") for number in range(2)]
+    assert sorted(Path("logs/ddpo").iterdir()) == runs
+    one, two = (load_file(run / "adapter/pytorch_lora_weights.safetensors") for run in runs)
+    assert one.keys() == two.keys()
+    # Adam's first steps are signs of gradients, of which some are 0 but for rounding.
+    torch.testing.assert_close(two, one, atol=2e-3, rtol=0)
+    names = [{name for name in files(run) if "events" not in name} for run in runs]
+    assert names[0] == names[1]
+    for tag in ("val/reward", "train/reward", "progress/images"):
+        first, second = ([value for _, value in curve(run, tag)] for run in runs)
+        assert first == pytest.approx(second, rel=1e-2, abs=1e-5)
+
+
+def test_a_sharded_run_that_is_resumed_equals_the_uninterrupted_one(small):
+    """Adam must not count the empty step by which torch finds out what it saves."""
+    arguments = [*small, f"--config={FSDP}", "--data.prompts_per_batch=4"]
+    in_two_processes(*arguments, "--trainer.logger.init_args.name=whole")
+    in_two_processes(*arguments, "--trainer.logger.init_args.name=cut", "--trainer.max_epochs=1")
+    in_two_processes(*arguments, "--trainer.logger.init_args.name=cut", "--ckpt_path=last")
+    path = "version_0/adapter/pytorch_lora_weights.safetensors"
+    assert_equal(*(load_file(f"logs/{name}/{path}") for name in ("whole", "cut")))
+
+
+def test_processes_that_share_the_weights_go_back_through_the_same_steps(small):
+    """AlignProp draws the steps of each image: one that went back through fewer would wait for ever."""
+    alignprop = [f"--config={ROOT}/configs/alignprop.yaml", *small[2:], f"--config={FSDP}"]
+    in_two_processes(*alignprop, "--trainer.max_epochs=1")
+    assert Path("logs/alignprop/version_0/adapter").is_dir()
+
+
+# ---- an own method
+
+
+def test_a_method_of_ones_own_runs_with_the_configuration_of_its_base(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("own.py").write_text(
+        "from lit_align.methods import DDPOModule\n"
+        "class Mine(DDPOModule):\n"
+        "    pass\n"
+        "class Untyped(DDPOModule):\n"
+        "    def __init__(self, backbone, sampler): pass\n"
+    )
+    main(["fit", *small, "--trainer.max_epochs=1", "--model=own.Mine"])
+    saved = torch.load("logs/ddpo/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert saved["callbacks"]["RunConfig"]["settings"]["model"] == "Mine"
+    assert "no type for backbone, sampler" in said(capsys, "fit", *small, "--model=own.Untyped")

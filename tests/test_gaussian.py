@@ -100,7 +100,7 @@ def test_a_state_of_one_number_per_image() -> None:
     )
 
 
-def test_a_image_does_not_depend_on_its_batch() -> None:
+def test_an_image_does_not_depend_on_its_batch() -> None:
     def generators(*seeds: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 

@@ -21,9 +21,9 @@ PAPER = sorted(ROOT.glob("configs/paper/*.yaml"))
 REWARDS: dict[str, dict[str, Any]] = {
     "PickScore": {"pretrained": "shapes"},
     "CLIPScore": {"pretrained": "shapes"},
-    "AestheticScore": {},
-    "ObjectPresence": {},
-    "StatisticalParity": {"credit": "shared"},
+    "AestheticScore": {"pretrained": "shapes"},
+    "ObjectPresence": {"pretrained": "shapes"},
+    "StatisticalParity": {"pretrained": "shapes", "credit": "shared"},
 }
 """Arguments of reward models, by class, that are replaced as a whole: by the models that ship."""
 

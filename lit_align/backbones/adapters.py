@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,21 @@ class LoRA:
     rank: int = 4
     alpha: float | None = None
     target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+
+    @classmethod
+    def of(cls, given: "LoRA | Mapping[str, Any] | None") -> "LoRA | None":
+        """The settings that were given, in Python perhaps as a dict, as in YAML.
+
+        Raises:
+            ConfigError: The dict has other settings.
+        """
+        if not isinstance(given, Mapping):
+            return given
+        if unknown := set(given) - {known.name for known in fields(cls)}:
+            raise ConfigError(
+                f"backbone.lora has no {', '.join(sorted(unknown))}; it has rank, alpha and target_modules"
+            )
+        return cls(**given)
 
     def config(self) -> LoraConfig:
         """These settings as peft has them.
@@ -137,7 +152,9 @@ class Adapters:
         """Set the values again, because peft rounded them to the denoiser's dtype when it loaded them."""
         if "lora_A" not in next(iter(layers)):
             layers = convert_unet_state_dict_to_peft(layers)
-        set_peft_model_state_dict(self.denoiser, layers, adapter_name=name)
+        loaded = set_peft_model_state_dict(self.denoiser, layers, adapter_name=name)
+        if loaded.unexpected_keys:
+            raise ValueError(f"the model has no place for {loaded.unexpected_keys[0]}")
 
     @contextmanager
     def _injecting(self, name: str) -> Iterator[None]:

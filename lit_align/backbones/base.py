@@ -74,6 +74,11 @@ class DiffusionBackbone(nn.Module, ABC):
     size: tuple[int, int]
 
     @property
+    def is_shapes(self) -> bool:
+        """Whether it draws the Shapes world: the bundled model, or one that was trained from it."""
+        return False
+
+    @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
         """``(C, H, W)`` of one latent."""
@@ -84,12 +89,7 @@ class DiffusionBackbone(nn.Module, ABC):
 
     @abstractmethod
     def predict(
-        self,
-        x: Tensor,
-        t: float | Tensor,
-        cond: Conditioning,
-        guidance: float = 1.0,
-        weights: str = POLICY,
+        self, x: Tensor, t: float | Tensor, cond: Conditioning, guidance: float = 1.0, weights: str = POLICY
     ) -> Tensor:
         """The denoiser's guided output, in the scheduler's prediction type and in at least float32.
 

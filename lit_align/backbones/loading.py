@@ -1,10 +1,11 @@
 """A diffusers pipeline from a folder, a hub id or a single file, or a sentence that says why not."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from torch import nn
 
 from lit_align.errors import ConfigError
 from lit_align.pretrained import loading, resolve
@@ -12,10 +13,10 @@ from lit_align.shapes import PIPELINE
 
 
 def load_pipeline(
-    pipeline_class: type[DiffusionPipeline],
+    pipeline_class: Any,
     pretrained: str,
-    without: dict[str, Any],
-    dtypes: dict[str, torch.dtype],
+    without: Mapping[str, Any],
+    dtypes: Mapping[str, torch.dtype],
     config: str | None,
     variant: str | None,
 ) -> Any:
@@ -32,72 +33,91 @@ def load_pipeline(
     Raises:
         ConfigError: There is no such model, it cannot be read, or it is of another family.
     """
-    path = Path(pretrained).expanduser()
-    if path.suffix in (".safetensors", ".ckpt"):
-        return _from_file(pipeline_class, path, without, dtypes, config)
+    file = Path(pretrained).expanduser()
+    if file.suffix in (".safetensors", ".ckpt") and not file.is_dir():
+        return _load_file(pipeline_class, file, without, dtypes, config)
+    if config is not None:
+        raise ConfigError(f"config: {config!r} is for a single file; take it out, or give one as pretrained")
     with loading(pretrained):
         source = resolve(pretrained, PIPELINE)
-        found = pipeline_class.load_config(source).get("_class_name")
-        if found != pipeline_class.__name__:
+        index = pipeline_class.load_config(source)
+        _check_class(pipeline_class, index, f"pretrained: {pretrained!r}")
+        parts = [name for name, found in index.items() if isinstance(found, list) and found[0]]
+        for part in parts:
+            if part not in without:
+                _check_weights(pretrained, Path(source) / part, variant)
+        pipeline = pipeline_class.from_pretrained(
+            source, dtype=dict(dtypes), use_safetensors=True, variant=variant, **without
+        )
+    _check_complete(pretrained, pipeline)
+    return pipeline
+
+
+def _check_complete(pretrained: str, pipeline: Any) -> None:
+    for part, component in pipeline.components.items():
+        weights = component.named_parameters() if isinstance(component, nn.Module) else ()
+        if missing := [name for name, weight in weights if weight.is_meta]:
             raise ConfigError(
-                f"pretrained: {pretrained!r} is a {found}, and this backbone takes a "
-                f"{pipeline_class.__name__}; give such a model"
+                f"pretrained: the {part} of {pretrained!r} lacks {len(missing)} of its weights, such as "
+                f"{missing[0]}; copy or download it again"
             )
-        if Path(source).is_dir():
-            _check_files(pretrained, Path(source), variant)
-        return pipeline_class.from_pretrained(
-            source, dtype=dtypes, use_safetensors=True, variant=variant, **without
+
+
+def _check_class(pipeline_class: Any, index: Mapping[str, Any], place: str) -> None:
+    if (found := index.get("_class_name")) != pipeline_class.__name__:
+        raise ConfigError(
+            f"{place} is a {found}, and this backbone takes a {pipeline_class.__name__}; give such a model, "
+            "or the backbone of its family"
         )
 
 
-def _check_files(pretrained: str, folder: Path, variant: str | None) -> None:
-    """Refuse a folder that has weights, but not those that are asked for."""
-    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
-        weights = [path.name for path in part.glob("*.safetensors")]
-        if not weights and list(part.glob("*.bin")):
-            raise ConfigError(
-                f"pretrained: {pretrained!r} has its {part.name} as a .bin file only, which may run code "
-                "when it is opened; convert it once: load it with diffusers (use_safetensors=False) where you "
-                "trust it, and save it with save_pretrained"
-            )
-        plain = [name for name in weights if name.count(".") == 1]
-        if variant is None and weights and not plain:
-            name = weights[0].split(".")[1].partition("-")[0]
-            raise ConfigError(
-                f"pretrained: {pretrained!r} has its {part.name} as the variant {name} only; "
-                f"set variant: {name}"
-            )
+def _check_weights(pretrained: str, folder: Path, variant: str | None) -> None:
+    """Refuse a part of a pipeline that has weights, but not those that would be read."""
+    weights = [path.name for path in folder.glob("*.safetensors")]
+    if not weights and list(folder.glob("*.bin")):
+        raise ConfigError(
+            f"pretrained: {pretrained!r} has its {folder.name} as a .bin file only, which may run code when "
+            "it is opened; where you trust it, load it in diffusers with use_safetensors=False and save it "
+            "with save_pretrained"
+        )
+    if weights and variant is None and all(name.count(".") > 1 for name in weights):
+        only = weights[0].split(".")[1].partition("-")[0]
+        raise ConfigError(
+            f"pretrained: {pretrained!r} has its {folder.name} as the variant {only} only; "
+            f"set variant: {only}"
+        )
 
 
-def _from_file(
+def _load_file(
     pipeline_class: Any,
-    path: Path,
-    without: dict[str, Any],
-    dtypes: dict[str, torch.dtype],
+    file: Path,
+    without: Mapping[str, Any],
+    dtypes: Mapping[str, torch.dtype],
     config: str | None,
 ) -> Any:
-    if path.suffix == ".ckpt":
-        raise ConfigError(
-            f"pretrained: {str(path)!r} may run code when it is opened; give a .safetensors file of the same "
-            "weights"
-        )
-    if not path.is_file():
-        raise ConfigError(
-            f"pretrained: there is no file {str(path)!r} (the working directory is {Path.cwd()})"
+    place = f"pretrained: {str(file)!r}"
+    if file.suffix == ".ckpt":
+        raise ConfigError(f"{place} may run code when it is opened; give the weights as .safetensors")
+    if not file.is_file():
+        raise ConfigError(f"{place} is no file; give one that exists (the working directory is {Path.cwd()})")
+    folder = None if config is None else Path(config).expanduser()
+    if folder is not None and folder.is_dir():
+        with loading(str(folder)):
+            _check_class(pipeline_class, pipeline_class.load_config(folder), f"config: {config!r}")
+        remedy = "check that the file holds all weights of such a model and that config fits them"
+    else:
+        remedy = (
+            "a single file has no configuration, so set config to a folder in diffusers' format of the same "
+            "family (its weights are not read), or to the hub id of one"
         )
     try:
-        pipeline = pipeline_class.from_single_file(str(path), dtype=torch.float32, config=config, **without)
-    except Exception as error:
-        if config is not None and Path(config).expanduser().is_dir():
-            remedy = "check that it is a whole checkpoint of this family, and that config is of the same"
-        else:
-            remedy = (
-                "a single file has no configuration: set config to a folder in diffusers' format of the same "
-                "family, such as Stable Diffusion 1.5's without its weights, or to its hub id"
-            )
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ConfigError(f"pretrained: cannot load {str(path)!r} ({reason}); {remedy}") from error
+        pipeline = pipeline_class.from_single_file(
+            str(file), dtype=torch.float32, config=None if folder is None else str(folder), **without
+        )
+    except Exception as error:  # whatever a wrong file makes of the conversion of names
+        reason = " ".join((str(error).strip().splitlines() or [type(error).__name__])[:1]).rstrip(".")
+        raise ConfigError(f"{place} cannot be loaded ({reason}); {remedy}") from error
     for name, component in pipeline.components.items():
-        if isinstance(component, torch.nn.Module):
-            component.to(dtypes.get(name, dtypes["default"]))
+        if isinstance(component, nn.Module):
+            nn.Module.to(component, dtypes.get(name, dtypes["default"]))
     return pipeline

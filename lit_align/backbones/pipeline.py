@@ -2,11 +2,9 @@
 
 import hashlib
 from abc import abstractmethod
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,17 +12,25 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.utils.checkpoint import checkpoint
 
 from lit_align.backbones.adapters import LoRA
 from lit_align.backbones.base import Conditioning, DiffusionBackbone, SamplerFactory
+from lit_align.backbones.checkpointing import by_block, recompute
+from lit_align.backbones.compiling import compile_blocks
 from lit_align.backbones.loading import load_pipeline
+from lit_align.backbones.options import (
+    Attention,
+    Checkpointing,
+    Dtype,
+    check_choice,
+    check_inputs,
+    choose_size,
+    wants_plain,
+)
+from lit_align.backbones.prompt_cache import PromptCache
 from lit_align.backbones.weight_sets import POLICY, WeightSets
 from lit_align.errors import ConfigError, check_positive
 from lit_align.samplers import Sampler
-
-recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-"""Checkpointing without state of random numbers: the models are in evaluation mode and draw none."""
 
 
 class DiffusersBackbone(DiffusionBackbone):
@@ -54,13 +60,13 @@ class DiffusersBackbone(DiffusionBackbone):
     def __init__(
         self,
         pretrained: str = "shapes",
-        size: int | tuple[int, int] | None = None,
         lora: LoRA | None = LoRA(),
         adapters: dict[str, float] | None = None,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        checkpointing: Literal["none", "prediction", "blocks"] = "none",
+        size: int | tuple[int, int] | None = None,
+        dtype: Dtype = "float32",
+        checkpointing: Checkpointing = "none",
         compile: bool = False,
-        attention: Literal["auto", "sdpa", "plain"] = "auto",
+        attention: Attention = "auto",
         variant: str | None = None,
         config: str | None = None,
         decode_batch: int = 16,
@@ -71,20 +77,20 @@ class DiffusersBackbone(DiffusionBackbone):
         Args:
             pretrained: ``shapes`` for the bundled model, a folder in diffusers' format, a hub id, or a
                 .safetensors file with all weights in the original layout.
-            size: Height and width of the images in pixels, or one number for both; null for the size that the
-                pipeline was trained for.
             lora: The adapter that is trained, or null to train all weights of the denoiser.
             adapters: Adapters (``adapter/`` folders of earlier runs, or .safetensors files) and their
                 weights. The policy is the pretrained model plus the weighted sum of their updates, plus what
                 is trained: without a checkpoint ``predict`` and ``test`` show the mixture alone, and ``fit``
                 goes on from it.
+            size: Height and width of the images in pixels, or one number for both; null for the size that the
+                pipeline was trained for.
             dtype: Of the frozen weights of denoiser and text encoders. What is trained is float32 in any
                 case, with ``lora: null`` the whole denoiser; so is the autoencoder.
             checkpointing: What the backward pass computes again instead of keeping its activations:
                 ``prediction`` recomputes each prediction whole, for losses that hold several at once, as
                 AlignProp's; ``blocks`` recomputes block by block, which needs least memory within one
                 prediction. Both recompute the decoding.
-            compile: Compile the denoiser with torch.compile: slow at first, then faster.
+            compile: Compile the denoiser's blocks with torch.compile: slow at first, then faster.
             attention: ``sdpa`` is torch's fused attention, ``plain`` two products and a softmax; ``auto``
                 takes what diffusers takes, but ``plain`` in bfloat16 on a CPU, where its backward pass takes
                 half the time.
@@ -100,7 +106,10 @@ class DiffusersBackbone(DiffusionBackbone):
         """
         super().__init__()
         check_positive({"backbone.decode_batch": decode_batch, "backbone.prompt_cache": prompt_cache})
-        lora = _lora(lora)
+        check_choice("dtype", dtype, Dtype)
+        check_choice("checkpointing", checkpointing, Checkpointing)
+        check_choice("attention", attention, Attention)
+        lora = LoRA.of(lora)
         frozen: torch.dtype = getattr(torch, dtype)
         dtypes = {"default": frozen, "vae": torch.float32}
         if lora is None:
@@ -111,16 +120,15 @@ class DiffusersBackbone(DiffusionBackbone):
         self._compile = compile
         self.attention = attention
         self.decode_batch = decode_batch
-        self._plain_attention: set[nn.Module] = set()
-        self._cache: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
-        self._cache_size = prompt_cache
+        self._prompts = PromptCache(self.embed, prompt_cache)
         for name, component in self.pipeline.components.items():
             if isinstance(component, nn.Module) and name != self.denoiser:
                 self.add_module(name, component.requires_grad_(False))
         if checkpointing == "blocks":
-            self.pipeline.vae.enable_gradient_checkpointing()
-        self.size = self._choose_size(size)
-        self._check(pretrained)
+            self.pipeline.vae.enable_gradient_checkpointing(recompute)
+        own = getattr(self.pipeline, self.denoiser).config
+        self.size = choose_size(size, own, self.pipeline, self.patch)
+        check_inputs(pretrained, own, self.no_input_for, self.input_channels)
         self.weight_sets = WeightSets(self.pipeline, self.denoiser, lora, adapters or {}, self._prepare)
         self.eval()
 
@@ -147,22 +155,18 @@ class DiffusersBackbone(DiffusionBackbone):
         """The blocks of the denoiser, which are sharded one by one."""
 
     def negative(self, empty: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """What classifier-free guidance leads away from: the embedding of the empty prompt, ``empty``.
-
-        None where the model has no such guidance.
-        """
+        """What guidance leads away from: the embedding of the empty prompt; None for models without it."""
         return empty
 
     def normalise(self, z: Tensor) -> Tensor:
         """The autoencoder's latents to those of the denoiser, in float32."""
         config: Any = self.vae.config
-        return (z - config.shift_factor if config.get("shift_factor") else z) * config.scaling_factor
+        return (z - (config.get("shift_factor") or 0)) * config.scaling_factor
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """The inverse of :meth:`normalise`."""
         config: Any = self.vae.config
-        z = latents / config.scaling_factor
-        return z + config.shift_factor if config.get("shift_factor") else z
+        return latents / config.scaling_factor + (config.get("shift_factor") or 0)
 
     def attend(self, network: Any, plain: bool) -> None:
         """Give the network's layers the plain or the fused attention."""
@@ -197,74 +201,24 @@ class DiffusersBackbone(DiffusionBackbone):
         super().train(False)
         return self
 
-    def _check(self, pretrained: str) -> None:
-        """Refuse a denoiser that needs an input which it would not be given."""
-        config = getattr(self.pipeline, self.denoiser).config
-        asked = [f"{name}: {config[name]}" for name in self.no_input_for if config.get(name) is not None]
-        for name in ("in_channels", "out_channels"):
-            if config.get(name) not in (None, self.input_channels):
-                asked.append(f"{name}: {config[name]} where the latents have {self.input_channels}")
-        if asked:
-            raise ConfigError(
-                f"pretrained: the {self.denoiser} of {pretrained!r} is of another kind ({', '.join(asked)}), "
-                f"which {type(self).__name__} cannot run; give a plain text-to-image model"
-            )
-
-    def _choose_size(self, size: int | Sequence[int] | None) -> tuple[int, int]:
-        scale: int = self.pipeline.vae_scale_factor
-        if size is None:
-            config = getattr(self.pipeline, self.denoiser).config
-            own = config.get("sample_size") or self.pipeline.default_sample_size
-            height, width = (own, own) if isinstance(own, int) else own
-            return height * scale, width * scale
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        unit = scale * self.patch
-        if len(sides) != 2 or any(side < 1 or side % unit for side in sides):
-            raise ConfigError(
-                f"backbone.size: {size} is no size of this model; give height and width in pixels, each a "
-                f"multiple of {unit}, or one number for both"
-            )
-        return sides
-
-    def _prepare(self, network: Any) -> None:
+    def _prepare(self, network: Any, sets: WeightSets) -> None:
         """Set a denoiser up as the options say."""
         if self.checkpointing == "blocks":
-            network.enable_gradient_checkpointing(self._recompute_block)
-        if self.attention == "plain":
-            self._attend(network, True)
+            network.enable_gradient_checkpointing(by_block(sets))
         if self._compile:
-            network.compile()
+            compile_blocks(network, self.blocks(network))
 
     # ---- predictions
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        states = {prompt: self._embedding(prompt) for prompt in dict.fromkeys(["", *prompts])}
-        while len(self._cache) > self._cache_size:
-            self._cache.popitem(last=False)
-        places = {prompt: place for place, prompt in enumerate(states)}
-        rows = torch.tensor([places[prompt] for prompt in prompts], device=self.device)
-        empty = states[""]
-        known = {name: torch.cat([state[name] for state in states.values()]) for name in empty}
-        prompt = {name: value.to(self.device)[rows] for name, value in known.items()}
-        negative = self.negative({name: value.to(self.device) for name, value in empty.items()})
-        return Conditioning(prompt, negative)
-
-    @torch.no_grad()
-    def _embedding(self, prompt: str) -> dict[str, Tensor]:
-        if prompt not in self._cache:
-            # One by one: a row of a batch is rounded differently in another batch, and a resumed run has an
-            # empty cache.
-            self._cache[prompt] = {name: value.cpu() for name, value in self.embed([prompt]).items()}
-        self._cache.move_to_end(prompt)
-        return self._cache[prompt]
+        rows, known = self._prompts.get(["", *prompts])
+        known = {name: value.to(self.device) for name, value in known.items()}
+        rows = rows.to(self.device)
+        negative = self.negative({name: value[rows[:1]] for name, value in known.items()})
+        return Conditioning({name: value[rows[1:]] for name, value in known.items()}, negative)
 
     def predict(
-        self,
-        x: Tensor,
-        t: float | Tensor,
-        cond: Conditioning,
-        guidance: float = 1.0,
-        weights: str = POLICY,
+        self, x: Tensor, t: float | Tensor, cond: Conditioning, guidance: float = 1.0, weights: str = POLICY
     ) -> Tensor:
         if self.checkpointing == "prediction" and torch.is_grad_enabled():
             # The choice of the weight set is inside what is recomputed: outside, the backward pass would use
@@ -281,36 +235,23 @@ class DiffusersBackbone(DiffusionBackbone):
         self._choose_attention(network, x.device, dtype)
         x, t = x.to(dtype), torch.as_tensor(t, device=x.device).expand(len(x))
         cond = cond.map(lambda value: value.to(dtype) if value.is_floating_point() else value)
-        if guidance == 1.0 or cond.negative is None:
-            return _promote(self.denoise(network, x, t, cond.prompt, guidance))
-        negative = cond.negative
-        both = {
-            name: torch.cat([negative[name].expand_as(value), value]) for name, value in cond.prompt.items()
-        }
-        predictions = self.denoise(network, torch.cat([x, x]), torch.cat([t, t]), both, guidance)
-        away, towards = _promote(predictions).chunk(2)
+        given, negative = cond.prompt, None if guidance == 1.0 else cond.negative
+        if negative is not None:
+            x, t = torch.cat([x, x]), torch.cat([t, t])
+            given = {name: torch.cat([negative[name].expand_as(row), row]) for name, row in given.items()}
+        prediction = self.denoise(network, x, t, given, guidance)
+        # Guidance in half precision would be rounded.
+        prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        if negative is None:
+            return prediction
+        away, towards = prediction.chunk(2)
         return away + guidance * (towards - away)
 
-    def _recompute_block(self, block: nn.Module, *inputs: Any) -> Any:
-        """A block of the denoiser, recomputed with the weight set that is active now."""
-        name = self.weight_sets.chosen
-
-        def run(*inputs: Any) -> Any:
-            self.weight_sets.choose(name)
-            return block(*inputs)
-
-        return recompute(run, *inputs)
-
-    def _choose_attention(self, network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        if self.attention == "auto" and device.type == "cpu":
-            if torch.is_autocast_enabled("cpu"):
-                dtype = torch.get_autocast_dtype("cpu")
-            self._attend(network, dtype == torch.bfloat16)
-
-    def _attend(self, network: nn.Module, plain: bool) -> None:
-        if plain != (network in self._plain_attention):
+    def _choose_attention(self, network: Any, device: torch.device, dtype: torch.dtype) -> None:
+        plain = wants_plain(self.attention, device, dtype)
+        if plain != getattr(network, "attends_plainly", False):
             self.attend(network, plain)
-            (self._plain_attention.add if plain else self._plain_attention.remove)(network)
+            network.attends_plainly = plain
 
     # ---- images
 
@@ -322,11 +263,9 @@ class DiffusersBackbone(DiffusionBackbone):
 
     def _decode(self, z: Tensor) -> Tensor:
         decode: Any = partial(self.pipeline.vae.decode, return_dict=False)
-        images: Tensor = (recompute(decode, z) if self._recomputes(z) else decode(z))[0]
+        again = self.checkpointing == "prediction" and z.requires_grad
+        images: Tensor = (recompute(decode, z) if again else decode(z))[0]
         return images
-
-    def _recomputes(self, z: Tensor) -> bool:
-        return self.checkpointing == "prediction" and z.requires_grad
 
     def latents(self, images: Tensor) -> Tensor:
         pixels = 2 * images.to(next(self.vae.parameters()).dtype) - 1
@@ -358,19 +297,3 @@ class DiffusersBackbone(DiffusionBackbone):
             for block in self.blocks(network):
                 fully_shard(block, mesh=mesh)
             fully_shard(network, mesh=mesh)
-
-
-def _lora(given: LoRA | Mapping[str, Any] | None) -> LoRA | None:
-    """Settings of LoRA, which Python may give as a dict, as YAML does."""
-    if not isinstance(given, Mapping):
-        return given
-    if unknown := set(given) - {field.name for field in fields(LoRA)}:
-        raise ConfigError(
-            f"backbone.lora has no {', '.join(sorted(unknown))}; it has rank, alpha and target_modules"
-        )
-    return LoRA(**given)
-
-
-def _promote(prediction: Tensor) -> Tensor:
-    """At least float32: guidance in half precision would be rounded."""
-    return prediction.to(torch.promote_types(prediction.dtype, torch.float32))

@@ -7,6 +7,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from lit_align.backbones.pipeline import DiffusersBackbone
+from lit_align.shapes.world import is_shapes_vocabulary
 
 
 class StableDiffusionBackbone(DiffusersBackbone):
@@ -27,6 +28,10 @@ class StableDiffusionBackbone(DiffusersBackbone):
         "encoder_hid_dim_type",
         "time_cond_proj_dim",
     )
+
+    @property
+    def is_shapes(self) -> bool:
+        return is_shapes_vocabulary(self.pipeline.tokenizer.get_vocab())
 
     @property
     def unet(self) -> nn.Module:

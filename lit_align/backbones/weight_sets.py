@@ -42,7 +42,7 @@ class WeightSets(nn.Module):
         part: str,
         lora: LoRA | None,
         adapters: Mapping[str, float],
-        prepare: Callable[[nn.Module], None],
+        prepare: "Callable[[nn.Module, WeightSets], None]",
     ) -> None:
         """Make the policy and its reference, and train the policy.
 
@@ -51,7 +51,7 @@ class WeightSets(nn.Module):
             part: Name of its denoiser, ``unet`` or ``transformer``.
             lora: The adapter that is trained, or null to train all weights.
             adapters: Adapters, by folder or file, and their weights: the policy starts as their mixture.
-            prepare: Called once with every network that is held here.
+            prepare: Called once with every network that is held here, and with this object.
 
         Raises:
             ConfigError: An adapter cannot be loaded, or no layer matches ``lora.target_modules``.
@@ -85,7 +85,7 @@ class WeightSets(nn.Module):
 
     def _hold(self, name: str, network: nn.Module) -> None:
         self.networks[name] = network.requires_grad_(False).eval()
-        self._prepare(network)
+        self._prepare(network, self)
 
     def _start_from(self, adapters: Mapping[str, float]) -> None:
         """Let the policy, and what is copied from it, start from a mixture of frozen adapters."""

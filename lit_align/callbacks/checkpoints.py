@@ -1,15 +1,38 @@
-"""What a run can go on from, and what it hands on: checkpoints and adapters."""
+"""What a run can go on from: ``checkpoints/last.ckpt`` and ``checkpoints/best.ckpt``."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lit_align.callbacks.folder import run_folder
+from lit_align.callbacks.files import replace_file, unused, writes
 from lit_align.data import Batch
-from lit_align.methods import AlignmentModule
+from lit_align.folder import run_folder
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside the old one and replaces that when the new one is on disk.
+
+    Lightning writes it in the system's temporary folder first; where that is on another file system, a
+    killed run is left with half a file.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if "://" in str(path):  # not a file of this machine
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            replace_file(Path(path), lambda draft: torch.save(checkpoint, draft))
+
+
+def write_whole(trainer: Trainer) -> None:
+    """Let the Trainer write its checkpoints so, unless it was given another way."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = WholeCheckpoints()
 
 
 class BatchCheckpoint(Checkpoint):
@@ -18,7 +41,8 @@ class BatchCheckpoint(Checkpoint):
     The first is written before the first rollout batch, after its validation.
 
     The last rollout batch of an epoch counts as ended when the epoch's validation is done, so that a run that
-    is killed in its validation repeats it.
+    is killed in its validation repeats it. It stands after :class:`BestCheckpoint`, whose newest score is
+    part of the checkpoint.
 
     Args:
         every: Rollout batches between two checkpoints; the end of an epoch always gets one.
@@ -27,6 +51,9 @@ class BatchCheckpoint(Checkpoint):
     def __init__(self, every: int = 1) -> None:
         super().__init__()
         self.every = every
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        write_whole(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -40,13 +67,15 @@ class BatchCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            path = run_folder(trainer) / "checkpoints" / "last.ckpt"
-            trainer.save_checkpoint(trainer.strategy.broadcast(path), False)  # not the weights alone
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        trainer.save_checkpoint(run_folder(trainer) / "checkpoints" / "last.ckpt", False)  # not weights alone
+        for logger in trainer.loggers:
+            logger.save()  # what is in the checkpoint is in the curves
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -61,6 +90,10 @@ class BestCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=False,
         )
 
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.dirpath = str(run_folder(trainer) / "checkpoints")
+        super().setup(trainer, pl_module, stage)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the best score also where the run's folder is now written differently, or was moved."""
 
@@ -71,29 +104,20 @@ class BestCheckpoint(ModelCheckpoint):
         scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": scores})
 
+    def forget(self, trainer: Trainer, images: int) -> None:
+        """Drop the best score, which is of another measurement; its checkpoint is kept under another name.
 
-class AdapterExport(Callback):
-    """Writes the trained weights to ``adapter/``, for diffusers, after each validation and at the end."""
+        Args:
+            trainer: The Trainer of the run.
+            images: Of the run so far; they name the file.
+        """
+        self.best_k_models, self.best_model_path, self.kth_best_model_path = {}, "", ""
+        self.best_model_score = self.current_score = None
+        best = Path(self.dirpath or "") / "best.ckpt"
+        if writes(trainer) and best.exists():
+            best.rename(unused(best.with_name(f"best_{images:08d}.ckpt")))
 
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.state.fn == "fit" and pl_module.images:
-            self._export(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._export(trainer, pl_module)
-
-    def _export(self, trainer: Trainer, module: AlignmentModule) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        if not trainer.is_global_zero:
-            module.export(None)  # its shards
-            return
-        folder = run_folder(trainer) / "adapter"
-        draft, old = folder.with_name(".adapter.draft"), folder.with_name(".adapter.old")
-        for leftover in (draft, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        module.export(draft)
-        if folder.exists():
-            folder.rename(old)
-        draft.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+def checkpoint_callbacks() -> list[Callback]:
+    """The checkpoints of every run, in the order in which they must be written."""
+    return [BestCheckpoint(), BatchCheckpoint()]

@@ -1,64 +1,58 @@
 """Images of a run: grids of the held-out prompts, and what ``predict`` writes."""
 
 import json
-import textwrap
-from collections.abc import Sequence
-from functools import partial
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image, ImageDraw
+from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from lit_align.callbacks.folder import finite, global_batch, run_folder, unused, writes
+from lit_align.callbacks.files import finite, unused, writes
+from lit_align.callbacks.grid import image_grid, pixels, shrink, uint8
+from lit_align.callbacks.histograms import tensorboards
 from lit_align.data import Batch
+from lit_align.folder import run_folder
 
 
-def _uint8(images: Tensor) -> np.ndarray:
-    return (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
+@dataclass
+class Shown:
+    """Held-out images that are shown, one of each prompt.
 
-
-def image_grid(images: Tensor, prompts: Sequence[str], columns: int = 8, side: int = 128) -> Image.Image:
-    """Images in rows, each with its prompt below.
-
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1].
-        prompts: ``N`` prompts; long ones are cut.
-        columns: Images in a row.
-        side: Width of an image in the grid, in pixels.
+    Attributes:
+        index: Numbers of the images.
+        tasks: The task of each; empty where there is only one.
+        prompts: Their prompts.
+        images: ``(3, H, W)`` each, uint8.
+        scores: Of each image by name; filled when the validation is over.
     """
-    text_height = 40
-    rows = -(-len(prompts) // columns)
-    grid = Image.new("RGB", (columns * (side + 8), rows * (side + text_height)), "white")
-    draw = ImageDraw.Draw(grid)
-    for i, (pixels, prompt) in enumerate(zip(_uint8(images), prompts, strict=True)):
-        x, y = i % columns * (side + 8) + 4, i // columns * (side + text_height) + 4
-        image = Image.fromarray(pixels)
-        height = round(side * image.height / image.width)
-        grid.paste(image.resize((side, height), Image.Resampling.BICUBIC).crop((0, 0, side, side)), (x, y))
-        wrapped = partial(textwrap.wrap, width=side // 6, max_lines=3, placeholder=" ...")
-        lines = [line for part in prompt.splitlines() for line in wrapped(part)][:3]
-        draw.multiline_text((x, y + side + 1), "\n".join(lines), fill="black", spacing=1, font_size=10)
-    return grid
+
+    index: list[int] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    images: list[Tensor] = field(default_factory=list)
+    scores: dict[str, list[float]] = field(default_factory=dict)
 
 
 class ImageGrids(Callback):
-    """Shows the first validation images, always of the same prompts and noise.
+    """Shows images of the held-out prompts, before beside after: always the same prompts and noise.
 
-    They go to TensorBoard, and as PNG files to ``images/``.
+    They go to TensorBoard, and as PNG files to ``images/``. Below each pair stand the prompt and the rewards.
 
     Args:
-        count: Images in a grid, from the first rank.
+        count: Prompts of each task in a grid, from the first rank; one image of each is shown.
+        side: Longer side of an image in the grid, in pixels.
     """
 
-    def __init__(self, count: int = 32) -> None:
+    def __init__(self, count: int = 16, side: int = 160) -> None:
         self.count = count
-        self._images: list[Tensor] = []
-        self._prompts: list[str] = []
+        self.side = side
+        self._before: Shown | None = None
+        self._now = Shown()
 
     def on_validation_batch_end(
         self,
@@ -69,24 +63,64 @@ class ImageGrids(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        wanted = self.count - len(self._prompts)
-        if wanted > 0 and trainer.is_global_zero:
-            self._images.append(outputs[:wanted].cpu())
-            self._prompts.extend(batch.prompts[:wanted])
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if not self._prompts or not writes(trainer):
+        if not writes(trainer):
             return
-        grid = image_grid(torch.cat(self._images), self._prompts)
-        self._images, self._prompts = [], []
+        groups, now = batch.groups.tolist(), self._now
+        for i in range(len(batch)):
+            if (i == 0 or groups[i] != groups[i - 1]) and now.tasks.count(batch.task) < self.count:
+                now.index.append(int(batch.index[i]))
+                now.tasks.append(batch.task)
+                now.prompts.append(batch.prompts[i])
+                now.images.append(shrink(uint8(outputs[i]), self.side))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        now, self._now = self._now, Shown()
+        if not now.index or trainer.sanity_checking or not writes(trainer):
+            return
+        names = [n for n in pl_module.latest if n == "reward" or n.startswith("reward/")]
+        now.scores = {n: [float(pl_module.latest[n][i]) for i in now.index] for n in names}
+        if not pl_module.images:
+            self._before = now
+        before = self._before
+        if before is not None and (before.index, before.prompts) != (now.index, now.prompts):
+            before = None  # other prompts: there is nothing to compare
+        grid = self._grid(now, None if before is now else before)
         folder = run_folder(trainer) / "images"
         folder.mkdir(parents=True, exist_ok=True)
         grid.save(folder / f"validation_{pl_module.images:08d}.png")
-        if isinstance(trainer.logger, TensorBoardLogger):
-            pixels = np.asarray(grid)
-            trainer.logger.experiment.add_image(
-                "validation", pixels, global_batch(trainer), dataformats="HWC"
-            )
+        for writer in tensorboards(trainer):
+            writer.add_image("validation", np.asarray(grid), pl_module.images, dataformats="HWC")
+
+    def _grid(self, now: Shown, before: Shown | None) -> Image.Image:
+        cells = [[image] for image in now.images]
+        if before is not None:
+            cells = [[old, image] for old, image in zip(before.images, now.images, strict=True)]
+        captions = []
+        for i, prompt in enumerate(now.prompts):
+            lines = [prompt]
+            for name, values in now.scores.items():
+                old = before.scores[name][i : i + 1] if before and name in before.scores else []
+                if not all(math.isnan(value) for value in [*old, values[i]]):  # another task's
+                    lines.append(f"{name.removeprefix('reward/')} {_change([*old, values[i]])}")
+            captions.append("\n".join(lines))
+        return image_grid(cells, captions, columns=4 if before else 8, side=self.side)
+
+    def forget(self) -> None:
+        """Show no more what was before: it is of another measurement."""
+        self._before = None
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._before is None:
+            return {}
+        return vars(self._before) | {"images": torch.stack(self._before.images)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            self._before = Shown(**(state_dict | {"images": list(state_dict["images"])}))
+
+
+def _change(values: list[float]) -> str:
+    return " -> ".join("no score" if math.isnan(value) else f"{value:.2f}" for value in values)
 
 
 class ImageWriter(Callback):
@@ -108,7 +142,7 @@ class ImageWriter(Callback):
     ) -> None:
         images, scores = outputs
         rows = []
-        for i, pixels in enumerate(_uint8(images)):
+        for i, image in enumerate(uint8(images)):
             number = int(batch.index[i])
             row = {
                 "file_name": f"{number:06d}.png",
@@ -116,7 +150,7 @@ class ImageWriter(Callback):
                 "seed": pl_module.seed,
                 "index": number,
             }
-            Image.fromarray(pixels).save(self._folder / str(row["file_name"]))
+            Image.fromarray(pixels(image)).save(self._folder / str(row["file_name"]))
             rows.append(row | finite({name: float(values[i]) for name, values in scores.items()}))
         ranks = pl_module.gather(rows)
         if trainer.is_global_zero:
@@ -125,4 +159,4 @@ class ImageWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            Console().print(f"images     {self._folder}", soft_wrap=True, highlight=False)
+            Console().print(f"images       {self._folder}", soft_wrap=True, highlight=False)

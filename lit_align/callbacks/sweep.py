@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from lit_align.callbacks.folder import finite, run_folder, unused, write, writes
-from lit_align.callbacks.images import image_grid
+from lit_align.callbacks.files import finite, unused, write, writes
+from lit_align.callbacks.grid import image_grid, uint8
+from lit_align.callbacks.histograms import tensorboards
+from lit_align.folder import run_folder
 from lit_align.methods import MSDDAModule
 from lit_align.methods.msdda.sweep import BASE, EXPERT, FUSED, Front, Volume
 from lit_align.shapes import WEIGHTS_HASH
@@ -42,9 +43,8 @@ class SweepReport(Callback):
         images |= {"front": drawn} if (drawn := plot(front)) else {}
         for name, image in images.items():
             image.save(folder / f"{name}.png")
-            if isinstance(trainer.logger, TensorBoardLogger):
-                pixels = np.asarray(image)
-                trainer.logger.experiment.add_image(f"sweep/{name}", pixels, 0, dataformats="HWC")
+            for writer in tensorboards(trainer):
+                writer.add_image(f"sweep/{name}", np.asarray(image), pl_module.images, dataformats="HWC")
         _show(front, rows, volumes, folder)
 
     def _summary(
@@ -94,9 +94,9 @@ def strip(front: Front) -> Image.Image:
     for m in shown[1:]:
         parts = [f"{n} {w:.2g}" for n, w in m.point.weights if w]
         labels.append("\n".join([EXPERT, *parts] if m.point.method == EXPERT else parts))
-    images = torch.stack([m.images for m in shown], dim=1)  # (images, columns, 3, H, W)
-    rows = [label for prompt in front.prompts for label in (f"{BASE}: {prompt}", *labels)]
-    return image_grid(images.flatten(0, 1), rows, columns=len(shown), side=112)
+    images = uint8(torch.stack([m.images for m in shown], dim=1))  # (images, columns, 3, H, W)
+    captions = [label for prompt in front.prompts for label in (f"{BASE}: {prompt}", *labels)]
+    return image_grid([[image] for image in images.flatten(0, 1)], captions, columns=len(shown), side=112)
 
 
 def plot(front: Front) -> Image.Image | None:

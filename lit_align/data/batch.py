@@ -1,6 +1,5 @@
 """The batches: prompts, which every method, reward and callback sees, and pairs of images."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,10 +50,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """``B`` pairs of images of one prompt each, of which people preferred one.
+    """``B`` pairs of images; people preferred one image of each pair.
 
     Attributes:
-        prompts: One a pair, length ``B``.
+        prompts: One per pair, length ``B``.
         winners: ``(B, 3, H, W)`` float32 in [0, 1], the preferred images.
         losers: ``(B, 3, H, W)`` float32 in [0, 1], the others; None where only winners were asked for.
         index: ``(B,)`` long, on the CPU. Row of the pair in its source: the same in every epoch, on every
@@ -76,39 +75,11 @@ class PairBatch:
 
     def __getitem__(self, rows: Tensor) -> "PairBatch":
         """Some pairs, by their places ``(N,)`` long."""
-        return PairBatch(
-            [self.prompts[i] for i in rows.tolist()],
-            self.winners[rows],
-            None if self.losers is None else self.losers[rows],
-            self.index[rows],
-        )
+        prompts = [self.prompts[i] for i in rows.tolist()]
+        losers = None if self.losers is None else self.losers[rows]
+        return PairBatch(prompts, self.winners[rows], losers, self.index[rows])
 
     def to(self, device: torch.device) -> "PairBatch":
         """The same pairs with their images on a device."""
         losers = None if self.losers is None else self.losers.to(device, non_blocking=True)
         return replace(self, winners=self.winners.to(device, non_blocking=True), losers=losers)
-
-
-def repeat_prompts(
-    prompts: Sequence[str],
-    columns: Sequence[Mapping[str, Any]],
-    groups: Sequence[int],
-    images_per_prompt: int,
-) -> Batch:
-    """A batch with each prompt repeated ``images_per_prompt`` times, images of a prompt next to each other.
-
-    Image ``j`` of group ``g`` has the index ``g * images_per_prompt + j``.
-
-    Args:
-        prompts: The distinct prompts of the batch, in their global order.
-        columns: The extra columns of each prompt, with the same names for every prompt.
-        groups: The global number of each prompt.
-        images_per_prompt: Images that share a prompt.
-    """
-    copies = range(images_per_prompt)
-    return Batch(
-        prompts=[prompt for prompt in prompts for _ in copies],
-        groups=torch.tensor(groups).repeat_interleave(images_per_prompt),
-        columns={name: [row[name] for row in columns for _ in copies] for name in columns[0]},
-        index=torch.tensor([group * images_per_prompt + copy for group in groups for copy in copies]),
-    )

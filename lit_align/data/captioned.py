@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_align.data.files import first_line
-from lit_align.data.pairs import UnreadableImage, decode
+from lit_align.data.files import check_columns, first_line, load_hub
+from lit_align.data.images import UnreadableImage, decode
 from lit_align.errors import ConfigError
 from lit_align.randomness import derive_seed
 from lit_align.shapes.world import Kind, PromptSpace, render, sample_scene
 
 
 class CaptionedImages(ABC):
-    """Numbered images with captions; a subclass of yours can be named in YAML too."""
+    """Numbered images with captions; YAML can name a subclass of yours too."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -36,10 +36,10 @@ class CaptionedImages(ABC):
 
 
 class ShapesRenders(CaptionedImages):
-    """True images of the Shapes world: for each of its captions one, drawn when it is asked for.
+    """True images of the Shapes world: one for each caption, drawn when it is asked for.
 
-    They show what the shipped pipeline was trained on, bias included: an object whose colour a caption leaves
-    open is red in 70 % of them.
+    The shipped pipeline was trained on such images. They have its bias: an object whose colour a caption
+    leaves open is red in 70 % of them.
 
     Args:
         kinds: Which kinds of caption, each of "single", "open", "pair", "relation" at most once.
@@ -83,19 +83,11 @@ class HubImages(CaptionedImages):
     def __init__(
         self, name: str, resolution: int = 512, split: str = "train", image: str = "image", text: str = "text"
     ) -> None:
-        import datasets  # .5 to .8 s: only those who read from the hub should wait for it
+        import datasets  # .3 s: only those who read from the hub should wait for it
 
-        try:
-            rows = datasets.load_dataset(name, split=split)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            what = f"cannot load split '{split}' of dataset '{name}' ({first_line(error)})"
-            raise ConfigError(f"{what}: check the name, or download it and give a folder") from error
-        for column in (image, text):
-            if column not in rows.column_names:
-                there = ", ".join(rows.column_names)
-                raise ConfigError(
-                    f"dataset {name} has no column '{column}', only {there}: name the right one"
-                )
+        rows = load_hub(name, split)
+        for argument, column in (("image", image), ("text", text)):
+            check_columns(rows.column_names, [column], f"dataset {name}", argument)
         self.name, self.resolution, self._image, self._text = name, resolution, image, text
         self._rows = rows.cast_column(image, datasets.Image(decode=False))
 

@@ -1,64 +1,31 @@
-"""How files are found and read: small ones into memory, large ones memory-mapped from a cache on disk."""
+"""How files and datasets are found and read, and what is said of those that cannot be."""
 
+import csv
+import difflib
 import glob
 import hashlib
-from collections.abc import Callable, Mapping
+import io
+import os
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv
+from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_align.data.loading import counted
 from lit_align.errors import ConfigError
-
-IN_MEMORY = 16 * 2**20
-"""Files of at most so many bytes together, some 200,000 prompts, are read into memory and need no cache."""
-
-
-def read_table(
-    path: str, ending: str, read: Callable[[Path], pa.Table], builder: str, options: Mapping[str, Any]
-) -> tuple[pa.Table, str | None]:
-    """One table of all the rows of a file, of a folder's files or of those that a pattern names.
-
-    Above :data:`IN_MEMORY`, ``datasets`` writes the rows as Arrow files into its cache, once, and they are
-    memory-mapped: on all later starts nothing is read but what is used.
-
-    Args:
-        path: A file, a folder, or a pattern such as ``shards/*.parquet``.
-        ending: How the names of a folder's files end.
-        read: Reads one file into memory; its errors name the file.
-        builder: The ``datasets`` builder of the format.
-        options: Settings of the builder.
-
-    Returns:
-        The rows in the order of the files' names, and a fingerprint if they lie on disk (see
-        :func:`fingerprint`).
-
-    Raises:
-        ConfigError: No file is there, or one cannot be read, or they do not fit together.
-    """
-    files = find_files(path, ending)
-    if sum(file.stat().st_size for file in files) <= IN_MEMORY:
-        return _join([read(file) for file in files], path), None
-    import datasets  # .5 to .8 s: only those who need it should wait for it
-
-    names = [str(file.absolute()) for file in files]
-    try:
-        rows = datasets.load_dataset(builder, data_files=names, split="train", **options)
-    except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
-        _join([read(file) for file in files], path)  # the error of the file that is to blame, if it is one
-        raise ConfigError(
-            f"{path} cannot be written into the cache at {datasets.config.HF_DATASETS_CACHE} "
-            f"({first_line(error.__cause__ or error)}): make room there, or set HF_DATASETS_CACHE"
-        ) from error
-    pa.default_memory_pool().release_unused()  # what copying leaves behind, some 350 MB
-    return rows.data.table, fingerprint(rows)
 
 
 def find_files(path: str, ending: str) -> list[Path]:
     """The files that a path means, sorted by name.
 
+    Args:
+        path: A file, a folder, or a pattern such as ``shards/*.parquet``.
+        ending: How the names of a folder's files end.
+
     Raises:
-        ConfigError: There is none, or one of them is empty.
+        ConfigError: There is none, or one of them is empty or may not be read.
     """
     place = Path(path).expanduser()
     if place.is_dir():
@@ -73,43 +40,29 @@ def find_files(path: str, ending: str) -> list[Path]:
     if not files:
         raise ConfigError(missing)
     for file in files:
+        if not os.access(file, os.R_OK):
+            raise ConfigError(f"{file} cannot be read: check its permissions")
         if file.stat().st_size == 0:
             remedy = "give a file with at least one prompt" if len(files) == 1 else "delete or restore it"
             raise ConfigError(f"{file} is empty: {remedy}")
     return sorted(files)
 
 
-def find_file(path: str, ending: str) -> Path:
-    """The one file that a path means.
+def load_hub(name: str, split: str) -> Any:
+    """A split of a dataset of the Hugging Face hub, or of a folder that ``datasets`` reads.
 
     Raises:
-        ConfigError: There is none, or more than one.
+        ConfigError: It cannot be reached or read.
     """
-    if len(files := find_files(path, ending)) > 1:
-        raise ConfigError(f"{path} means {len(files)} files: give the path of a file")
-    return files[0]
+    import datasets
 
-
-def read_utf8(file: Path) -> str:
-    """The text of a file without its byte order mark."""
-    data = file.read_bytes()
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        found = f"byte {data[error.start]:#04x} in line {line}"
-        raise ConfigError(f"{file} is not UTF-8 ({found}): save it as UTF-8") from error
-
-
-def unreadable(file: Path, form: str, error: BaseException) -> ConfigError:
-    """The error of a file that is not what it should be."""
-    reason = first_line(error)
-    return ConfigError(f"{file} is not {form} ({reason}): repair it or choose another source class")
-
-
-def first_line(error: BaseException) -> str:
-    """The start of somebody else's error message."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
+        return datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(
+            f"cannot load split '{split}' of dataset '{name}' ({first_line(error)}): "
+            "check the name, or download it and give a local file or folder"
+        ) from error
 
 
 def fingerprint(rows: Any, split: str = "train") -> str | None:
@@ -119,10 +72,95 @@ def fingerprint(rows: Any, split: str = "train") -> str | None:
     return hashlib.blake2b("\n".join([split, *facts]).encode()).hexdigest() if files else None
 
 
-def _join(tables: list[pa.Table], path: str) -> pa.Table:
+def read_delimited(path: str, ending: str, texts: list[str], delimiter: str, quoted: bool) -> pa.Table:
+    """Columns under a header line, read into memory.
+
+    Args:
+        path: The file.
+        ending: How its name ends.
+        texts: Columns that stay text, whatever they look like.
+        delimiter: What stands between the columns.
+        quoted: Whether a field may stand in quotes, and then hold delimiters and line breaks.
+
+    Raises:
+        ConfigError: There is no such file, or more than one, or it is not of this form.
+    """
+    if len(files := find_files(path, ending)) > 1:
+        raise ConfigError(f"{path} means {len(files)} files: give the path of a file")
+    (file,), form = files, f"{ending[1:].upper()} with a header line"
+    text = read_utf8(file)
+    if quoted:
+        _check_quotes(file, text, form)
+    parse = pa.csv.ParseOptions(
+        delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted
+    )
+    convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()))
     try:
-        return pa.concat_tables(tables, promote_options="permissive")
+        return pa.csv.read_csv(io.BytesIO(text.encode()), parse_options=parse, convert_options=convert)
     except pa.ArrowException as error:
+        raise unreadable(file, form, first_line(error)) from error
+
+
+def _check_quotes(file: Path, text: str, form: str) -> None:
+    """Refuse quotes that are not closed, which pyarrow would read over, and tell of rows of several lines."""
+    rows, line, long = csv.reader(io.StringIO(text, newline=""), strict=True), 1, list[int]()
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    try:
+        for _ in rows:
+            long += [line] if rows.line_num > line else []
+            line = rows.line_num + 1
+    except csv.Error as error:
         raise ConfigError(
-            f"the files of {path} do not fit together ({first_line(error)}): give one column one type in all"
+            f"{file} is not {form} ({error} in the row that starts in line {line}): close its quotes; "
+            "a quote inside a quoted prompt is written twice"
         ) from error
+    if long:
+        rank_zero_warn(
+            f"{counted(len(long), 'row')} of {file} with a line break in quotes, the first from line "
+            f"{long[0]} on: if that is not meant, close the quotes"
+        )
+
+
+def read_utf8(file: Path) -> str:
+    """The text of a file without its byte order mark.
+
+    Raises:
+        ConfigError: It is not UTF-8.
+    """
+    data = file.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        found = f"byte {data[error.start]:#04x} in line {line}"
+        raise ConfigError(f"{file} is not UTF-8 ({found}): save it as UTF-8") from error
+
+
+def unreadable(file: Path, form: str, reason: str) -> ConfigError:
+    """The error of a file that is not what it should be."""
+    return ConfigError(f"{file} is not {form} ({reason}): repair it or choose another source class")
+
+
+def first_line(error: BaseException) -> str:
+    """The start of somebody else's error message."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def check_columns(there: list[str], wanted: list[str], name: str, setting: str = "column") -> None:
+    """Refuse to go on without a column.
+
+    Args:
+        there: The columns that are there.
+        wanted: The columns that are needed.
+        name: What error messages call the place.
+        setting: What names the column.
+
+    Raises:
+        ConfigError: One is not there; with the name that may have been meant.
+    """
+    small = {column.lower(): column for column in there}
+    for column in wanted:
+        if column not in there:
+            near = difflib.get_close_matches(column.lower(), small, n=1)
+            hint = f"did you mean {setting}: {small[near[0]]}?" if near else f"set {setting} to one of them"
+            raise ConfigError(f"{name} has no column '{column}', only {', '.join(there) or 'none'}: {hint}")

@@ -1,26 +1,49 @@
-"""Which prompts belong to a split, and in which order: pure functions of texts, seeds and counters."""
+"""The split of a prompt and the order of rows: pure functions of texts, seeds and counters."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import islice
+import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_align.data.batch import Batch, repeat_prompts
-from lit_align.data.index import find, index, prompt_keys
-from lit_align.data.sources import PromptSource
 from lit_align.randomness import derive_seed, place
 
-Rows = Sequence[int] | NDArray[np.int64]
-"""Numbers of rows: counted, given, or memory-mapped from an index."""
-
-COUNTED = 50_000
-"""Of larger sources of distinct prompts, a split's expected size is used instead of counting its prompts."""
+Keys = NDArray[np.uint64]
+"""Keys of prompts (see :func:`prompt_keys`)."""
 
 WORD = (1 << 64) - 1
+
+
+def prompt_keys(prompts: Sequence[str]) -> Keys:
+    """``(N,)``: the 48 bits of each prompt's :func:`~lit_align.randomness.place`, then 16 of its CRC-32.
+
+    Sorted keys stand in the order of the places, so a split is a slice of them. The chance that any two of 10
+    million different prompts share a key, and one is lost, is 3 in a million.
+
+    Args:
+        prompts: Prompts without spaces around them.
+    """
+    places = np.array([place(prompt) for prompt in prompts])
+    checks = np.array([zlib.crc32(prompt.encode()) for prompt in prompts], np.uint64)
+    return np.ldexp(places, 48).astype(np.uint64) << np.uint64(16) | checks & np.uint64(0xFFFF)
+
+
+EMPTY = prompt_keys([""])[0]
+"""The key of the empty prompt."""
+
+
+def lowest_key(share: float) -> int:
+    """The lowest key whose place is at least ``share``; ``2 ** 64``, which no key reaches, for 1."""
+    return math.ceil(share * (1 << 48)) << 16  # exact: places are multiples of 2^-48
+
+
+def find(keys: Keys, wanted: Keys) -> NDArray[np.int64]:
+    """The positions in ``keys``, which ascend, of those of the wanted keys that are there."""
+    found = np.searchsorted(keys, wanted)
+    inside = found < len(keys)
+    found, wanted = found[inside], wanted[inside]
+    return found[keys[found] == wanted]
 
 
 class Permutation:
@@ -33,7 +56,7 @@ class Permutation:
     Args:
         size: Number of entries.
         seed: The run's seed.
-        counters: Whatever else tells this permutation from others (the pass over the data).
+        counters: Other numbers that select the permutation, such as the pass over the data.
         purpose: What the order is for.
     """
 
@@ -63,122 +86,8 @@ class Permutation:
 
 
 def _mix(value: int) -> int:
-    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): 64 bits in, 64 well-stirred bits out."""
+    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): mixes the bits of a 64-bit word."""
     value = (value + 0x9E3779B97F4A7C15) & WORD
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & WORD
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & WORD
     return value ^ (value >> 31)
-
-
-@dataclass(frozen=True)
-class PromptSet:
-    """The prompts of one split: rows of a source, of which some may be held out or belong to another split.
-
-    Attributes:
-        source: Where the prompts come from.
-        rows: The rows to draw from: the split's, by the source's index; or all, of a source without one.
-        accepts: Whether a prompt belongs to the split. It is asked when a prompt is reached, so that a source
-            of millions of prompts is never read as a whole.
-        usable: Prompts of the source in all splits; the number of ``rows`` if not given.
-    """
-
-    source: PromptSource
-    rows: Rows
-    accepts: Callable[[str], bool]
-    usable: int | None = None
-
-    def walk(self, order: Permutation, start: int = 0) -> Iterator[tuple[int, int]]:
-        """Yield ``(position after it, row)`` for each prompt of the split from position ``start`` on."""
-        for position in range(start, len(order)):
-            row = int(self.rows[order[position]])
-            if self.accepts(self.source.prompt(row).strip()):
-                yield position + 1, row
-
-    def training_order(self, seed: int, number: int) -> Permutation:
-        """The order in which pass ``number`` of a run takes the prompts."""
-        return Permutation(len(self.rows), seed, number, purpose="training order")
-
-    def first(self, wanted: int) -> list[int]:
-        """The first rows (or all, if fewer) in an order that depends on nothing but the number of rows."""
-        return self._begin(Permutation(len(self.rows), 0, purpose="evaluation order"), wanted)
-
-    def first_trained(self, wanted: int, seed: int) -> list[int]:
-        """The rows (or all, if fewer) with which training begins in a run of that seed."""
-        return self._begin(self.training_order(seed, 0), wanted)
-
-    def _begin(self, order: Permutation, wanted: int) -> list[int]:
-        return [row for _, row in islice(self.walk(order), wanted)]
-
-    def batch(self, rows: Sequence[int], groups: Sequence[int], images_per_prompt: int) -> Batch:
-        """The batch of some rows with their group numbers (see :func:`repeat_prompts`)."""
-        prompts = [self.source.prompt(row).strip() for row in rows]
-        columns = [self.source.columns(row) for row in rows]
-        return repeat_prompts(prompts, columns, groups, images_per_prompt)
-
-
-class Pool:
-    """A source's usable prompts without those that are held out for another source's sake.
-
-    A prompt's split depends on its text alone. Sources that promise distinct prompts have no index and are
-    asked prompt by prompt; of all others the index knows each split.
-
-    Args:
-        source: The prompts.
-        held_out: Keys of prompts that are in no split (see :class:`~lit_align.data.index.Index`), ascending.
-
-    Raises:
-        ConfigError: The source has no usable prompt.
-    """
-
-    def __init__(self, source: PromptSource, held_out: Sequence[NDArray[np.uint64]] = ()) -> None:
-        self.source = source
-        self.held_out = held_out
-        self.index = None if source.distinct else index(source)
-        if self.index is not None:
-            self.index.report(source)
-
-    def split(self, start: float, end: float) -> PromptSet:
-        """The prompts whose place is in ``[start, end)``, a part of [0, 1)."""
-        if self.index is not None:
-            rows = self.index.rows[self.index.window(start, end)]
-            return PromptSet(self.source, rows, self._allows, len(self.index))
-        all_or_none = range(len(self.source)) if start < end else range(0)
-        return PromptSet(
-            self.source, all_or_none, lambda prompt: start <= place(prompt) < end and self._allows(prompt)
-        )
-
-    def count(self, start: float, end: float) -> int:
-        """How many prompts that split has; expected, not counted, of large sources of distinct prompts."""
-        if self.index is not None:
-            window = self.index.window(start, end)
-            inside = (self._removed >= window.start) & (self._removed < window.stop)
-            return window.stop - window.start - int(np.count_nonzero(inside))
-        if len(self.source) > COUNTED:
-            return int(len(self.source) * (end - start))
-        accepts = self.split(start, end).accepts
-        return sum(accepts(self.source.prompt(row).strip()) for row in range(len(self.source)))
-
-    def overlap(self) -> int | None:
-        """How many of the source's prompts are held out; None for large sources of distinct prompts."""
-        if self.index is not None:
-            return len(self._removed)
-        if len(self.source) > COUNTED:
-            return None
-        return sum(not self._allows(self.source.prompt(row).strip()) for row in range(len(self.source)))
-
-    def keys(self, wanted: int) -> NDArray[np.uint64]:
-        """The keys of all prompts; of distinct ones, of the first alone (see :meth:`PromptSet.first`)."""
-        if self.index is not None:
-            return self.index.keys
-        first = self.split(0.0, 1.0).first(wanted)
-        return np.unique(prompt_keys([self.source.prompt(row).strip() for row in first]))
-
-    @cached_property
-    def _removed(self) -> NDArray[np.int64]:
-        """Positions in the index of what is held out."""
-        assert self.index is not None
-        found = [find(self.index.keys, keys) for keys in self.held_out]
-        return np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
-
-    def _allows(self, prompt: str) -> bool:
-        return not any(len(find(keys, prompt_keys([prompt]))) for keys in self.held_out)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.progress import Progress
 from torch import Tensor
 
@@ -17,9 +18,10 @@ from lit_align.methods.metrics import Metrics
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.strategies import check_trainer
-from lit_align.methods.validation import ValidatedModule
+from lit_align.methods.validation import ValidatedModule, held_out_prompts
 from lit_align.randomness import run_seed
 from lit_align.rewards import RewardBank
+from lit_align.shapes.world import IMAGE_SIDE, untaught
 
 Item = TypeVar("Item")
 
@@ -77,7 +79,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
 
         Raises:
             ConfigError: The Trainer is one that methods do not know, or the data has several tasks and the
-                method learns one.
+                method learns one, or a reward does not fit the model.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit" and isinstance(data, MultiTaskDataModule) and not self.several_tasks:
@@ -86,6 +88,20 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
                 "PromptDataModule"
             )
         check_trainer(self.trainer)
+        self._check_domain(held_out_prompts(data, stage))
+
+    def _check_domain(self, prompts: list[str]) -> None:
+        """Tell of rewards, and of prompts, that do not fit the model."""
+        judged = self.backbone.is_shapes and self.backbone.size == (IMAGE_SIDE, IMAGE_SIDE)
+        for bank in self.reward_banks:
+            bank.check_model(judged, prompts)
+        if self.backbone.is_shapes and (warning := untaught(prompts)):
+            rank_zero_warn(warning)
+
+    @property
+    def reward_banks(self) -> list[RewardBank]:
+        """All banks; several tasks have one each."""
+        return [self.rewards]
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
@@ -136,15 +152,6 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         shown = {bar: logged[f"train/{bar}"], "images/s": speed}
         self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
 
-    # ---- validation and test
-
-    def on_train_start(self) -> None:
-        """Validate before the first update, so that every curve has a point at 0 images."""
-        if not self.baseline and self.images == 0 and self.trainer.enable_validation:
-            self.trainer.validating = True
-            self.trainer.fit_loop.epoch_loop.val_loop.run()
-            self.trainer.training = True
-
     # ---- ranks, files and checkpoints
 
     def track(self, items: Iterable[Item], total: int, description: str) -> Iterator[Item]:
@@ -154,7 +161,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             task, drawn = bar.add_task(description, total=total), 0.0
             for item in items:
                 yield item
-                # Inside the Trainer's bar nothing else draws it.
+                # The Trainer's own bar stops rich from refreshing this one.
                 refresh = time.monotonic() - drawn > SECONDS_PER_FRAME
                 bar.update(task, advance=1, refresh=refresh)
                 drawn = time.monotonic() if refresh else drawn
@@ -199,5 +206,5 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
 
 
 def _is_told(name: str, values: Tensor) -> bool:
-    """Whether a metric is logged: what stands for a fault is not, as long as there is none."""
+    """Whether a metric is logged: those that count faults are logged only where they are not 0."""
     return not name.startswith(("unscored", "ratio_deviation")) or bool(values.any())

@@ -7,6 +7,7 @@ image. Shapes: ``B`` images, ``N`` (image, step) pairs, ``D`` latent elements.
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ class DDPOModule(JointModule):
             timestep_fraction: Share of the stochastic steps, at random for each image, that is replayed. 1 in
                 ddpo-pytorch.
             shared_timesteps: Instead of both: so many of the stochastic steps, at random and the same for all
-                images, each with an optimiser step of its own on the whole rollout batch; 5 of 50 in Zhang et
+                images, each with an optimizer step of its own on the whole rollout batch; 5 of 50 in Zhang et
                 al. 2024 (arXiv 2401.12244). Then ``updates`` is 1 and ``timestep_fraction`` 1.
             kl_weight: Weight of the KL of each step to the reference, DPOK's penalty, as a mean over latent
                 elements. Exact, where DPOK's code drops the factor of the schedule.
@@ -170,6 +171,21 @@ class DDPOModule(JointModule):
             for name in (name for name in there if self.tasks[name].weight):
                 check_task(name, self.tasks[name], there[name], self.updates, self.trainer.world_size)
 
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """As for every method.
+
+        Raises:
+            ConfigError: There is a target for the step, and no rate that could be scaled towards it.
+        """
+        optimizer = super().make_optimizer(groups)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        if self.kl_target is not None and not all(rates):
+            raise ConfigError(
+                f"kl_target: it scales the learning rate, and that of the optimizer is {rates[0]}; give "
+                "optimisation.optimizer a positive lr, or set kl_target to null"
+            )
+        return optimizer
+
     def learn(self, rollouts: Rollouts) -> Iterator[Metrics]:
         """All updates on a rollout batch."""
         size = self.optimisation.micro_batch
@@ -229,7 +245,7 @@ class DDPOModule(JointModule):
         )
         kl, informative = torch.cat([one for one, _ in ranks]).mean(), any(told for _, told in ranks)
         metrics = {of_task("kl", batch.task): kl[None]}
-        # A batch that broke, had no signal, or whose last update was skipped, says nothing of the steps.
+        # Without a signal, or after a skipped update, the KL does not measure the step size.
         measured = informative and kl.isfinite() and self.gradient_norm.isfinite()
         if self.kl_target is not None and measured:
             scale = self._scale_step(batch.task, kl, self.kl_target)

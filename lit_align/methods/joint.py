@@ -28,7 +28,7 @@ from lit_align.methods.sampling import Sampling
 from lit_align.methods.tasks import Task, data_of_tasks, joint_scores, of_task
 from lit_align.randomness import generator
 from lit_align.replay import Replay
-from lit_align.rewards import RewardOutput
+from lit_align.rewards import RewardBank, RewardOutput
 
 TaskOrder = Literal["sequence", "interleaved"]
 
@@ -89,6 +89,10 @@ class JointModule(AlignmentModule):
         self.step_scale = dict.fromkeys(tasks, 1.0)
         self.denoising_steps = 0
 
+    @property
+    def reward_banks(self) -> list[RewardBank]:
+        return [task.rewards for task in self.tasks.values()]
+
     @abstractmethod
     def learn(self, rollouts: Rollouts) -> Iterator[Metrics]:
         """Learn from a rollout batch: one update, made by :meth:`optimise`, each time that it is resumed."""
@@ -138,8 +142,8 @@ class JointModule(AlignmentModule):
         """Sample for some tasks and make all their updates.
 
         Returns:
-            Of each task what the rewards report and the seconds for it, and what was measured. The chains,
-            which are large, go.
+            What the rewards report of each task and the seconds that it took, and the metrics. The chains,
+            which are large, are freed.
         """
         sampled = [self.collect(one) for one in batches]
         measured = [rollouts.metrics for rollouts in sampled]
@@ -148,7 +152,7 @@ class JointModule(AlignmentModule):
         return [(rollouts.scores, rollouts.seconds) for rollouts in sampled], pooled(measured)
 
     def collect(self, batch: Batch) -> Rollouts:
-        """Sample images of a task with the weights of now, and score them."""
+        """Sample images of a task with the current weights, and score them."""
         started = time.perf_counter()
         policy = self.backbone.policy(
             self.sampler, self.backbone.encode(batch.prompts), self.sampling.guidance
@@ -208,7 +212,7 @@ class JointModule(AlignmentModule):
         extra = self.pretraining
         if extra is None or extra.order != order:
             return {}
-        # In the units of the tasks' steps, whose scale follows a target where there is one.
+        # In the units of the tasks' steps, which kl_target may scale.
         trained = [scale for name, scale in self.step_scale.items() if self.tasks[name].weight]
         measured = self.update(self._denoising_losses(extra, 1.0), extra.weight * min(trained))
         return {"denoising_loss": measured["denoising_loss"]}  # train/grad_norm is that of the tasks

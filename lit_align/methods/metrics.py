@@ -1,4 +1,4 @@
-"""What is measured beside a loss: values by name, whose means are logged."""
+"""Metrics: values that a loss measures on the way; their means are logged."""
 
 from collections.abc import Callable, Iterable
 

@@ -185,7 +185,7 @@ class PairModule(AlignmentModule, Generic[Prepared]):
     def _latent_key(self, data: PickaPicDataModule) -> str:
         """Changes with all that decides the latents: the autoencoder, its precision, the images."""
         settings = [self.backbone.autoencoder_hash(), self.trainer.precision, data.resolution]
-        return hashlib.sha256(f"{settings} {data.source.fingerprint()}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{settings} {data.pairs.fingerprint()}".encode()).hexdigest()[:16]
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Prepare the pairs, then one update in micro-batches."""

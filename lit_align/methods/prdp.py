@@ -141,7 +141,7 @@ class PRDPModule(AlignmentModule):
             convention: "listing" for the loss of the supplement's listing: means over steps (and, as in
                 ddpo-pytorch, over latent elements; the paper leaves open which log-probability it is), pairs
                 with unequal rewards. "equations" for that of the text: sums, all pairs.
-            updates: Optimiser steps per pass over a rollout batch; each takes whole prompts. 1 in the paper's
+            updates: Optimizer steps per pass over a rollout batch; each takes whole prompts. 1 in the paper's
                 algorithm.
             inner_epochs: Passes over a rollout batch: the paper's K, 10 (small) or 1 (large).
             optimisation: How the weights are updated. The paper: AdamW, weight decay 1e-4, lr 1e-5 (small) or

@@ -1,4 +1,4 @@
-"""The loss of pre-training beside a reward: a denoiser that still fits captioned images stays natural."""
+"""The pre-training loss on captioned images, added to a reward so that images stay natural."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Pretraining:
     r"""A batch of captioned images mixed into every iteration, for :math:`L_{pre}`.
 
     Zhang et al. 2024 (arXiv 2401.12244, section 3.1) add :math:`\beta L_{pre}` to the objective and leave
-    :math:`\beta` open, in the text and in the released configuration. There it is one optimiser step an
+    :math:`\beta` open, in the text and in the released configuration. There it is one optimizer step an
     iteration beside five of the policy gradient: ``before`` the images are sampled in the released code,
     ``after`` all tasks in the paper's listing.
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lit_align.backbones import POLICY, Conditioning, DiffusionBackbone
 from lit_align.data import Batch
-from lit_align.data.batch import repeat_prompts
 from lit_align.errors import check_positive
 from lit_align.gaussian import GaussianStep
 from lit_align.randomness import generator
@@ -108,6 +107,7 @@ class SamplingModule(LightningModule):
             seed: The module's own if not given.
             weights: ``"policy"``, or ``"reference"`` for the pretrained model.
         """
-        batch = repeat_prompts(prompts, [{} for _ in prompts], range(len(prompts)), 1)
+        numbers = torch.arange(len(prompts))
+        batch = Batch(list(prompts), numbers, index=numbers)
         policy = self.policy(batch, self.backbone.encode(prompts), weights)
         return self.sample(policy, batch, "predict", seed).images

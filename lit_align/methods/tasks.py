@@ -78,7 +78,7 @@ def data_of_tasks(data: object, tasks: Mapping[str, Task]) -> dict[str, PromptDa
     """
     there: dict[str, PromptDataModule] = {}
     if isinstance(data, MultiTaskDataModule):
-        there = data.tasks
+        there = data.modules
     elif isinstance(data, PromptDataModule):
         there = {"": data}
     if there and set(there) != set(tasks):

@@ -1,6 +1,7 @@
 """What is measured of held-out images. Shapes: ``B`` images, ``T`` steps."""
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from lit_align.backbones import POLICY, REFERENCE, Conditioning
 from lit_align.comparison import diversity
-from lit_align.data import Batch
+from lit_align.data import Batch, MultiTaskDataModule, PickaPicDataModule, PromptDataModule
 from lit_align.gaussian import GaussianStep
 from lit_align.methods.sampling import BatchPolicy, SamplingModule
 from lit_align.rewards import RewardBank, RewardOutput
@@ -17,6 +18,10 @@ from lit_align.samplers import Sampler
 
 DRIFT_STEPS = 4
 """Steps of a deterministic chain at which the drift is measured, evenly spaced; all would cost a rollout."""
+
+
+CHECKED_PROMPTS = 1024
+"""Held-out prompts that are compared with what the model was taught."""
 
 
 def measure(images: Tensor, scores: RewardOutput, batch: Batch) -> dict[str, Tensor]:
@@ -107,6 +112,24 @@ def base_metrics(measured: dict[str, Any]) -> dict[str, Any]:
     return {f"base/{name}": value for name, value in measured.items() if name not in ("index", "group")}
 
 
+def held_out_prompts(data: Any, stage: str) -> list[str]:
+    """The prompts of this rank that a stage evaluates, each once, at most :data:`CHECKED_PROMPTS`.
+
+    Args:
+        data: A data module of this package; of others, and without one, nothing is known.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+    """
+    if not isinstance(data, PromptDataModule | MultiTaskDataModule | PickaPicDataModule):
+        return []
+    split = {"test": data.test_dataloader, "predict": data.predict_dataloader}
+    prompts: dict[str, None] = {}
+    for batch in split.get(stage, data.val_dataloader)():
+        prompts |= dict.fromkeys(batch.prompts)
+        if len(prompts) >= CHECKED_PROMPTS:
+            break
+    return list(prompts)[:CHECKED_PROMPTS]
+
+
 class ValidatedModule(SamplingModule):
     """A module whose policy is compared with the pretrained model on held-out prompts and the same noise.
 
@@ -136,12 +159,37 @@ class ValidatedModule(SamplingModule):
         torch.distributed.all_gather_object(gathered, value)
         return gathered
 
+    def forget_baseline(self) -> None:
+        """Drop what was measured of the pretrained model: it is measured anew when training starts."""
+        self.baseline = {}
+
     def on_train_start(self) -> None:
-        """Validate before the first update, so that every curve has a point at 0 images."""
-        if not self.baseline and self.images == 0 and self.trainer.enable_validation:
-            self.trainer.validating = True
-            self.trainer.fit_loop.epoch_loop.val_loop.run()
-            self.trainer.training = True
+        """Measure the pretrained model where that was not done: every curve has a point at 0 images."""
+        if self.baseline or not self.trainer.enable_validation:
+            return
+        if self.images:
+            self._measure_reference()
+            return
+        self.trainer.validating = True
+        self.trainer.fit_loop.epoch_loop.val_loop.run()
+        self.trainer.training = True
+
+    @torch.no_grad()
+    def _measure_reference(self) -> None:
+        """The baseline of a run that goes on; outside of the Trainer's loop, whose counters are the run's."""
+        loop = self.trainer.fit_loop.epoch_loop.val_loop
+        loop.setup_data()
+        total = int(sum(self.trainer.num_val_batches))
+        batches: Any = self.trainer.val_dataloaders
+        for batch in islice(batches, total):
+            with self.trainer.precision_plugin.forward_context():
+                cond = self.backbone.encode(batch.prompts)
+                samples = self.sample(self.policy(batch, cond, REFERENCE), batch, "validation")
+                measured = measure(samples.images, self.score(samples.images, batch), batch)
+                distance = self.distance(batch, cond, samples.trajectory)
+            self._evaluated.append(measured | {n: torch.zeros_like(values) for n, values in distance.items()})
+        parts = [part for rank in self.gather(self._evaluated) for part in rank]
+        self.baseline, self._evaluated = in_global_order(parts)[0], []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """A rollout on held-out prompts with the same noise every time; returns the images."""
@@ -186,6 +234,9 @@ class ValidatedModule(SamplingModule):
         return None
 
     def on_validation_epoch_end(self) -> None:
+        if self.trainer.sanity_checking:  # some batches only, and measured again before the first update
+            self._evaluated = []
+            return
         self.latest = self._report("val")
         if not self.images:
             self.baseline = self.latest

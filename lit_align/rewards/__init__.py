@@ -1,4 +1,4 @@
-"""Rewards: what makes an image good, as numbers. One file per family."""
+"""Rewards score images: one number per image, higher is better. One file per family."""
 
 from lit_align.rewards.aesthetic import AestheticScore
 from lit_align.rewards.bank import RewardBank, RewardOutput
@@ -15,8 +15,11 @@ from lit_align.rewards.distribution import (
     SetReward,
     StatisticalParity,
 )
+from lit_align.rewards.function import FunctionReward
 from lit_align.rewards.jpeg import SoftJPEGCompressibility, SoftJPEGIncompressibility
 from lit_align.rewards.shapes import ShapesTruth
+
+PictureReward = BlackBoxReward  # the old name
 
 __all__ = [
     "AestheticScore",
@@ -26,12 +29,14 @@ __all__ = [
     "Brightness",
     "CLIPScore",
     "ColourFraction",
+    "FunctionReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",
     "ObjectCount",
     "ObjectPresence",
     "PairwiseDiversity",
     "PickScore",
+    "PictureReward",
     "Redness",
     "Reward",
     "RewardBank",

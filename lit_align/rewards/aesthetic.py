@@ -1,7 +1,7 @@
 """LAION's aesthetic predictors: a linear head on the CLIP embedding of an image, whatever its prompt."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -9,9 +9,12 @@ from torch import Tensor, nn
 
 from lit_align.errors import ConfigError
 from lit_align.pretrained import SHAPES
-from lit_align.rewards.base import Reward, Scope
-from lit_align.rewards.clip import CLIPCosine
+from lit_align.rewards.base import Reward, domain_of
+from lit_align.rewards.clip import CLIP_MODEL, CLIPCosine
 from lit_align.shapes import AESTHETIC as SHAPES_AESTHETIC
+
+DOWNLOAD = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac+logos+ava1-l14-linearMSE.pth"
+"""The head of the improved predictor; it is on no hub."""
 
 MLP = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")
 """The linear layers of the improved predictor; 1, 3 and 5 are dropout (Schuhmann 2022, released code)."""
@@ -20,27 +23,29 @@ MLP = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")
 class AestheticScore(Reward):
     """How well an image pleases, about 1 to 10, by one of LAION's heads (Schuhmann et al. 2022).
 
-    The published ones both read unit embeddings of ``pretrained="openai/clip-vit-large-patch14"``:
+    Both published heads read unit embeddings of ``openai/clip-vit-large-patch14`` and are files to download:
     ``sac+logos+ava1-l14-linearMSE.pth`` of github.com/christophschuhmann/improved-aesthetic-predictor, five
     linear layers with nothing between them (the reward of DDPO, arXiv:2305.13301, and of AlignProp,
     arXiv:2310.03739), and ``sa_0_4_vit_l_14_linear.pth`` of github.com/LAION-AI/aesthetic-predictor, a
-    single one. Which of the two a file holds is read off its keys.
+    single layer. The keys of a file tell which of the two it holds.
 
     Args:
-        head: ``"shapes"``, or a ``.safetensors``, ``.pth`` or ``.pt`` file with a head's state dict.
-        pretrained: The CLIP that the head was trained on: ``"shapes"``, a folder with a transformers
-            ``CLIPModel``, or a hub id.
+        head: A ``.safetensors``, ``.pth`` or ``.pt`` file with a head's state dict. It may be left out with
+            ``pretrained="shapes"``, which has its own.
+        pretrained: The CLIP that the head was trained on: a hub id, a folder with a transformers
+            ``CLIPModel``, or ``"shapes"`` for the bundled one.
 
     Raises:
-        ConfigError: The head or the model cannot be loaded, or their widths differ.
+        ConfigError: There is no head, the head or the model cannot be loaded, or their widths differ.
     """
 
-    differentiable: ClassVar[bool] = True
-    scope: ClassVar[Scope] = "sample"
+    differentiable = True
+    scope = "sample"
 
-    def __init__(self, head: str = "shapes", pretrained: str = "shapes") -> None:
+    def __init__(self, head: str | None = None, pretrained: str = CLIP_MODEL) -> None:
         super().__init__()
-        self.head = _load_head(head)
+        self.domain = domain_of(pretrained)
+        self.head = _load_head(head or (SHAPES if pretrained == SHAPES else None))
         self.clip = CLIPCosine(pretrained)
         width, reads = self.clip.model.config.projection_dim, self.head[0].in_features
         if reads != width:
@@ -64,8 +69,13 @@ class AestheticScore(Reward):
         return scores.squeeze(-1).to(embeddings.dtype)
 
 
-def _load_head(head: str) -> nn.Sequential:
+def _load_head(head: str | None) -> nn.Sequential:
     """The linear layers of a head in float32; the dropout between them does nothing in a frozen model."""
+    if head is None:
+        raise ConfigError(
+            f"AestheticScore: head is missing; download {DOWNLOAD} and give its path under 'head', or give "
+            "'pretrained: shapes' for the bundled predictor of Shapes."
+        )
     state = _read(SHAPES_AESTHETIC if head == SHAPES else Path(head).expanduser(), head)
     names = ("",) if set(state) == {"weight", "bias"} else tuple(f"{layer}." for layer in MLP)
     if set(state) != {f"{name}{part}" for name in names for part in ("weight", "bias")}:
@@ -89,7 +99,7 @@ def _read(file: Path, head: str) -> dict[str, Tensor]:
     if file.suffix not in (".safetensors", ".pth", ".pt") or not file.is_file():
         raise ConfigError(
             f"AestheticScore: head: {head!r} is no file; give a .safetensors, .pth or .pt file that exists "
-            f"(the working directory is {Path.cwd()}), or 'shapes' for the head that ships with lit_align."
+            f"(the working directory is {Path.cwd()}), such as {DOWNLOAD}, or 'shapes' for the bundled head."
         )
     try:
         if file.suffix == ".safetensors":

@@ -1,16 +1,21 @@
-"""Several rewards under one roof: those with a weight are trained on, the others are only monitored."""
+"""A set of weighted rewards: those with a weight are trained on, the others are only monitored."""
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_align.errors import ConfigError
 from lit_align.rewards.base import Reward
+from lit_align.rewards.function import FunctionReward
+from lit_align.rewards.scoring import score, try_out
+from lit_align.rewards.shapes import ShapesTruth
+from lit_align.shapes.world import in_grammar
 
 
 @dataclass(frozen=True)
@@ -21,8 +26,8 @@ class RewardOutput:
         total: ``(B,)`` weighted sum of the trained rewards; NaN where one of them is. Carries gradient for
             differentiable rewards.
         parts: Every reward's own score by name, ``(B,)`` each, unweighted and detached.
-        report: What a report says of them, on the CPU: ``{"reward": (B,), "reward/<name>": (B,)}``, the
-            total and the parts, with what a set is worth in place of an image's credit for it.
+        report: What is reported, on the CPU: ``{"reward": (B,), "reward/<name>": (B,)}``, the total and the
+            parts, with the value of the set in place of an image's credit for it.
     """
 
     total: Tensor
@@ -40,16 +45,17 @@ class RewardBank(nn.Module):
     By convention the reward named ``truth`` is the one that knows what an image really shows (for Shapes,
     its judge); methods log it as ``val/truth`` besides ``val/reward/truth``.
 
-    Scores are computed outside autocast: they must not change with the trainer's precision.
+    Rewards that are not of this package are tried on two images (see
+    :func:`lit_align.rewards.scoring.try_out`).
 
     Args:
         rewards: The rewards by name. Names become TensorBoard tags and columns: letters, digits, ``_`` and
-            ``-``.
+            ``-``. In Python a plain function may stand for its :class:`FunctionReward`.
         weights: Weight by reward name; at least one must be positive. A negative weight makes a penalty.
 
     Raises:
-        ConfigError: No reward, a bad name, a weight that is not finite or has no reward, or no positive
-            weight.
+        ConfigError: No reward, a bad name, a weight that is not finite or has no reward, no positive weight,
+            or a reward that fails on two images.
     """
 
     def __init__(self, rewards: dict[str, Reward], weights: dict[str, float]) -> None:
@@ -58,7 +64,9 @@ class RewardBank(nn.Module):
         self.names = tuple(rewards)
         self.weights = {name: float(weights[name]) for name in rewards if weights.get(name, 0) != 0}
         # A list: a ModuleDict refuses names like "type" or "keys".
-        self._rewards = nn.ModuleList(reward.freeze() for reward in rewards.values())
+        self._rewards = nn.ModuleList(_reward(name, given).freeze() for name, given in rewards.items())
+        for name, reward in self.rewards.items():
+            try_out(name, reward)
 
     @property
     def rewards(self) -> dict[str, Reward]:
@@ -82,13 +90,53 @@ class RewardBank(nn.Module):
 
     @property
     def of_sets(self) -> tuple[str, ...]:
-        """Names of the trained rewards that say nothing of an image alone."""
+        """Names of the trained rewards that score sets of images."""
         return tuple(name for name in self.trained if self.rewards[name].scope != "sample")
+
+    @property
+    def of_shapes(self) -> tuple[str, ...]:
+        """Names of the rewards whose scores mean nothing outside the Shapes world."""
+        return tuple(name for name in self.names if self.rewards[name].domain == "shapes")
 
     @property
     def differentiable(self) -> bool:
         """Whether every trained reward has a gradient."""
         return not self.black_box
+
+    def check_model(self, is_shapes: bool, prompts: Sequence[str] = ()) -> None:
+        """Find what cannot score the images of a model: rewards of the Shapes world on another one.
+
+        The judge of Shapes is left out where it is only monitored, with a warning. Learned models of Shapes
+        stay, with a warning.
+
+        Args:
+            is_shapes: Whether the images come from the bundled Shapes pipeline.
+            prompts: Some of the prompts.
+
+        Raises:
+            ConfigError: The judge is trained on, and cannot judge such images or prompts.
+        """
+        judges = [name for name, reward in self.rewards.items() if isinstance(reward, ShapesTruth)]
+        foreign = [prompt for prompt in prompts if not in_grammar(prompt)]
+        if judges and (foreign or not is_shapes):
+            what = f"the prompt {foreign[0]!r} is none" if is_shapes else "the backbone is another model"
+            reason = f"ShapesTruth ({_quoted(judges)}) judges images of Shapes prompts, and {what}"
+            if trained := [name for name in judges if name in self.weights]:
+                raise ConfigError(
+                    f"rewards: {reason}; take {_quoted(trained)} out of weights, and train on another reward"
+                )
+            rank_zero_warn(f"rewards: {reason}; it is left out")
+            self._leave_out(judges)
+        if self.of_shapes and not is_shapes:
+            rank_zero_warn(
+                f"rewards: the models of {_quoted(self.of_shapes)} were trained on Shapes images, and the "
+                "backbone is another model: their scores say nothing about its images; leave out "
+                "'pretrained: shapes' for the published models, or name others under 'pretrained'"
+            )
+
+    def _leave_out(self, names: Collection[str]) -> None:
+        kept = {name: reward for name, reward in self.rewards.items() if name not in names}
+        self.names, self._rewards = tuple(kept), nn.ModuleList(kept.values())
 
     def forward(
         self,
@@ -102,22 +150,14 @@ class RewardBank(nn.Module):
         total, worth = images.new_zeros(len(images)), images.new_zeros(len(images))
         parts: dict[str, Tensor] = {}
         shown: dict[str, Tensor] = {}
-        with torch.autocast(images.device.type, enabled=False):
-            for name, reward in self.rewards.items():
-                attach = torch.is_grad_enabled() and name in self.weights and reward.differentiable
-                with torch.set_grad_enabled(attach):
-                    score, value = reward.shared_out(images, prompts, groups, columns)
-                if score.shape != total.shape:
-                    raise ConfigError(
-                        f"The reward '{name}' ({type(reward).__name__}) returned the shape "
-                        f"{tuple(score.shape)} for {len(images)} images; "
-                        "its forward must return one number per image, "
-                        f"shape ({len(images)},)."
-                    )
-                if name in self.weights:
-                    total = total + self.weights[name] * score
-                    worth = worth + self.weights[name] * value.detach()
-                parts[name], shown[f"reward/{name}"] = score.detach(), value.detach()
+        for name, reward in self.rewards.items():
+            attach = torch.is_grad_enabled() and name in self.weights and reward.differentiable
+            with torch.set_grad_enabled(attach):
+                scores, value = score(name, reward, images, prompts, groups, columns)
+            if name in self.weights:
+                total = total + self.weights[name] * scores
+                worth = worth + self.weights[name] * value.detach()
+            parts[name], shown[f"reward/{name}"] = scores.detach(), value.detach()
         report = {name: value.float().cpu() for name, value in ({"reward": worth} | shown).items()}
         return RewardOutput(total, parts, report)
 
@@ -130,14 +170,30 @@ class RewardBank(nn.Module):
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
         """One trained reward times its weight, ``(B,)``, with gradient; arguments as in :meth:`forward`."""
-        with torch.autocast(images.device.type, enabled=False):
-            score = self.rewards[name](at_least_float32(images), prompts, groups, columns)
-        return self.weights[name] * score
+        images = at_least_float32(images)
+        return self.weights[name] * score(name, self.rewards[name], images, prompts, groups, columns)[0]
 
 
 def at_least_float32(images: Tensor) -> Tensor:
     """Images as rewards take them."""
     return images.to(torch.promote_types(images.dtype, torch.float32))
+
+
+def _reward(name: str, given: object) -> Reward:
+    """The reward that was given under a name, or that a given function is."""
+    if isinstance(given, Reward):
+        return given
+    if isinstance(given, type) or not callable(given):
+        what = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
+        raise ConfigError(
+            f"rewards: '{name}' is {what}; give a Reward that was made, such as Redness(), or a function of "
+            "images and prompts."
+        )
+    return FunctionReward(given)
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
 
 
 def _check(rewards: dict[str, Reward], weights: dict[str, float]) -> None:

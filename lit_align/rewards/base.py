@@ -1,32 +1,48 @@
 """What a reward is: a frozen module that turns images and prompts into one number per image."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lit_align.errors import ConfigError
+from lit_align.pretrained import SHAPES
+from lit_align.rewards.calling import accepted
+
 Scope = Literal["sample", "group", "batch"]
+Domain = Literal["shapes"]
 
 
 class Reward(nn.Module, ABC):
     """A score of images, higher is better.
 
-    A subclass declares two facts, on which the methods rely (and which a test proves for every class of this
-    package):
+    A subclass declares what the methods rely on. For every class of this package a test proves it:
 
     - ``differentiable``: the score has a useful gradient with respect to the pixels (AlignProp needs one).
     - ``scope``: what an image's score may depend on: the image and its prompt alone (``"sample"``), the
       images of its prompt group (``"group"``), or the whole batch (``"batch"``).
+    - ``domain``: ``"shapes"`` where the scores mean nothing outside the Shapes world, because the model was
+      trained on Shapes images or a program judges them; None where any image can be scored.
 
     A reward is a module so that the trainer moves it between devices; it never learns. Call :meth:`freeze` at
-    the end of a constructor that makes parameters (the bank calls it once more, for those who forget).
+    the end of a constructor that makes parameters (the bank calls it once more).
     """
 
-    differentiable: ClassVar[bool]
-    scope: ClassVar[Scope]
+    differentiable: bool = False
+    scope: Scope = "sample"
+    domain: Domain | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Prepare the module here, so that a constructor without ``super().__init__()`` works too."""
+        reward = super().__new__(cls)
+        nn.Module.__init__(reward)
+        return reward
+
+    def __init__(self) -> None:
+        """Nothing is left to do. A second ``nn.Module.__init__`` would forget what was assigned so far."""
 
     @abstractmethod
     def forward(
@@ -38,6 +54,8 @@ class Reward(nn.Module, ABC):
     ) -> Tensor:
         """Score images.
 
+        A subclass may leave out ``groups`` and ``columns``, and may name single columns as parameters.
+
         Args:
             images: ``(B, 3, H, W)`` float32 in [0, 1].
             prompts: The B prompts.
@@ -45,7 +63,8 @@ class Reward(nn.Module, ABC):
             columns: The data's extra columns, a list of B entries each.
 
         Returns:
-            ``(B,)`` float32; NaN means that there is no score for that image.
+            ``(B,)`` float32; NaN means that there is no score for that image. A bank also reads other forms
+            (see :func:`lit_align.rewards.calling.as_scores`).
         """
 
     def shared_out(
@@ -55,11 +74,12 @@ class Reward(nn.Module, ABC):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The scores, and what is reported of each image: for all but rewards of sets the same.
+        """The scores, and what is reported of each image: the same, but for rewards of sets.
 
         Arguments as in :meth:`forward`.
         """
-        scores = self(images, prompts, groups, columns)
+        given, named = accepted(self.forward, images, prompts, groups, columns)
+        scores = self(*given, **named)
         return scores, scores
 
     def freeze(self) -> Self:
@@ -72,6 +92,11 @@ class Reward(nn.Module, ABC):
         return super().train(False)
 
 
+def domain_of(pretrained: str) -> Domain | None:
+    """The domain of a reward with this model: the bundled ones were trained on Shapes images."""
+    return "shapes" if pretrained == SHAPES else None
+
+
 def to_bytes(images: Tensor) -> NDArray[np.uint8]:
     """8-bit images ``(B, H, W, 3)`` of ``(B, 3, H, W)`` in [0, 1]."""
     rounded = images.detach().clamp(0, 1).mul_(255).round_().to(torch.uint8).cpu()
@@ -81,12 +106,12 @@ def to_bytes(images: Tensor) -> NDArray[np.uint8]:
 class BlackBoxReward(Reward):
     """A reward that looks at 8-bit images one by one, without gradient: a subclass writes :meth:`score`."""
 
-    differentiable: ClassVar[bool] = False
-    scope: ClassVar[Scope] = "sample"
+    differentiable = False
+    scope = "sample"
 
     @abstractmethod
-    def score(self, image: NDArray[np.uint8], prompt: str) -> float:
-        """Score one image, ``(H, W, 3)`` uint8."""
+    def score(self, image: NDArray[np.uint8], prompt: str) -> float | None:
+        """Score one image, ``(H, W, 3)`` uint8; None or NaN where there is no score."""
 
     def forward(
         self,
@@ -99,7 +124,17 @@ class BlackBoxReward(Reward):
         # The sum is finite exactly where all pixels are, and much cheaper than a mask of the image's size.
         finite = images.detach().flatten(1).sum(dim=1).isfinite().tolist()
         scores = [
-            self.score(image, prompt) if ok else float("nan")
+            self.score(image, prompt) if ok else None
             for image, prompt, ok in zip(to_bytes(images), prompts, finite, strict=True)
         ]
-        return torch.tensor(scores, dtype=torch.float32, device=images.device)
+        numbers = [self._number(score) for score in scores]
+        return torch.tensor(numbers, dtype=torch.float32, device=images.device)
+
+    def _number(self, score: Any) -> float:
+        try:
+            return float("nan") if score is None else float(score)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"{type(self).__name__}.score returned a value of the type {type(score).__name__}; return "
+                "one number, or None where there is no score."
+            ) from None

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lit_align.errors import ConfigError
 from lit_align.pretrained import load_whole, loading, processor_config, resolve
-from lit_align.rewards.base import Reward, Scope
+from lit_align.rewards.base import Reward, domain_of
 from lit_align.shapes import CLIP as SHAPES_CLIP
 from lit_align.shapes import PREFERENCE as SHAPES_PREFERENCE
+
+CLIP_MODEL = "openai/clip-vit-large-patch14"
+"""The CLIP of LAION's aesthetic predictors and of most reports of a CLIP score (Radford et al. 2021)."""
+
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+"""The model of Kirstain et al. 2023 on the hub, and where its card takes the tokenizer from."""
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -121,19 +128,20 @@ class CLIPScore(Reward):
     those numbers. The cut at 0 is left out, since an image below it would have no gradient.
 
     Args:
-        pretrained: ``"shapes"``, a folder with a transformers ``CLIPModel``, or a hub id such as
-            ``openai/clip-vit-large-patch14``.
+        pretrained: A hub id, a folder with a transformers ``CLIPModel``, or ``"shapes"`` for the bundled
+            one. The paper has ViT-B/32 (``openai/clip-vit-base-patch32``).
         scale: Factor of the cosine; 1 by default, a reward in [-1, 1].
 
     Raises:
         ConfigError: The model cannot be loaded.
     """
 
-    differentiable: ClassVar[bool] = True
-    scope: ClassVar[Scope] = "sample"
+    differentiable = True
+    scope = "sample"
 
-    def __init__(self, pretrained: str = "shapes", scale: float = 1.0) -> None:
+    def __init__(self, pretrained: str = CLIP_MODEL, scale: float = 1.0) -> None:
         super().__init__()
+        self.domain = domain_of(pretrained)
         self.clip = CLIPCosine(pretrained)
         self.scale = scale
         self.freeze()
@@ -153,23 +161,24 @@ class CLIPScore(Reward):
 class PickScore(Reward):
     """Human preference as PickScore: learnt scale times cosine (Kirstain et al. 2023, arXiv:2305.01569).
 
-    The published model: ``pretrained="yuvalkirstain/PickScore_v1"``,
-    ``processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"``.
-
     Args:
-        pretrained: ``"shapes"`` (a CLIP fine-tuned on preferences between Shapes images), a folder with a
-            transformers ``CLIPModel``, or a hub id.
-        processor: Where the tokenizer and the pixel statistics come from, if not from ``pretrained``.
+        pretrained: A hub id, a folder with a transformers ``CLIPModel``, or ``"shapes"`` for the bundled one,
+            fine-tuned on preferences between Shapes images. The published model by default.
+        processor: The same for the tokenizer and the pixel statistics. By default those of ``pretrained``,
+            and for the published model ``laion/CLIP-ViT-H-14-laion2B-s32B-b79K``, as its card says.
 
     Raises:
         ConfigError: The model or the tokenizer cannot be loaded.
     """
 
-    differentiable: ClassVar[bool] = True
-    scope: ClassVar[Scope] = "sample"
+    differentiable = True
+    scope = "sample"
 
-    def __init__(self, pretrained: str = "shapes", processor: str | None = None) -> None:
+    def __init__(self, pretrained: str = PICKSCORE, processor: str | None = None) -> None:
         super().__init__()
+        self.domain = domain_of(pretrained)
+        if processor is None and pretrained == PICKSCORE:
+            processor = PICKSCORE_PROCESSOR
         self.clip = CLIPCosine(pretrained, processor, SHAPES_PREFERENCE)
         self.scale = self.clip.logit_scale  # read once: in bfloat16 100 would become 98.9
         self.freeze()

@@ -1,20 +1,20 @@
 """Rewards with a closed form and a gradient: quick to compute, easy to see, easy to over-optimise."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from PIL import ImageColor
 from torch import Tensor
 
 from lit_align.errors import ConfigError
-from lit_align.rewards.base import Reward, Scope
+from lit_align.rewards.base import Reward
 
 
 class Redness(Reward):
     """Mean over pixels of ``R - (G + B) / 2``: -1 for cyan, 0 for grey, 1 for pure red."""
 
-    differentiable: ClassVar[bool] = True
-    scope: ClassVar[Scope] = "sample"
+    differentiable = True
+    scope = "sample"
 
     def forward(
         self,
@@ -31,8 +31,8 @@ class Redness(Reward):
 class Brightness(Reward):
     """Mean luma of the stored pixels (weights of ITU-R BT.601, those of JPEG): 0 for black, 1 for white."""
 
-    differentiable: ClassVar[bool] = True
-    scope: ClassVar[Scope] = "sample"
+    differentiable = True
+    scope = "sample"
 
     def forward(
         self,
@@ -60,8 +60,8 @@ class ColourFraction(Reward):
         ConfigError: The colour cannot be read, or the width is not positive.
     """
 
-    differentiable: ClassVar[bool] = True
-    scope: ClassVar[Scope] = "sample"
+    differentiable = True
+    scope = "sample"
     target: Tensor
 
     def __init__(self, colour: str, width: float = 0.25) -> None:

@@ -1,13 +1,13 @@
 """Whether an image shows the objects that its prompt names, by the confidence of a detector.
 
 The compositionality reward of Zhang et al. 2024, "Large-scale Reinforcement Learning for Diffusion Models"
-(arXiv 2401.12244), section 3.3: the mean over the prompt's objects of ``d(o, x)``, how sure the detector is
-that the object ``o`` is in the image ``x``. How they lie to each other is not looked at.
+(arXiv 2401.12244), section 3.3: the mean over the prompt's objects of ``d(o, x)``, the detector's confidence
+that the object ``o`` is in the image ``x``. Where the objects are plays no part.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,12 +23,18 @@ from transformers import (
 )
 
 from lit_align.errors import ConfigError
-from lit_align.pretrained import load_whole, loading, resolve
-from lit_align.rewards.base import Reward, Scope, to_bytes
+from lit_align.pretrained import SHAPES, load_whole, loading, resolve
+from lit_align.rewards.base import Reward, domain_of, to_bytes
 from lit_align.shapes import DETECTOR as SHAPES_DETECTOR
 from lit_align.shapes.world import parse
 
 Bytes = NDArray[np.uint8]
+
+DETECTOR = "google/owlv2-base-patch16-ensemble"
+"""An open-vocabulary detector (Minderer et al. 2023, arXiv:2306.09683) in place of the paper's UniDet."""
+
+COLUMN = "objects"
+"""The column of :class:`lit_align.data.ObjectPairs`."""
 
 QUERIES = {
     "owlvit": "a photo of a {}",
@@ -55,10 +61,10 @@ class ObjectPresence(Reward):
     is named twice counts once. A prompt without objects gives no score.
 
     Args:
-        pretrained: ``"shapes"``, a folder with a transformers detector and its processor, or a hub id.
-            Safetensors only.
-        column: The data's column with each prompt's objects: a list, or text with commas between them. If not
-            given, the shapes that a prompt of the Shapes world names.
+        pretrained: A hub id, a folder with a transformers detector and its processor, or ``"shapes"`` for the
+            bundled detector. Safetensors only.
+        column: The data's column with each prompt's objects: a list, or text with commas between them. By
+            default ``objects``; with ``pretrained="shapes"`` the shapes that a prompt of that world names.
 
     Raises:
         ConfigError: The detector cannot be loaded; on scoring, if there is no such column, a prompt is not of
@@ -66,14 +72,15 @@ class ObjectPresence(Reward):
     """
 
     IMAGES_AT_ONCE = 16
-    differentiable: ClassVar[bool] = False
-    scope: ClassVar[Scope] = "sample"
+    differentiable = False
+    scope = "sample"
 
-    def __init__(self, pretrained: str = "shapes", column: str | None = None) -> None:
+    def __init__(self, pretrained: str = DETECTOR, column: str | None = None) -> None:
         super().__init__()
+        self.domain = domain_of(pretrained)
         with loading(pretrained):
             family = AutoConfig.from_pretrained(resolve(pretrained, SHAPES_DETECTOR)).model_type
-        self.column = column
+        self.column = column or (None if pretrained == SHAPES else COLUMN)
         self.detector: Detector = (OpenVocabulary if family in QUERIES else ClosedSet)(pretrained)
         self.freeze()
 
@@ -99,12 +106,12 @@ class ObjectPresence(Reward):
     def _objects(self, prompts: list[str], columns: dict[str, list[Any]] | None) -> list[list[str]]:
         """The distinct objects of each prompt."""
         if self.column is None:
-            return [_distinct([group.shape for group in parse(prompt).groups]) for prompt in prompts]
+            return [_distinct(_shapes_of(prompt)) for prompt in prompts]
         if columns is None or self.column not in columns:
             there = ", ".join(columns or {}) or "none"
             raise ConfigError(
                 f"ObjectPresence: the data has no column '{self.column}'; its columns: {there}. Set column "
-                "to the one with the objects, or leave it out for prompts of the Shapes world."
+                "to the one with the objects of each prompt."
             )
         return [_distinct(entry) for entry in columns[self.column]]
 
@@ -157,7 +164,7 @@ class ClosedSet(Detector):
 
     def forward(self, images: Bytes, objects: Sequence[list[str]]) -> list[Tensor]:
         """Highest score among the detections of each label."""
-        for name in {name for names in objects for name in names if name not in self.numbers}:
+        for name in sorted({name for names in objects for name in names} - set(self.numbers)):
             raise ConfigError(
                 f"ObjectPresence: the detector knows no label {name!r}; name the objects as it does "
                 f"({', '.join(sorted(self.numbers))}), or give an open-vocabulary detector."
@@ -199,6 +206,16 @@ class OpenVocabulary(Detector):
         repeated = images.repeat(counts, axis=0)
         logits = self.run(repeated, text=texts, **self.as_tokens).logits
         return list(logits.float().sigmoid().amax(dim=(1, 2)).cpu().split(counts))
+
+
+def _shapes_of(prompt: str) -> list[str]:
+    try:
+        return [group.shape for group in parse(prompt).groups]
+    except ConfigError as error:
+        raise ConfigError(
+            f"ObjectPresence: {str(error).rstrip('.')}; for prompts that are not of the Shapes world, name "
+            "under 'column' the data's column with the objects of each prompt."
+        ) from error
 
 
 def _distinct(entry: Sequence[str] | str | None) -> list[str]:

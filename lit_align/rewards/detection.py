@@ -1,7 +1,7 @@
 """How many objects a detector sees, with a gradient to the pixels: for removing, or asking for, a number."""
 
 import math
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,11 @@ from transformers import AutoModelForObjectDetection, PreTrainedModel
 
 from lit_align.errors import ConfigError
 from lit_align.pretrained import load_whole, processor_config
-from lit_align.rewards.base import Reward, Scope
+from lit_align.rewards.base import Reward, domain_of
 from lit_align.shapes import DETECTOR as SHAPES_DETECTOR
+
+DETECTOR = "hustvl/yolos-tiny"
+"""The smallest published model of these families, trained on the 80 kinds of COCO (Fang et al. 2021)."""
 
 FAMILIES = ("yolos", "detr")
 """Model types whose last class is "no object"; others of DETR's kin score every class by itself."""
@@ -35,8 +38,8 @@ class ObjectCount(Reward):
     (Prabhudesai et al. 2023, arXiv:2310.03739); its code has no such reward, so this count is our own.
 
     Args:
-        pretrained: ``"shapes"``, a folder with a transformers YOLOS or DETR, or a hub id such as
-            ``hustvl/yolos-tiny``. Safetensors only.
+        pretrained: A hub id, a folder with a transformers YOLOS or DETR, or ``"shapes"`` for the bundled
+            detector. Safetensors only.
         label: Count objects of this kind only, such as ``person`` (Shapes: ``circle``).
         target: The wanted number; without it fewer are better, which teaches removal.
 
@@ -46,15 +49,16 @@ class ObjectCount(Reward):
     """
 
     IMAGES_AT_ONCE = 64
-    differentiable: ClassVar[bool] = True
-    scope: ClassVar[Scope] = "sample"
+    differentiable = True
+    scope = "sample"
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, pretrained: str = "shapes", label: str | None = None, target: float | None = None
+        self, pretrained: str = DETECTOR, label: str | None = None, target: float | None = None
     ) -> None:
         super().__init__()
+        self.domain = domain_of(pretrained)
         if target is not None and not (math.isfinite(target) and target >= 0):
             raise ConfigError(
                 f"ObjectCount: target is {target}; give the wanted number of objects, 0 or more, "

@@ -1,4 +1,4 @@
-"""Rewards of a set of images: what can be said of several only, such as fairness or diversity.
+"""Rewards of a set of images, such as fairness and diversity.
 
 After Zhang et al. 2024, "Large-scale Reinforcement Learning for Diffusion Models" (arXiv 2401.12244),
 section 3.2. Shapes: ``B`` images, ``F`` features, ``n`` images of a set.
@@ -14,8 +14,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 
 from lit_align.errors import ConfigError
 from lit_align.pretrained import SHAPES, load_whole, loading, resolve
-from lit_align.rewards.base import Reward, Scope, to_bytes
-from lit_align.rewards.clip import CLIPCosine
+from lit_align.rewards.base import Reward, Scope, domain_of, to_bytes
+from lit_align.rewards.clip import CLIP_MODEL, CLIPCosine
 from lit_align.shapes import CLASSIFIER as SHAPES_CLASSIFIER
 
 Credit = Literal["leave_one_out", "shared"]
@@ -24,21 +24,21 @@ Credit = Literal["leave_one_out", "shared"]
 class SetReward(Reward):
     """A reward ``R(S)`` of a set ``S`` of images, shared out among them.
 
-    ``R`` is a function of the sum of the images' features and of their number, which is what a subclass
-    gives. Two rules say what one image gets:
+    ``R`` is a function of the sum of the images' features and of their number; a subclass gives the features
+    and the function. Two rules say what one image gets:
 
-    - ``shared``: ``R(S)``, the same for all, which is the paper's rule. A baseline that is the mean of the
-      set takes all of it away: a prompt's set needs a normaliser over the batch (``BatchAdvantages``), a
-      batch's one with a memory (``PerPromptAdvantages``), which only prompts that come again have.
-    - ``leave_one_out``: ``R(S) - R(S without i)``, what the set owes to the image. The expected policy
-      gradient is the same, since the second term does not depend on image ``i``; its variance was
-      3.5 times smaller with sixteen images and four uneven classes (a test). Our own addition.
+    - ``shared``: ``R(S)``, the same for all, which is the paper's rule. A baseline that subtracts the mean of
+      the set cancels it: the set of a prompt needs a normaliser over the batch (``BatchAdvantages``), the set
+      of a batch one with a memory (``PerPromptAdvantages``) and prompts that come again.
+    - ``leave_one_out``: ``R(S) - R(S without i)``. The expected policy gradient is the same, since the second
+      term does not depend on image ``i``; its variance was 3.5 times smaller with sixteen images and four
+      uneven classes (a test). Our own addition.
 
-    An image whose features are not finite is in no set: it has no score. The others of its prompt have, if
+    An image whose features are not finite is in no set and has no score. The others of its set have one if
     at least :attr:`smallest` are left.
 
-    What is reported of an image is ``R(S)`` under both rules: a mean of leave-one-out credits says nothing
-    of the set (that of :class:`PairwiseDiversity` is always 0).
+    What is reported of an image is ``R(S)`` under both rules: a mean of leave-one-out credits does not
+    describe the set (that of :class:`PairwiseDiversity` is always 0).
 
     With the scope ``"batch"`` the set is the whole batch, of all processes: then every process must score as
     often as the others. In validation and test that is one batch of ``eval_batch`` images times the
@@ -51,8 +51,8 @@ class SetReward(Reward):
         ConfigError: There is no such rule.
     """
 
-    differentiable: ClassVar[bool] = False
-    scope: ClassVar[Scope] = "group"
+    differentiable = False
+    scope: Scope = "group"
     DEFINED_FROM: ClassVar[int]
     """Images from which ``R`` is defined."""
 
@@ -138,13 +138,14 @@ class StatisticalParity(SetReward):
     for equal shares: sets of few images overshoot another target, ``E[SP^2]`` being least at ``p = (n u -
     1/C) / (n - 1)`` (.73, .09, .09, .09 for .7, .1, .1, .1 and sixteen images).
 
-    The default classifier names the colour of the objects of Shapes, to find and remove the bias of prompts
-    that leave it open. The paper's use is skin tone (four classes, by a model that was never released). Such
-    a classifier sees the look of an image, never a person's ethnicity or identity. Whoever trains on one
-    should take a scale that was made for it, such as the ten tones of Monk's (Monk 2019, skintone.google),
-    rather than one that crowds dark tones together; check its errors for every tone on generated images,
-    since what it mistakes is what the policy will learn to show; choose ``target`` for a reason and state it;
-    report the share of images without a score; and look at the images: a stereotyped one counts as fair.
+    The paper's classifier, of four skin tones, was never released, so there is no default. The bundled one of
+    Shapes names the colour of the objects, to find and remove the bias of prompts that leave it open.
+
+    A classifier of skin tones sees the look of an image, never a person's ethnicity or identity. Before you
+    train on one: take a scale that was made for the purpose, such as the ten tones of Monk's (Monk 2019,
+    skintone.google), not one with few dark tones; measure its errors for every tone on generated images,
+    since the policy learns them; state why you chose ``target``; report the share of images without a score;
+    and look at the images, since a stereotype counts as fair.
 
     Args:
         pretrained: ``"shapes"``, a folder with any transformers image classifier and its image processor, or
@@ -166,7 +167,7 @@ class StatisticalParity(SetReward):
 
     def __init__(
         self,
-        pretrained: str = "shapes",
+        pretrained: str,
         target: dict[str, float] | None = None,
         ignore: list[str] | None = None,
         min_confidence: float = 0.5,
@@ -174,6 +175,7 @@ class StatisticalParity(SetReward):
         credit: Credit = "leave_one_out",
     ) -> None:
         super().__init__(credit)
+        self.domain = domain_of(pretrained)
         if not 0 <= min_confidence <= 1:
             raise ConfigError(
                 f"min_confidence: {min_confidence} is no probability; with more than 1 no image has a class"
@@ -223,7 +225,7 @@ class StatisticalParity(SetReward):
 class BatchStatisticalParity(StatisticalParity):
     """:class:`StatisticalParity` over all images of a batch, whatever their prompts."""
 
-    scope: ClassVar[Scope] = "batch"
+    scope: Scope = "batch"
 
 
 class PairwiseDiversity(SetReward):
@@ -232,7 +234,7 @@ class PairwiseDiversity(SetReward):
     In [0, 2]; 0 where all images look alike to CLIP. One alone has none.
 
     Args:
-        pretrained: ``"shapes"``, a folder with a transformers ``CLIPModel``, or a hub id.
+        pretrained: A hub id, a folder with a transformers ``CLIPModel``, or ``"shapes"`` for the bundled one.
         credit: See :class:`SetReward`.
 
     Raises:
@@ -241,8 +243,9 @@ class PairwiseDiversity(SetReward):
 
     DEFINED_FROM: ClassVar[int] = 2
 
-    def __init__(self, pretrained: str = "shapes", credit: Credit = "leave_one_out") -> None:
+    def __init__(self, pretrained: str = CLIP_MODEL, credit: Credit = "leave_one_out") -> None:
         super().__init__(credit)
+        self.domain = domain_of(pretrained)
         self.clip = CLIPCosine(pretrained)
         self.freeze()
 
@@ -258,7 +261,7 @@ class PairwiseDiversity(SetReward):
 class BatchPairwiseDiversity(PairwiseDiversity):
     """:class:`PairwiseDiversity` over all images of a batch, whatever their prompts."""
 
-    scope: ClassVar[Scope] = "batch"
+    scope: Scope = "batch"
 
 
 def _target(labels: list[str], ignored: set[str], target: dict[str, float] | None) -> list[float]:

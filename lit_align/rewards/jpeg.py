@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_align.errors import ConfigError
-from lit_align.rewards.base import Reward, Scope
+from lit_align.rewards.base import Reward
 
 LUMA = (
     *(16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55),
@@ -60,8 +60,8 @@ class SoftJPEGIncompressibility(Reward):
         ConfigError: There is no such quality.
     """
 
-    differentiable: ClassVar[bool] = True
-    scope: ClassVar[Scope] = "sample"
+    differentiable = True
+    scope = "sample"
     sign: ClassVar[float] = 1.0
     luma: Tensor
     chroma: Tensor

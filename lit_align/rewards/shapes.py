@@ -20,6 +20,8 @@ class ShapesTruth(BlackBoxReward):
         ConfigError: On scoring, for a prompt that is not of the Shapes grammar or an image of another size.
     """
 
+    domain = "shapes"
+
     def __init__(self, whole: bool = False) -> None:
         super().__init__()
         self.whole = whole

@@ -39,7 +39,7 @@ def prompts_of(source: dict[str, Any], split: str, count: int, **sources: Any) -
 
 def least_parity(prompts: Sequence[str], draws: int, images: int = 16) -> float:
     """Mean statistical parity of sets of images with even colours."""
-    rng, reward, names = np.random.default_rng(0), StatisticalParity(), list(COLOURS)
+    rng, reward, names = np.random.default_rng(0), StatisticalParity("shapes"), list(COLOURS)
     found = []
     for prompt in prompts:
         allowed = [i for i, name in enumerate(names) if name != parse(prompt).background]
@@ -54,11 +54,11 @@ def score_of_renders(prompts: Sequence[str], renders: int) -> float:
     rng, repeated = np.random.default_rng(0), [prompt for prompt in prompts for _ in range(renders)]
     renders_of = [render(sample_scene(parse(prompt), rng)) for prompt in repeated]
     images = torch.from_numpy(np.stack(renders_of)).permute(0, 3, 1, 2).float() / 255
-    return float(ObjectPresence()(images, repeated).mean())
+    return float(ObjectPresence("shapes")(images, repeated).mean())
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Compute and print; returns the figures."""
+    """Compute and print; returns the metrics."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--prompts", type=int, default=128, help="of two objects; of fairness at most 32")
     parser.add_argument("--renders", type=int, default=4, help="true images of a prompt")

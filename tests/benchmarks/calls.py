@@ -50,10 +50,10 @@ def parts(module: LightningModule, batch: Batch) -> tuple[Part, ...]:
 @parts.register
 def ddpo(module: DDPOModule, batch: Batch) -> tuple[Part, ...]:
     """T forwards and a decode an image, a gradient a replayed pair; KL on the first image of a prompt."""
-    width = 1 if module.guidance == 1 else 2
-    images, chunk = len(batch), min(module.rollout_batch, len(batch))
+    width = 1 if module.sampling.guidance == 1 else 2
+    images, chunk = len(batch), min(module.sampling.batch, len(batch))
     pairs = images * module.steps_per_image
-    micro = min(module.micro_batch, pairs // module.updates) * width
+    micro = min(module.optimisation.micro_batch, pairs // module.updates) * width
     replayed = width * pairs * module.inner_epochs
     sampling = Calls("forward", width * images * module.sampler.num_steps, width * chunk)
     decoding = Calls("decode", images, min(module.backbone.decode_batch, chunk))
@@ -65,7 +65,7 @@ def ddpo(module: DDPOModule, batch: Batch) -> tuple[Part, ...]:
     return (
         Part("sampling", "sample", (sampling, decoding)),
         Part("rewards", "score"),
-        Part("updates", "_learn", tuple(learning)),
+        Part("updates", "update", tuple(learning)),
         # Without a target the KL is only reported, which no algorithm asks for.
         Part("KL of the step", "look_back", measured if module.kl_target else ()),
     )
@@ -79,7 +79,7 @@ def alignprop(module: AlignPropModule, batch: Batch) -> tuple[Part, ...]:
     too, runs inside the update.
     """
     width, steps, ends = (
-        1 if module.guidance == 1 else 2,
+        1 if module.sampling.guidance == 1 else 2,
         module.sampler.num_steps,
         1 + module.truncation.copies,
     )
@@ -87,7 +87,7 @@ def alignprop(module: AlignPropModule, batch: Batch) -> tuple[Part, ...]:
     drawn = torch.stack([module.truncation.attached(steps, draw) for draw in draws])
     # A one-shot ends the chain at its attached step.
     taken = int((drawn.int().argmax(1) + 1).sum()) if module.truncation.one_shot else steps * len(batch)
-    attached, micro = int(drawn.sum()), min(module.micro_batch, len(batch))
+    attached, micro = int(drawn.sum()), min(module.optimisation.micro_batch, len(batch))
     predicted = attached * (2 if module.kl_weight else 1) + len(batch) * module.truncation.copies
     calls = (
         Calls("forward", width * (taken - attached), width * micro),
@@ -103,35 +103,37 @@ def prdp(module: PRDPModule, batch: Batch) -> tuple[Part, ...]:
 
     The first update of a rollout batch needs no first pass: the weights are those that sampled.
     """
-    width = 1 if module.guidance == 1 else 2
-    images, chunk = len(batch), min(module.rollout_batch, len(batch))
+    width = 1 if module.sampling.guidance == 1 else 2
+    images, chunk = len(batch), min(module.sampling.batch, len(batch))
     pairs = images * len(module.stochastic_steps)
     part, passed = pairs // module.updates, pairs * module.inner_epochs
     sampling = Calls("forward", width * images * module.sampler.num_steps, width * chunk)
     decoding = Calls("decode", images, min(module.backbone.decode_batch, chunk))
-    compared = Calls("forward", width * pairs, width * min(module.rollout_batch, pairs))
-    first = Calls("forward", width * (passed - part), width * min(module.rollout_batch, part))
-    second = Calls("gradient", width * passed, width * min(module.micro_batch, part))
+    compared = Calls("forward", width * pairs, width * min(module.sampling.batch, pairs))
+    first = Calls("forward", width * (passed - part), width * min(module.sampling.batch, part))
+    second = Calls("gradient", width * passed, width * min(module.optimisation.micro_batch, part))
     return (
         Part("sampling", "sample", (sampling, decoding)),
         Part("rewards", "score"),
         Part("reference", "_compare", (compared,)),
         Part("updates", "_learn", tuple(call for call in (first, second) if call.rows)),
         # Only reported: no algorithm asks for it.
-        Part("KL of the step", "_measure_move"),
+        Part("KL of the step", "_move"),
     )
 
 
 @parts.register
 def msdda(module: MSDDAModule, batch: Batch) -> tuple[Part, ...]:
     """T forwards of the reference and a decode an image, for all experts; a gradient a pair and expert."""
-    width = 1 if module.guidance == 1 else 2
-    images, chunk = len(batch), min(module.rollout_batch, len(batch))
+    width = 1 if module.sampling.guidance == 1 else 2
+    images, chunk = len(batch), min(module.sampling.batch, len(batch))
     pairs = images * module.steps_per_image
     sampling = Calls("forward", width * images * module.sampler.num_steps, width * chunk)
     decoding = Calls("decode", images, min(module.backbone.decode_batch, chunk))
     learnt = width * pairs * module.inner_epochs * len(module.trained)
-    learning = Calls("gradient", learnt, width * min(module.micro_batch, pairs // module.updates))
+    learning = Calls(
+        "gradient", learnt, width * min(module.optimisation.micro_batch, pairs // module.updates)
+    )
     return (
         Part("sampling", "sample", (sampling, decoding)),
         Part("rewards", "score"),
@@ -142,28 +144,28 @@ def msdda(module: MSDDAModule, batch: Batch) -> tuple[Part, ...]:
 @parts.register
 def sft(module: SFTModule, batch: PairBatch) -> tuple[Part, ...]:
     """A gradient an image; that it is encoded by the VAE once has no floor here."""
-    gradient = Calls("gradient", len(batch), min(module.micro_batch, len(batch)))
+    gradient = Calls("gradient", len(batch), min(module.optimisation.micro_batch, len(batch)))
     return Part("winners", "prepare"), Part("update", "update", (gradient,))
 
 
 @parts.register
 def dpo(module: DPOModule, batch: PairBatch) -> tuple[Part, ...]:
     """A gradient an image, and a forward by the reference."""
-    comparing = _compared(2 * len(batch), 2 * module.micro_batch)
+    comparing = _compared(2 * len(batch), 2 * module.optimisation.micro_batch)
     return Part("pairs", "prepare"), Part("update", "update", comparing)
 
 
 @parts.register
 def spin(module: SPINModule, batch: PairBatch) -> tuple[Part, ...]:
-    """As Diffusion-DPO, and T forwards for each image of the opponent: give --model.init_args.steps 1.
+    """As Diffusion-DPO, and T forwards for each image of the opponent: give --model.steps 1.
 
     Then every rollout batch begins an iteration (of which there must be enough) and draws its own pool.
     """
     width = 1 if module.opponent_guidance == 1 else 2
-    pairs, chunk = len(batch), min(module.rollout_batch, len(batch))
+    pairs, chunk = len(batch), min(module.sampling.batch, len(batch))
     playing = Calls("forward", width * pairs * module.sampler.num_steps, width * chunk)
     times, size = (width * int(module.sampler.stochastic.sum()), width) if module.exact else (1, 1)
-    comparing = _compared(2 * pairs * times, 2 * size * module.micro_batch)
+    comparing = _compared(2 * pairs * times, 2 * size * module.optimisation.micro_batch)
     return (
         Part("opponent's images", "_fill_pool", (playing,)),
         Part("pairs", "prepare"),
@@ -176,9 +178,9 @@ def _compared(rows: int, size: int) -> tuple[Calls, ...]:
     return Calls("gradient", rows, min(rows, size)), Calls("forward", rows, min(rows, size))
 
 
-def bare_call(module: Any, kind: Kind, size: int, prompts: list[str]) -> Callable[[], object]:
-    """One call at a batch of ``size`` rows, with its inputs made beforehand."""
-    backbone, unet = module.backbone, module.backbone.unet
+def bare_call(module: Any, kind: Kind, size: int, prompts: list[str], weights: str) -> Callable[[], object]:
+    """One call at a batch of ``size`` rows with a weight set, its inputs made beforehand."""
+    backbone = module.backbone
     x = torch.randn(size, *backbone.latent_shape).to(module.device)
     if kind == "decode":
         return torch.no_grad()(partial(backbone.vae.decode, x, return_dict=False))
@@ -192,14 +194,14 @@ def bare_call(module: Any, kind: Kind, size: int, prompts: list[str]) -> Callabl
         return torch.enable_grad()(decode_gradient)
     steps = module.sampler.timesteps.to(module.device)
     t = steps[torch.arange(size, device=module.device) % len(steps)]
-    states = backbone.encode([prompts[i % len(prompts)] for i in range(size)]).embeds
-    forward = partial(unet, x, t, encoder_hidden_states=states, return_dict=False)
-    if kind == "forward":
-        return torch.no_grad()(forward)
-    trained, ones = [p for p in unet.parameters() if p.requires_grad], torch.ones_like(x)
+    cond = backbone.encode([prompts[i % len(prompts)] for i in range(size)]).prompt
+    trained, ones = backbone.weight_sets.parameters_of(weights), torch.ones_like(x)
+
+    def forward() -> torch.Tensor:
+        return backbone.denoise(backbone.weight_sets.choose(weights), x, t, cond, 1.0)
 
     def gradient() -> object:
-        (prediction,) = forward()
+        prediction = forward()
         return torch.autograd.grad(prediction, trained, ones.to(prediction), allow_unused=True)
 
-    return torch.enable_grad()(gradient)
+    return torch.no_grad()(forward) if kind == "forward" else torch.enable_grad()(gradient)

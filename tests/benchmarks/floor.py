@@ -11,7 +11,7 @@ one (image, step) evaluation; guidance makes two of it. Rewards call no denoiser
 Batches and floors take turns, and both are medians over the rounds, so that a busy machine slows both. The
 batches are those of ``lit_align fit`` on one device, without validation; the first one warms up and is not
 timed. A batch of ``prompts * images`` pairs is the rollout batch of a method that learns from pairs; SPIN
-needs ``--model.init_args.steps 1`` and more iterations than rounds, so that each plays. A new method adds a
+needs ``--model.steps 1`` and more iterations than rounds, so that each plays. A new method adds a
 function to ``calls.py``.
 """
 
@@ -33,7 +33,7 @@ DDPO = Path(__file__).parents[2] / "configs" / "ddpo.yaml"
 
 
 def measure(options: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
-    """Run ``lit_align fit`` with the timer; returns its figures."""
+    """Run ``lit_align fit`` with the timer; returns what it measured."""
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "floor.json"
@@ -100,7 +100,7 @@ def show(metrics: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure and print; returns the figures."""
+    """Measure and print; returns the metrics."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", default=DDPO, help="a shipped configuration of a method")
     parser.add_argument("--rounds", type=int, default=5, help="rollout batches that are timed")

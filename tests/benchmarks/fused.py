@@ -3,7 +3,7 @@
     python -m tests.benchmarks.fused [--objectives 2] [--images 16] [--rounds 5] [--cpu_time]
 
 ``one`` is the policy of a single expert, ``fused`` that of all of them at even weights, ``one random`` the
-approximation that follows one expert a step. All sample the same noise, without decoding. Figures are medians
+approximation that follows one expert a step. All sample the same noise, without decoding. They are medians
 over the rounds; fusing ``m`` experts makes ``m`` calls of the denoiser a step, so that ``m`` is the floor of
 the ratio.
 """
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from lit_align.backbones import LoRA, StableDiffusionBackbone
-from lit_align.methods.msdda.fusion import FusedPolicy, RandomExpertPolicy, draw_choices
 from lit_align.gaussian import Policy
+from lit_align.methods.msdda.fusion import FusedPolicy, RandomExpertPolicy, draw_choices
 from lit_align.rollout import rollout
 from lit_align.samplers import DDIM
 from tests.benchmarks.machine import machine, now
@@ -51,7 +51,7 @@ def policies(options: argparse.Namespace, backbone: StableDiffusionBackbone) -> 
 
 @torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure and print; returns the figures."""
+    """Measure and print; returns the metrics."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--pretrained", default="shapes")
     for name, default in {"objectives": 2, "images": 16, "rounds": 5, "steps": 10, "rank": 8}.items():
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     backbone = StableDiffusionBackbone(options.pretrained, lora=LoRA(options.rank, options.rank))
     for i in range(options.objectives):
-        backbone.add_weights(f"expert{i}")
+        backbone.weight_sets.add(f"expert{i}")
     timed, seconds = policies(options, backbone), defaultdict(list)
     noise = torch.randn(options.images, *backbone.latent_shape)
     for turn in range(options.rounds + 1):

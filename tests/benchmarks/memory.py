@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -22,31 +22,33 @@ from rich.table import Table
 
 from lit_align.backbones import StableDiffusionBackbone
 from lit_align.data import Batch
-from lit_align.methods import AlignPropModule
+from lit_align.methods import AlignPropModule, Sampling
+from lit_align.methods.alignprop import FixedWindow
 from lit_align.rewards import CLIPScore, RewardBank
 from lit_align.samplers import DDIM
-from lit_align.methods.alignprop.truncation import FixedWindow
 from tests.benchmarks.machine import each_alone, machine, now, peak_bytes, reset_peak
 
+Checkpointing = Literal["none", "prediction"]
 
-def measure(options: argparse.Namespace, steps: int, checkpointing: bool) -> dict[str, Any]:
+
+def measure(options: argparse.Namespace, steps: int, checkpointing: Checkpointing) -> dict[str, Any]:
     """Peak bytes and seconds of one micro-batch whose last ``steps`` predictions are attached."""
     module = AlignPropModule(
         StableDiffusionBackbone(options.pretrained, checkpointing=checkpointing),
         partial(DDIM, num_steps=max(options.steps), eta=1.0),
-        RewardBank({"clip": CLIPScore()}, {"clip": 1.0}),
+        RewardBank({"clip": CLIPScore("shapes")}, {"clip": 1.0}),
         FixedWindow(steps),
-        guidance=options.guidance,
-        seed=0,
+        sampling=Sampling(guidance=options.guidance, seed=0),
     ).to(options.device)
     index = torch.arange(options.images)
     batch = Batch([f"a red circle and {i} blue squares" for i in index.tolist()], index, index=index)
+    cond = module.backbone.encode(batch.prompts)
     attached = torch.arange(max(options.steps)) >= max(options.steps) - steps
     reset_peak()
     before = peak_bytes()
     for _ in range(2):
         started = now(module, cpu_time=module.device.type == "cpu")
-        latents, _ = module.differentiable_sample(batch, attached[:, None].expand(-1, len(batch)))
+        latents, _ = module.differentiable_sample(batch, cond, attached[:, None].expand(-1, len(batch)))
         module.rewards(module.backbone.decode(latents), batch.prompts).total.sum().backward()
         seconds = now(module, cpu_time=module.device.type == "cpu") - started
     peak = peak_bytes() - before
@@ -78,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON file for the metrics")
     options = parser.parse_args(arguments)
-    kinds = product((False, True), options.steps)
+    kinds = product(("none", "prediction"), options.steps)
     cells = each_alone(partial(measure, options, steps, checkpointing) for checkpointing, steps in kinds)
     show(cells, options.images)
     if options.out:

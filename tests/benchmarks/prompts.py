@@ -6,7 +6,7 @@ Makes the prompts in shards of 10^6 rows in a temporary folder, which also holds
 the end; a tenth of the rows repeat an earlier prompt and one in a thousand is empty. For each size two
 processes run after one another:
 
-*first start*: seconds to read the files (above 16 MB: copy them into the cache as Arrow) and to index them,
+*first start*: seconds to read the files (copy them into the cache as Arrow) and to index them,
 and how much private memory was added at most meanwhile.
 
 *later start*: the files are put out of the page cache where the system allows it. Seconds from making the
@@ -89,11 +89,11 @@ def monitored() -> Iterator[list[float]]:
         while not done.wait(0.05):
             seen.append(private_mb())
 
-    watcher = threading.Thread(target=monitor)
-    watcher.start()
+    thread = threading.Thread(target=monitor)
+    thread.start()
     yield seen
     done.set()
-    watcher.join()
+    thread.join()
 
 
 def first_start(source: type[PromptSource], path: str) -> dict[str, float]:

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from tests.benchmarks.harness.metrics import copy_images, plot_curves
 
-from lit_align.callbacks.folder import write
+from lit_align.callbacks.files import write
 from lit_align.errors import ConfigError
 from tests.benchmarks.harness.plan import ROOT, Cell, Plan, load_plan
+from tests.benchmarks.harness.plots import copy_images, plot_curves
 from tests.benchmarks.harness.record import images, stored
 from tests.benchmarks.harness.report import markdown, verdict
 from tests.benchmarks.harness.run import Launch, Subprocesses, run_cells

@@ -8,7 +8,7 @@ from tests.benchmarks.floor import main
 
 ROOT = Path(__file__).parents[2]
 PROMPTS, IMAGES = 2, 2
-STEPS, REPLAYED = 10, 4  # of configs/ddpo.yaml: steps of an image, and those of them that an update replays
+STEPS, REPLAYED = 5, 2  # steps of an image, and those of the four with noise that an update replays
 
 
 def test_alignprop_counts_attached_predictions_and_decodings_with_a_gradient(
@@ -19,11 +19,11 @@ def test_alignprop_counts_attached_predictions_and_decodings_with_a_gradient(
     sizes = ["--rounds", "1", "--prompts", "4", "--images", "1", "--sizes", "4", "--cpu_time"]
     options = [
         "--trainer.accelerator=cpu",
-        "--model.init_args.backbone.init_args.checkpointing=false",  # no prediction is made twice
-        "--model.init_args.truncation=FixedWindow",
-        "--model.init_args.truncation.init_args.steps=2",
-        "--model.init_args.sampler.init_args.num_steps=3",
-        "--model.init_args.sampler.init_args.noisy_steps=3",
+        "--model.backbone.checkpointing=none",  # no prediction is made twice
+        "--model.truncation=FixedWindow",
+        "--model.truncation.init_args.steps=2",
+        "--model.sampler.init_args.num_steps=3",
+        "--model.sampler.init_args.noisy_steps=3",
     ]
     metrics = main(["--config", str(ROOT / "configs" / "alignprop.yaml"), *sizes, *options])
     (update,) = (row for row in metrics["parts"] if row["calls"])
@@ -40,9 +40,9 @@ def test_the_floor_counts_the_calls_on_pairs(method: str, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["floor"])
     sizes = ["--rounds", "1", "--prompts", "3", "--images", "1", "--sizes", "4", "--cpu_time"]
-    options = ["--trainer.accelerator=cpu", "--model.init_args.micro_batch=2"]
+    options = ["--trainer.accelerator=cpu", "--model.optimisation.micro_batch=2"]
     if method == "spin":
-        options += ["--model.init_args.steps=1", "--model.init_args.sampler.init_args.num_steps=3"]
+        options += ["--model.steps=1", "--model.sampler.init_args.num_steps=3"]
     metrics = main(["--config", str(ROOT / "configs" / f"{method}.yaml"), *sizes, *options])
     counted = {
         (row["part"], call["kind"]): (call["rows"], call["seen"])
@@ -63,7 +63,7 @@ GUIDED = pytest.param(2, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("width", [1, GUIDED], ids=["no guidance", "guidance"])
-def test_the_floor_counts_the_calls_of_a_real_collection(width: int, tmp_path: Path, monkeypatch):
+def test_the_floor_counts_the_calls_of_a_real_rollout_batch(width: int, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["floor"])
     metrics = main(
@@ -80,7 +80,8 @@ def test_the_floor_counts_the_calls_of_a_real_collection(width: int, tmp_path: P
                 "--cpu_time",
             ),
             "--trainer.accelerator=cpu",
-            f"--model.init_args.guidance={float(width)}",
+            f"--model.sampling.guidance={float(width)}",
+            f"--model.sampler.init_args={{num_steps: {STEPS}, noisy_steps: 4}}",
         ]
     )
     images = PROMPTS * IMAGES

@@ -57,10 +57,16 @@ def in_process(arguments: list[str], log: Path, keep: int) -> int:
 
 
 @pytest.fixture
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+def plan(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Two seeds of DDPO on a tiny model, with simple rewards under the names of the shipped ones."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lit_align"])
-    return load_plan(write_plan(tmp_path))
+    rewards = {"truth": {"class_path": "Brightness"}, "clip": {"class_path": "Redness"}}
+    model = {
+        "model.init_args.backbone.init_args.pretrained": str(tiny),
+        "model.init_args.rewards.init_args.rewards": rewards,
+    }
+    return load_plan(write_plan(tmp_path, budget=TINY | model))
 
 
 def run(plan: Plan, folder: Path, launch: Any = in_process) -> dict[str, str]:
@@ -73,7 +79,7 @@ def read(folder: Path, seed: int) -> dict[str, Any]:
 
 def test_a_plan_that_was_interrupted_ends_as_the_one_that_was_not(plan, tmp_path, monkeypatch, capsys):
     plan = replace(plan, compare=[["ddpo", "ddpo"]])
-    assert run(plan, tmp_path / "whole") == {}
+    assert run(replace(plan, seeds=[1]), tmp_path / "whole") == {}
     with monkeypatch.context() as patch:
         collect, calls = DDPOModule.collect, []
 
@@ -106,7 +112,7 @@ def test_a_plan_that_was_interrupted_ends_as_the_one_that_was_not(plan, tmp_path
     assert whole["curves"]["val/truth"][-1][1] == pytest.approx(whole["validation"]["truth"]["after"])
     assert whole["test"]["reward"]["num_pairs"] == 4
     assert whole["images"] == 8
-    assert read(tmp_path / "whole", 2)["test"] != whole["test"]
+    assert read(tmp_path / "cut", 2)["test"] != whole["test"]
 
     results = tmp_path / "cut" / "results"
     table = (results / "tiny.md").read_text()
@@ -117,32 +123,6 @@ def test_a_plan_that_was_interrupted_ends_as_the_one_that_was_not(plan, tmp_path
     for image in ("tiny.png", "tiny/ddpo_before.png", "tiny/ddpo_after.png"):
         assert image in table
         assert (results / image).stat().st_size > 1000
-
-
-def test_a_cell_can_be_tested_on_the_prompts_that_it_was_trained_on_too(plan, tmp_path):
-    seen = ["--data.init_args.test_split=train", "--data.init_args.test_prompts=3"]
-    also = replace(plan, also={"seen": seen}, seeds=[1])
-    assert also.cells()[0].fingerprint("") != replace(also, also={}).cells()[0].fingerprint("")
-    assert run(also, tmp_path) == {}
-    found = read(tmp_path, 1)
-    assert [name.split()[3] for name in found["commands"]] == ["fit", "test", "test"]
-    assert found["test"]["reward"]["num_pairs"] == 4
-    assert found["also"]["seen"]["reward"]["num_pairs"] == 6
-    table = (tmp_path / "results" / "tiny.md").read_text()
-    assert f"seen, `{' '.join(seen)}`:" in table
-    assert f"{found['also']['seen']['reward']['after']:.3f} (" in table
-    rows = (tmp_path / "results" / "tiny" / "ddpo_seed1.csv").read_text().splitlines()
-    assert len(rows) == 5  # of the test proper
-
-    more = replace(also, also={"seen": seen, "warm": ["--data.init_args.test_prompts=2"]})
-    assert run(more, tmp_path) == {}  # the fit and the first further test stand; what follows is run
-    again = read(tmp_path, 1)
-    assert again["commands"][:2] == found["commands"][:2]
-    assert [name.split()[3] for name in again["commands"]] == ["fit", "test", "test", "test"]
-    assert again["also"]["seen"] == found["also"]["seen"]
-    assert again["also"]["warm"]["reward"]["num_pairs"] == 4
-    assert again["test"] == found["test"]
-    assert again["fingerprint"] != found["fingerprint"]
 
 
 def made_up_sweep(lead: float) -> dict[str, Any]:
@@ -184,13 +164,15 @@ def test_sweeps_of_several_seeds_are_pooled():
     ]
 
 
-def test_what_a_sweep_left_is_that_of_the_test_proper(plan, tmp_path):
+def test_a_longer_run_goes_on_from_a_shorter_one_and_is_tested_further(plan, tmp_path):
+    """As if it had never stopped; what a sweep left is that of the test proper."""
+
     def launch(arguments: list[str], log: Path, keep: int) -> int:
-        """Does nothing but write a sweep, where a test would: beside any that is there."""
+        """Writes a sweep after a test, where one would be: beside any that is there."""
         status = in_process(arguments, log, keep)
         if arguments[0] == "test" and status == 0:
             cell = next(a for a in arguments if "logger.init_args.name" in a).partition("=")[2]
-            run_folder = tmp_path / "runs" / "tiny" / cell / "version_0"
+            run_folder = tmp_path / "further" / "runs" / "tiny" / cell / "version_0"
             place = run_folder / ("sweep-2" if (run_folder / "sweep").exists() else "sweep")
             place.mkdir()
             (place / "sweep.json").write_text(
@@ -198,40 +180,50 @@ def test_what_a_sweep_left_is_that_of_the_test_proper(plan, tmp_path):
             )
         return status
 
-    longer = {"ddpo": ["configs/ddpo.yaml", "--trainer.max_epochs=1"], "more": ["configs/ddpo.yaml"]}
-    sizes = {name: value for name, value in TINY.items() if name != "trainer.max_epochs"}
-    both = replace(
-        plan,
-        configs=longer,
-        budget=sizes,
-        continues={"more": "ddpo"},
-        also={"seen": ["--data.init_args.test_split=train"]},
-        seeds=[1],
-    )
-    both.configs["more"].append("--trainer.max_epochs=2")
-    assert run(both, tmp_path, launch) == {}
-    for name in ("ddpo", "more"):
-        found = json.loads((tmp_path / "results" / "tiny" / f"{name}_seed1.json").read_text())
-        assert found["sweep"] == made_up_sweep(0.0)
+    def found(which: str, config: str) -> dict[str, Any]:
+        return json.loads((tmp_path / which / f"results/tiny/{config}_seed1.json").read_text())
 
+    def stages(result: dict[str, Any]) -> list[str]:
+        return [command.split()[3] for command in result["commands"]]
 
-def test_a_longer_run_goes_on_from_a_shorter_one_as_if_it_had_never_stopped(plan, tmp_path):
-    sizes = {name: value for name, value in TINY.items() if name != "trainer.max_epochs"}
+    sizes = {name: value for name, value in plan.budget.items() if name != "trainer.max_epochs"}
     configs = {f"ddpo_{n}": ["configs/ddpo.yaml", f"--trainer.max_epochs={n}"] for n in (1, 2)}
-    plan = replace(plan, configs=configs, budget=sizes, seeds=[1])
-    assert run(plan, tmp_path / "apart") == {}
-    assert run(replace(plan, continues={"ddpo_2": "ddpo_1"}), tmp_path / "further") == {}
-    apart, further = (
-        json.loads((tmp_path / which / "results/tiny/ddpo_2_seed1.json").read_text())
-        for which in ("apart", "further")
-    )
+    alone = replace(plan, configs={"ddpo_2": configs["ddpo_2"]}, budget=sizes, seeds=[1])
+    assert run(alone, tmp_path / "apart") == {}
+    # A cell can be tested on the prompts that it was trained on too.
+    seen = ["--data.init_args.test_split=train", "--data.init_args.test_prompts=3"]
+    both = replace(alone, configs=configs, continues={"ddpo_2": "ddpo_1"}, also={"seen": seen})
+    assert both.cells()[1].fingerprint("") != alone.cells()[0].fingerprint("")
+    assert run(both, tmp_path / "further", launch) == {}
+
+    apart, further = found("apart", "ddpo_2"), found("further", "ddpo_2")
     for part in ("validation", "test", "curves", "images"):
         assert apart[part] == further[part], part
-    assert len(apart["commands"]) == 2
+    assert stages(apart) == ["fit", "test"]
+    assert stages(further) == ["fit", "fit", "test", "test"]
     assert "--trainer.max_epochs=1" in further["commands"][0]
     assert "--ckpt_path" in further["commands"][1]
-    assert len(further["commands"]) == 3
     assert further["seconds"]["fit"] > 0
+    assert further["sweep"] == found("further", "ddpo_1")["sweep"] == made_up_sweep(0.0)
+    assert further["test"]["reward"]["num_pairs"] == 4
+    assert further["also"]["seen"]["reward"]["num_pairs"] == 6
+    table = (tmp_path / "further" / "results" / "tiny.md").read_text()
+    assert f"seen, `{' '.join(seen)}`:" in table
+    assert f"{further['also']['seen']['reward']['after']:.3f} (" in table
+    rows = (tmp_path / "further" / "results" / "tiny" / "ddpo_2_seed1.csv").read_text().splitlines()
+    assert len(rows) == 5  # of the test proper
+
+    # The fit and the first further test stand; what follows another one is run.
+    more = replace(both, also={"seen": seen, "warm": ["--data.init_args.test_prompts=2"]})
+    more.configs.pop("ddpo_1")
+    assert run(replace(more, continues={}), tmp_path / "further", launch) == {}
+    again = found("further", "ddpo_2")
+    assert again["commands"][:3] == further["commands"][:3]
+    assert stages(again) == ["fit", "fit", "test", "test", "test"]
+    assert again["also"]["seen"] == further["also"]["seen"]
+    assert again["also"]["warm"]["reward"]["num_pairs"] == 4
+    assert again["test"] == further["test"]
+    assert again["fingerprint"] != further["fingerprint"]
 
 
 def test_a_cell_runs_again_when_its_settings_change_and_others_go_on_after_a_failure(tmp_path):
@@ -280,7 +272,7 @@ def test_a_cell_runs_again_when_its_settings_change_and_others_go_on_after_a_fai
         ({"compare": [["ddpo", "prdp"]]}, "no prdp in configs: ddpo"),
         ({"towards": {"prdp": {"reward": {"test": 1.0}}}}, "no prdp in configs: ddpo"),
         ({"towards": {"ddpo": {"reward": {"seen": 1.0}}}}, "no seen in also"),
-        ({"side_by_side": {"test": "seen"}}, "side_by_side has .*give metrics, joint, test"),
+        ({"side_by_side": {"test": "seen"}}, "side_by_side has .*give joint, metrics, test"),
         (
             {
                 "also": {"seen": []},
@@ -343,7 +335,7 @@ def test_verdicts(others, says):
 
 
 def made_up(config: str, seed: int, **gains: float) -> dict[str, Any]:
-    """A result whose further test raised each figure from 0.5 by so much, with an error of 0.1."""
+    """A result whose further test raised each metric from 0.5 by so much, with an error of 0.1."""
     metrics = {
         f"reward/{name}": {"before": 0.5, "after": 0.5 + by, "difference": by, "standard_error": 0.1}
         for name, by in gains.items()

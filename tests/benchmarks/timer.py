@@ -26,7 +26,7 @@ class FloorTimer(Callback):
     """Times the parts of every rollout batch of a fit, and their floors between the rollout batches.
 
     Args:
-        out: JSON file for the figures.
+        out: JSON file for what was measured.
         sizes: Batch sizes to try for the floor.
         cpu_time: Count the CPU seconds of the process instead of the clock's.
     """
@@ -34,6 +34,7 @@ class FloorTimer(Callback):
     def __init__(self, out: str, sizes: list[int], cpu_time: bool = False) -> None:
         self.out, self.sizes, self.cpu_time = Path(out), sizes, cpu_time
         self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.spent: Counter[str] = Counter()  # in the parts of the rollout batch in progress
         self.floors: dict[tuple[Calls, int], list[float]] = defaultdict(list)
         self.seen: dict[str, Counter[str]] = defaultdict(Counter)
         self.peak = {"before the fit": 0, "rollout batch": 0, "bare calls": 0}
@@ -53,6 +54,7 @@ class FloorTimer(Callback):
             with trainer.precision_plugin.forward_context():
                 self._floor(pl_module, batch.prompts)
         self.seen.clear()
+        self.spent.clear()
         self.current = OTHER
         reset_peak()
         self.started = self._now(pl_module)
@@ -80,14 +82,15 @@ class FloorTimer(Callback):
             if self.current:  # not in the bare calls themselves
                 self.seen[self.current][kind] += len(inputs[0])
 
-        module.backbone.unet.register_forward_pre_hook(partial(count, False))
+        for network in module.backbone.weight_sets.networks.values():
+            network.register_forward_pre_hook(partial(count, False))
         module.backbone.vae.decoder.register_forward_pre_hook(partial(count, True))
 
     def _timed(self, module: Any, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **named: Any) -> Any:
             self.current, started = name, self._now(module)
             result = method(*arguments, **named)
-            self.seconds[name].append(self._now(module) - started)
+            self.spent[name] += self._now(module) - started
             self.current = OTHER
             return result
 
@@ -96,17 +99,15 @@ class FloorTimer(Callback):
     def _end(self, module: Any, ended: int) -> None:
         """Close a rollout batch; the first only warms up, and comes before any floor."""
         self.current = None
-        self.seconds["rollout batch"].append(self._now(module) - self.started)
+        self.spent["rollout batch"] = self._now(module) - self.started
+        for name in self._names():
+            self.seconds[name].append(self.spent[name])
         self.peak["rollout batch"] = max(self.peak["rollout batch"], peak_bytes())
         if ended == 1:
             self.seconds.clear()
 
     def _floor(self, module: Any, prompts: list[str]) -> None:
         """Time all calls once at our batch sizes, and once at the fastest ones."""
-        with torch.no_grad():  # a prediction chooses the trained weight set for the bare calls that follow
-            x = torch.zeros(1, *module.backbone.latent_shape, device=module.device)
-            trained = module.trained[0] if isinstance(module, MSDDAModule) else POLICY
-            module.backbone.predict(x, 0, module.backbone.encode(prompts[:1]), weights=trained)
         calls = [call for part in self.parts for call in part.calls]
         if not self.fastest:
             for kind in dict.fromkeys(call.kind for call in calls):
@@ -120,7 +121,8 @@ class FloorTimer(Callback):
 
     def _time(self, module: Any, wanted: Sequence[tuple[Calls, int]], prompts: list[str]) -> None:
         for call, size in wanted:
-            run, repeats = bare_call(module, call.kind, size, prompts), math.ceil(call.rows / size)
+            run = bare_call(module, call.kind, size, prompts, _trained(module))
+            repeats = math.ceil(call.rows / size)
             started = self._now(module)
             for _ in range(repeats):
                 run()
@@ -128,7 +130,7 @@ class FloorTimer(Callback):
 
     def _find_fastest(self, module: Any, kind: Kind, prompts: list[str]) -> int:
         """The size with the least time per row: the best of two turns, after one to warm up."""
-        runs = {size: bare_call(module, kind, size, prompts) for size in self.sizes}
+        runs = {size: bare_call(module, kind, size, prompts, _trained(module)) for size in self.sizes}
         turns: dict[int, list[float]] = defaultdict(list)
         for _ in range(3):
             for size, run in runs.items():
@@ -174,3 +176,8 @@ class FloorTimer(Callback):
             calls.append(vars(call) | {"seen": self.seen[part.name][call.kind], "seconds_by_size": times})
         seconds = median(self.seconds[part.name])
         return {"part": part.name, "calls": calls, "seconds": seconds, "floor": floor}
+
+
+def _trained(module: Any) -> str:
+    """The weight set of the bare calls: one that is trained."""
+    return module.trained[0] if isinstance(module, MSDDAModule) else POLICY

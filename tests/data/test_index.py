@@ -13,19 +13,17 @@ import pytest
 from lit_align.data import (
     Animals,
     HubPrompts,
-    JSONLPrompts,
-    JSONPrompts,
     ParquetPrompts,
     PromptDataModule,
     PromptSource,
     TablePrompts,
-    TextPrompts,
-    files,
 )
-from lit_align.data import index as indexing
-from lit_align.data.index import find, index, prompt_keys
-from lit_align.data.loaders import Rank, RolloutLoader
-from lit_align.data.splits import Permutation, PromptSet
+from lit_align.data.loading import Rank
+from lit_align.data.prompts import index as indexing
+from lit_align.data.prompts.index import index
+from lit_align.data.prompts.loaders import RolloutLoader
+from lit_align.data.prompts.sets import PromptSet
+from lit_align.data.splits import Permutation, find, prompt_keys
 from lit_align.errors import ConfigError
 from lit_align.randomness import place
 
@@ -34,11 +32,14 @@ ROWS = [*TEXTS, "", " ", *TEXTS[:50], f"  {TEXTS[7]} "]
 """300 prompts, 2 rows without one and 51 that repeat one."""
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
 @pytest.fixture
 def on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Small files take the way of large ones; returns the folder of the indices."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(files, "IN_MEMORY", 0)
+    """Small sources keep their index on disk, as large ones do; returns the folder of the indices."""
     monkeypatch.setattr(indexing, "ON_DISK", 0)
     return tmp_path / "cache" / "lit_align"
 
@@ -75,9 +76,7 @@ def ready(source: PromptSource, **settings: Any) -> PromptDataModule:
 # The index
 
 
-@pytest.mark.parametrize("part", [1 << 20, 64])
-def test_the_index_keeps_the_first_row_of_each_prompt(monkeypatch: pytest.MonkeyPatch, part: int) -> None:
-    monkeypatch.setattr(indexing, "PART", part)
+def test_the_index_keeps_the_first_row_of_each_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexing, "CHUNK", 100)
     found = index(TablePrompts(pa.table({"prompt": ROWS}), "prompt"))
     assert sorted(found.rows.tolist()) == list(range(300))
@@ -122,12 +121,10 @@ def test_splits_of_the_index_are_those_of_the_prompts_one_by_one(parquet: Callab
 def test_all_is_the_same_in_memory_and_on_disk(parquet: Callable[..., str], on_disk: Path) -> None:
     path, before = parquet(), pa.total_allocated_bytes()
     mapped = ready(ParquetPrompts(path))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "IN_MEMORY", 1 << 20)
-        read = ready(ParquetPrompts(path))
-    assert read.source.fingerprint() is None
-    assert mapped.source.fingerprint() is not None
     assert pa.total_allocated_bytes() - before < 1 << 20
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexing, "ON_DISK", 1000)
+        read = ready(ParquetPrompts(path))
     for name in ("train", "validation", "test"):
         assert texts(mapped._sets[name]) == texts(read._sets[name])
     for one, other in zip(mapped.train_dataloader(), read.train_dataloader(), strict=True):
@@ -135,11 +132,12 @@ def test_all_is_the_same_in_memory_and_on_disk(parquet: Callable[..., str], on_d
 
 
 def test_the_rows_of_a_split_are_mapped_from_the_disk(parquet: Callable[..., str], on_disk: Path) -> None:
-    base: Any = ready(ParquetPrompts(parquet()))._sets["train"].rows
-    while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
-        base = base.base
-    assert isinstance(base, np.memmap)
-    assert not base.flags.writeable
+    rows: Any = ready(ParquetPrompts(parquet()))._sets["train"].rows
+    (file,) = on_disk.iterdir()
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if file.name in line]
+    ends = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+    assert any(low <= rows.ctypes.data < high for low, high in ends)
+    assert not rows.flags.writeable
 
 
 def test_the_index_is_made_once(
@@ -175,25 +173,25 @@ def test_an_index_that_was_not_finished_is_none(
 ) -> None:
     source = ParquetPrompts(parquet())
     with monkeypatch.context() as patch:
-        patch.setattr(indexing, "_count", lambda *_: pytest.fail("killed"))
+        patch.setattr(Path, "replace", lambda *_: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             index(source)
     assert not list(on_disk.iterdir())
     assert len(index(source)) == 300
 
 
-def test_the_first_of_two_processes_that_index_at_once_wins(
+def test_two_processes_may_index_at_once(
     parquet: Callable[..., str], on_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = ParquetPrompts(parquet())
-    count, other = indexing._count, []
+    source, made = ParquetPrompts(parquet()), indexing._make
+    other = []
 
-    def slow(*arguments: Any) -> dict[str, int]:
-        monkeypatch.setattr(indexing, "_count", count)
+    def slow(source: PromptSource) -> indexing.Index:
+        monkeypatch.setattr(indexing, "_make", made)
         other.append(index(source))  # which begins and ends meanwhile
-        return count(*arguments)
+        return made(source)
 
-    monkeypatch.setattr(indexing, "_count", slow)
+    monkeypatch.setattr(indexing, "_make", slow)
     assert index(source).rows.tolist() == other[0].rows.tolist()
     assert len(list(on_disk.iterdir())) == 1
 
@@ -207,47 +205,16 @@ def test_a_cache_that_cannot_be_written_is_named(
         index(source)
 
 
-# Forms and shards
-
-
-@pytest.mark.parametrize("form", ["text", "jsonl", "json", "json texts", "parquet", "hub"])
-@pytest.mark.parametrize("memory", [0, 1 << 20])
-def test_every_form_is_read_alike_in_memory_and_on_disk(
-    tmp_path: Path, on_disk: Path, form: str, memory: int, monkeypatch: pytest.MonkeyPatch
+def test_a_dataset_without_files_has_its_index_in_memory(
+    tmp_path: Path, on_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "IN_MEMORY", memory)
-    prompts = ["a cat", 'a "dog"\u2028, müde', "", "[a] {bear}"]
-    rows = [{"prompt": prompt, "level": level} for level, prompt in enumerate(prompts)]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    monkeypatch.setattr("datasets.config.IN_MEMORY_MAX_SIZE", 1 << 20)
     (folder := tmp_path / "data").mkdir()
-    source: PromptSource
-    if form == "text":
-        (folder / "p.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*prompts, ""]).encode())
-        source = TextPrompts(str(folder))
-    elif form.startswith("json ") or form == "json":
-        (folder / "p.json").write_text(json.dumps(prompts if "texts" in form else rows))
-        source = JSONPrompts(str(folder))
-    elif form == "parquet":
-        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), folder / "p.parquet")
-        source = ParquetPrompts(str(folder / "*.parquet"))
-    else:
-        (folder / "p.jsonl").write_text(lines)
-        source = JSONLPrompts(str(folder)) if form == "jsonl" else HubPrompts(str(folder))
-    assert [source.prompt(row) for row in range(len(source))] == prompts == source.prompts(range(4))
-    assert source.columns(3) == ({} if form in ("text", "json texts") else {"level": 3})
-    assert (source.fingerprint() is None) == (memory > 0 and form != "hub")
-
-
-@pytest.mark.parametrize("memory", [0, 1 << 20])
-def test_only_the_columns_to_keep_are_read(
-    tmp_path: Path, on_disk: Path, memory: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files, "IN_MEMORY", memory)
-    rows = pa.table({"caption": TEXTS, "jpg_0": [b"x" * 10_000] * 300, "level": list(range(300))})
-    pyarrow.parquet.write_table(rows, tmp_path / "p.parquet", compression="none", use_dictionary=False)
-    source = ParquetPrompts(str(tmp_path / "p.parquet"), "caption", keep=["level"])
-    assert source.columns(7) == {"level": 7}
-    assert sum(file.stat().st_size for file in tmp_path.rglob("*.arrow")) < 50_000
+    (folder / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    source = HubPrompts(str(folder))
+    assert source.fingerprint() is None
+    assert len(index(source)) == 300
+    assert not on_disk.exists()
 
 
 def test_slices_of_a_dataset_have_an_index_each(tmp_path: Path, on_disk: Path) -> None:
@@ -257,69 +224,6 @@ def test_slices_of_a_dataset_have_an_index_each(tmp_path: Path, on_disk: Path) -
     keys = [index(part).keys for part in parts]
     assert [len(part) for part in keys] == [20, 20]
     assert len(np.intersect1d(*keys)) == 0
-
-
-def parquet_shards(folder: Path, *, broken: bool = False, column: str = "prompt") -> Path:
-    for number in range(3):
-        pyarrow.parquet.write_table(pa.table({"prompt": TEXTS}), folder / f"{number}.parquet")
-    bad = folder / "1.parquet"
-    if broken:
-        data = bytearray(bad.read_bytes())
-        data[4:60] = bytes(56)
-        bad.write_bytes(data)
-    else:
-        pyarrow.parquet.write_table(pa.table({column: TEXTS}), bad)
-    return folder
-
-
-@pytest.mark.parametrize("memory", [0, 1 << 20])
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda d: ParquetPrompts(str(parquet_shards(d, broken=True))), ["1.parquet", "not Parquet"]),
-        (lambda d: ParquetPrompts(str(parquet_shards(d, column="Promt"))), ["1.parquet", "column: Promt"]),
-        (lambda d: ParquetPrompts(str(parquet_shards(d)), keep=["level"]), ["0.parquet", "'level'"]),
-        (
-            lambda d: JSONLPrompts(shard(d, "p.jsonl", '{"prompt": "a"}\n{"pro')),
-            ["p.jsonl", "not JSON lines"],
-        ),
-        (lambda d: JSONLPrompts(shard(d, "p.jsonl", '{"Prompts": "a"}\n')), ["column: Prompts"]),
-        (lambda d: TextPrompts(shard(d, "p.txt", b"a\nb\xe4r")), ["p.txt", "not UTF-8", "line 2"]),
-        (lambda d: TextPrompts(shard(d, "p.txt", "")), ["p.txt", "is empty"]),
-        (lambda d: TextPrompts(str(d / "*.txt")), ["*.txt", "does not exist"]),
-        (lambda d: ParquetPrompts(str(d)), ["folder without .parquet files"]),
-        (lambda d: TextPrompts(shard(d, "p.txt", "\n\n")), ["no usable prompt"]),
-    ],
-)
-def test_a_shard_that_cannot_work_is_named(
-    tmp_path: Path, on_disk: Path, make: Any, words: list[str], memory: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files, "IN_MEMORY", memory)
-    (folder := tmp_path / "data").mkdir()
-    with pytest.raises(ConfigError) as caught:
-        ready(make(folder))
-    assert all(word in str(caught.value) for word in words), str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("content", ['{"prompt": "a"}', '["a", 3]', '["a"', "[]", '[{"prompt": "a"}, 3]'])
-def test_json_that_is_no_list_of_prompts_is_named(tmp_path: Path, content: str) -> None:
-    with pytest.raises(ConfigError, match=r"p\.json "):
-        JSONPrompts(shard(tmp_path, "p.json", content) + "/p.json")
-
-
-def shard(folder: Path, name: str, content: str | bytes) -> str:
-    """One file; the path is that of the folder."""
-    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    return str(folder)
-
-
-def test_shards_of_different_types_are_refused(tmp_path: Path) -> None:
-    for number, values in enumerate(([1], ["one"])):
-        rows = pa.table({"prompt": ["a"], "level": values})
-        pyarrow.parquet.write_table(rows, tmp_path / f"{number}.parquet")
-    with pytest.raises(ConfigError, match="do not fit together"):
-        ParquetPrompts(str(tmp_path))
 
 
 # Order, ranks and resuming

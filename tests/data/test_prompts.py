@@ -1,43 +1,24 @@
-"""Prompts: where they come from, their splits, and the order and numbers with which they are handed out."""
+"""Prompts: their splits, and the order and numbers with which they are handed out."""
 
-import json
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pyarrow as pa
-import pyarrow.parquet
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch import Callback, Trainer
 
-from lit_align.data import (
-    Batch,
-    CSVPrompts,
-    HubPrompts,
-    JSONLPrompts,
-    ParquetPrompts,
-    PromptDataModule,
-    PromptSource,
-    ShapesPrompts,
-    TablePrompts,
-    TextPrompts,
-)
-from lit_align.data.loaders import FixedLoader, Rank, RolloutLoader
-from lit_align.data.splits import Permutation, PromptSet
+from lit_align.data import Batch, PromptDataModule, PromptSource, ShapesPrompts, TablePrompts
+from lit_align.data.loading import Rank
+from lit_align.data.prompts.loaders import FixedLoader, RolloutLoader
+from lit_align.data.prompts.sets import PromptSet
+from lit_align.data.splits import Permutation
 from lit_align.errors import ConfigError
 from lit_align.shapes.world import parse
-
-ROWS = [
-    {"prompt": "a cat", "level": 1},
-    {"prompt": "a dog", "level": 2},
-    {"prompt": "ein Bär, müde", "level": 3},
-]
+from tests.data.runs import Crash, Recorder, fit
 
 
 def table(num: int, start: int = 0) -> TablePrompts:
@@ -46,7 +27,7 @@ def table(num: int, start: int = 0) -> TablePrompts:
 
 
 def prompt_set(num: int) -> PromptSet:
-    return PromptSet(table(num), range(num), lambda prompt: True)
+    return PromptSet(table(num))
 
 
 def module(source: PromptSource, **settings: Any) -> PromptDataModule:
@@ -58,87 +39,6 @@ def module(source: PromptSource, **settings: Any) -> PromptDataModule:
 def texts(prompts: PromptSet) -> set[str]:
     order = Permutation(len(prompts.rows), 0, purpose="test")
     return {prompts.source.prompt(row) for _, row in prompts.walk(order)}
-
-
-def write(path: Path, content: str | bytes) -> str:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return str(path)
-
-
-# Sources
-
-
-def test_text_keeps_unusual_characters_and_drops_the_byte_order_mark(tmp_path: Path) -> None:
-    source = TextPrompts(write(tmp_path / "p.txt", b"\xef\xbb\xbfa cat\r\na\xe2\x80\xa8dog\r\n"))
-    assert [source.prompt(row) for row in range(len(source))] == ["a cat", "a\u2028dog"]
-    assert source.columns(0) == {}
-
-
-@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "hub"])
-def test_tables_carry_their_other_columns(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = str(tmp_path / f"p.{form}")
-    source: PromptSource
-    if form == "csv":
-        write(Path(path), "level,prompt\n" + "".join(f'{row["level"]},"{row["prompt"]}"\n' for row in ROWS))
-        source = CSVPrompts(path)
-    elif form == "parquet":
-        pyarrow.parquet.write_table(pa.Table.from_pylist(ROWS), path)
-        source = ParquetPrompts(path)
-    else:
-        write(tmp_path / "p.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS))
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-        source = JSONLPrompts(path) if form == "jsonl" else HubPrompts(str(tmp_path))
-    assert [source.prompt(row) for row in range(3)] == [row["prompt"] for row in ROWS]
-    assert [source.columns(row) for row in range(3)] == [{"level": row["level"]} for row in ROWS]
-
-
-def test_numbers_in_a_csv_prompt_column_stay_text(tmp_path: Path) -> None:
-    assert CSVPrompts(write(tmp_path / "p.csv", "prompt\n007\n")).prompt(0) == "007"
-
-
-def test_columns_reach_every_image_of_their_prompt() -> None:
-    batch = next(iter(module(table(40), images_per_prompt=3, prompts_per_batch=4).train_dataloader()))
-    assert len(batch) == 12
-    assert [f"prompt {number}" for number in batch.columns["number"]] == batch.prompts
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda d: TextPrompts(str(d / "none.txt")), ["none.txt", "does not exist", "check"]),
-        (lambda d: CSVPrompts(str(d)), ["folder", "path of a file"]),
-        (lambda d: TextPrompts(write(d / "p.txt", "")), ["p.txt", "empty"]),
-        (lambda d: ParquetPrompts(write(d / "p.parquet", "no")), ["p.parquet", "not Parquet"]),
-        (lambda d: TextPrompts(write(d / "p.txt", b"a\nb\xe4r")), ["not UTF-8", "0xe4", "line 2"]),
-        (lambda d: CSVPrompts(write(d / "p.csv", b"prompt\nb\xe4r")), ["not UTF-8", "line 2"]),
-        (lambda d: CSVPrompts(write(d / "p.csv", "promt,level\na,1\n")), ["promt, level", "column: promt"]),
-        (lambda d: CSVPrompts(write(d / "p.csv", "prompt\n")), ["no rows"]),
-        (lambda d: CSVPrompts(write(d / "p.csv", "prompt,level\na,b,c\n")), ["p.csv", "not CSV"]),
-        (lambda d: CSVPrompts(write(d / "p.csv", "prompt,prompt\na,b\n")), ["two columns"]),
-        (lambda d: JSONLPrompts(write(d / "p.jsonl", "a cat\n")), ["p.jsonl", "not JSON lines"]),
-        (lambda d: JSONLPrompts(write(d / "p.jsonl", '{"prompt": 3}\n')), ["int64", "not text"]),
-        (lambda d: JSONLPrompts(write(d / "p.jsonl", '{"text": "a"}\n'), "zzz"), ["'zzz'", "text"]),
-        (lambda d: HubPrompts(str(d / "nobody")), ["nobody", "check the name", "local file"]),
-        (lambda d: ShapesPrompts([]), ["kinds", "empty", "single"]),
-        (lambda d: module(TextPrompts(write(d / "p.txt", " \n\n"))), ["p.txt", "no usable prompt"]),
-    ],
-)
-def test_a_source_that_cannot_work_says_why(tmp_path: Path, make: Any, words: list[str]) -> None:
-    with pytest.raises(ConfigError) as caught:
-        make(tmp_path)
-    assert all(word in str(caught.value) for word in words), str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_empty_and_repeated_prompts_are_dropped_and_reported(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = write(tmp_path / "p.txt", "a cat\n\n a cat \na dog\n  \na cat\n")
-    with caplog.at_level("INFO"):
-        data = module(TextPrompts(path), validation_fraction=0, test_fraction=0, prompts_per_batch=2)
-    assert "2 empty and 2 repeated prompts dropped, 2 left" in caplog.text
-    assert set(next(iter(data.train_dataloader())).prompts) == {"a cat", "a dog"}
 
 
 # Splits
@@ -155,7 +55,7 @@ def test_splits_are_disjoint_complete_and_of_the_size_asked_for() -> None:
 def test_a_prompt_keeps_its_split_when_rows_are_added_or_a_fraction_changes() -> None:
     small, large = module(table(500)), module(table(900, start=-200))
     other = module(table(500), validation_fraction=0.3)
-    known = texts(PromptSet(table(500), range(500), lambda prompt: True))
+    known = texts(PromptSet(table(500)))
     for name in ("train", "validation", "test"):
         assert texts(large._sets[name]) & known == texts(small._sets[name])
     assert texts(other._sets["test"]) == texts(small._sets["test"])
@@ -189,8 +89,41 @@ def test_settings_that_cannot_work_say_why(settings: dict[str, Any], words: list
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_an_empty_split_names_the_fraction(split: str) -> None:
     data = module(ShapesPrompts(["pair"]), validation_fraction=0.0, test_fraction=0.0)
-    with pytest.raises(ConfigError, match=f"raise data.{split}_fraction"):
+    remedy = f"raise data.{split}_fraction, or give data.{split}_source"
+    with pytest.raises(ConfigError, match=remedy):
         data.val_dataloader() if split == "validation" else data.test_dataloader()
+
+
+def one_prompt(**settings: Any) -> PromptDataModule:
+    return module(TablePrompts(pa.table({"prompt": ["a cat"]}), "prompt"), **settings)
+
+
+def test_the_messages_for_a_single_prompt_lead_to_a_run() -> None:
+    with pytest.raises(ConfigError, match=r"only 1 training prompt: lower it to at most 1,"):
+        one_prompt()
+    with pytest.raises(
+        ConfigError, match=r"has 1 prompt, and none .* left to train on: .*fraction to 0, and"
+    ):
+        one_prompt(prompts_per_batch=1, validation_fraction=0.99, test_fraction=0)
+    data = one_prompt(prompts_per_batch=1, validation_fraction=0, test_fraction=0)
+    for loader, remedy in (
+        (data.val_dataloader, "give data.validation_source prompts of its own"),
+        (data.test_dataloader, "give data.test_source prompts of its own, or set data.test_split to train"),
+        (data.predict_dataloader, "give data.predict_source"),
+    ):
+        with pytest.raises(ConfigError, match=rf"for 1 rank, of 1 in all: {remedy}$"):
+            loader()
+    with pytest.raises(ConfigError, match=r"validation_source .* prompts that it does not have"):
+        one_prompt(prompts_per_batch=1, validation_source=data.source)
+    given = {"validation_source": table(1), "validation_prompts": 1, "predict_source": table(1)}
+    data = one_prompt(prompts_per_batch=1, **given, test_split="train", test_prompts=1)
+    loaders = (
+        data.train_dataloader(),
+        data.val_dataloader(),
+        data.test_dataloader(),
+        data.predict_dataloader(),
+    )
+    assert [next(iter(loader)).prompts[0] for loader in loaders] == ["a cat", "prompt 0", "a cat", "prompt 0"]
 
 
 def test_fewer_prompts_than_asked_for_is_a_warning() -> None:
@@ -200,6 +133,12 @@ def test_fewer_prompts_than_asked_for_is_a_warning() -> None:
 
 
 # Order and numbers
+
+
+def test_columns_reach_every_image_of_their_prompt() -> None:
+    batch = next(iter(module(table(40), images_per_prompt=3, prompts_per_batch=4).train_dataloader()))
+    assert len(batch) == 12
+    assert [f"prompt {number}" for number in batch.columns["number"]] == batch.prompts
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 1000, 1024, 4097])
@@ -222,7 +161,7 @@ def test_a_pass_visits_every_prompt_once_and_the_next_one_in_another_order() -> 
     assert passes[0] != passes[1] != passes[2] != passes[0]
 
 
-def test_a_collection_never_holds_a_prompt_twice() -> None:
+def test_a_rollout_batch_never_holds_a_prompt_twice() -> None:
     for batch in RolloutLoader(prompt_set(7), 4, 1, batches_per_epoch=40):
         assert len(set(batch.prompts)) == 4
 
@@ -257,7 +196,7 @@ def joined(parts: list[Batch]) -> list[tuple[int, int, str, Any]]:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_the_collections_of_one(world: int) -> None:
+def test_ranks_share_the_rollout_batches_of_one(world: int) -> None:
     alone = RolloutLoader(prompt_set(30), 4, 3, 6)
     ranks = [RolloutLoader(prompt_set(30), 4, 3, 6, rank=Rank(r, world)) for r in range(world)]
     for whole, *parts in zip(alone, *ranks, strict=True):
@@ -326,71 +265,18 @@ def test_millions_of_prompts_start_at_once() -> None:
 # Through a Trainer
 
 
-class Recorder(LightningModule):
-    """Records what it sees and takes one optimiser step a batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.seen: list[tuple[int, tuple[str, ...], tuple[int, ...]]] = []
-        self.validated = 0
-
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
-        self.seen.append((self.current_epoch, tuple(batch.prompts), tuple(batch.index.tolist())))
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, LightningOptimizer)
-        optimizer.zero_grad()
-        self.manual_backward(((self.weight - batch.index.float().mean()) ** 2).sum())
-        optimizer.step()
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.validated += len(batch)
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[int]:
-        return batch.index.tolist()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=0.01)
-
-
-class Crash(Callback):
-    """Raises at the start of a batch, as a killed process would end."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.global_step == self.at:
-            raise RuntimeError("killed")
-
-
-def fit(folder: Path, num_epochs: int, *callbacks: Callback, **settings: Any) -> Recorder:
-    recorder, data = Recorder(), PromptDataModule(table(34), images_per_prompt=2, prompts_per_batch=5)
-    ckpt_path = settings.pop("ckpt_path", None)
-    trainer = Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        max_epochs=num_epochs,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1), *callbacks],
-        **settings,
-    )
-    crashes = any(isinstance(callback, Crash) for callback in callbacks)
-    with pytest.raises(RuntimeError, match=r"^killed$") if crashes else nullcontext():
-        trainer.fit(recorder, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    return recorder
+def fitted(folder: Path, num_epochs: int, *callbacks: Callback, **settings: Any) -> Recorder:
+    data = PromptDataModule(table(34), images_per_prompt=2, prompts_per_batch=5)
+    return fit(folder, data, *callbacks, max_epochs=num_epochs, **settings)
 
 
 @pytest.mark.parametrize("limit", [1.0, 4])
 @pytest.mark.parametrize("stop", [1, 4, 6, 11])
 def test_a_resumed_run_sees_what_the_whole_run_sees(tmp_path: Path, limit: float, stop: int) -> None:
-    whole = fit(tmp_path / "whole", 4, limit_train_batches=limit)
-    cut = fit(tmp_path / "cut", 4, Crash(stop), limit_train_batches=limit)
+    whole = fitted(tmp_path / "whole", 4, limit_train_batches=limit)
+    cut = fitted(tmp_path / "cut", 4, Crash(stop), limit_train_batches=limit)
     newest = tmp_path / "cut" / f"step={stop}.ckpt"
-    rest = fit(tmp_path / "rest", 4, limit_train_batches=limit, ckpt_path=newest)
+    rest = fitted(tmp_path / "rest", 4, limit_train_batches=limit, ckpt_path=newest)
     assert cut.seen + rest.seen == whole.seen
     assert torch.equal(rest.weight, whole.weight)
     index = [number for _, _, numbers in whole.seen for number in numbers]
@@ -400,15 +286,15 @@ def test_a_resumed_run_sees_what_the_whole_run_sees(tmp_path: Path, limit: float
 
 
 def test_max_steps_and_a_longer_fit_continue_too(tmp_path: Path) -> None:
-    whole = fit(tmp_path / "whole", 3)
-    first = fit(tmp_path / "first", 3, max_steps=8)
-    rest = fit(tmp_path / "rest", 3, ckpt_path=tmp_path / "first" / "step=8.ckpt")
+    whole = fitted(tmp_path / "whole", 3)
+    first = fitted(tmp_path / "first", 3, max_steps=8)
+    rest = fitted(tmp_path / "rest", 3, ckpt_path=tmp_path / "first" / "step=8.ckpt")
     assert first.seen + rest.seen == whole.seen
 
 
 def test_reloading_the_loaders_every_epoch_changes_nothing(tmp_path: Path) -> None:
-    whole = fit(tmp_path / "a", 3)
-    assert fit(tmp_path / "b", 3, reload_dataloaders_every_n_epochs=1).seen == whole.seen
+    whole = fitted(tmp_path / "a", 3)
+    assert fitted(tmp_path / "b", 3, reload_dataloaders_every_n_epochs=1).seen == whole.seen
 
 
 def test_predict_runs_through_a_trainer(tmp_path: Path) -> None:

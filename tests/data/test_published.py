@@ -17,7 +17,7 @@ from lit_align.data import (
     PromptSource,
     TSVPrompts,
 )
-from lit_align.data.index import index
+from lit_align.data.prompts.index import index
 from lit_align.errors import ConfigError
 
 
@@ -67,7 +67,7 @@ def test_pickapic_has_a_caption_in_each_of_many_pairs(tmp_path: Path) -> None:
     assert (found.empty, found.repeated) == (1, 4)
 
 
-def test_diffusiondb_has_a_prompt_a_image(tmp_path: Path) -> None:
+def test_diffusiondb_has_a_prompt_per_image(tmp_path: Path) -> None:
     images = {
         "image_name": ["a.png", "b.png", "c.png"],
         "prompt": ["ultrarealistic fox, 8 k", "ultrarealistic fox, 8 k", "a castle "],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lit_align.data import Batch, MultiTaskDataModule, PromptDataModule, TablePrompts, TaskPrompts
-from lit_align.data.loaders import Rank
+from lit_align.data.loading import Rank
 from lit_align.errors import ConfigError
 
 
@@ -28,7 +28,7 @@ def equal(one: Batch, two: Batch) -> bool:
     return same and torch.equal(one.groups, two.groups) and torch.equal(one.index, two.index)
 
 
-def test_a_batch_is_a_collection_of_each_task_and_no_number_comes_twice() -> None:
+def test_a_batch_is_a_rollout_batch_of_each_task_and_no_number_comes_twice() -> None:
     loader = module().train_dataloader()
     iterations = [*loader, *loader]
     assert len(iterations) == 6

@@ -194,7 +194,7 @@ class Given(Reward):
         self.scores = torch.tensor(scores)
 
     def forward(self, images, prompts, groups=None, columns=None):
-        return self.scores.repeat(len(images) // len(self.scores))
+        return self.scores.repeat(-(-len(images) // len(self.scores)))[: len(images)]
 
 
 def stored_chains(module: PRDPModule, images: int = 4, count: int = 2) -> tuple[Replay, torch.Tensor]:
@@ -363,7 +363,7 @@ def test_updates_that_do_not_divide_the_prompts_are_refused(tiny, tmp_path):
 
 
 def test_rewards_that_are_the_same_for_all_images_of_a_prompt_are_refused(tiny, tmp_path):
-    shared = StatisticalParity(min_confidence=0.0, credit="shared")
+    shared = StatisticalParity("shapes", min_confidence=0.0, credit="shared")
     with pytest.raises(ConfigError, match="PRDP takes their mean away"):
         fit(make(PRDPModule, tiny, shared), tmp_path)
 

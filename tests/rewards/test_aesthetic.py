@@ -135,7 +135,7 @@ def test_the_shipped_head_scores_from_1_to_10() -> None:
     """Needs the shipped weights."""
     assert AESTHETIC.is_file()
     assert CLIP.is_dir()
-    scores = AestheticScore()(torch.rand(2, 3, 64, 64), PROMPTS[:2])
+    scores = AestheticScore(pretrained="shapes")(torch.rand(2, 3, 64, 64), PROMPTS[:2])
     assert ((scores > 0) & (scores < 11)).all()
 
 
@@ -143,5 +143,6 @@ def test_pickscores_shapes_is_the_preference_model() -> None:
     """Needs the shipped weights."""
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert torch.equal(
-        PickScore()(images, PROMPTS[:2]), PickScore(str(PREFERENCE), str(PREFERENCE))(images, PROMPTS[:2])
+        PickScore("shapes")(images, PROMPTS[:2]),
+        PickScore(str(PREFERENCE), str(PREFERENCE))(images, PROMPTS[:2]),
     )

@@ -1,13 +1,21 @@
 """The bank: weights, monitored rewards, gradients, and what it refuses."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from lit_align.errors import ConfigError
-from lit_align.rewards import Brightness, JPEGIncompressibility, Redness, Reward, RewardBank, Scope
+from lit_align.rewards import (
+    BlackBoxReward,
+    Brightness,
+    JPEGIncompressibility,
+    PictureReward,
+    Redness,
+    Reward,
+    RewardBank,
+)
 
 PROMPTS = ["a", "b", "c"]
 
@@ -15,8 +23,8 @@ PROMPTS = ["a", "b", "c"]
 class Column(Reward):
     """The data's own number; for the tests of what reaches a reward."""
 
-    differentiable: ClassVar[bool] = False
-    scope: ClassVar[Scope] = "group"
+    differentiable = False
+    scope = "group"
 
     def forward(
         self,
@@ -42,19 +50,6 @@ class Attached(Column):
     ) -> Tensor:
         assert not torch.is_grad_enabled()
         return images.sum(dim=(1, 2, 3))
-
-
-class Column2D(Attached):
-    """Forgets to drop a dimension."""
-
-    def forward(
-        self,
-        images: Tensor,
-        prompts: list[str],
-        groups: Tensor | None = None,
-        columns: dict[str, list[Any]] | None = None,
-    ) -> Tensor:
-        return images.sum(dim=(2, 3))[:, :1]
 
 
 @pytest.fixture
@@ -145,6 +140,18 @@ def test_refusals(names: list[str], weights: dict[str, float], said: str) -> Non
         RewardBank({name: Redness() for name in names}, weights)
 
 
-def test_a_wrong_shape_is_refused_rather_than_broadcast(images: Tensor) -> None:
-    with pytest.raises(ConfigError, match=r"'flat' \(Column2D\).*\(3, 1\).*\(3,\)"):
-        RewardBank({"flat": Column2D()}, {"flat": 1.0})(images, PROMPTS)
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (Redness, r"'red' is the class Redness; give a Reward that was made, such as Redness\(\)"),
+        ("Redness", "'red' is a str"),
+        (None, "'red' is a NoneType"),
+    ],
+)
+def test_what_is_no_reward_is_named(given: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        RewardBank({"red": given}, {"red": 1.0})
+
+
+def test_the_old_name_of_black_boxes() -> None:
+    assert PictureReward is BlackBoxReward

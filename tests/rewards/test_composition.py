@@ -205,7 +205,7 @@ class Said(Detector):
 
 
 def test_the_mean_over_distinct_objects(detector_folder: Path, images: Tensor) -> None:
-    reward = ObjectPresence(str(detector_folder))
+    reward = ObjectPresence("shapes")
     reward.detector = Said()
     prompts = ["a circle and a star", "two red circles and a blue circle", "a heart"]
     assert reward(images, prompts).tolist() == [0.75, 0.5, 0.25]
@@ -228,11 +228,13 @@ def test_confidence_is_the_highest_detection_of_the_label(detector_folder: Path,
 
 def test_unknown_labels_and_columns_are_named(detector_folder: Path, images: Tensor) -> None:
     with pytest.raises(ConfigError, match=r"no label 'star'.*circle, square"):
-        ObjectPresence(str(detector_folder))(images, ["a star"] * 3)
+        ObjectPresence(str(detector_folder))(images, [""] * 3, columns={"objects": ["star"] * 3})
     with pytest.raises(ConfigError, match="no column 'things'; its columns: objects"):
         ObjectPresence(str(detector_folder), column="things")(images, [""] * 3, columns=OBJECTS)
-    with pytest.raises(ConfigError, match="cannot read"):
-        ObjectPresence(str(detector_folder))(images, ["a photo of a cat"] * 3)
+    with pytest.raises(ConfigError, match="no column 'objects'; its columns: none"):
+        ObjectPresence(str(detector_folder))(images, ["a star"] * 3)
+    with pytest.raises(ConfigError, match=r"cannot read 'photo'.*name under 'column'"):
+        ObjectPresence("shapes")(images, ["a photo of a cat"] * 3)
 
 
 def test_a_folder_without_a_processor_is_refused(detector_folder: Path, tmp_path: Path) -> None:
@@ -246,6 +248,6 @@ def test_the_shipped_detector_tells_true_captions_from_wrong_ones() -> None:
     captions, images = draw(64, 5, "presence")
     said = [{group.shape for group in parse(caption).groups} for caption in captions]
     others = [next(shape for shape in SHAPES if shape not in shapes) for shapes in said]
-    reward = ObjectPresence()
+    reward = ObjectPresence("shapes")
     assert reward(images, list(captions)).mean() > 0.9
     assert reward(images, [f"a {shape}" for shape in others]).mean() < 0.1

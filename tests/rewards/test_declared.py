@@ -11,26 +11,32 @@ from torch import Tensor
 from lit_align import rewards
 from lit_align.rewards import PickScore, Reward, RewardBank
 
+
+def redness(images: Tensor, prompts: list[str]) -> Tensor:
+    return images[:, 0].mean(dim=(1, 2))
+
+
 MAKE: dict[str, Callable[[Path], Reward]] = {
     "AestheticScore": lambda folder: rewards.AestheticScore(
         str(folder.with_name("head.safetensors")), str(folder)
     ),
     "BatchPairwiseDiversity": lambda folder: rewards.BatchPairwiseDiversity(str(folder), credit="shared"),
-    "BatchStatisticalParity": lambda folder: rewards.BatchStatisticalParity(min_confidence=0),
+    "BatchStatisticalParity": lambda folder: rewards.BatchStatisticalParity("shapes", min_confidence=0),
     "Brightness": lambda folder: rewards.Brightness(),
     "CLIPScore": lambda folder: rewards.CLIPScore(str(folder)),
     "ColourFraction": lambda folder: rewards.ColourFraction("teal"),
+    "FunctionReward": lambda folder: rewards.FunctionReward(redness, differentiable=True),
     "JPEGCompressibility": lambda folder: rewards.JPEGCompressibility(),
     "JPEGIncompressibility": lambda folder: rewards.JPEGIncompressibility(),
     "ObjectCount": lambda folder: rewards.ObjectCount(str(folder.with_name("detector"))),
-    "ObjectPresence": lambda folder: rewards.ObjectPresence(),
+    "ObjectPresence": lambda folder: rewards.ObjectPresence("shapes"),
     "PairwiseDiversity": lambda folder: rewards.PairwiseDiversity(str(folder), credit="shared"),
     "PickScore": lambda folder: PickScore(str(folder)),
     "Redness": lambda folder: rewards.Redness(),
     "ShapesTruth": lambda folder: rewards.ShapesTruth(),
     "SoftJPEGCompressibility": lambda folder: rewards.SoftJPEGCompressibility(),
     "SoftJPEGIncompressibility": lambda folder: rewards.SoftJPEGIncompressibility(),
-    "StatisticalParity": lambda folder: rewards.StatisticalParity(min_confidence=0),
+    "StatisticalParity": lambda folder: rewards.StatisticalParity("shapes", min_confidence=0),
 }
 """One way to make each reward; a new class without a line here fails by name."""
 
@@ -65,6 +71,24 @@ def images() -> Tensor:
 def test_every_class_is_exported() -> None:
     assert set(names()) <= set(rewards.__all__)
     assert set(names()) == set(MAKE)
+
+
+def test_nothing_is_declared_by_default(reward: Reward) -> None:
+    """The defaults of Reward are for rewards that people write; a class of ours says what it is."""
+    own = [vars(reward), *(vars(kind) for kind in type(reward).__mro__ if kind not in Reward.__mro__)]
+    assert {"differentiable", "scope"} <= set().union(*own)
+    assert reward.domain in (None, "shapes")
+
+
+def test_a_reward_leaves_what_it_is_given(reward: Reward, images: Tensor) -> None:
+    """Without the copies that a bank makes; and a bank changes no score."""
+    given, prompts, groups = images.clone(), list(PROMPTS), torch.tensor([5, 2, 5, 2])
+    scores = reward(given, prompts, groups)
+    assert torch.equal(given, images)
+    assert prompts == PROMPTS
+    assert groups.tolist() == [5, 2, 5, 2]
+    parts = RewardBank({"it": reward}, {"it": 1.0})(images, PROMPTS, groups).parts
+    assert torch.equal(parts["it"].nan_to_num(9), scores.nan_to_num(9))
 
 
 def test_contract(reward: Reward, images: Tensor) -> None:

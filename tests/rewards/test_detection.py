@@ -129,9 +129,9 @@ def test_the_shipped_detector_counts() -> None:
     captions, images = draw(64, 5, "count")
     groups = [parse(caption).groups for caption in captions]
     there = torch.tensor([float(sum(group.count for group in each)) for each in groups])
-    count = ObjectCount().count(images)
+    count = ObjectCount("shapes").count(images)
     assert (count - there).abs().mean() < 0.5  # .78 if it always said 2
     assert torch.corrcoef(torch.stack([count, there]))[0, 1] > 0.75
     kinds = [[float(sum(g.count for g in each if g.shape == shape)) for each in groups] for shape in SHAPES]
-    seen = torch.stack([ObjectCount(label=shape).count(images) for shape in SHAPES])
+    seen = torch.stack([ObjectCount("shapes", shape).count(images) for shape in SHAPES])
     assert torch.corrcoef(torch.stack([seen.flatten(), torch.tensor(kinds).flatten()]))[0, 1] > 0.5

@@ -111,7 +111,7 @@ def test_images_without_a_class_are_no_members(four: str) -> None:
 
 def test_what_is_reported_of_a_set_is_its_own_value_whatever_the_credit(four: str) -> None:
     drawn, groups = images([0, 0, 0, 1, 2, None, 1, 3]), torch.tensor([5, 5, 5, 5, 7, 7, 7, 7])
-    for kind in (ByBrightness(four), PairwiseDiversity()):
+    for kind in (ByBrightness(four), PairwiseDiversity("shapes")):
         bank = RewardBank({"set": kind}, {"set": 2.0})
         found = bank(drawn, ["a star"] * 8, groups)
         assert torch.equal(found.total.nan_to_num(9), (2 * kind(drawn, ["a star"] * 8, groups)).nan_to_num(9))
@@ -226,12 +226,12 @@ def test_the_shipped_classifier_on_true_images() -> None:
     rng = numpy_rng(5, "parity")
     scenes = [sample_scene(balanced_caption(rng), rng) for _ in range(48)]
     images, groups = images_of(scenes), torch.arange(3).repeat_interleave(16)
-    reward = StatisticalParity(credit="shared")
+    reward = StatisticalParity("shapes", credit="shared")
     shares = torch.stack([colours_of(scenes).view(3, 16) == number for number in range(len(COLOURS))], -1)
     wanted = -(shares.double().mean(1) - 1 / len(COLOURS)).norm(dim=1)
     found = reward(images, [""] * 48, groups).view(3, 16)
     assert (found[:, 0] - wanted).abs().max() < 0.05  # an image in a hundred may be misread
-    whole = BatchStatisticalParity(credit="shared")(images, [""] * 48, groups)
+    whole = BatchStatisticalParity("shapes", credit="shared")(images, [""] * 48, groups)
     assert whole.unique().numel() == 1
 
 

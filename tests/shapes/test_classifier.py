@@ -56,12 +56,12 @@ def test_it_learns() -> None:
     model = make_vit()
     scenes = [balanced_scene(0, number) for number in range(16)]
     pixels, colours = images_of(scenes) * 2 - 1, colours_of(scenes)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(40):
         loss = F.cross_entropy(model(pixels).logits, colours)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     assert loss < 0.3
 
 

@@ -163,14 +163,14 @@ def test_it_learns() -> None:
     model = make_yolos()
     scenes = [draw_scene(0, number) for number in range(8)]
     pixels, truth = images_of(scenes) * 2 - 1, targets(scenes)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(60):
         output = model(pixels)
         losses.append(set_loss(output.logits, output.pred_boxes, *truth)["loss"])
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         losses[-1].backward()
-        optimiser.step()
+        optimizer.step()
     assert losses[-1] < 0.5 * losses[0]
 
 

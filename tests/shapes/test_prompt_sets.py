@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from lit_align.data import PromptDataModule, ShapesPrompts, ShapesPromptSet
-from lit_align.data.shapes import SetName
+from lit_align.data.prompts.shapes import SetName
 from lit_align.errors import ConfigError
 from lit_align.shapes import PROMPTS
 from lit_align.shapes.recipe.images import held_out

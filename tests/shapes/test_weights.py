@@ -13,13 +13,13 @@ from lit_align.rewards import AestheticScore
 from lit_align.rewards.clip import CLIPCosine
 from lit_align.shapes import CLIP, PICK, PIPELINE, PREFERENCE, PROMPTS, WEIGHTS, WEIGHTS_HASH
 from lit_align.shapes.recipe.__main__ import main
-from lit_align.shapes.recipe.images import mutate, numpy_rng, words
+from lit_align.shapes.recipe.images import mutate, numpy_rng
 from lit_align.shapes.recipe.pipeline import digest
 from lit_align.shapes.recipe.preference import preference_quality
 from lit_align.shapes.recipe.preferences import SCHEMA
 from lit_align.shapes.recipe.quality import Sampling, clip_quality, draw, rates, sample, vae_quality
 from lit_align.shapes.recipe.tokenizer import make_tokenizer
-from lit_align.shapes.world import judge, parse
+from lit_align.shapes.world import judge, parse, words
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_the_preference_model_prefers_as_the_utility_does() -> None:
 def test_the_aesthetic_head_knows_blur_from_a_crisp_image() -> None:
     images = draw(128, 3, "aesthetic")[1]
     blurred = F.interpolate(F.avg_pool2d(images, 4), 64, mode="bilinear")
-    score = AestheticScore()
+    score = AestheticScore(pretrained="shapes")
     assert (score(images, []) > score(blurred, [])).float().mean() > 0.8
 
 

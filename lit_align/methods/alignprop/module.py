@@ -2,7 +2,7 @@
 
 DRaFT-K (Clark et al. 2023, arXiv 2309.17400) is the same with a fixed window of ``K`` last steps, DRaFT-LV
 with the last step taken several times, and ReFL (Xu et al. 2023, arXiv 2304.05977) the same with a chain that
-is cut short by a one-shot prediction: all are choices of ``truncation``. Shapes: ``B`` images, ``T`` steps.
+ends early with a one-shot prediction: all are choices of ``truncation``. Shapes: ``B`` images, ``T`` steps.
 """
 
 import time
@@ -29,8 +29,8 @@ from lit_align.rewards import RewardBank
 def reward_loss(rewards: Tensor, target: float | None = None, ceiling: float | None = None) -> Tensor:
     """``-R`` (the paper's objective), ``|R - target|`` (its released code), or ``-min(R, ceiling)`` (ReFL's).
 
-    The gradient of the second has the same size at any distance, and turns round past the target; that of the
-    third is 0 past the ceiling.
+    The gradient of ``|R - target|`` has the same size at any distance and changes sign at the target; that of
+    ``-min(R, ceiling)`` is 0 above the ceiling.
 
     Args:
         rewards: ``(B,)``.
@@ -47,7 +47,7 @@ def reward_loss(rewards: Tensor, target: float | None = None, ceiling: float | N
 
 @dataclass
 class RolloutBatch:
-    """One rollout batch, while its micro-batches are worked off.
+    """One rollout batch, while its micro-batches are processed.
 
     Attributes:
         batch: This rank's images.
@@ -139,11 +139,11 @@ class AlignPropModule(AlignmentModule):
             for i in batch.index.tolist()
         ]
         work = RolloutBatch(batch, self.backbone.encode(batch.prompts), torch.stack(drawn, dim=1))
-        # Alike windows together: a micro-batch needs the graph of its longest.
+        # Sorted by window length, because a micro-batch holds the graph of its longest window.
         order = work.attached.int().argmax(0).argsort(stable=True)
         parts = order.split(self.optimisation.micro_batch)
         graphs = [work.attached[:, rows].any(1) for rows in parts]
-        if self.device_mesh is not None:  # whoever shares the weights must go back through the same steps
+        if self.device_mesh is not None:  # ranks that share weights must differentiate the same steps
             graphs = [torch.stack(those).any(0) for those in zip(*self.gather(graphs), strict=True)]
         measured = self.update([partial(self._loss, work, *part) for part in zip(parts, graphs, strict=True)])
         places = order.argsort()

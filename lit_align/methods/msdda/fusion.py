@@ -12,7 +12,7 @@ from lit_align.errors import ConfigError
 from lit_align.gaussian import GaussianStep, fuse
 
 TOLERANCE = 1e-5
-"""What sums of weights may be beside 1, as people round them (.333333 three times)."""
+"""How far a sum of weights may be from 1, as people round them (.333333 three times)."""
 
 
 def fusion_weights(

@@ -100,7 +100,7 @@ class MSDDAModule(SweepModule):
             joint: ``fit`` also trains one adapter on the mixed reward at each of these weights, at
                 ``target_beta``: what fusing saves, and the oracle of the sweep.
             max_ratio: Bound on importance weights in ``fit``. Own choice.
-            updates: Optimiser steps per pass over a rollout batch; each takes whole prompts.
+            updates: Optimizer steps per pass over a rollout batch; each takes whole prompts.
             inner_epochs: Passes over a rollout batch. Its images are the reference's, and never grow stale.
             timestep_fraction: Share of the stochastic steps of each image that an update uses, at random.
             optimisation: How the experts are updated. ``micro_batch`` counts (image, step) pairs.

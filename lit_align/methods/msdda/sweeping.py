@@ -29,7 +29,7 @@ from lit_align.methods.validation import kl_to_reference, measure
 from lit_align.samplers import Sampler
 
 PolicyFactory = Callable[[Batch, Conditioning], BatchPolicy]
-"""Makes the policy for the images of a batch, whose encoded prompts it is given."""
+"""Makes the policy for the images of a batch and their encoded prompts."""
 
 
 class SweepModule(ExpertModule):
@@ -132,7 +132,7 @@ class SweepModule(ExpertModule):
         return self.expert(name, cond)
 
     def _exponents_at(self, point: Point) -> dict[str, float]:
-        """Those of the kernels whose product is sampled at a point; empty where it is none of experts."""
+        """Exponents of the kernels whose product is sampled at a point; empty where no product is."""
         if point.method == EXPERT:
             return {name: weight for name, weight in point.weights if weight}
         return self.exponents(dict(point.weights)) if point.method in (FUSED, RANDOM) else {}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_align.backbones import whole
+from lit_align.folder import run_folder
 from lit_align.methods.pairs import PairModule
 from lit_align.pool import Pool
 from lit_align.rollout import rollout
@@ -67,10 +68,10 @@ class OpponentModule(PairModule[Prepared], ABC):
         trainer = self.trainer
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
-        return Path(trainer.log_dir or trainer.default_root_dir) / "pool" / self._opponent_hash()
+        return run_folder(trainer) / "pool" / self._opponent_hash()
 
     def _drop_pool(self) -> None:
-        """Delete the images of an iteration that is over; what else lies beside them is not ours."""
+        """Delete the images of a finished iteration, and nothing else in the folder."""
         folder = self._pool_folder()
         if folder is not None and self.trainer.is_global_zero:
             shutil.rmtree(folder, ignore_errors=True)

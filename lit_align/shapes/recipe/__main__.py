@@ -27,7 +27,7 @@ from lit_align.shapes.recipe.aesthetic import make_aesthetic
 from lit_align.shapes.recipe.classifier import make_classifier
 from lit_align.shapes.recipe.clip import CLIPStage, load_clip, make_clip, tokenize
 from lit_align.shapes.recipe.detector import make_detector
-from lit_align.shapes.recipe.images import Images, draw_images, words
+from lit_align.shapes.recipe.images import Images, draw_images
 from lit_align.shapes.recipe.pick import make_pick
 from lit_align.shapes.recipe.pipeline import replace_folder, save_clip, save_pipeline
 from lit_align.shapes.recipe.preference import make_preference
@@ -36,6 +36,7 @@ from lit_align.shapes.recipe.tokenizer import make_tokenizer
 from lit_align.shapes.recipe.training import Batches, Budget, fit
 from lit_align.shapes.recipe.unet import Export, UNetStage, make_unet
 from lit_align.shapes.recipe.vae import VAEStage, encode, make_vae, whiten
+from lit_align.shapes.world import words
 
 RewardModel = Literal["aesthetic", "preference", "detector", "classifier"]
 StageName = Literal["images", "tokenizer", "clip", "vae", "decoder", "unet", "pick", RewardModel, "quality"]
@@ -60,7 +61,7 @@ class Recipe:
     Args:
         out: The folder.
         minutes: Wall-clock budget of each trained stage; None takes the shipped weights'.
-        steps: Budget of each trained stage in optimiser steps.
+        steps: Budget of each trained stage in optimizer steps.
         num_images: Training images.
         num_latents: How many of them the denoiser sees.
         num_pairs: Preference pairs.

@@ -20,7 +20,6 @@ from lit_align.shapes.world import (
     SHAPES,
     Bytes,
     Caption,
-    Group,
     parse,
     render,
     sample_caption,
@@ -45,14 +44,6 @@ def held_out(prompt: str) -> bool:
 def numpy_rng(seed: int, purpose: str) -> np.random.Generator:
     """A numpy generator for one purpose of one run."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
-
-
-def words() -> list[str]:
-    """Every word of the world's captions, sorted."""
-    plurals = [str(Group(2, None, None, shape)) for shape in SHAPES]
-    return sorted(
-        set(" ".join([*COUNTS, *RADII, *COLOURS, *SHAPES, *plurals, *RELATIONS, "and on background"]).split())
-    )
 
 
 def as_images(pixels: Bytes) -> Tensor:

@@ -21,7 +21,7 @@ class Budget:
 
     Attributes:
         minutes: Wall-clock minutes.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
     """
 
     minutes: float
@@ -76,7 +76,7 @@ class Stage(L.LightningModule):
         )
 
     def parameter_groups(self) -> list[dict[str, object]]:
-        """Parameters for the optimiser; ``scale`` multiplies the learning rate."""
+        """Parameters for the optimizer; ``scale`` multiplies the learning rate."""
         return [{"params": list(self.model.parameters()), "scale": 1.0}]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

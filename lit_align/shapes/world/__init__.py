@@ -30,6 +30,7 @@ from lit_align.shapes.world.grammar import (
     SHAPES,
     Caption,
     Group,
+    in_grammar,
     parse,
     sample_caption,
 )
@@ -49,6 +50,7 @@ from lit_align.shapes.world.scenes import (
 from lit_align.shapes.world.space import ALL_PAIRS, Kind, PromptSpace, ShapePairs, shape_pairs
 from lit_align.shapes.world.taste import AESTHETIC_WEIGHT, aesthetics, utility
 from lit_align.shapes.world.verdict import Verdict, judge
+from lit_align.shapes.world.vocabulary import is_shapes_vocabulary, unknown_words, untaught, words
 
 __all__ = [
     "AESTHETIC_WEIGHT",
@@ -80,6 +82,8 @@ __all__ = [
     "ShapePairs",
     "Verdict",
     "aesthetics",
+    "in_grammar",
+    "is_shapes_vocabulary",
     "judge",
     "observe",
     "parse",
@@ -87,5 +91,8 @@ __all__ = [
     "sample_caption",
     "sample_scene",
     "shape_pairs",
+    "unknown_words",
+    "untaught",
     "utility",
+    "words",
 ]

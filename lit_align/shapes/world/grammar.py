@@ -99,6 +99,15 @@ def parse(prompt: str) -> Caption:
     return Caption(tuple(groups), relation, background)
 
 
+def in_grammar(prompt: str) -> bool:
+    """Whether a prompt is a caption of the world."""
+    try:
+        parse(prompt)
+    except ValueError:
+        return False
+    return True
+
+
 def _read_group(words: list[str], prompt: str) -> Group:
     count = COUNTS.index(_expect(words, COUNTS, prompt)) + 1
     size = words.pop(0) if words and words[0] in RADII else None

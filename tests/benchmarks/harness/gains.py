@@ -10,34 +10,34 @@ from tests.benchmarks.harness.plan import Plan
 Result = dict[str, Any]
 """A cell's JSON."""
 Metrics = dict[str, dict[str, float | None]]
-"""What one test found, by the figure's name."""
+"""What one test found, by the metric's name."""
 
 CLEAR = 2.0
 """Standard errors of a gain from which shares of it are given."""
 
 
-def values_of(figure: dict[str, float | None], *names: str) -> list[float]:
+def values_of(metric: dict[str, float | None], *names: str) -> list[float]:
     """JSON's null is what has no value."""
-    return [math.nan if (value := figure[name]) is None else value for name in names]
+    return [math.nan if (value := metric[name]) is None else value for name in names]
 
 
 def shares(plan: Plan, config: str, results: Sequence[Result]) -> list[str]:
     """Markdown: which share of the way to its bounds a configuration went, in every test."""
     rows = []
-    for figure, bounds in plan.towards.get(config, {}).items():
+    for metric, bounds in plan.towards.get(config, {}).items():
         for test, bound in bounds.items():
-            found = {result["seed"]: metrics_of(result, test).get(figure) for result in results}
+            found = {result["seed"]: metrics_of(result, test).get(metric) for result in results}
             went = [f"{seed}: {_share(one, bound)}" for seed, one in found.items() if one is not None]
             if went:
-                rows.append([figure, f"{bound:g}", test, ", ".join(went)])
+                rows.append([metric, f"{bound:g}", test, ", ".join(went)])
     if not rows:
         return []
-    header = ["figure", "bound", "test", "seed: share of the way"]
+    header = ["metric", "bound", "test", "seed: share of the way"]
     return ["", "From the pretrained model's score towards a bound:", "", *md.table(header, rows)]
 
 
-def _share(figure: dict[str, float | None], bound: float) -> str:
-    before, difference, error = values_of(figure, "before", "difference", "standard_error")
+def _share(metric: dict[str, float | None], bound: float) -> str:
+    before, difference, error = values_of(metric, "before", "difference", "standard_error")
     if (way := bound - before) == 0:
         return "there from the beginning"
     return f"{difference / way:.0%} ± {abs(error / way):.0%}"
@@ -101,7 +101,7 @@ def _mean(values: Sequence[float | None]) -> str:
 
 
 def _gain(metrics: Sequence[dict[str, float | None]]) -> str:
-    found = [values_of(figure, "difference", "standard_error") for figure in metrics]
+    found = [values_of(metric, "difference", "standard_error") for metric in metrics]
     error = math.sqrt(sum(error**2 for _, error in found)) / len(found)
     change = sum(difference for difference, _ in found) / len(found)
-    return f"{_mean([figure['after'] for figure in metrics])} ({change:+.3f} ± {error:.3f})"
+    return f"{_mean([metric['after'] for metric in metrics])} ({change:+.3f} ± {error:.3f})"

@@ -70,7 +70,7 @@ class SideBySide:
 
     Attributes:
         test: The further test that has the metrics; a configuration without it has them in its own test.
-        metrics: For each single-task configuration the figure that is its task's.
+        metrics: For each single-task configuration the metric that is its task's.
         joint: The configuration that is trained on all tasks.
     """
 
@@ -93,7 +93,7 @@ class Plan:
             shorter run is there, it is copied and resumed.
         also: ``{name: [--option=value, ...]}``: every cell is tested once more with these.
         leaves_out: ``{configuration: [names]}``: further tests that it does not have.
-        towards: ``{configuration: {figure: {test: bound}}}``: the report says which share of the way from the
+        towards: ``{configuration: {metric: {test: bound}}}``: the report says which share of the way from the
             pretrained model's score to the bound it went, in the own ``test`` and further ones.
         side_by_side: What is reported of all configurations in one table; see :class:`SideBySide`.
         compare: Pairs of configurations; the second is reported against the first, image by image.

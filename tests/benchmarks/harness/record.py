@@ -12,7 +12,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 
-from lit_align.callbacks.folder import write
+from lit_align.callbacks.files import write
 from lit_align.shapes import WEIGHTS_HASH
 from tests.benchmarks.harness.plan import ROOT, Cell
 
@@ -42,7 +42,7 @@ def keep_images(cell: Cell, run: Path, out: Path) -> None:
 
 
 def images(cell: Cell, out: Path) -> dict[str, list[float]]:
-    """What :func:`keep_images` kept: a column for each figure, a row for each image."""
+    """What :func:`keep_images` kept: a column for each metric, a row for each image."""
     with result_path(cell, out).with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
     return {name: [float(row[name]) for row in rows] for name in rows[0]}
@@ -91,7 +91,7 @@ def commit() -> str | None:
 
 
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Curves of a run against the images it had seen.
+    """Curves of a run against the images it had seen, which is the step of its events.
 
     Args:
         run: Folder with TensorBoard events, of one process or of several that resumed each other.
@@ -101,28 +101,14 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     """
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    names = sorted(events.Tags()["scalars"])
-    seen = _by_step(events.Scalars("progress/images"))
-
-    def against_images(points: Sequence[ScalarEvent]) -> list[tuple[int, float]]:
-        return [
-            (int(max((count for at, count in seen.items() if at <= step), default=0)), value)
-            for step, value in _by_step(points).items()
-        ]
-
-    found = {name: against_images(events.Scalars(name)) for name in names if _is_reward(name)}
-    for name in names:
-        if name.startswith("val/"):
-            # The first validation comes before any image, but has the step of the first rollout batch.
-            first, *later = events.Scalars(name)
-            found[name] = [(0, first.value), *against_images(later)]
-    return found
+    names = [name for name in sorted(events.Tags()["scalars"]) if _is_kept(name)]
+    return {name: _by_images(events.Scalars(name)) for name in names}
 
 
-def _is_reward(name: str) -> bool:
-    return name == "train/reward" or name.startswith("train/reward/")
+def _is_kept(name: str) -> bool:
+    return name == "train/reward" or name.startswith(("train/reward/", "val/"))
 
 
-def _by_step(points: Sequence[ScalarEvent]) -> dict[int, float]:
+def _by_images(points: Sequence[ScalarEvent]) -> list[tuple[int, float]]:
     """A rollout batch that was interrupted and done again has its point twice: the later one stands."""
-    return dict(sorted({point.step: point.value for point in points}.items()))
+    return sorted({point.step: point.value for point in points}.items())

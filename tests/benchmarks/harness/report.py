@@ -19,9 +19,9 @@ RISE, FALL = 3.0, 2.0
 KL = "KL to the pretrained model, nats an image"
 
 
-def deviation(figure: dict[str, float | None]) -> float:
-    """A difference in standard errors; infinite where the error is 0, NaN where a figure has no value."""
-    difference, error = values_of(figure, "difference", "standard_error")
+def deviation(metric: dict[str, float | None]) -> float:
+    """A change in standard errors; infinite where the error is 0, NaN where a metric has no value."""
+    difference, error = values_of(metric, "difference", "standard_error")
     if error == 0:
         return math.copysign(math.inf, difference) if difference else 0.0
     return difference / error
@@ -59,7 +59,7 @@ def _doubts(result: Result) -> list[str]:
     if "reward" not in metrics:
         return [f"{seed}: no reward was measured"]
     doubts = []
-    # Written so that a figure without a value is in doubt.
+    # Written so that a metric without a value is in doubt.
     if not (by := deviation(metrics["reward"])) >= RISE:
         doubts.append(f"{seed}: reward changed by {by:+.1f} s.e., +{RISE:g} are needed")
     if "truth" in metrics and math.isnan(deviation(metrics["truth"])):
@@ -70,16 +70,16 @@ def _doubts(result: Result) -> list[str]:
     return doubts
 
 
-def figure_text(figure: dict[str, float | None]) -> str:
+def metric_text(metric: dict[str, float | None]) -> str:
     """Before, after, and the difference with its standard error."""
-    before, after, difference, error = values_of(figure, "before", "after", "difference", "standard_error")
-    by = f"{deviation(figure):+.1f} s.e."
+    before, after, difference, error = values_of(metric, "before", "after", "difference", "standard_error")
+    by = f"{deviation(metric):+.1f} s.e."
     return f"{before:.3f} -> {after:.3f} ({difference:+.3f} ± {error:.3f}, {by})"
 
 
-def _kl_text(figure: dict[str, float | None]) -> str:
+def _kl_text(metric: dict[str, float | None]) -> str:
     """The KL starts at 0: how many standard errors away it is says nothing."""
-    after, error = values_of(figure, "after", "standard_error")
+    after, error = values_of(metric, "after", "standard_error")
     return f"{after:.2f} ± {error:.2f}"
 
 
@@ -87,7 +87,7 @@ def columns(tests: Sequence[Metrics]) -> list[str]:
     """Names of the metrics in the table's order: what is claimed first, what it cost last."""
     measured = dict.fromkeys(name for test in tests for name in test)
     unscored = [test["unscored"] for test in tests if "unscored" in test]
-    if all(figure["before"] == figure["after"] == 0 for figure in unscored):
+    if all(metric["before"] == metric["after"] == 0 for metric in unscored):
         measured.pop("unscored", None)
     if "truth" in measured:
         measured.pop("reward/truth", None)
@@ -111,7 +111,7 @@ def table(results: Sequence[Result]) -> list[str]:
 
 
 def _metrics(test: Metrics, names: Sequence[str]) -> list[str]:
-    return [figure_text(test[name]) if name in test else "" for name in names]
+    return [metric_text(test[name]) if name in test else "" for name in names]
 
 
 def further_tests(plan: Plan, results: Sequence[Result]) -> list[str]:
@@ -136,7 +136,7 @@ Images = dict[tuple[str, int], dict[str, list[float]]]
 
 
 def beside(first: dict[str, list[float]], second: dict[str, list[float]]) -> dict[str, Comparison]:
-    """Two runs of one seed on the test split, image by image, by every figure that both have."""
+    """Two runs of one seed on the test split, image by image, by every metric that both have."""
     assert first["prompt"] == second["prompt"], "the runs were tested on other prompts"
     groups = torch.tensor(first["prompt"])
     return {

@@ -10,14 +10,14 @@ CLEAR = 2.0
 """Standard errors from which a lead of one seed is counted."""
 IMAGES = ("front", "strip")
 """Kept of a sweep."""
-Figure = tuple[float | None, float | None]
+Value = tuple[float | None, float | None]
 """A value and its standard error in one seed; None where there is none."""
 
 
 def sweeps(found: Sequence[dict[str, Any]]) -> list[str]:
     """Markdown: hypervolumes, then every method at every weight.
 
-    A figure is the mean over the seeds, and its error that of the mean if the seeds' own errors, which are
+    A value is the mean over the seeds, and its error that of the mean if the seeds' own errors, which are
     those of prompts, are independent. A lead is MSDDA's, on the same images: positive where it is better.
 
     Args:
@@ -73,18 +73,18 @@ def _weights(point: dict[str, Any], objectives: Sequence[str]) -> tuple[float, .
     return tuple(point[f"weight/{n}"] for n in objectives if point[f"weight/{n}"] is not None)
 
 
-def _of(points: Sequence[dict[str, Any]], name: str) -> list[Figure]:
+def _of(points: Sequence[dict[str, Any]], name: str) -> list[Value]:
     return [(point.get(name), point.get(f"{name}/se")) for point in points]
 
 
-def _known(metrics: Sequence[Figure]) -> list[tuple[float, float]]:
+def _known(metrics: Sequence[Value]) -> list[tuple[float, float]]:
     """The metrics, or nothing where a seed has none."""
     known = [(value, error) for value, error in metrics if value is not None and error is not None]
     return known if len(known) == len(metrics) else []
 
 
-def _pooled(metrics: Sequence[Figure], sign: str = "") -> str:
-    """Mean and standard error; empty where a seed has no figure."""
+def _pooled(metrics: Sequence[Value], sign: str = "") -> str:
+    """Mean and standard error; empty where a seed has no value."""
     if not (known := _known(metrics)):
         return ""
     mean = sum(value for value, _ in known) / len(known)
@@ -92,7 +92,7 @@ def _pooled(metrics: Sequence[Figure], sign: str = "") -> str:
     return f"{mean:{sign}.3f} ± {error:.3f}"
 
 
-def _clear(leads: Sequence[Figure]) -> str:
+def _clear(leads: Sequence[Value]) -> str:
     """In how many seeds MSDDA is ahead, and behind, by more than its error allows."""
     if not (known := _known(leads)):
         return ""

@@ -1,0 +1,79 @@
+"""What a run was asked to do: written to its folder, to TensorBoard, and into its checkpoints."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lightning import Callback, Trainer
+from torch.utils.tensorboard.summary import hparams
+
+from lit_align.callbacks.files import unused, write, writes
+from lit_align.callbacks.histograms import tensorboards
+from lit_align.folder import run_folder
+
+
+class RunConfig(Callback):
+    """Writes the whole configuration to ``config.yaml``; that of a resumed run stands beside the first.
+
+    Checkpoints hold the settings, so that a run that is resumed with others is told what changes. TensorBoard
+    gets the configuration as text, and at the end of a fit as hyper-parameters beside the held-out metrics,
+    so that its HParams tab compares runs.
+
+    Args:
+        text: The configuration, as YAML.
+        settings: What decides the result, by dotted name (see :func:`flat`).
+    """
+
+    def __init__(self, text: str, settings: Mapping[str, Any]) -> None:
+        self.text = text
+        self.settings = dict(settings)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._write(trainer, "config.yaml")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == "validate":
+            self._write(trainer, "config-validate.yaml")
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._write(trainer, "config-test.yaml")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._write(trainer, "config-predict.yaml")
+
+    def _write(self, trainer: Trainer, name: str) -> None:
+        if not writes(trainer):
+            return
+        write(unused(run_folder(trainer) / name), self.text)
+        for writer in tensorboards(trainer):
+            writer.add_text("config", "    " + self.text.replace("\n", "\n    "), 0)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        final = {f"val/{name}": float(values.nanmean()) for name, values in pl_module.latest.items()}
+        known = {name: value for name, value in final.items() if math.isfinite(value)}
+        simple = {n: v if isinstance(v, bool | int | float) else str(v) for n, v in self.settings.items()}
+        for writer in tensorboards(trainer):
+            # The values are those of the curves, so no scalar is written a second time.
+            for summary in hparams(simple, known):
+                writer.file_writer.add_summary(summary)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"settings": self.settings}
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted names, without the words that only say how classes are built.
+
+    A class is named by its last name. Lists become text, so that values can be compared and shown.
+    """
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        path = prefix if name in ("init_args", "class_path") else f"{prefix}.{name}".lstrip(".")
+        if name == "class_path":
+            value = value.rpartition(".")[2]
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, path)
+        else:
+            found[path] = json.dumps(value) if isinstance(value, list | Mapping) else value
+    return found

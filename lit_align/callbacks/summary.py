@@ -1,0 +1,194 @@
+"""What a run says of itself: where it trains and writes, and at its end how the held-out metrics changed."""
+
+import csv
+import io
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lit_align.callbacks.files import finite, unused, write, writes
+from lit_align.comparison import Comparison, compare
+from lit_align.folder import run_folder
+from lit_align.methods import AlignmentModule
+from lit_align.shapes import WEIGHTS_HASH
+
+
+class RunSummary(Callback):
+    """Says at the start what is trained and where, and at the end how the held-out metrics changed.
+
+    ``fit`` leaves ``validation.json`` and ``.csv``, the newest; when a run goes on, the older ones are kept
+    with their number of images in the name. Every ``test`` and ``validate`` leaves files of its own.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if writes(trainer):
+            _put_aside(run_folder(trainer) / "validation.json")
+        trained = [p.numel() for p in pl_module.parameters() if p.requires_grad]
+        total = sum(p.numel() for p in pl_module.backbone.parameters())
+        self._start(trainer, pl_module, f"trains {sum(trained):,} of {total:,} weights")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == "validate":
+            self._start(trainer, pl_module, "is validated")
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._start(trainer, pl_module, "is tested")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._start(trainer, pl_module, "draws")
+
+    def _start(self, trainer: Trainer, module: AlignmentModule, what: str) -> None:
+        if not trainer.is_global_zero:
+            return
+        device = (
+            module.device.type if trainer.world_size == 1 else f"{trainer.world_size} x {module.device.type}"
+        )
+        place = "" if trainer.fast_dev_run else f", writes to {run_folder(trainer)}"  # type: ignore[attr-defined]
+        _say(f"{type(module).__name__} {what} on {device}, {trainer.precision}{place}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if not writes(trainer) or trainer.sanity_checking:
+            return
+        if trainer.state.fn == "validate":
+            _report(unused(run_folder(trainer) / "validate.json"), pl_module, "validate")
+        elif pl_module.images:  # of an interrupted run, too, the newest comparison is there
+            _write(run_folder(trainer) / "validation.json", pl_module, "validation", complete=False)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if writes(trainer) and pl_module.latest:
+            _report(run_folder(trainer) / "validation.json", pl_module, "validation", complete=True)
+
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if writes(trainer) and pl_module.latest:
+            # Not the file of the test proper, whose prompts were never used.
+            seen = getattr(trainer.datamodule, "test_split", "test") == "train"  # type: ignore[attr-defined]
+            split = "test_train" if seen else "test"
+            _report(unused(run_folder(trainer) / f"{split}.json"), pl_module, split)
+
+
+def _report(path: Path, module: AlignmentModule, split: str, **more: bool) -> None:
+    """Write what was measured, and show it."""
+    _write(path, module, split, **more)
+    if found := _compared(module):
+        _show_change(found, split)
+    else:
+        _show_means(_means(module), split)
+    _say_places(path)
+
+
+def _compared(module: AlignmentModule) -> dict[str, Comparison]:
+    """Every metric of the pretrained model and the policy; empty where only one of them was measured."""
+    groups, latest = module.prompt_groups, module.latest
+    before = {name: values for name, values in module.baseline.items() if len(values) == len(groups)}
+    if module.baseline is latest:  # a validation of an untrained model is its own baseline
+        return {}
+    return {name: compare(old, latest[name], groups) for name, old in before.items() if name in latest}
+
+
+def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> None:
+    """The comparison as JSON, and beside it the metrics of each image as CSV."""
+    if found := _compared(module):
+        metrics = {name: finite(asdict(comparison)) for name, comparison in found.items()}
+    else:
+        metrics = {name: _mean(comparison) for name, comparison in _means(module).items()}
+    result = {
+        "split": split,
+        "shapes_weights": WEIGHTS_HASH,
+        "images": module.images,
+        "reward_queries": module.reward_queries,
+        "metrics": metrics,
+    }
+    write(path.with_suffix(".csv"), _rows({"prompt": module.prompt_groups} | module.latest))
+    write(path, json.dumps(result | more, indent=2))
+
+
+def _means(module: AlignmentModule) -> dict[str, Comparison]:
+    """The mean of each metric and its error, as the comparison with 0 has them."""
+    groups = module.prompt_groups
+    return {n: compare(torch.zeros_like(values), values, groups) for n, values in module.latest.items()}
+
+
+def _mean(found: Comparison) -> dict[str, float | None]:
+    mean = finite({"mean": found.after, "standard_error": found.standard_error})
+    return mean | {"num_images": found.num_pairs}
+
+
+def _put_aside(path: Path) -> None:
+    """Keep the files of an earlier end of this run under names with its number of images."""
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    if earlier.get("complete"):
+        for file in (path, path.with_suffix(".csv")):
+            file.replace(unused(file.with_stem(f"{file.stem}_{earlier['images']:08d}")))
+
+
+def _rows(columns: dict[str, Tensor]) -> str:
+    """A line for each image, in an order that two runs with the same data and seed share."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(columns)
+    table.writerows(
+        [[f"{x:.6g}" for x in row] for row in zip(*(c.tolist() for c in columns.values()), strict=True)]
+    )
+    return text.getvalue()
+
+
+def _show_change(found: dict[str, Comparison], split: str) -> None:
+    table = Table(title=f"{split}: {_count(found)} images, before and after on the same prompts and noise")
+    for header in ("", "before", "after", "change ± standard error", "win rate"):
+        table.add_column(header, justify="right" if header else "left", no_wrap=True)
+    for name, c in found.items():
+        if not _is_shown(name, found):
+            continue
+        if name in ("kl", "drift"):  # the distance to the pretrained model, which is 0 before
+            table.add_row(name, "", _number(c.after), "", "")
+            continue
+        error = f" ± {c.win_rate_error:.0%}" if math.isfinite(c.win_rate_error) else ""
+        wins = f"{c.win_rate:.0%}{error}" if name == "truth" or name.startswith("reward") else ""
+        change = _number(c.difference, c.standard_error, "+")
+        table.add_row(name, _number(c.before), _number(c.after), change, wins)
+    Console().print(table)
+    _say("win rate: share of the images that score higher after than before; a tie counts half")
+
+
+def _show_means(found: dict[str, Comparison], split: str) -> None:
+    table = Table("", "mean ± standard error", title=f"{split}: {_count(found)} images")
+    for name, c in found.items():
+        if _is_shown(name, found):
+            table.add_row(name, _number(c.after, c.standard_error))
+    Console().print(table)
+
+
+def _count(found: dict[str, Comparison]) -> int:
+    return max(c.num_pairs for c in found.values())
+
+
+def _is_shown(name: str, found: dict[str, Comparison]) -> bool:
+    """Whether a metric gets a row: it has a value, and no other row has the same."""
+    nothing = not found[name].num_pairs or (
+        name == "unscored" and found[name].before == found[name].after == 0
+    )
+    return not nothing and not (name == "reward/truth" and "truth" in found)
+
+
+def _number(value: float, error: float = math.nan, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
+
+
+def _say_places(result: Path) -> None:
+    folder = result.parent
+    for name in ("adapter", "checkpoints", "images", result.name):
+        if (folder / name).exists():
+            _say(f"{name.partition('.')[0]:<12} {folder / name}")
+    _say(f"{'curves':<12} tensorboard --logdir {folder.parent}")
+
+
+def _say(text: str) -> None:
+    Console().print(text, soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,150 @@
+"""LightningCLI, with what every run of lit_align has."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_align.callbacks import ProgressBar, RunConfig, RunFolder, default_callbacks
+from lit_align.cli.checkpoint import Saved, find
+from lit_align.cli.going_on import going_on
+from lit_align.cli.loggers import keep_metrics, new_folder, runs_of, use_folder
+from lit_align.cli.settings import settings_of
+from lit_align.errors import ConfigError
+from lit_align.methods.strategies import check_trainer
+
+REFUSED = (ValueError, TypeError, RuntimeError, MisconfigurationException)
+"""What Trainer raises where its options cannot work together."""
+
+
+class AlignCLI(LightningCLI):
+    """LightningCLI with a folder for each run, which a resumed run keeps, and the callbacks of every run."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self.saved: Saved | None = None
+        self.folder = RunFolder()
+        self.claimed = False
+        self.earlier: set[Path] = set()  # files of the folder before this command adds its own
+        try:
+            super().__init__(**arguments)
+        except BaseException:
+            self._clean_up()
+            raise
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+        config = self.config[self.config.subcommand]
+        if config.ckpt_path:
+            self.saved = find(config.ckpt_path, runs_of(config))
+            config.ckpt_path = None  # Lightning would read all of it, for hyper-parameters that it has not
+
+    def before_instantiate_classes(self) -> None:
+        stage = str(self.subcommand)
+        config = self.config[stage]
+        _check_trainer(config.trainer)
+        if self.saved is not None:
+            config.ckpt_path = str(self.saved.path)
+        elif self.subcommand != "fit":
+            rank_zero_warn(
+                "no --ckpt_path: this is the pretrained model; --ckpt_path last takes the newest run"
+            )
+        parser = self._subcommand_parsers[stage]
+        text = parser.dump(config, skip_none=False)
+        now = settings_of(json.loads(parser.dump(config, format="json", skip_none=False)))
+        extra: list[Callback] = [RunConfig(text, now)]
+        if self.saved is not None:
+            extra += going_on(self.saved, now, config, stage)
+        config.weights_only = True
+        if "verbose" in config:
+            config.verbose = False  # Lightning's table repeats ours
+        if self.subcommand == "predict":
+            config.return_predictions = False  # they are on disk; kept, they would fill the memory
+        self._choose_folder(config)
+        self.trainer_defaults["callbacks"] = [*_callbacks(config.trainer, self.folder), *extra]
+
+    def _choose_folder(self, config: Any) -> None:
+        if config.trainer.fast_dev_run:
+            return
+        self.folder.path = self.saved.run if self.saved else None
+        if self.folder.path is None:
+            self.folder.path = new_folder(config)
+            self.claimed = self.folder.path is not None
+        if self.folder.path is not None:
+            self.earlier = set(self.folder.path.iterdir())
+            use_folder(config, self.folder.path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = self.config[self.subcommand].trainer
+        if self.folder.path is not None:
+            kwargs["default_root_dir"] = str(self.folder.path)
+        kwargs["enable_model_summary"] = trainer.enable_model_summary or False
+        kwargs["enable_progress_bar"] = _has_bar(trainer)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except REFUSED as error:
+            raise ConfigError(f"trainer: {error}") from error
+
+    def after_instantiate_classes(self) -> None:
+        keep_metrics(self.trainer)
+
+    def _clean_up(self) -> None:
+        """Leave nothing of a start that failed before anything was computed."""
+        folder = self.folder.path
+        if folder is None or set(folder.glob("config*.yaml")) - self.earlier:
+            return  # it began
+        if self.claimed:
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in (folder.parent, folder.parent.parent):
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+        else:
+            for file in set(folder.glob(f"events.out.tfevents.*.{os.getpid()}.*")) - self.earlier:
+                file.unlink()
+
+
+def _callbacks(trainer: Any, folder: RunFolder) -> list[Any]:
+    """What every run has, but for what the user gives with settings of their own."""
+    given = trainer.callbacks or []
+    names = {c.class_path.rpartition(".")[2] for c in (given if isinstance(given, list) else [given])}
+    callbacks = default_callbacks(checkpoints=trainer.enable_checkpointing is not False)
+    callbacks = [folder if isinstance(callback, RunFolder) else callback for callback in callbacks]
+    if _has_bar(trainer) and not any("ProgressBar" in name for name in names):
+        callbacks.append(ProgressBar())
+    return [callback for callback in callbacks if type(callback).__name__ not in names]
+
+
+def _has_bar(trainer: Any) -> bool:
+    """Whether a progress bar is drawn: if the user says so, else on a terminal."""
+    return sys.stdout.isatty() if trainer.enable_progress_bar is None else trainer.enable_progress_bar
+
+
+def _check_trainer(config: Any) -> None:
+    """Refuse what cannot work before any model is loaded."""
+    if config.accumulate_grad_batches not in (None, 1):
+        raise ConfigError(
+            f"trainer.accumulate_grad_batches: {config.accumulate_grad_batches} does nothing here, since "
+            "methods make their updates themselves; set model.optimisation.micro_batch to bound memory, and "
+            "data.prompts_per_batch for more images in an update"
+        )
+    if config.gradient_clip_val:
+        raise ConfigError(
+            f"trainer.gradient_clip_val: {config.gradient_clip_val} does nothing here, since methods make "
+            "their updates themselves; set model.optimisation.clip_norm"
+        )
+    if isinstance(config.strategy, str):
+        names = ("accelerator", "devices", "num_nodes", "precision", "strategy")
+        off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        options: dict[str, Any] = {name: config[name] for name in names} | dict.fromkeys(off, False)
+        try:
+            check_trainer(Trainer(**options))
+        except ConfigError:
+            raise
+        except REFUSED as error:
+            raise ConfigError(f"trainer: {error}") from None

@@ -1,0 +1,119 @@
+"""Which checkpoint ``--ckpt_path`` means, and what it says of its run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_align.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint's counters, read without its weights.
+
+    Attributes:
+        path: The file.
+        images: Of the run when it was written.
+        steps: Optimizer steps.
+        epochs: Epochs that are complete.
+        settings: What the run was asked to do, by dotted name; None of a run from Python.
+    """
+
+    path: Path
+    images: int
+    steps: int
+    epochs: int
+    settings: dict[str, Any] | None
+
+    @property
+    def run(self) -> Path | None:
+        """The folder of its run, if the checkpoint lies where runs write."""
+        folder, here = self.path.absolute().parent, Path.cwd()
+        if folder.name != "checkpoints":
+            return None
+        return folder.parent.relative_to(here) if here in folder.parent.parents else folder.parent
+
+
+def find(ckpt_path: str, runs: Path) -> Saved:
+    """The checkpoint that the user means.
+
+    Args:
+        ckpt_path: ``last``, the folder of a run, or a file.
+        runs: Where the runs of this configuration are.
+
+    Raises:
+        ConfigError: There is none, or it cannot be read.
+    """
+    path = Path(ckpt_path)
+    if ckpt_path == "last":
+        return _last(runs)
+    if not path.exists():
+        raise ConfigError(
+            f"ckpt_path: there is no {ckpt_path}; give a checkpoint, the folder of a run, or 'last'"
+        )
+    if path.is_file():
+        return read(path)
+    if not (path / "checkpoints").is_dir():
+        raise ConfigError(
+            f"ckpt_path: {ckpt_path} is a folder, and not that of a run; give a checkpoint, which is one "
+            "file, or a folder that has checkpoints/"
+        )
+    if (saved := newest(path)) is None:
+        raise ConfigError(f"ckpt_path: {path / 'checkpoints'} has no checkpoint that is whole")
+    return saved
+
+
+def read(path: Path) -> Saved:
+    """The counters of a checkpoint; nothing in it is executed, and its tensors stay on disk.
+
+    Raises:
+        ConfigError: It is not whole, or not one of lit_align.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        epoch = content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        ended = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
+        images, steps = content["progress"]["images"], content["global_step"]
+    except Exception:  # torch raises whatever the bytes lead to
+        raise ConfigError(
+            f"ckpt_path: {path} cannot be read: it is not a checkpoint of lit_align, or not whole"
+        ) from None
+    settings = content.get("callbacks", {}).get("RunConfig", {}).get("settings")
+    return Saved(path, images, steps, epoch + bool(ended), settings)
+
+
+def newest(run: Path) -> Saved | None:
+    """The whole checkpoint of a run with the most images; of several, ``last.ckpt``."""
+    found = []
+    for path in (run / "checkpoints").glob("*.ckpt"):
+        if path.is_file():
+            try:
+                found.append(read(path))
+            except ConfigError:
+                continue  # cut by a kill, or another program's
+    return max(
+        found, key=lambda saved: (saved.images, saved.steps, saved.path.name == "last.ckpt"), default=None
+    )
+
+
+def _last(runs: Path) -> Saved:
+    """The newest checkpoint of the newest run."""
+    folders = [
+        folder
+        for folder in runs.glob("version_*")
+        if folder.name.removeprefix("version_").isdecimal()
+        and ((folder / "config.yaml").exists() or (folder / "checkpoints").is_dir())
+    ]
+    folders.sort(key=lambda folder: int(folder.name.removeprefix("version_")), reverse=True)
+    if not folders:
+        raise ConfigError(f"ckpt_path: 'last' finds no run under {runs}; start without --ckpt_path")
+    if (saved := newest(folders[0])) is not None:
+        return saved
+    older = next((folder for folder in folders[1:] if newest(folder)), None)
+    meant = f", or go on with an older one: --ckpt_path {older}" if older else ""
+    raise ConfigError(
+        f"ckpt_path: the newest run, {folders[0]}, has no whole checkpoint yet; start it again without "
+        f"--ckpt_path{meant}"
+    )

@@ -1,0 +1,214 @@
+"""The configuration files of a command, read beforehand: what is wrong in them is told with its line."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_align.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A YAML (or JSON) file, with the places of all its values.
+
+    Attributes:
+        path: As the user wrote it.
+        text: Its content.
+        root: The mapping.
+    """
+
+    path: str
+    text: str
+    root: yaml.MappingNode
+
+    def find(self, path: Sequence[str]) -> tuple[yaml.Node, yaml.Node] | None:
+        """The key and the value of an option.
+
+        Args:
+            path: The names that lead to it, without ``init_args``, which may or may not be written out.
+        """
+        key: yaml.Node = self.root
+        value: yaml.Node = self.root
+        for name in path:
+            entries = [entry for level in _levels(value) for entry in level.value if entry[0].value == name]
+            if not entries:
+                return None
+            key, value = entries[-1]
+        return key, value
+
+    def line(self, path: Sequence[str], word: str | None = None) -> int | None:
+        """The line (from 1) of an option or, below it, of a name or a value; None if it is not here."""
+        if (found := self.find(path)) is None:
+            return None
+        key, value = found
+        if word is None:
+            return key.start_mark.line + 1
+        lines = [n.start_mark.line + 1 for n in _scalars(value) if n.value == word]
+        return lines[0] if lines else None
+
+    def paths(self) -> list[list[str]]:
+        """The names that lead to every option, without ``init_args``."""
+        return _paths(self.root)
+
+    def model_class(self) -> str | None:
+        """The class that the file gives for the model, if it gives one."""
+        found = self.find(["model"])
+        if found is None:
+            return None
+        value = found[1]
+        if isinstance(value, yaml.MappingNode):
+            value = {k.value: v for k, v in value.value}.get("class_path", value)
+        return value.value if isinstance(value, yaml.ScalarNode) else None
+
+    def base(self) -> str:
+        """The configuration that an overlay is for, as its first line says."""
+        named = re.search(r"[Oo]verlay (?:for|after) (\S+\.yaml)", self.text.partition("\n")[0])
+        return named[1] if named else "configs/ddpo.yaml"
+
+
+def given_files(arguments: Sequence[str]) -> list[str]:
+    """The values of all ``--config`` and ``-c``."""
+    found = []
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option in ("--config", "-c") and (equals or place + 1 < len(arguments)):
+            found.append(value if equals else arguments[place + 1])
+    return [path for path in found if "\n" not in path and not path.startswith("{")]  # else it is the content
+
+
+def read(path: str) -> ConfigFile:
+    """Read a configuration.
+
+    Raises:
+        ConfigError: It is not there, is not YAML, or says something twice.
+    """
+    if Path(path).is_dir():
+        inside = sorted(file.name for file in Path(path).glob("*.yaml"))
+        raise ConfigError(
+            f"--config {path}: this is a folder; give a file of it: {', '.join(inside) or 'none'}"
+        )
+    try:
+        text = Path(path).read_text()
+    except FileNotFoundError:
+        raise ConfigError(f"--config {path}: there is no such file{_near_files(path)}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--config {path}: this is not a text file") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = _mark(text, error)
+        raise ConfigError(f"{path}, line {mark.line + 1 if mark else '?'}: {_syntax(text, error)}") from None
+    except yaml.YAMLError:
+        raise ConfigError(f"--config {path}: this is not a text file") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(
+            f"--config {path}: a configuration has the sections trainer, model and data; this file has none"
+        )
+    _refuse_twice(path, root)
+    return ConfigFile(path, text, root)
+
+
+def check_order(files: Sequence[ConfigFile], arguments: Sequence[str], model: str | None) -> None:
+    """Refuse overlays without a configuration before them.
+
+    Args:
+        files: In the order of the command.
+        arguments: The whole command.
+        model: The class that the command line gives for the model.
+
+    Raises:
+        ConfigError: With the command that was meant.
+    """
+    if not files and model is None:
+        options = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
+        near = difflib.get_close_matches("--config", options, n=1)
+        raise ConfigError(
+            f"{near[0]}: there is no such option; did you mean --config?"
+            if near
+            else "no configuration: give one, as in --config configs/ddpo.yaml (configs/README.md lists them)"
+        )
+    whole = [number for number, file in enumerate(files) if file.model_class()]
+    if whole and whole[0]:
+        early = next(
+            (file for file in files[: whole[0]] if file.find(["model"]) or file.find(["data"])), None
+        )
+        if early is not None:
+            raise ConfigError(
+                f"{early.path} is an overlay, so it comes after the configuration: --config "
+                f"{files[whole[0]].path} --config {early.path}"
+            )
+    if not whole and model is None:
+        raise ConfigError(
+            f"{files[0].path} is an overlay: give a configuration before it, as in --config "
+            f"{files[0].base()} --config {files[0].path}"
+        )
+
+
+def _levels(node: yaml.Node) -> list[yaml.MappingNode]:
+    """A mapping and its ``init_args``."""
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    inner = [v for k, v in node.value if k.value == "init_args" and isinstance(v, yaml.MappingNode)]
+    return [node, *inner]
+
+
+def _scalars(node: yaml.Node) -> list[yaml.Node]:
+    """All names and plain values below a node, in order."""
+    if isinstance(node, yaml.MappingNode):
+        return [scalar for entry in node.value for part in entry for scalar in _scalars(part)]
+    if isinstance(node, yaml.SequenceNode):
+        return [scalar for part in node.value for scalar in _scalars(part)]
+    return [node]
+
+
+def _paths(node: yaml.Node, before: tuple[str, ...] = ()) -> list[list[str]]:
+    found = []
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        path = before if key.value == "init_args" else (*before, str(key.value))
+        if key.value != "class_path" and path:
+            found += [list(path), *_paths(value, path)]
+    return found
+
+
+def _refuse_twice(path: str, node: yaml.Node) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for part in node.value:
+            _refuse_twice(path, part)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    first: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, line) != line:
+            raise ConfigError(
+                f"{path}, line {line}: {key.value} stands in line {first[key.value]} already; the second "
+                "would replace the first, so make one of them"
+            )
+        _refuse_twice(path, value)
+
+
+def _mark(text: str, error: yaml.MarkedYAMLError) -> Any:
+    """Where the mistake is: where something begins that never ends, or where the reader got lost."""
+    at_end = error.problem_mark is not None and error.problem_mark.index >= len(text.rstrip())
+    return error.context_mark if at_end and error.context_mark else error.problem_mark
+
+
+def _syntax(text: str, error: yaml.MarkedYAMLError) -> str:
+    mark, lines = _mark(text, error), text.splitlines()
+    line = lines[mark.line] if mark and mark.line < len(lines) else ""
+    if "\t" in line[: len(line) - len(line.lstrip())]:
+        return "a tab at the beginning of the line; YAML is indented by spaces"
+    where = f" here: {line.strip()!r}" if line.strip() else ""
+    return f"not valid YAML{where}; look at the indentation, the quotes and the brackets above it"
+
+
+def _near_files(path: str) -> str:
+    folder = Path(path).parent
+    there = [str(file) for file in folder.glob("*.yaml")] if folder.is_dir() else []
+    near = difflib.get_close_matches(path, there, n=1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,260 @@
+"""What the parser refuses, as a sentence: where it stands, what is wrong, and what was probably meant."""
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import lightning.pytorch.callbacks
+import lightning.pytorch.loggers
+import torch.optim.lr_scheduler
+from lightning import Trainer
+
+import lit_align.advantages
+import lit_align.backbones
+import lit_align.callbacks
+import lit_align.data
+import lit_align.methods
+import lit_align.methods.alignprop
+import lit_align.methods.msdda
+import lit_align.rewards
+import lit_align.samplers
+from lit_align.cli.config_files import ConfigFile
+from lit_align.cli.renamed import first_edition
+
+ROOMS: tuple[ModuleType, ...] = (
+    lit_align.methods,
+    lit_align.advantages,
+    lit_align.backbones,
+    lit_align.data,
+    lit_align.rewards,
+    lit_align.samplers,
+    lit_align.callbacks,
+    lit_align.methods.alignprop,
+    lit_align.methods.msdda,
+    lightning.pytorch.loggers,
+    lightning.pytorch.callbacks,
+    torch.optim,
+    torch.optim.lr_scheduler,
+)
+"""Where the classes are that a configuration names."""
+
+COMMANDS = ("fit", "validate", "test", "predict")
+
+KINDS = {
+    "dict": "a mapping (name: value)",
+    "list": "a list",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "NoneType": "null",
+}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user wrote: the files and the arguments of the command."""
+
+    files: Sequence[ConfigFile]
+    arguments: Sequence[str]
+
+    def place(self, path: Sequence[str], word: str | None = None) -> str:
+        """Where an option stands, or below it a word: a file and a line, or the option itself."""
+        values = [a.partition("=")[2] or a for a in self.arguments]
+        on_command = any(_option(argument)[: len(path)] == list(path) for argument in self.arguments)
+        for sought in dict.fromkeys((word, None)):
+            if on_command and (sought is None or any(sought in value for value in values)):
+                return f"--{'.'.join(path)}"
+            for file in reversed(self.files):
+                for written in (path, first_edition(path)):
+                    if (line := file.line(written, sought)) is not None:
+                        return f"{file.path}, line {line}: {'.'.join(written)}"
+        return ".".join(path)
+
+    def argument(self, option: str) -> str:
+        """The argument as the user wrote it, of which the parser names the end."""
+        names = [argument.partition("=")[0] for argument in self.arguments]
+        return next((n for n in names if n.startswith("--") and n.endswith(option.lstrip("-"))), option)
+
+    def paths(self) -> list[list[str]]:
+        """The names that lead to every option of the files, without ``init_args``."""
+        return [path for file in self.files for path in file.paths()]
+
+    def ending_with(self, name: str, but: Sequence[str] = ()) -> list[str]:
+        """Options of the files whose last part is a name: where a misplaced option may belong.
+
+        Args:
+            name: The last part.
+            but: The place where it was found, and does not belong.
+        """
+        found = [path for path in self.paths() if path[-1] == name and len(path) > 1 and path != list(but)]
+        return list(dict.fromkeys(".".join(path) for path in found))
+
+
+def explain(error: BaseException, given: Given) -> str:
+    """The parser's message, which quotes its types, as a sentence for a user."""
+    text = str(error)
+    for pattern, tell in (
+        (r"unrecognized arguments: (.*)", _unrecognised),
+        (r"does not accept option '([^']+)'", _unknown_section),
+        (r"Option '([^']+)' is not accepted", _unknown_option),
+        (r"No module named '([^']+)'", _no_module),
+        (r"the following arguments are required: (.*)", _required),
+        (r"invalid choice: '([^']+)' \(choose from (.*)\)", _choice),
+        (r"argument --(\S+): expected", _no_value),
+        (r"Not a valid subclass of (\w+)", _not_a_kind),
+        (r"Unable to load config [\"'](.*?)[\"']$", _not_a_mapping),
+        (r"Expected a", _wrong_value),
+    ):
+        if found := re.search(pattern, text, flags=re.MULTILINE):
+            return tell(text, found, given)
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _path(text: str) -> list[str]:
+    """The option that the message is about, without ``init_args``."""
+    keys = re.findall(r'Parser key "([^"]+)"', text)
+    path = [part for key in keys for part in key.split(".") if part not in ("init_args", *COMMANDS)]
+    nested = re.findall(r"NestedArg\(key='([^']+)'", text)
+    longest = [part for part in (nested[-1].split(".") if nested else []) if part != "init_args"]
+    return [path[0], *longest] if nested and len(longest) >= len(path) - 1 else path
+
+
+def _option(argument: str) -> list[str]:
+    name = argument.partition("=")[0].removeprefix("--").removesuffix("+")
+    return [part for part in name.split(".") if part != "init_args"] if argument.startswith("--") else []
+
+
+def _unrecognised(text: str, found: re.Match[str], given: Given) -> str:
+    words = [word for word in found[1].split() if word.startswith("-")]
+    if not words:
+        return f"{found[1]}: options begin with --, and this belongs to none"
+    option = given.argument(words[0].partition("=")[0])
+    if len(option) > 2 and not option.startswith("--"):
+        return f"{option}: options begin with two dashes; did you mean -{option}?"
+    name = ".".join(_option(option))
+    known = [f"trainer.{one}" for one in _parameters(Trainer)] + [".".join(path) for path in given.paths()]
+    known += ["config", "ckpt_path", "seed_everything", "print_config", "help"]
+    meant = _did_you_mean(name, known, "--") or _elsewhere(name, given)
+    return f"{option}: there is no such option{meant}"
+
+
+def _unknown_section(text: str, found: re.Match[str], given: Given) -> str:
+    path = found[1].split(".")
+    place = given.place(path)
+    if path[0] == "trainer" and len(path) > 1:
+        return (
+            f"{place}: Trainer has no such option{_did_you_mean(path[1], _parameters(Trainer), 'trainer.')}"
+        )
+    known = ["model", "data", "trainer", "seed_everything", "ckpt_path"]
+    near = difflib.get_close_matches(path[0], known, n=1)
+    meant = f"; did you mean {near[0]}?" if near else _elsewhere(path[0], given)
+    return f"{place}: a configuration has the sections trainer, model and data, and no {path[0]}{meant}"
+
+
+def _unknown_option(text: str, found: re.Match[str], given: Given) -> str:
+    name, owner = found[1], re.findall(r"class_path '([\w.]+)'", text)
+    path = _path(text)
+    parts = [part for part in name.split(".") if part != "init_args"]
+    path = path if path[-len(parts) :] == parts else [*path, *parts]
+    accepted = _parameters(_imported(owner[-1])) if owner else []
+    class_name = owner[-1].rpartition(".")[2] if owner else "this part"
+    meant = _did_you_mean(parts[0], accepted) or _elsewhere(name, given, but=path)
+    listed = meant or (f"; it has {', '.join(accepted)}" if accepted else "")
+    return f"{given.place(path)}: {class_name} has no option {name}{listed}"
+
+
+def _no_module(text: str, found: re.Match[str], given: Given) -> str:
+    path = re.findall(r"class_path '([\w.]+)'", text)
+    class_path = path[-1] if path else found[1]
+    return (
+        f"{given.place(_path(text), class_path)}: {class_path} cannot be imported; there is no module "
+        f"{found[1]} in this folder or among the installed packages"
+    )
+
+
+def _required(text: str, found: re.Match[str], given: Given) -> str:
+    owner = re.findall(r"class_path '([\w.]+)'", text)
+    names = found[1].replace("fit.", "")
+    if not owner:
+        return f"the configuration has no {names}; give a whole one first, as in --config configs/ddpo.yaml"
+    return f"{given.place(_path(text))}: {owner[-1].rpartition('.')[2]} needs {names}"
+
+
+def _choice(text: str, found: re.Match[str], given: Given) -> str:
+    choices = re.findall(r"'([^']+)'", found[2])
+    meant = _did_you_mean(found[1], choices) or f"; the commands are {', '.join(choices)}"
+    return f"there is no command {found[1]}{meant}"
+
+
+def _no_value(text: str, found: re.Match[str], given: Given) -> str:
+    return f"--{found[1]}: a value is missing"
+
+
+def _not_a_kind(text: str, found: re.Match[str], given: Given) -> str:
+    return (
+        f"{given.place(_path(text))}: this is no {found[1]}; give its class_path, or its values as a mapping"
+    )
+
+
+def _not_a_mapping(text: str, found: re.Match[str], given: Given) -> str:
+    place = given.place(_path(text)[:1], found[1])
+    return f"{place}: {found[1]!r} is not `name: value`, with a space after the colon"
+
+
+def _wrong_value(text: str, found: re.Match[str], given: Given) -> str:
+    path = _path(text)
+    named = re.findall(r"Expected a dot import path string: (\S+)", text)
+    value = _value(text, named)
+    place = given.place(path, value) if value is not None else given.place(path)
+    kinds = [kind for name in re.findall(r"Expected a <class '(\w+)'>", text) if (kind := KINDS.get(name))]
+    kinds = [kind for kind in dict.fromkeys(kinds) if kind != "null"]
+    literals = [
+        word for one in re.findall(r"Literal\[([^\]]+)\]", text) for word in re.findall(r"'([^']+)'", one)
+    ]
+    if literals:
+        meant = _did_you_mean(str(value), literals) or f"; it may be {', '.join(dict.fromkeys(literals))}"
+        return f"{place}: {value!r} is not possible{meant}"
+    if named and named[-1] == "None":
+        return f"{place}: null can only be given in a file, as configs/backbone/full.yaml does"
+    if named and (not kinds or value is None or value[:1].isupper() or "." in value):
+        names = [name for room in ROOMS for name in vars(room) if name[0].isupper()]
+        meant = _did_you_mean(named[-1].rpartition(".")[2], names)
+        return f"{place}: no class {named[-1]} is known{meant or '; give its import path'}"
+    if kinds:
+        return f"{place}: {value!r} is not {' or '.join(kinds)}"
+    return f"{place}: {value!r} cannot be used here"
+
+
+def _value(text: str, named: Sequence[str]) -> str | None:
+    """What was refused: the innermost value that the message quotes."""
+    for quoted in re.findall(r"(?:Given|Got) value: (.*)", text):
+        value = quoted.partition(". Got value")[0].strip("'\" ")
+        if not value.startswith(("Namespace(", "NestedArg(")):
+            return value
+    nested = re.findall(r"val='([^']*)'", text)
+    return nested[0] if nested else next(iter(named), None)
+
+
+def _did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=2)
+    return f"; did you mean {' or '.join(prefix + one for one in near)}?" if near else ""
+
+
+def _elsewhere(name: str, given: Given, but: Sequence[str] = ()) -> str:
+    places = given.ending_with(name.rpartition(".")[2], but)
+    return f"; did you mean {' or '.join(places[:2])}?" if places else ""
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _parameters(owner: Any) -> list[str]:
+    return [name for name in inspect.signature(owner).parameters if name not in ("self", "args", "kwargs")]

@@ -1,0 +1,64 @@
+"""A command that takes a checkpoint: what it says, refuses and applies of other settings."""
+
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+from lit_align.callbacks import NewSettings
+from lit_align.cli.checkpoint import Saved
+from lit_align.cli.settings import changes, check, told
+
+
+def going_on(saved: Saved, now: dict[str, Any], config: Any, stage: str) -> list[NewSettings]:
+    """Say which checkpoint is taken and what differs; the callbacks apply it.
+
+    Args:
+        saved: The checkpoint.
+        now: The settings of this command, by dotted name.
+        config: The configuration of this command.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Raises:
+        ConfigError: The settings do not fit the checkpoint.
+        SystemExit: With status 0, where a fit has nothing left to do.
+    """
+    fit = stage == "fit"
+    if fit:
+        _stop_if_complete(saved, config.trainer)
+    _say(f"{'goes on from' if fit else 'takes'} {saved.path}, at {saved.images} images")
+    if saved.settings is None:
+        rank_zero_warn("the checkpoint does not say with which settings it was made; none are compared")
+        return []
+    found = changes(saved.settings, now)
+    check(found, saved.settings, now, stage)
+    names = [*found.optimizer, *found.measurement, *found.other]
+    if not fit:  # another test set is what such a command is for
+        names = [name for name in names if name.startswith("model.") and name not in found.optimizer]
+    if names:
+        _say(f"settings that are not the checkpoint's: {told(names, saved.settings, now)}")
+    if found.measurement and fit:
+        _say(
+            "held-out images are measured differently now, so the pretrained model is measured anew and the "
+            "best checkpoint starts anew"
+        )
+    values = {name.rpartition(".")[2] for name in found.optimizer} if fit else set()
+    return [NewSettings(values, bool(found.measurement))]
+
+
+def _stop_if_complete(saved: Saved, trainer: Any) -> None:
+    """End before anything is loaded."""
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    if epochs is not None and 0 <= epochs <= saved.epochs:
+        option, done = "max_epochs", saved.epochs
+    elif 0 <= steps <= saved.steps:
+        option, done = "max_steps", saved.steps
+    else:
+        return
+    unit = option.removeprefix("max_")
+    _say(f"{saved.run or saved.path} is complete ({done} {unit}); add --trainer.{option} {2 * done} to go on")
+    raise SystemExit(0)
+
+
+def _say(text: str) -> None:
+    if not rank_zero_only.rank:  # type: ignore[attr-defined]
+        print(f"lit_align: {text}", flush=True)

@@ -1,0 +1,42 @@
+"""A start that says only what a user can act on."""
+
+import logging
+import os
+import sys
+import warnings
+
+import diffusers
+import transformers
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+
+NOISE = (
+    "Found .* module.* in eval mode",  # the models are in evaluation mode on purpose
+    ".*treespec, LeafSpec",  # Lightning's, about its own code
+    "Checkpoint directory .* exists and is not empty",  # of a run that goes on
+    "Experiment logs directory .* exists and is not empty",  # the same; nothing is deleted, see keep_metrics
+    "Be aware that when using `ckpt_path`",  # callbacks that a checkpoint has and this run has not
+    ".*lr_scheduler.step.* before .*optimizer.step",  # an update that was skipped
+)
+
+
+def quiet() -> None:
+    """Silence what other libraries say about themselves, and give our own warnings a short form."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
+    for category in (PossibleUserWarning, DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category)
+    warnings.formatwarning = _short
+
+
+def _short(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    where = "lit_align" if issubclass(category, UserWarning) else f"{filename}:{lineno}: {category.__name__}"
+    return f"{where}: {message}\n"

@@ -1,0 +1,140 @@
+"""What decides the result of a run, and what may change when it goes on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from lit_align.callbacks.run_config import flat
+from lit_align.errors import ConfigError
+
+TRAINER = ("precision", "limit_val_batches")
+"""Options of the Trainer that change what is measured."""
+
+NO_RESULT = (
+    "checkpointing",
+    "compile",
+    "attention",
+    "decode_batch",
+    "prompt_cache",
+    "micro_batch",
+    "workers",
+)
+"""Options that decide time and memory, and no result."""
+
+OF_TRAINING = (
+    "prompts_per_batch",
+    "images_per_prompt",
+    "batches_per_epoch",
+    "pairs_per_batch",
+    "latent_cache",
+)
+"""Options of the data that held-out images do not depend on."""
+
+
+@dataclass
+class Changes:
+    """What a configuration says otherwise than the checkpoint.
+
+    Attributes:
+        weights: What is trained, and on what: with other values the checkpoint does not fit.
+        optimizer: Of the optimizer and its schedule, whose state is in the checkpoint.
+        measurement: What decides the numbers of held-out images.
+        other: Everything else.
+    """
+
+    weights: list[str] = field(default_factory=list)
+    optimizer: list[str] = field(default_factory=list)
+    measurement: list[str] = field(default_factory=list)
+    other: list[str] = field(default_factory=list)
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the result, by dotted name.
+
+    Args:
+        config: The configuration of a command, as nested mappings.
+    """
+    trainer = {name: config["trainer"][name] for name in TRAINER}
+    parts = {"seed_everything": config["seed_everything"], "trainer": trainer}
+    return flat(parts | {"model": config["model"], "data": config["data"]})
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
+    """What is different, by what it decides."""
+    found = Changes()
+    for name in dict.fromkeys([*saved, *now]):
+        old, new = saved.get(name), now.get(name)
+        parts = name.split(".")
+        if old == new or (name == "model.backbone.pretrained" and _same_model(old, new)):
+            continue
+        if _is_weights(parts):
+            found.weights.append(name)
+        elif "optimizer" in parts or "lr_scheduler" in parts or name == "model.lr":
+            found.optimizer.append(name)
+        elif _is_measured(parts, now):
+            found.measurement.append(name)
+        else:
+            found.other.append(name)
+    return found
+
+
+def told(names: list[str], saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The old and the new values of some settings."""
+    return ", ".join(f"{name} {_short(saved.get(name))} -> {_short(now.get(name))}" for name in names)
+
+
+def check(found: Changes, saved: Mapping[str, Any], now: Mapping[str, Any], stage: str) -> None:
+    """Refuse what cannot change between a checkpoint and the command that takes it.
+
+    Raises:
+        ConfigError: With what to set back.
+    """
+    if found.weights:
+        raise ConfigError(
+            f"ckpt_path: the checkpoint belongs to another model ({told(found.weights, saved, now)}); set "
+            "this back, or give the config.yaml of its run"
+        )
+    if stage != "fit":
+        return
+    if (old := saved.get("model")) != (new := now.get("model")):
+        raise ConfigError(f"ckpt_path: the checkpoint is of {old}, and the configuration of {new}")
+    fixed = [name for name in found.optimizer if "lr_scheduler" in name.split(".") or not _is_value(name)]
+    if fixed:
+        raise ConfigError(
+            f"ckpt_path: in a run that goes on, the kind of the optimizer and the schedule cannot change "
+            f"({told(fixed, saved, now)}); set this back, or start a new run"
+        )
+
+
+def _is_value(name: str) -> bool:
+    """Whether it is a value of the optimizer, and not its class."""
+    return not name.endswith("optimizer")
+
+
+def _is_weights(parts: list[str]) -> bool:
+    free = (*NO_RESULT, "size", "dtype")
+    return parts[:2] == ["model", "backbone"] and not (len(parts) > 2 and parts[2] in free)
+
+
+def _is_measured(parts: list[str], now: Mapping[str, Any]) -> bool:
+    if parts[-1] in NO_RESULT or (parts[-2:] == ["sampling", "batch"]):
+        return False
+    if parts[-1] == "eval_batch":  # a limit on batches makes it a number of images
+        return now.get("trainer.limit_val_batches") is not None
+    if parts[0] == "data":
+        return not any(part in OF_TRAINING or part.startswith(("test", "predict")) for part in parts)
+    if parts[0] in ("trainer", "seed_everything"):
+        return True
+    measured = {"rewards", "sampler", "sampling", "backbone"}
+    return bool(measured & set(parts))
+
+
+def _same_model(old: Any, new: Any) -> bool:
+    """Whether two places hold the same model, as far as names say: a folder that was moved or copied."""
+    return bool(old and new) and PurePath(str(old)).name == PurePath(str(new)).name
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

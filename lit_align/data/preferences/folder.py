@@ -1,0 +1,108 @@
+"""Preference data of one's own: a table of prompts, names of images and labels."""
+
+import hashlib
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lit_align.data.images import UnreadableImage
+from lit_align.data.preferences.source import PairSource
+from lit_align.data.prompts import CSVPrompts, JSONLPrompts
+from lit_align.errors import ConfigError
+
+
+class FolderPairs(PairSource):
+    """A CSV or JSON lines file that names pairs of images, beside their files.
+
+    A row holds a prompt, two file names relative to the table's folder, and the label of the first image:
+    1 where it is preferred, 0 where the other one is, 0.5 or nothing for a tie.
+
+    Args:
+        path: The table, ``*.csv`` with a header line or ``*.jsonl``.
+        prompt: Column of the prompts.
+        first: Column of the first images.
+        second: Column of the second images.
+        label: Column of the labels.
+
+    Raises:
+        ConfigError: The table cannot be read or has no such column, a label is none of these, or the
+            first row's images are not there.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        prompt: str = "prompt",
+        first: str = "image_0",
+        second: str = "image_1",
+        label: str = "label_0",
+    ) -> None:
+        file = Path(path).expanduser()
+        if file.suffix not in (".csv", ".jsonl"):
+            raise ConfigError(f"{path} ends in '{file.suffix}': give a table *.csv or *.jsonl")
+        self.path, self.folder = path, file.parent
+        names = [first, second]
+        # 0001 is a name too, so the names stay text.
+        table = CSVPrompts(path, prompt, names) if file.suffix == ".csv" else JSONLPrompts(path, prompt)
+        there = table.columns(0)
+        for setting, column in (("first", first), ("second", second), ("label", label)):
+            if column not in there:  # no near name is proposed: label_1 would make the losers win
+                raise ConfigError(
+                    f"{path} has no column '{column}', only {', '.join([prompt, *there])}: set {setting} to "
+                    "one of them; first and second hold a file name each, and label holds 1 where the first "
+                    "image is preferred, 0 where the second is"
+                )
+        rows = [table.columns(row) for row in range(len(table))]
+        self._prompts = table.prompts(range(len(table)))
+        self._names = [[str(values[name] or "") for name in names] for values in rows]
+        self._labels = [
+            _label(values[label], f"{self.where(row)}, column '{label}'") for row, values in enumerate(rows)
+        ]
+        for side, column in enumerate(names):
+            try:
+                self.image(0, side)
+            except UnreadableImage as error:
+                raise ConfigError(
+                    f"{self.where(0)}, column '{column}': {error}; names are relative to "
+                    f"{self.folder.absolute()}"
+                ) from error
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def prompt(self, row: int) -> str:
+        return self._prompts[row]
+
+    def label(self, row: int) -> float:
+        return self._labels[row]
+
+    def image(self, row: int, side: int) -> bytes:
+        name = self._names[row][side]
+        try:
+            return (self.folder / name).read_bytes()
+        except OSError as error:
+            raise UnreadableImage(f"'{name}' cannot be read ({error.strerror})") from error
+
+    def images_are(self) -> str:
+        digest = hashlib.sha256()
+        for name in (name for names in self._names for name in names):
+            with suppress(OSError):  # it will be reported when its turn comes
+                state = (self.folder / name).stat()
+                digest.update(f"{name} {state.st_size} {state.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def __str__(self) -> str:
+        return self.path
+
+
+def _label(value: Any, where: str) -> float:
+    try:
+        label = math.nan if value in (None, "") else float(value)
+    except (TypeError, ValueError):
+        label = math.inf
+    if not math.isnan(label) and label not in (0.0, 0.5, 1.0):
+        raise ConfigError(
+            f"{where}: '{value}' is no label: give 1 where the first is preferred, 0, or 0.5 for a tie"
+        )
+    return label

@@ -1,0 +1,89 @@
+"""The interface of preference data: numbered pairs of images, in any storage."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+from lit_align.data.prompts import PromptSource
+
+HeldOut = Literal["validation", "test"]
+
+
+class PairSource(ABC):
+    """Numbered pairs of images of one prompt, with a label; YAML can name a subclass of yours too.
+
+    Several threads read images at the same time.
+
+    Attributes:
+        mixed: How many blocks a training order draws from at a time (see :meth:`blocks`).
+    """
+
+    mixed: int = 1
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of rows, ties included."""
+
+    @abstractmethod
+    def prompt(self, row: int) -> str:
+        """The prompt of a row, ``0 <= row < len(self)``; empty where there is none."""
+
+    @abstractmethod
+    def label(self, row: int) -> float:
+        """1 where the first image is preferred, 0 where the second is; any other number is a tie."""
+
+    @abstractmethod
+    def image(self, row: int, side: int) -> bytes:
+        """The encoded image of a row, the first (``side`` 0) or the second.
+
+        Raises:
+            UnreadableImage: It is not there.
+        """
+
+    def blocks(self) -> Sequence[range]:
+        """The rows, in runs that are read as a whole; the training order reads each run once a pass."""
+        return [range(len(self))]
+
+    def where(self, row: int) -> str:
+        """Where a row is stored, for messages."""
+        return f"row {row} of {self}"
+
+    def fingerprint(self) -> str:
+        """Changes with prompts, labels and :meth:`images_are`; caches on disk are named by it."""
+        digest = hashlib.sha256(f"{self} {self.images_are()}".encode())
+        for row in range(len(self)):
+            digest.update(f"{self.prompt(row)}\n{self.label(row)}\n".encode())
+        return digest.hexdigest()
+
+    def images_are(self) -> str:
+        """Changes with the images, as far as that can be told without reading them."""
+        return ""
+
+    def held_out(self, split: HeldOut) -> PromptSource | None:
+        """The prompts to validate or test on that come with the pairs, if any do."""
+        return None
+
+    def __str__(self) -> str:
+        """What error messages call this source."""
+        return type(self).__name__
+
+
+class PickaPicPrompts(PromptSource):
+    """The prompts of preference data alone, for methods that sample their own images.
+
+    Args:
+        pairs: The preference data; no image of it is read.
+    """
+
+    def __init__(self, pairs: PairSource) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def prompt(self, row: int) -> str:
+        return self.pairs.prompt(row)
+
+    def __str__(self) -> str:
+        return f"prompts of {self.pairs}"

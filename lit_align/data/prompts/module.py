@@ -1,0 +1,195 @@
+"""The data of the methods that make their own images: prompts, split and handed out in rollout batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lit_align.data.loading import Rank, counted
+from lit_align.data.module import AlignmentDataModule
+from lit_align.data.prompts.index import ON_DISK, index
+from lit_align.data.prompts.loaders import FixedLoader, RolloutLoader
+from lit_align.data.prompts.sets import PromptSet
+from lit_align.data.prompts.sources import PromptSource
+from lit_align.data.splits import Keys
+from lit_align.errors import ConfigError
+
+
+@dataclass(eq=False, repr=False)
+class PromptDataModule(AlignmentDataModule):
+    """Prompts in rollout batches for training, and fixed prompts for validation, test and predict.
+
+    A prompt belongs to a split by a hash of its text, so splits are disjoint, and do not change when rows are
+    added or moved. Empty and repeated prompts are dropped.
+
+    Millions of prompts are read and indexed once; both lie in the ``datasets`` cache and are memory-mapped,
+    so that later starts take about a second (see :mod:`lit_align.data.prompts.sources` for what can be read).
+
+    Args:
+        source: The prompts.
+        images_per_prompt: Images of one prompt in a rollout batch, kept together on one rank.
+        prompts_per_batch: Prompts of one training batch, over all ranks; the number of ranks must divide
+            it.
+        validation_source: Validate on these prompts; training and the test split skip them.
+        test_source: Test on these prompts; training and the validation split skip them. (Of a source of
+            distinct prompts, which may hold millions, only those in use are skipped.)
+        predict_source: Predict on all of these, in their order; on the test prompts if not given.
+        test_split: ``"test"``, or ``"train"`` to test on the first ``test_prompts`` of the training order of
+            this seed. They show what was learnt on the training prompts, if the run has reached all of them.
+            Predict never uses them.
+
+    Attributes:
+        others: The prompts of ``validation_source`` and ``test_source``, by the name of the split, after
+            :meth:`setup`.
+
+    Raises:
+        ConfigError: For a size or fraction that cannot work, here or, where the data is needed, in
+            :meth:`setup` and the loaders.
+    """
+
+    source: PromptSource
+    images_per_prompt: int = 8
+    prompts_per_batch: int = 16
+    validation_source: PromptSource | None = None
+    test_source: PromptSource | None = None
+    predict_source: PromptSource | None = None
+    test_split: Literal["test", "train"] = "test"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.others: dict[str, PromptSet] = {}
+        self._sets: dict[str, PromptSet] = {}
+        self._train_loader: RolloutLoader | None = None
+        self.validation_fraction = 0.0 if self.validation_source else self.validation_fraction
+        self.test_fraction = 0.0 if self.test_source else self.test_fraction
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        self.check_positive("images_per_prompt", "prompts_per_batch", "batches_per_epoch")
+        self.check_positive("validation_prompts", "test_prompts")
+        if self.test_split not in ("test", "train"):
+            raise ConfigError(f"data.test_split is {self.test_split!r}: give test or train")
+        for name in ("validation_images_per_prompt", "test_images_per_prompt"):
+            if not 1 <= (value := getattr(self, name)) <= self.eval_batch:
+                raise ConfigError(f"data.{name} is {value}: give 1 to {self.eval_batch} (data.eval_batch)")
+        for name in ("validation_fraction", "test_fraction"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ConfigError(f"data.{name} is {value}: give a share from 0 to below 1")
+        if (held_out := self.validation_fraction + self.test_fraction) >= 1:
+            raise ConfigError(
+                f"data.validation_fraction + data.test_fraction is {held_out}: leave some for training"
+            )
+
+    def prepare_data(self) -> None:
+        """Index large sources, in one process of a machine: the others find the index on disk."""
+        for source in (self.source, self.validation_source, self.test_source, self.predict_source):
+            if source is not None and not source.distinct and len(source) >= ON_DISK and source.fingerprint():
+                index(source)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Split the prompts, once; for "fit", check that they can fill a rollout batch on every rank."""
+        if not self._sets:
+            self._split()
+        if stage in ("fit", None):
+            self._train_loader = self._make_train_loader()
+
+    def _split(self) -> None:
+        given = {"validation": self.validation_source, "test": self.test_source}
+        self.others = {name: _all_prompts(source) for name, source in given.items() if source is not None}
+        held_out = [other.keys(getattr(self, f"{name}_prompts")) for name, other in self.others.items()]
+        usable = _all_prompts(self.source, held_out)
+        # Shares of [0, 1): test from below, validation from above, so that a change of one fraction does not
+        # change the other split.
+        low, high = self.test_fraction, 1 - self.validation_fraction
+        shares = {"test": (0.0, low), "train": (low, high), "validation": (high, 1.0)}
+        self._sets = {name: usable.split(*share) for name, share in shares.items()} | self.others
+
+    def _make_train_loader(self) -> RolloutLoader:
+        wanted, rank, train = self.prompts_per_batch, Rank.of(self.trainer), self._sets["train"]
+        rank.check("prompts_per_batch", wanted)
+        if not (count := train.count()):
+            raise ConfigError(
+                f"{self.source} has {counted(train.usable, 'prompt')}, and none of them is left to train on: "
+                "set data.validation_fraction and data.test_fraction to 0, and give data.validation_source "
+                "and data.test_source prompts that it does not have"
+            )
+        if wanted > count:
+            raise ConfigError(
+                f"data.prompts_per_batch is {wanted}, but {self.source} has only "
+                f"{counted(count, 'training prompt')}: lower it to at most {count}, give more prompts, or "
+                "lower the held-out fractions"
+            )
+        length = self.batches_per_epoch or count // wanted
+        return RolloutLoader(train, wanted, self.images_per_prompt, length, self.order_seed, rank)
+
+    def train_dataloader(self) -> RolloutLoader:
+        """The train loader: one object a fit, whose position survives a reload between epochs."""
+        assert self._train_loader is not None, "setup('fit') comes first"
+        return self._train_loader
+
+    def val_dataloader(self) -> FixedLoader:
+        """The validation prompts."""
+        return self.fixed("validation", "give data.validation_source prompts of its own")
+
+    def test_dataloader(self) -> FixedLoader:
+        """The prompts of ``test_split``."""
+        if self.test_split == "train":
+            return self.fixed("train", "set data.test_split to test, or lower the held-out fractions")
+        return self.fixed("test", "give data.test_source prompts of its own, or set data.test_split to train")
+
+    def predict_dataloader(self) -> FixedLoader:
+        """All prompts of ``predict_source``, or the test prompts."""
+        if self.predict_source is None:
+            return self.fixed("test", "give data.predict_source")
+        rank, prompts = Rank.of(self.trainer), _all_prompts(self.predict_source)
+        rows = prompts.rows if self.predict_source.distinct else np.sort(prompts.rows)
+        if len(rows) % rank.world:
+            raise ConfigError(
+                f"data.predict_source has {len(rows)} prompts, which {rank.world} ranks cannot share "
+                "equally: predict on one device, or give a multiple"
+            )
+        images = self.test_images_per_prompt
+        return FixedLoader(prompts, rows, images, self.eval_batch // images, rank)
+
+    def fixed(self, split: str, remedy: str) -> FixedLoader:
+        """The first prompts of a split, in the order of training if it is that split.
+
+        Args:
+            split: "train", "validation" or "test".
+            remedy: What to do if it has no prompts, for messages.
+
+        Raises:
+            ConfigError: It has none, or their number cannot be shared by the ranks.
+        """
+        kind, prompts, rank = "test" if split == "train" else split, self._sets[split], Rank.of(self.trainer)
+        wanted, images = getattr(self, f"{kind}_prompts"), getattr(self, f"{kind}_images_per_prompt")
+        rank.check(f"{kind}_prompts", wanted)
+        order = prompts.training_order(self.order_seed, 0) if split == "train" else prompts.fixed_order()
+        rows = prompts.first(wanted, order)
+        usable = len(rows) - len(rows) % rank.world
+        if usable == 0:
+            if split != "train" and prompts.usable > 1:  # a single prompt would only leave another split
+                remedy = f"raise data.{split}_fraction, or {remedy}"
+            there = counted(len(rows), f"{'training' if split == 'train' else split} prompt")
+            ranks = f"for {counted(rank.world, 'rank')}, of {prompts.usable} in all"
+            raise ConfigError(f"{prompts.source} has {there} {ranks}: {remedy}")
+        if usable < wanted:
+            rank_zero_warn(
+                f"data.{kind}_prompts is {wanted}, but {prompts.source} has {len(rows)}: {usable} are used"
+            )
+        return FixedLoader(prompts, rows[:usable], images, self.eval_batch // images, rank)
+
+
+def _all_prompts(source: PromptSource, held_out: Sequence[Keys] = ()) -> PromptSet:
+    """All prompts of a source but those held out; says how many were read."""
+    prompts, told = PromptSet(source, held_out), f"{source}: {counted(len(source), 'prompt')} read"
+    if (found := prompts.index) and (found.empty or found.repeated):
+        told += f"; {found.empty} empty and {found.repeated} repeated prompts dropped, {len(found)} left"
+    if found and (removed := prompts.usable - prompts.count()):
+        told += f"; {removed} prompts removed, which validation_source or test_source has too"
+    elif held_out and not found:
+        told += f"; {sum(map(len, held_out))} prompts of validation_source and test_source are skipped"
+    rank_zero_info(told)
+    return prompts

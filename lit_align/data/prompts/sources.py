@@ -1,0 +1,257 @@
+"""Where prompts come from: tables made in Python, files, or the hub.
+
+How to read published sets as they are distributed (``keep`` chooses the other columns that travel along):
+
+============  ==========================================================  ==================================
+set           files                                                       source
+============  ==========================================================  ==================================
+HPDv2         ``train.json``: a list of objects with ``prompt``;          ``JSONPrompts``; a pattern such as
+              ``benchmark/anime.json`` and 3 more styles: lists of texts  ``benchmark/*.json`` joins files
+GenEval       ``*_metadata.jsonl`` with ``prompt`` and what to count      ``JSONLPrompts``
+Pick-a-Pic    Parquet shards with ``caption``, one row per pair           ``ParquetPrompts``, ``keep: []``
+DiffusionDB   ``metadata.parquet`` with ``prompt``, one row per image    ``ParquetPrompts``, ``keep: []``
+PartiPrompts  ``PartiPrompts.tsv``: ``Prompt Category Challenge Note``    ``TSVPrompts``, column ``Prompt``
+DrawBench     CSV with ``Prompts`` and ``Category``                       ``CSVPrompts``, column ``Prompts``
+animals       ship with the package                                       ``Animals``
+============  ==========================================================  ==================================
+"""
+
+import json
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from lit_align.data.files import (
+    check_columns,
+    find_files,
+    fingerprint,
+    first_line,
+    load_hub,
+    read_delimited,
+    unreadable,
+)
+from lit_align.data.prompts.forms import FileForm
+from lit_align.errors import ConfigError
+
+UTF8 = {"encoding": "utf-8-sig"}
+"""How text is read; with this name the JSON builder of ``datasets`` refuses bytes that are not UTF-8."""
+
+TEXT = FileForm("UTF-8 text", ".txt", "text", UTF8)
+JSONL = FileForm("JSON lines", ".jsonl", "json", UTF8)
+JSON = FileForm("one JSON list of texts or of objects that are alike", ".json", "json", UTF8)
+
+
+class PromptSource(ABC):
+    """Numbered prompts with optional further columns; YAML can name a subclass of yours too.
+
+    Attributes:
+        distinct: Promises that no prompt is empty or there twice, so that the source need not be read as a
+            whole.
+    """
+
+    distinct: ClassVar[bool] = False
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    @abstractmethod
+    def prompt(self, row: int) -> str:
+        """The prompt of a row, ``0 <= row < len(self)``."""
+
+    def prompts(self, rows: range) -> list[str]:
+        """The prompts of neighbouring rows; to be overridden where there is a faster way than one by one."""
+        return [self.prompt(row) for row in rows]
+
+    def columns(self, row: int) -> dict[str, Any]:
+        """The other values of a row, under the same names for every row. Rewards receive them."""
+        return {}
+
+    def fingerprint(self) -> str | None:
+        """What changes with the prompts, for an index on disk; without it, every start makes the index."""
+        return None
+
+    def __str__(self) -> str:
+        """What error messages call this source."""
+        return type(self).__name__
+
+
+class TablePrompts(PromptSource):
+    """Rows of an Arrow table; the base of the sources below, and a way to give a table made in Python.
+
+    Args:
+        table: The rows.
+        column: The column with the prompts.
+        name: What error messages call this source.
+        keep: The other columns that travel with the prompts; all of them if not given.
+        files: Fingerprint of the files that the table is mapped from, if it is.
+
+    Raises:
+        ConfigError: The table is empty, has no such column, names one twice, or the column holds no text; of
+            the sources below, a file is missing, empty, not UTF-8 or not of its form.
+    """
+
+    def __init__(
+        self,
+        table: pa.Table,
+        column: str,
+        name: str = "table",
+        keep: list[str] | None = None,
+        files: str | None = None,
+    ) -> None:
+        self.name = name
+        names = table.column_names
+        check_columns(names, [column, *(keep or ())], name)
+        if len(set(names)) < len(names):
+            raise ConfigError(f"{name} has two columns of one name among {', '.join(names)}: rename one")
+        if table.num_rows == 0:
+            raise ConfigError(f"{name} has no rows: give a source with at least one prompt")
+        kind = table.schema.field(column).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise ConfigError(f"column '{column}' of {name} holds {kind}, not text: name the prompts' column")
+        self._prompts = table.column(column)
+        others = names if keep is None else keep
+        self._others = {other: table.column(other) for other in others if other != column}
+        self._fingerprint = files and f"{files}:{column}"
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def prompt(self, row: int) -> str:
+        return self._prompts[row].as_py() or ""
+
+    def prompts(self, rows: range) -> list[str]:
+        return [prompt or "" for prompt in self._prompts[rows.start : rows.stop].to_pylist()]
+
+    def columns(self, row: int) -> dict[str, Any]:
+        return {name: _plain(values[row].as_py(), values.type) for name, values in self._others.items()}
+
+    def fingerprint(self) -> str | None:
+        return self._fingerprint
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _plain(value: Any, kind: pa.DataType) -> Any:
+    """A value in which JSON of several types, such as ``["left of", 0]``, is no longer text."""
+    if value is None:
+        return None
+    if isinstance(kind, pa.JsonType):
+        return json.loads(value)
+    if pa.types.is_list(kind):
+        return [_plain(item, kind.value_type) for item in value]
+    if pa.types.is_struct(kind):
+        return {field.name: _plain(value[field.name], field.type) for field in kind}
+    return value
+
+
+class TextPrompts(TablePrompts):
+    """UTF-8 text with one prompt a line.
+
+    Args:
+        path: A file, a folder of ``.txt`` files, or a pattern such as ``prompts/*.txt``.
+    """
+
+    def __init__(self, path: str) -> None:
+        table, files = TEXT.read(path)
+        super().__init__(table, "text", path, files=files)
+
+
+class CSVPrompts(TablePrompts):
+    """UTF-8 CSV with a header line, read into memory.
+
+    Args:
+        path: The file.
+        column: The column with the prompts.
+        texts: Other columns that are text whatever they look like: 0001 is a name, not 1.
+    """
+
+    def __init__(self, path: str, column: str = "prompt", texts: list[str] | None = None) -> None:
+        table = read_delimited(path, ".csv", [column, *(texts or ())], delimiter=",", quoted=True)
+        super().__init__(table, column, path)
+
+
+class TSVPrompts(TablePrompts):
+    """UTF-8 text with a header line, tabs between the columns and no quoting, read into memory.
+
+    A quote is a character like any other: prompts such as ``"STOP" painted on a wall`` stay whole.
+
+    Args:
+        path: The file.
+        column: The column with the prompts.
+    """
+
+    def __init__(self, path: str, column: str = "prompt") -> None:
+        table = read_delimited(path, ".tsv", [column], delimiter="\t", quoted=False)
+        super().__init__(table, column, path)
+
+
+class JSONLPrompts(TablePrompts):
+    """UTF-8 text with one JSON object a line.
+
+    Args:
+        path: A file, a folder of ``.jsonl`` files, or a pattern such as ``shards/*.jsonl``.
+        column: The key of the prompts; the others travel with them.
+    """
+
+    def __init__(self, path: str, column: str = "prompt") -> None:
+        table, files = JSONL.read(path)
+        super().__init__(table, column, path, files=files)
+
+
+class JSONPrompts(TablePrompts):
+    """A UTF-8 file that is one JSON list, of texts or of objects.
+
+    Args:
+        path: A file, a folder of ``.json`` files, or a pattern such as ``benchmark/*.json``.
+        column: The key of the prompts in objects; the others travel with them, numbers with ten decimals.
+            Texts need none.
+    """
+
+    def __init__(self, path: str, column: str = "prompt") -> None:
+        table, files = JSON.read(path)
+        column = "text" if table.column_names == ["text"] else column  # what a list of texts becomes
+        super().__init__(table, column, path, files=files)
+
+
+class ParquetPrompts(TablePrompts):
+    """Parquet files.
+
+    Args:
+        path: A file, a folder of ``.parquet`` files, or a pattern such as ``train-*.parquet``.
+        column: The column with the prompts.
+        keep: The other columns that travel with the prompts; all of them if not given. Give ``[]`` where the
+            others are large, such as images: what is kept is copied into the cache.
+    """
+
+    def __init__(self, path: str, column: str = "prompt", keep: list[str] | None = None) -> None:
+        columns = None if keep is None else [column, *keep]
+        for file in find_files(path, ".parquet"):
+            try:
+                names = parquet.read_schema(file).names
+            except (pa.ArrowException, OSError) as error:
+                raise unreadable(file, "Parquet", first_line(error)) from error
+            check_columns(names, columns or [column], str(file))
+        table, files = FileForm("Parquet", ".parquet", "parquet", {"columns": columns}, text=False).read(path)
+        super().__init__(table, column, path, keep, files)
+
+
+class HubPrompts(TablePrompts):
+    """A dataset of the Hugging Face hub, or a local folder that ``datasets`` reads; memory-mapped.
+
+    Args:
+        name: The hub id or the folder.
+        split: Which of the dataset's own splits to read; slices such as ``train[:1000]`` work.
+        column: The column with the prompts.
+        keep: The other columns that travel with the prompts; all of them if not given.
+    """
+
+    def __init__(
+        self, name: str, split: str = "train", column: str = "prompt", keep: list[str] | None = None
+    ) -> None:
+        rows = load_hub(name, split)
+        super().__init__(rows.data.table, column, f"dataset {name} ({split})", keep, fingerprint(rows, split))

@@ -1,0 +1,71 @@
+"""A Trainer built in Python: the callbacks of every run, and what they leave."""
+
+import json
+from functools import partial
+
+import torch
+from lightning import Trainer
+
+from lit_align.advantages import GroupAdvantages
+from lit_align.backbones import StableDiffusionBackbone
+from lit_align.callbacks import RunFolder, default_callbacks
+from lit_align.data import PromptDataModule, ShapesPrompts
+from lit_align.methods import DDPOModule
+from lit_align.methods.sampling import Sampling
+from lit_align.rewards import Brightness, RewardBank
+from lit_align.samplers import DDIM
+
+
+def test_a_run_from_python_leaves_what_one_of_the_command_line_leaves(tiny, tmp_path, capsys):
+    sizes = {"validation_prompts": 2, "validation_images_per_prompt": 2, "test_prompts": 2}
+    data = PromptDataModule(ShapesPrompts(["pair"]), images_per_prompt=2, prompts_per_batch=2, **sizes)
+
+    def module() -> DDPOModule:
+        return DDPOModule(
+            backbone=StableDiffusionBackbone(str(tiny)),
+            sampler=partial(DDIM, num_steps=3, eta=1.0),
+            rewards=RewardBank({"brightness": Brightness()}, {"brightness": 1.0}),
+            advantages=GroupAdvantages(),
+            sampling=Sampling(guidance=1.0, seed=0),
+        )
+
+    def trainer() -> Trainer:
+        return Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            limit_train_batches=1,
+            num_sanity_val_steps=2,
+            logger=False,
+            default_root_dir=tmp_path,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=default_callbacks(),
+        )
+
+    for number in range(2):
+        trainer().fit(module(), data)
+        run = tmp_path / "logs" / "ddpo" / f"version_{number}"
+        names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+        assert names == {
+            "checkpoints/best.ckpt",
+            "checkpoints/last.ckpt",
+            "adapter/pytorch_lora_weights.safetensors",
+            "images/validation_00000000.png",
+            "images/validation_00000004.png",
+            "validation.csv",
+            "validation.json",
+        }
+    assert json.loads((run / "validation.json").read_text())["metrics"]["reward"]["num_pairs"] == 4
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["progress"]["images"] == 4
+    printed = capsys.readouterr().out
+    assert "epoch 1/1  batch 1/1" in printed
+    assert "win rate" in printed
+    assert not list(tmp_path.glob("lit_align*"))
+
+
+def test_the_folder_is_decided_first_and_the_best_score_is_in_the_last_checkpoint():
+    names = [type(callback).__name__ for callback in default_callbacks()]
+    assert names[0] == RunFolder.__name__
+    assert names.index("BestCheckpoint") < names.index("BatchCheckpoint")
+    without = [type(callback).__name__ for callback in default_callbacks(checkpoints=False)]
+    assert not [name for name in without if "Checkpoint" in name]

@@ -1,0 +1,160 @@
+"""What people get wrong, and what they are told: one message each, with the place and what was meant."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_align.cli import main
+from lit_align.cli.align import AlignCLI
+
+ROOT = Path(__file__).parents[2]
+DDPO = ROOT / "configs" / "ddpo.yaml"
+REDNESS = ROOT / "configs" / "variant" / "redness.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lit_align"])
+    monkeypatch.setattr(AlignCLI, "instantiate_classes", lambda self: pytest.fail("this was accepted"))
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message that ends a command."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exited:
+        main(list(arguments))
+    assert exited.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    last = message[message.rindex("lit_align: ") :].strip()
+    assert "\n" not in last
+    return last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--trainer.max_epoch=3"], ["--trainer.max_epoch:", "did you mean --trainer.max_epochs"]),
+        (["--trainr.max_epochs=3"], ["--trainr.max_epochs:", "did you mean --trainer.max_epochs"]),
+        (["--model.optimization.micro_batch=4"], ["did you mean --model.optimisation.micro_batch"]),
+        (["--model.clip_rnge=1"], ["--model.clip_rnge: DDPOModule has no option", "did you mean clip_range"]),
+        (
+            ["--model.lr=1e-3"],
+            ["DDPOModule has no option lr", "did you mean model.optimisation.optimizer.lr?"],
+        ),
+        (["--model.optimisation.optimizer.lr=fast"], ["optimizer.lr: 'fast' is not a number"]),
+        (["--model.optimisation.micro_batch=many"], ["micro_batch: 'many' is not a whole number"]),
+        (["--model.rewards.weights.clip=high"], ["--model.rewards.weights.clip: 'high' is not a number"]),
+        (["--trainer.max_epochs=three"], ["--trainer.max_epochs: 'three' is not a whole number"]),
+        (["--trainer.max_epochs"], ["--trainer.max_epochs: a value is missing"]),
+        (["--trainer.precision=fp16"], ["'fp16' is not possible; did you mean bf16"]),
+        (["--model.backbone.checkpointing=block"], ["'block' is not possible; did you mean blocks?"]),
+        (["--model=DDPOModul"], ["--model: no class DDPOModul is known; did you mean DDPOModule"]),
+        (["--model.sampler=DDMI"], ["--model.sampler: no class DDMI is known; did you mean DDIM?"]),
+        (["--model.advantages=GroupAdvantage"], ["did you mean GroupAdvantages"]),
+        (["--data=PromptDataModul"], ["--data: no class", "did you mean PromptDataModule"]),
+        (["--data.source=TextPrompt"], ["did you mean TextPrompts"]),
+        (["--data.source=TextPrompts"], ["--data.source: TextPrompts needs path"]),
+        (["--trainer.logger=TensorboardLogger"], ["did you mean TensorBoardLogger?"]),
+        (["--trainer.callbacks+=EarlyStoping"], ["did you mean EarlyStopping?"]),
+        (["--model.rewards.rewards.x=Nothing"], ["no class Nothing is known; give its import path"]),
+        (["--model.rewards.rewards.x=mine.Red"], ["mine.Red cannot be imported; there is no module mine"]),
+        (["--model.backbone.lora.rnk=4"], ["LoRA has no option rnk; did you mean rank?"]),
+        (["--model.backbone.lora=null"], ["--model.backbone.lora: null can only be given in a file"]),
+        (["foo"], ["foo: options begin with --"]),
+        (["--trainer.accumulate_grad_batches=2"], ["model.optimisation.micro_batch"]),
+        (["--trainer.gradient_clip_val=1.0"], ["model.optimisation.clip_norm"]),
+        (["--trainer.accelerator=cuda"], ["trainer:", "accelerator"]),
+        (["--trainer.strategy=ddpp"], ["trainer:", "ddpp"]),
+        (["--trainer.precision=64-true"], ["trainer.precision: 64-true would round"]),
+        (["--ckpt_path=nowhere.ckpt"], ["there is no nowhere.ckpt", "'last'"]),
+        (["--ckpt_path=last"], ["'last' finds no run under logs/ddpo"]),
+        (["--ckpt_path=."], ["is a folder, and not that of a run"]),
+        (["--model=AlignPropModule"], [f"start from {DDPO.with_name('alignprop.yaml')}"]),
+        (["--config=nowhere.yaml"], ["--config nowhere.yaml: there is no such file"]),
+        ([f"--config={DDPO.with_name('dppo.yaml')}"], [f"did you mean {DDPO.with_name('d')}"]),
+        ([f"--config={ROOT / 'configs'}"], ["this is a folder", "ddpo.yaml"]),
+    ],
+    ids=lambda value: value[-1][-40:] if isinstance(value, list) else "",
+)
+def test_a_mistake_on_the_command_line(arguments, parts, capsys):
+    message = told(capsys, "fit", "--config", str(DDPO), *arguments)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("trainer:\n  max_epoch: 3\n", ["line 2: trainer.max_epoch:", "did you mean trainer.max_epochs"]),
+        ("trainr:\n  max_epochs: 3\n", ["line 2: trainr.max_epochs:", "did you mean trainer?"]),
+        ("clip_range: 1.0e-3\n", ["line 1: clip_range:", "did you mean model.clip_range?"]),
+        (
+            "model:\n  init_args:\n    clip_rnge: 1\n",
+            ["line 3: model.clip_rnge:", "did you mean clip_range?"],
+        ),
+        ("model:\n  init_args:\n    lr: 1\n", ["line 3: model.lr:", "model.optimisation.optimizer.lr?"]),
+        (
+            "model:\n  init_args:\n    optimisation:\n      optimizer:\n        init_args: {lr: fast}\n",
+            ["line 5: model.optimisation.optimizer.lr: 'fast' is not a number"],
+        ),
+        (
+            "model:\n  init_args:\n    optimizer:\n      init_args: {lr: fast}\n",
+            ["line 4: model.optimizer.lr: 'fast' is not a number"],
+        ),
+        ("model:\n  init_args:\n    sampler: DDMI\n", ["line 3: model.sampler:", "did you mean DDIM?"]),
+        (
+            "data:\n  init_args:\n    image_per_prompt: 3\n",
+            ["line 3: data.image_per_prompt: PromptDataModule has no option", "images_per_prompt"],
+        ),
+        ("model:\n  init_args:\n    sampling: {guidance: [1, 2]}\n", ["line 3: model.sampling.guidance"]),
+        (
+            "model:\n  init_args:\n    rewards:\n      init_args:\n        rewards: [CLIPScore]\n",
+            ["line 5: model.rewards.rewards:", "is not a mapping"],
+        ),
+        ("model:\n  class_path: AlignPropModule\n", ["start from", "alignprop.yaml"]),
+        ("trainer:\n  max_epochs:3\n", ["line 2: trainer:", "a space after the colon"]),
+        ("trainer:\n\tmax_epochs: 3\n", ["line 2: a tab"]),
+        ("trainer:\n  max_epochs: 3\n devices: 1\n", ["line 3: not valid YAML", "indentation"]),
+        ("data:\n  init_args: {path: 'a.txt}\n", ["line 2: not valid YAML"]),
+        ("trainer:\n  devices: 1\ntrainer:\n  max_epochs: 2\n", ["line 3: trainer stands in line 1 already"]),
+        ("- a\n", ["has the sections trainer, model and data"]),
+        ("", ["has the sections trainer, model and data"]),
+        ("\x00", ["not a text file"]),
+    ],
+    ids=range(20),
+)
+def test_a_mistake_in_a_file(text, parts, capsys):
+    Path("mine.yaml").write_text(text)
+    message = told(capsys, "fit", "--config", str(DDPO), "--config", "mine.yaml")
+    assert "mine.yaml" in message or parts[0] == "start from"
+    for part in parts:
+        assert part in message
+
+
+def test_a_misspelt_truncation_is_met_with_the_nearest(capsys):
+    alignprop = f"--config={DDPO.with_name('alignprop.yaml')}"
+    assert "did you mean LowVariance" in told(capsys, "fit", alignprop, "--model.truncation=LowVarianz")
+
+
+def test_an_overlay_without_a_configuration_before_it(capsys):
+    meant = f"--config configs/ddpo.yaml --config {REDNESS}"
+    assert f"is an overlay: give a configuration before it, as in {meant}" in told(
+        capsys, "fit", "--config", str(REDNESS)
+    )
+    message = told(capsys, "fit", "--config", str(REDNESS), "--config", str(DDPO))
+    assert f"comes after the configuration: --config {DDPO} --config {REDNESS}" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["fit"], "no configuration: give one, as in --config configs/ddpo.yaml"),
+        (["fit", "--confg", "x.yaml"], "--confg: there is no such option; did you mean --config?"),
+        (["ft", "--config", str(DDPO)], "there is no command ft; did you mean fit?"),
+    ],
+)
+def test_a_command_without_a_configuration(arguments, part, capsys):
+    assert part in told(capsys, *arguments)

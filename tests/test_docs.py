@@ -1,0 +1,166 @@
+"""Every command and every Python block of the documentation runs, in small: what cannot is named here."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_align.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "configs" / "README.md",
+    *sorted((ROOT / "lit_align").glob("*/README.md")),
+    ROOT / "tests" / "benchmarks" / "README.md",
+]
+ELSEWHERE = (
+    "python3 -m venv",
+    "ruff check",
+    "python -m tests.benchmarks.",
+    "python -m lit_align.shapes.recipe",
+    "hf download",
+)
+"""Run by CI, by tests/benchmarks and by tests/shapes; and downloads."""
+
+SMALL = """
+trainer:
+  accelerator: cpu
+  max_epochs: 1
+  limit_train_batches: 1
+  limit_val_batches: 1
+  limit_test_batches: 1
+  limit_predict_batches: 1
+  enable_progress_bar: false
+data:
+  init_args:
+    validation_prompts: 2
+    validation_images_per_prompt: 2
+    test_prompts: 2
+    test_images_per_prompt: 2
+    eval_batch: 4
+"""
+PROMPTS = "data: {init_args: {images_per_prompt: 2, prompts_per_batch: 2}}"
+SMALLER = {
+    "ddpo": f"{PROMPTS}\nmodel: {{init_args: {{updates: 1}}}}",
+    "prdp": f"{PROMPTS}\nmodel: {{init_args: {{updates: 1}}}}",
+    "msdda": f"{PROMPTS}\nmodel: {{init_args: {{updates: 1}}}}",
+    "alignprop": "data: {init_args: {prompts_per_batch: 2}}",
+    "spin": "data: {init_args: {pairs_per_batch: 2}}\nmodel: {init_args: {steps: 1, iterations: 1}}",
+    "my_method": PROMPTS,
+}
+"""What makes the configurations small, by the name of the first file."""
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The code blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    """The command lines of a page, without comments."""
+    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    found = [shlex.join(shlex.split(line, comments=True)) for line in lines]
+    return [line for line in found if line and not line.startswith(ELSEWHERE)]
+
+
+COMMANDS = list(dict.fromkeys(line for page in PAGES for line in commands(page)))
+TWO = [line for line in COMMANDS if "--trainer.devices 2" in line or "fsdp.yaml" in line]
+ONE = [line for line in COMMANDS if line not in TWO]
+
+
+def test_there_are_commands_and_all_are_of_lit_align():
+    assert len(COMMANDS) >= 15
+    assert {line.split()[:3][2] for line in COMMANDS} == {"lit_align"}
+
+
+def named_blocks() -> dict[str, str]:
+    """Blocks that begin with a comment that names their file."""
+    found = {}
+    for page in PAGES:
+        for block in blocks(page, "python") + blocks(page, "yaml"):
+            if name := re.match(r"# (\w+\.(?:py|yaml))", block):
+                found[name[1]] = block
+    return found
+
+
+@pytest.fixture
+def work(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as a reader has it: the configurations, prompts, and the files that the pages show."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    looks = [
+        f"a {look} {shape}" for shape in ("circle", "star", "heart") for look in ("red", "blue", "small")
+    ]
+    counts = [
+        f"{count} {shape}s" for count in ("two", "three", "four") for shape in ("circle", "star", "heart")
+    ]
+    more = [f"{one} and {other}" for one in looks for other in counts]
+    (tmp_path / "prompts.txt").write_text("\n".join(looks + counts + more))
+    for name, text in named_blocks().items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "FOLDER").symlink_to(tiny)
+    (tmp_path / "small.yaml").write_text(SMALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    monkeypatch.delitem(sys.modules, "my_method", raising=False)
+    return tmp_path
+
+
+def small(line: str, work: Path) -> list[str]:
+    """The arguments of a command, and what makes it small and lets it run without a download."""
+    arguments = shlex.split(line)[3:]
+    name = Path(arguments[arguments.index("--config") + 1]).stem
+    (work / "smaller.yaml").write_text(SMALLER[name])
+    files = [part for name in ("small.yaml", "smaller.yaml") for part in ("--config", name)]
+    after = max(place for place, argument in enumerate(arguments) if argument == "--config") + 2
+    arguments[after:after] = files  # before the options of the page, which win
+    if "configs/backbone/sd15.yaml" in arguments:
+        # PickScore and Stable Diffusion are downloads; the tiny model has their format and 16 pixels a side.
+        arguments += [
+            "--config",
+            "configs/variant/compressibility.yaml",
+            "--model.backbone.pretrained",
+            "FOLDER",
+        ]
+        size = "[16,24]" if "--model.backbone.size" in arguments else "16"
+        arguments += ["--model.backbone.size", size, "--model.sampler.num_steps", "2"]
+    return arguments
+
+
+@pytest.mark.parametrize("line", ONE)
+def test_a_command_of_the_pages_runs(line: str, work: Path):
+    if "--ckpt_path last" in line or "version_0" in line:
+        config = re.search(r"--config (\S+)", line)
+        assert config
+        main(small(f"python -m lit_align fit --config {config[1]}", work))
+        if line.split()[3] == "fit":
+            line += " --trainer.max_epochs 2"  # the run is complete after one
+    if line.split()[3] == "fit" and "pinterest_joint" in line:
+        pytest.skip("tests/test_cli.py runs the configuration of several tasks")
+    main(small(line, work))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", TWO)
+def test_a_command_on_two_processes_runs(line: str, work: Path):
+    subprocess.run([sys.executable, "-m", "lit_align", *small(line, work)], check=True, timeout=600)
+
+
+def test_the_script_of_the_page_on_configurations_runs(work: Path):
+    (script,) = blocks(ROOT / "configs" / "README.md", "python")
+    for large, little in {
+        "max_epochs=3": "max_epochs=1, accelerator='cpu', limit_val_batches=1",
+        "limit_train_batches=8": "limit_train_batches=1",
+        "images_per_prompt=8": "images_per_prompt=2, eval_batch=4",
+        "prompts_per_batch=16": "prompts_per_batch=2",
+    }.items():
+        assert large in script
+        script = script.replace(large, little)
+    names: dict[str, object] = {}
+    exec(compile(script, "script", "exec"), names)  # the documentation's own
+    assert tuple(names["images"].shape) == (4, 3, 64, 64)  # type: ignore[attr-defined]
