@@ -6,6 +6,7 @@ names a model or a source that is not there yet.
 
 import copy
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 from lit_align.cli import main
-from tests.test_cli import ROOT, base_of, scalars
+from tests.test_cli import ROOT, scalars
 
 PAPER = sorted(ROOT.glob("configs/paper/*.yaml"))
 
@@ -99,7 +100,8 @@ def test_published_settings_train_one_batch(config: Path, tiny: Path, tmp_path: 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lit_align"])
     overlay = config.read_text().startswith("# Overlay")
-    files = [base_of(config)[1]] if overlay else []
+    named = re.findall(r"configs/\w+\.yaml", config.read_text().splitlines()[0])
+    files = [ROOT / named[0]] if overlay else []
     arguments = []
     for number, file in enumerate([*files, config]):
         path = tmp_path / f"{number}.yaml"
