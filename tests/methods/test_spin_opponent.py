@@ -16,7 +16,7 @@ from lit_align.methods.spin.opponent import OPPONENT
 from lit_align.randomness import generator
 from lit_align.rollout import rollout
 from tests.methods.build import Killed, assert_same, fit, make
-from tests.methods.test_spin import BATCH, Players, with_rates
+from tests.methods.test_spin import BATCH, Players
 
 module = partial(make, SPINModule)
 
@@ -115,8 +115,9 @@ def test_an_interrupted_pool_goes_on_without_loss_or_duplicates(tiny, tmp_path, 
 def test_a_resumed_iteration_equals_the_uninterrupted_one_bit_for_bit(tiny, tmp_path, crash, exact, place):
     options: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": None}
     sinking = partial(torch.optim.lr_scheduler.LinearLR, total_iters=3)
-    make_module = partial(with_rates, tiny, [1e-2, 5e-3], exact=exact, steps=[2, 2], lr_scheduler=sinking)
-    whole, cut, resumed = make_module(), make_module(), make_module()
+    whole, cut, resumed = (
+        module(tiny, rates=[1e-2, 5e-3], exact=exact, steps=[2, 2], lr_scheduler=sinking) for _ in range(3)
+    )
     one, killed, rest = Players(), Players(crash), Players()
     fit(whole, tmp_path / "whole", 2, recorder=one, **options)
     with pytest.raises(Killed):
