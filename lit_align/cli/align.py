@@ -78,7 +78,8 @@ class AlignCLI(LightningCLI):
             self.claimed = self.folder.path is not None
         if self.folder.path is not None:
             self.earlier = set(self.folder.path.iterdir())
-            use_folder(config, self.folder.path)
+            goes_on = self.saved if self.subcommand == "fit" else None
+            use_folder(config, self.folder.path, goes_on.images if goes_on else None)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self.config[self.subcommand].trainer
@@ -116,7 +117,7 @@ def _callbacks(trainer: Any, folder: RunFolder) -> list[Any]:
     callbacks = default_callbacks(checkpoints=trainer.enable_checkpointing is not False)
     callbacks = [folder if isinstance(callback, RunFolder) else callback for callback in callbacks]
     if _has_bar(trainer) and not any("ProgressBar" in name for name in names):
-        callbacks.append(ProgressBar())
+        callbacks.insert(1, ProgressBar())  # it ends before anything else is printed
     return [callback for callback in callbacks if type(callback).__name__ not in names]
 
 
