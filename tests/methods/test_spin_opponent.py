@@ -55,14 +55,14 @@ def test_the_opponents_images_are_a_function_of_pair_and_iteration(tiny):
     assert (first - second).flatten(1).abs().amax(1).min() > 1e-3
 
 
-@pytest.mark.parametrize("changed", ["sampler", "pretrained model"])
-def test_another_sampler_or_pretrained_model_makes_another_pool(tiny, tmp_path, changed):
-    for new in (False, True):
-        aligned = module(tiny, eta=0.5 if new and changed == "sampler" else 1.0)
-        if new and changed == "pretrained model":
-            frozen = next(p for p in aligned.backbone.network.parameters() if not p.requires_grad)
-            frozen.data += 0.1
-        fit(aligned, tmp_path)
+@pytest.mark.parametrize("changed", [{"eta": 0.5}, {"opponent_guidance": 2.0}, "pretrained model"], ids=str)
+def test_another_way_to_draw_or_pretrained_model_makes_another_pool(tiny, tmp_path, changed):
+    fit(module(tiny), tmp_path)
+    other = module(tiny) if changed == "pretrained model" else module(tiny, **changed)
+    if changed == "pretrained model":
+        frozen = next(p for p in other.backbone.network.parameters() if not p.requires_grad)
+        frozen.data += 0.1
+    fit(other, tmp_path)
     assert len(list((tmp_path / "pool").iterdir())) == 2
 
 
