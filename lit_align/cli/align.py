@@ -1,12 +1,12 @@
 """LightningCLI, with what every run of lit_align has."""
 
-import json
 import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -57,7 +57,7 @@ class AlignCLI(LightningCLI):
             )
         parser = self._subcommand_parsers[stage]
         text = parser.dump(config, skip_none=False)
-        now = settings_of(json.loads(parser.dump(config, format="json", skip_none=False)))
+        now = settings_of(yaml.safe_load(text))
         extra: list[Callback] = [RunConfig(text, now)]
         if self.saved is not None:
             extra += going_on(self.saved, now, config, stage)
