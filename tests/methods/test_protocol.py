@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from safetensors import safe_open
 from torch import Tensor
 
 from lit_align.advantages import GroupAdvantages, PerPromptAdvantages
@@ -167,7 +168,75 @@ def assert_close_logs(one: list[dict[str, float]], other: list[dict[str, float]]
             assert before[name] == pytest.approx(after[name], rel=1e-3, abs=1e-5, nan_ok=True), name
 
 
-# ---- one rank and one backward pass
+# ---- micro-batches and ranks
+
+
+def descended(case: Case, tiny: Path, folder: Path, batches: int, **options: Any) -> Recorder:
+    """A fit by gradient descent with momentum, in which rounding stays rounding, from weights that are not 0.
+
+    It is validated before it, and after two batches.
+    """
+    devices = options.pop("devices", 1)
+    descent = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
+    module = case.make(tiny, optimizer=descent, lr_scheduler=None, **options)
+    randomise(module, 0.1)
+    validations = {"limit_val_batches": None, "val_check_interval": 2} if batches > 1 else {}
+    return fit(module, folder, batches, data=case.data(module), devices=devices, **validations)
+
+
+@pytest.fixture(scope="module")
+def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("alone")
+
+
+@pytest.fixture(scope="module")
+def alone(case: Case, tiny: Path, folder: Path) -> Recorder:
+    """Three batches in one process, each update one backward pass."""
+    return descended(case, tiny, folder, 3, micro_batch=case.items)
+
+
+@pytest.mark.parametrize("size", ["one", "uneven"])
+def test_micro_batches_change_no_gradient_and_nothing_that_is_logged(
+    case: Case, alone: Recorder, tiny: Path, tmp_path: Path, size: str
+) -> None:
+    micro_batch = 1 if size == "one" else case.items // 2 + 1
+    parts = descended(case, tiny, tmp_path, 1, micro_batch=micro_batch)
+    assert len(parts.gradients) == case.updates
+    for one, other in zip(parts.gradients, alone.gradients[: case.updates], strict=True):
+        assert_close_gradients(one, other)
+    first = {name: value for name, value in alone.logged[0].items() if not name.startswith("val/")}
+    assert_close_logs(parts.logged, [first])
+
+
+def pooled_rows(folder: Path) -> list[int]:
+    """Rows of the pairs whose opponents a run of SPIN keeps; none of another method."""
+    rows: list[int] = []
+    for shard in folder.rglob("pool/*/*.safetensors"):
+        with safe_open(shard, "pt") as opened:
+            rows += opened.get_tensor("index").tolist()
+    return sorted(rows)
+
+
+def test_two_ranks_are_one(case: Case, alone: Recorder, folder: Path, tiny: Path, tmp_path: Path) -> None:
+    two = descended(case, tiny, tmp_path, 3, micro_batch=case.items // 3, devices=2)
+    assert len(two.gradients) == len(alone.gradients) == 3 * case.updates
+    for one, other in zip(two.gradients, alone.gradients, strict=True):
+        assert_close_gradients(one, other)
+    assert_close_logs(two.logged, alone.logged)
+    assert len(two.index[0]) == len(alone.index[0]) // 2
+    assert pooled_rows(tmp_path) == pooled_rows(folder)
+    assert bool(pooled_rows(folder)) == (case.method is SPINModule)
+    # Validation in the images' global order.
+    assert two.at == alone.at == [0, int(alone.logged[1]["progress/images"])]
+    for measured, expected in zip(two.validated, alone.validated, strict=True):
+        assert measured.keys() == expected.keys()
+        for name, values in measured.items():
+            torch.testing.assert_close(values, expected[name], rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
+# ---- a whole run
+
+LONG: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": None}
 
 
 @dataclass(frozen=True)
@@ -191,54 +260,6 @@ class Run:
     reference: Tensor
 
 
-def descended(case: Case, tiny: Path, folder: Path, batches: int = 1, **options: Any) -> Recorder:
-    """A fit by plain gradient descent, in which rounding stays rounding, from weights that are not zero."""
-    of_trainer = {name: options.pop(name) for name in ("devices", "limit_val_batches") if name in options}
-    descent = partial(torch.optim.SGD, lr=1e-3)
-    module = case.make(tiny, optimizer=descent, lr_scheduler=None, **options)
-    randomise(module, 0.1)
-    return fit(module, folder, batches, data=case.data(module), **of_trainer)
-
-
-@pytest.fixture(scope="module")
-def alone(case: Case, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorder:
-    """Two batches in one process, each update one backward pass."""
-    return descended(
-        case, tiny, tmp_path_factory.mktemp("alone"), 2, micro_batch=case.items, limit_val_batches=None
-    )
-
-
-@pytest.mark.parametrize("size", ["one", "uneven"])
-def test_micro_batches_change_no_gradient_and_nothing_that_is_logged(
-    case: Case, alone: Recorder, tiny: Path, tmp_path: Path, size: str
-) -> None:
-    micro_batch = 1 if size == "one" else case.items // 2 + 1
-    parts = descended(case, tiny, tmp_path, micro_batch=micro_batch)
-    assert len(parts.gradients) == case.updates
-    for one, other in zip(parts.gradients, alone.gradients[: case.updates], strict=True):
-        assert_close_gradients(one, other)
-    first = {name: value for name, value in alone.logged[0].items() if not name.startswith("val/")}
-    assert_close_logs(parts.logged, [first])
-
-
-def test_two_ranks_are_one(case: Case, alone: Recorder, tiny: Path, tmp_path: Path) -> None:
-    two = descended(case, tiny, tmp_path, 2, micro_batch=case.items // 3, devices=2, limit_val_batches=None)
-    assert len(two.gradients) == len(alone.gradients) == 2 * case.updates
-    for one, other in zip(two.gradients, alone.gradients, strict=True):
-        assert_close_gradients(one, other)
-    assert_close_logs(two.logged, alone.logged)
-    assert two.at == alone.at
-    assert len(two.index[0]) == len(alone.index[0]) // 2
-    # Validation in the images' global order.
-    for measured, expected in zip(two.validated, alone.validated, strict=True):
-        assert measured.keys() == expected.keys()
-        for name, values in measured.items():
-            torch.testing.assert_close(values, expected[name], rtol=1e-3, atol=1e-5, equal_nan=True)
-
-
-# ---- a whole run
-
-
 @pytest.fixture(scope="module")
 def whole(case: Case, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two epochs of two batches with a stateful optimizer, a validation before and after each epoch."""
@@ -250,9 +271,6 @@ def whole(case: Case, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> R
     logger = CSVLogger(folder, name=None, version="")
     recorder = fit(module, folder, 2, BatchCheckpoint(), **LONG, logger=logger, data=case.data(module))
     return Run(module, recorder, folder, start, names, reference)
-
-
-LONG: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": None}
 
 
 def last_checkpoint(folder: Path) -> Path:
