@@ -407,6 +407,21 @@ def test_a_complete_run_says_so_before_anything_is_loaded(small, done, capsys, m
     assert files(".") == before
 
 
+def test_a_run_that_goes_on_from_an_older_checkpoint_gets_a_folder_of_its_own(small, done, capsys):
+    earlier = files(done)
+    shutil.copy(done / "checkpoints" / "last.ckpt", "kept.ckpt")
+    main(["fit", *small, "--trainer.max_epochs=3", "--ckpt_path", str(done)])
+    Path("kept.ckpt").rename(done / "checkpoints" / "kept.ckpt")
+    newer = files(done)
+    main(["fit", *small, "--trainer.max_epochs=3", "--ckpt_path", str(done / "checkpoints" / "kept.ckpt")])
+    assert "is newer, so this goes on in a new folder" in capsys.readouterr().out
+    assert files(done) == newer != earlier
+    run = done.with_name("version_1")
+    assert (run / "checkpoints" / "best.ckpt").exists()
+    assert [step for step, _ in curve(run, "val/reward")] == [12]
+    assert (run / "validation.csv").read_bytes() == (done / "validation.csv").read_bytes()
+
+
 def test_a_run_that_goes_on_keeps_the_numbers_of_its_earlier_end(small, done):
     earlier = (done / "validation.json").read_bytes()
     main(["fit", *small, "--trainer.max_epochs=3", "--ckpt_path", str(done)])

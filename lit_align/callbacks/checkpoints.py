@@ -105,6 +105,8 @@ class BestCheckpoint(ModelCheckpoint):
         paths = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path")}
         scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": scores})
+        if not Path(self.best_model_path).is_file():  # it stayed in another folder
+            self._forget_score()
 
     def forget(self, trainer: Trainer, images: int) -> None:
         """Drop the best score, which is of another measurement; its checkpoint is kept under another name.
@@ -113,11 +115,14 @@ class BestCheckpoint(ModelCheckpoint):
             trainer: The Trainer of the run.
             images: Of the run so far; they name the file.
         """
-        self.best_k_models, self.best_model_path, self.kth_best_model_path = {}, "", ""
-        self.best_model_score = self.current_score = None
+        self._forget_score()
         best = Path(self.dirpath or "") / "best.ckpt"
         if writes(trainer) and best.exists():
             best.rename(unused(best.with_name(f"best_{images:08d}.ckpt")))
+
+    def _forget_score(self) -> None:
+        self.best_k_models, self.best_model_path, self.kth_best_model_path = {}, "", ""
+        self.best_model_score = self.current_score = None
 
 
 def checkpoint_callbacks() -> list[Callback]:

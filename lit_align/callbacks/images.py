@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from lightning import Callback, Trainer
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 
+from lit_align.callbacks.console import show
 from lit_align.callbacks.files import finite, unused, writes
 from lit_align.callbacks.grid import image_grid, pixels, shrink, uint8
 from lit_align.callbacks.histograms import tensorboards
@@ -159,4 +159,4 @@ class ImageWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            Console().print(f"images       {self._folder}", soft_wrap=True, highlight=False)
+            show(f"images       {self._folder}")

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lit_align.callbacks.console import show
 from lit_align.callbacks.files import finite, unused, write, writes
 from lit_align.comparison import Comparison, compare
 from lit_align.folder import run_folder
@@ -52,7 +52,7 @@ class RunSummary(Callback):
             module.device.type if trainer.world_size == 1 else f"{trainer.world_size} x {module.device.type}"
         )
         place = "" if trainer.fast_dev_run else f", writes to {run_folder(trainer)}"  # type: ignore[attr-defined]
-        _say(f"{type(module).__name__} {what} on {device}, {trainer.precision}{place}")
+        show(f"{type(module).__name__} {what} on {device}, {trainer.precision}{place}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not writes(trainer) or trainer.sanity_checking:
@@ -81,7 +81,7 @@ def _report(path: Path, module: AlignmentModule, split: str, **more: bool) -> No
         _show_change(found, split)
     else:
         _show_means(_means(module), split)
-    _say_places(path)
+    _show_places(path)
 
 
 def _compared(module: AlignmentModule) -> dict[str, Comparison]:
@@ -154,8 +154,8 @@ def _show_change(found: dict[str, Comparison], split: str) -> None:
         wins = f"{c.win_rate:.0%}{error}" if name == "truth" or name.startswith("reward") else ""
         change = _number(c.difference, c.standard_error, "+")
         table.add_row(name, _number(c.before), _number(c.after), change, wins)
-    Console().print(table)
-    _say("win rate: share of the images that score higher after than before; a tie counts half")
+    show(table)
+    show("win rate: share of the images that score higher after than before; a tie counts half")
 
 
 def _show_means(found: dict[str, Comparison], split: str) -> None:
@@ -163,7 +163,7 @@ def _show_means(found: dict[str, Comparison], split: str) -> None:
     for name, c in found.items():
         if _is_shown(name, found):
             table.add_row(name, _number(c.after, c.standard_error))
-    Console().print(table)
+    show(table)
 
 
 def _count(found: dict[str, Comparison]) -> int:
@@ -182,13 +182,9 @@ def _number(value: float, error: float = math.nan, sign: str = "") -> str:
     return f"{value:{sign}.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
 
 
-def _say_places(result: Path) -> None:
+def _show_places(result: Path) -> None:
     folder = result.parent
     for name in ("adapter", "checkpoints", "images", result.name):
         if (folder / name).exists():
-            _say(f"{name.partition('.')[0]:<12} {folder / name}")
-    _say(f"{'curves':<12} tensorboard --logdir {folder.parent}")
-
-
-def _say(text: str) -> None:
-    Console().print(text, soft_wrap=True, highlight=False, markup=False)
+            show(f"{name.partition('.')[0]:<12} {folder / name}")
+    show(f"{'curves':<12} tensorboard --logdir {folder.parent}")

@@ -14,9 +14,9 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
+from lit_align.callbacks.console import show
 from lit_align.callbacks.files import finite, unused, write, writes
 from lit_align.callbacks.grid import image_grid, uint8
 from lit_align.callbacks.histograms import tensorboards
@@ -168,8 +168,7 @@ def _show(front: Front, rows: Sequence[dict[str, Any]], volumes: dict[str, Volum
         others = [f"{row[n]:.{digits}f}" if n in row else "" for n, digits in (("truth", 3), ("kl", 1))]
         mark = "x" if row["front"] else ""
         table.add_row(row["method"], weights, *rewards, *others, gain, f"{row['seconds']:.3f}", mark)
-    console = Console()
-    console.print(table)
+    show(table)
     shown = ", ".join(f"{name} {v.value:.3f} ± {v.error:.3f}" for name, v in volumes.items())
-    console.print(f"hypervolume  {shown}", soft_wrap=True, highlight=False)
-    console.print(f"sweep        {folder}", soft_wrap=True, highlight=False)
+    show(f"hypervolume  {shown}")
+    show(f"sweep        {folder}")

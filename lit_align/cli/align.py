@@ -13,8 +13,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_align.callbacks import ProgressBar, RunConfig, RunFolder, default_callbacks
-from lit_align.cli.checkpoint import Saved, find
-from lit_align.cli.going_on import going_on
+from lit_align.cli.checkpoint import Saved, find, newest
+from lit_align.cli.going_on import going_on, say
 from lit_align.cli.loggers import keep_metrics, new_folder, runs_of, use_folder
 from lit_align.cli.settings import settings_of
 from lit_align.errors import ConfigError
@@ -72,7 +72,7 @@ class AlignCLI(LightningCLI):
     def _choose_folder(self, config: Any) -> None:
         if config.trainer.fast_dev_run:
             return
-        self.folder.path = self.saved.run if self.saved else None
+        self.folder.path = self._folder_of_checkpoint()
         if self.folder.path is None:
             self.folder.path = new_folder(config)
             self.claimed = self.folder.path is not None
@@ -80,6 +80,16 @@ class AlignCLI(LightningCLI):
             self.earlier = set(self.folder.path.iterdir())
             goes_on = self.saved if self.subcommand == "fit" else None
             use_folder(config, self.folder.path, goes_on.images if goes_on else None)
+
+    def _folder_of_checkpoint(self) -> Path | None:
+        """Where a checkpoint's run writes; None if there is none, or if its newer weights would be lost."""
+        run = self.saved.run if self.saved else None
+        if self.saved and run and self.subcommand == "fit":
+            newer = newest(run)
+            if newer is not None and newer.images > self.saved.images:
+                say(f"{newer.path}, at {newer.images} images, is newer, so this goes on in a new folder")
+                return None
+        return run
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self.config[self.subcommand].trainer

@@ -25,9 +25,9 @@ def going_on(saved: Saved, now: dict[str, Any], config: Any, stage: str) -> list
     fit = stage == "fit"
     if fit:
         _stop_if_complete(saved, config.trainer)
-    _say(f"{'goes on from' if fit else 'takes'} {saved.path}, at {saved.images} images")
+    say(f"{'goes on from' if fit else 'takes'} {saved.path}, at {saved.images} images")
     if not fit and not saved.images:
-        _say("that is before its first update: the weights are the pretrained ones")
+        say("that is before its first update: the weights are the pretrained ones")
     if saved.settings is None:
         rank_zero_warn("the checkpoint does not say with which settings it was made; none are compared")
         return []
@@ -37,9 +37,9 @@ def going_on(saved: Saved, now: dict[str, Any], config: Any, stage: str) -> list
     if not fit:  # another test set is what such a command is for
         names = [name for name in names if name.startswith("model.") and name not in found.optimizer]
     if names:
-        _say(f"settings that are not the checkpoint's: {told(names, saved.settings, now)}")
+        say(f"settings that are not the checkpoint's: {told(names, saved.settings, now)}")
     if found.measurement and fit:
-        _say(
+        say(
             "held-out images are measured differently now, so the pretrained model is measured anew and the "
             "best checkpoint starts anew"
         )
@@ -57,10 +57,11 @@ def _stop_if_complete(saved: Saved, trainer: Any) -> None:
     else:
         return
     unit = option.removeprefix("max_")
-    _say(f"{saved.run or saved.path} is complete ({done} {unit}); add --trainer.{option} {2 * done} to go on")
+    say(f"{saved.run or saved.path} is complete ({done} {unit}); add --trainer.{option} {2 * done} to go on")
     raise SystemExit(0)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell the user, once over all ranks."""
     if not rank_zero_only.rank:  # type: ignore[attr-defined]
         print(f"lit_align: {text}", flush=True)

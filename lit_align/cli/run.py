@@ -77,11 +77,11 @@ def _sentence(error: BaseException) -> str | None:
     while inner is not None:
         if isinstance(inner, ConfigError | MisconfigurationException):
             return str(inner)
+        if isinstance(inner, ModuleNotFoundError) and inner.name is None:  # a library says what to install
+            return str(inner)
         inner = inner.__cause__ or inner.__context__
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         return f"{error.filename or 'a file'}: {error.strerror}"
-    if isinstance(error, ModuleNotFoundError) and error.name is None:  # a library says what to install
-        return str(error)
     return None
 
 
