@@ -127,18 +127,26 @@ def test_clip_bounds_the_advantages() -> None:
     assert (-BatchAdvantages(clip=2.0)(-rewards, groups, prompts))[0].item() == 2
 
 
-def test_only_group_advantages_need_groups() -> None:
-    assert GroupAdvantages.needs_groups
-    assert not BatchAdvantages.needs_groups
-    assert not PerPromptAdvantages.needs_groups
+def test_a_normaliser_says_whose_mean_it_takes_away() -> None:
+    """What the checks of tasks and rewards go by (see test_joint.py)."""
+    classes = (BatchAdvantages, GroupAdvantages, PerPromptAdvantages)
+    assert [one.baseline for one in classes] == ["batch", "group", "history"]
+    assert [one().memory for one in classes] == [0, 0, 32]
+    assert PerPromptAdvantages(buffer_size=8, min_count=2).memory == 8
+    rewards = draw()
+    cats = GROUPS == 7
+    shift = torch.where(cats, 3.0, 0.0)  # of all images of one prompt
+    for make, known in ((GroupAdvantages, False), (BatchAdvantages, True)):
+        found = [make()(r, GROUPS, PROMPTS) for r in (rewards, rewards + shift)]
+        assert torch.allclose(*found, atol=1e-5) != known
 
 
 def brute_force(
-    collections: list[tuple[np.ndarray, list[str]]], buffer_size: int, min_count: int
+    batches: list[tuple[np.ndarray, list[str]]], buffer_size: int, min_count: int
 ) -> list[np.ndarray]:
     buffers: dict[str, deque[float]] = {}
     results = []
-    for rewards, prompts in collections:
+    for rewards, prompts in batches:
         advantages = np.empty(len(prompts))
         for prompt in set(prompts):
             rows = [i for i, other in enumerate(prompts) if other == prompt]
@@ -154,7 +162,7 @@ def brute_force(
 def test_tracker_agrees_with_a_plain_one(buffer_size: int, min_count: int) -> None:
     rng = np.random.default_rng(0)
     names = ["ant", "bee", "cat", "dog"]
-    collections = [
+    batches = [
         (
             rng.normal(i, 1, 24).astype(np.float32).astype(float),
             list(rng.choice(names, 24, p=[0.6, 0.2, 0.15, 0.05])),
@@ -163,7 +171,7 @@ def test_tracker_agrees_with_a_plain_one(buffer_size: int, min_count: int) -> No
     ]
     tracker = PerPromptAdvantages(buffer_size, min_count)
     for (rewards, prompts), expected in zip(
-        collections, brute_force(collections, buffer_size, min_count), strict=True
+        batches, brute_force(batches, buffer_size, min_count), strict=True
     ):
         ours = tracker(torch.tensor(rewards), torch.zeros(24, dtype=torch.long), prompts)
         np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-9, atol=1e-9)

@@ -6,6 +6,7 @@ names a model or a source that is not there yet.
 
 import copy
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 from lit_align.cli import main
-from tests.test_cli import ROOT, base_of, scalars
+from tests.test_cli import ROOT, scalars
 
 PAPER = sorted(ROOT.glob("configs/paper/*.yaml"))
 
@@ -32,7 +33,7 @@ PROMPTS = {"source": "small", "validation_source": "validation", "test_source": 
 
 SOURCES: dict[str, dict[str, Any]] = {
     name: {"class_path": "ShapesPick"} for name in ("PickaPicFiles", "PickaPicHub")
-} | {"HubImages": {"class_path": "tests.methods.test_joint.Greys"}}
+} | {"HubImages": {"class_path": "tests.methods.build.Greys"}}
 """Shipped pairs, and captioned images of the tiny model's size, for downloaded ones, by class."""
 
 DOWNLOADED = (
@@ -65,7 +66,6 @@ SIZES: dict[str, Any] = {
     "test_images_per_prompt": 2,
     "eval_batch": 4,
     "micro_batch": 4,
-    "rollout_batch": 4,
     "shared_timesteps": 2,
     "batch": 4,
 }
@@ -98,12 +98,11 @@ def reduced(config: Any, backbone: Path, key: str = "") -> Any:
 def test_published_settings_train_one_batch(config: Path, tiny: Path, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lit_align"])
-    overlay = config.read_text().startswith("# Overlay")
-    files = [base_of(config)[1]] if overlay else []
+    bases = re.findall(r"Overlay for (configs/\w+\.yaml)", config.read_text().splitlines()[0])
     arguments = []
-    for number, file in enumerate([*files, config]):
+    for number, file in enumerate([*(ROOT / base for base in bases), config]):
         path = tmp_path / f"{number}.yaml"
-        path.write_text(yaml.safe_dump(reduced(yaml.safe_load(Path(file).read_text()), tiny)))
+        path.write_text(yaml.safe_dump(reduced(yaml.safe_load(file.read_text()), tiny)))
         arguments.append(f"--config={path}")
     quiet = [
         "accelerator=cpu",
@@ -116,7 +115,9 @@ def test_published_settings_train_one_batch(config: Path, tiny: Path, tmp_path: 
     metrics = scalars(run)
     (loss,) = metrics.Scalars("train/loss")
     assert math.isfinite(loss.value)
-    assert {"train/loss", "val/reward", "val/kl"} <= set(metrics.Tags()["scalars"])
+    sampler = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["sampler"]["init_args"]
+    distance = "val/kl" if sampler["eta"] else "val/drift"  # steps without noise have no density
+    assert {"train/loss", "val/reward", distance} <= set(metrics.Tags()["scalars"])
 
 
 def test_nothing_else_is_replaced(tiny):
@@ -127,9 +128,11 @@ def test_nothing_else_is_replaced(tiny):
         assert name in str(changed[part])
     small = reduced(changed, tiny)
     assert changed == config
-    kept = small["model"]["init_args"]
-    for name in ("optimizer", "beta", "clip_range", "convention", "updates", "inner_epochs", "guidance"):
-        assert kept[name] == config["model"]["init_args"][name]
+    kept, given = small["model"]["init_args"], config["model"]["init_args"]
+    for name in ("beta", "clip_range", "convention", "updates", "inner_epochs"):
+        assert kept[name] == given[name]
+    assert kept["optimisation"] == given["optimisation"] | {"micro_batch": 4}
+    assert kept["sampling"] == given["sampling"] | {"batch": 4}
 
 
 @pytest.mark.parametrize(
@@ -149,16 +152,14 @@ def test_nothing_else_is_replaced(tiny):
 def test_prdp_has_the_published_values(name, queries, model, rate, weights):
     config = yaml.safe_load((ROOT / "configs" / "paper" / f"{name}.yaml").read_text())
     trainer, settings, data = config["trainer"], config["model"]["init_args"], config["data"]["init_args"]
-    collections = trainer["max_epochs"] * trainer["limit_train_batches"]
-    assert collections * data["prompts_per_batch"] * data["images_per_prompt"] == queries
+    batches = trainer["max_epochs"] * trainer["limit_train_batches"]
+    assert batches * data["prompts_per_batch"] * data["images_per_prompt"] == queries
     assert (settings["beta"], settings["clip_range"], settings["inner_epochs"]) == model
-    assert settings["optimizer"]["init_args"] == {"lr": rate, "weight_decay": 1e-4}
+    optimisation = settings["optimisation"]
+    assert optimisation["optimizer"]["init_args"] == {"lr": rate, "weight_decay": 1e-4}
+    assert optimisation["clip_norm"] == 1
     assert settings["rewards"]["init_args"]["weights"] == weights
-    assert (settings["guidance"], settings["clip_norm"], settings["sampler"]["init_args"]["num_steps"]) == (
-        5,
-        1,
-        50,
-    )
+    assert (settings["sampling"]["guidance"], settings["sampler"]["init_args"]["num_steps"]) == (5, 50)
     assert settings["backbone"]["init_args"]["lora"] is None
 
 
@@ -167,21 +168,25 @@ def test_pinterest_has_the_published_values(name):
     config = yaml.safe_load((ROOT / "configs" / "paper" / f"pinterest_{name}.yaml").read_text())
     settings, data = config["model"]["init_args"], config["data"]["init_args"]
     tasks = settings.get("tasks") or {name: settings}
-    collections = data.get("tasks") or {name: data}
-    assert set(tasks) == set(collections)
-    for task, sizes in collections.items():
+    prompts = data.get("tasks") or {name: data}
+    assert set(tasks) == set(prompts)
+    for task, sizes in prompts.items():
         assert sizes["prompts_per_batch"] * sizes["images_per_prompt"] == 2048
         assert sizes["images_per_prompt"] == (16 if task == "fairness" else 1)
         assert tasks[task]["advantages"] == {"class_path": "BatchAdvantages", "init_args": {"clip": 10}}
         for reward in tasks[task]["rewards"]["init_args"]["rewards"].values():
             assert reward["init_args"].get("credit", "shared") == "shared"
-    assert settings["optimizer"]["init_args"] == {
+    assert settings["optimisation"]["optimizer"]["init_args"] == {
         "lr": 2e-6,
         "betas": [0.9, 0.999],
         "eps": 1e-8,
         "weight_decay": 1e-2,
     }
-    assert (settings["clip_range"], settings["shared_timesteps"], settings["guidance"]) == (1e-4, 5, 7)
+    assert (settings["clip_range"], settings["shared_timesteps"], settings["sampling"]["guidance"]) == (
+        1e-4,
+        5,
+        7,
+    )
     assert settings["sampler"]["init_args"] == {"num_steps": 50, "eta": 1, "noisy_steps": None}
     assert (settings["updates"], settings["inner_epochs"], settings["kl_target"]) == (1, 1, None)
     assert settings["pretraining"]["batch"] == 16 * 128

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_align.errors import ConfigError
 from lit_align.gaussian import GaussianStep, Policy
 from lit_align.rollout import rollout
-from lit_align.samplers import DDIM
+from lit_align.samplers import DDIM, DiffusionSchedule
 
 SD: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -55,7 +55,7 @@ def test_every_step_agrees_with_diffusers(
         step = sampler.step(x, prediction, k)
         theirs = scheduler.step(prediction, t, x, eta=eta, variance_noise=noise)
         torch.testing.assert_close(step.mean + step.std * noise, theirs.prev_sample, rtol=1e-10, atol=1e-10)
-        ours = sampler.predict_x0(x, prediction, t)
+        ours = sampler.schedule.predict_x0(x, prediction, t)
         torch.testing.assert_close(ours, theirs.pred_original_sample, rtol=1e-10, atol=1e-10)
         single = sampler.step(x.float(), prediction.float(), k)
         torch.testing.assert_close(single.mean.double(), step.mean, rtol=5e-6, atol=5e-6)
@@ -97,16 +97,18 @@ def test_a_batch_may_mix_steps() -> None:
     k = torch.tensor([9, 0, 4])
     mixed = sampler.step(x, prediction, k)
     t = sampler.timesteps[k]
-    x0, noisy = sampler.predict_x0(x, prediction, t), sampler.add_noise(x, prediction, t)
+    x0, noisy = sampler.schedule.predict_x0(x, prediction, t), sampler.schedule.add_noise(x, prediction, t)
     for row in range(3):
         alone = sampler.step(x[row : row + 1], prediction[row : row + 1], int(k[row]))
         assert torch.equal(mixed.mean[row : row + 1], alone.mean)
         assert torch.equal(mixed.std[row : row + 1], alone.std)
         assert torch.equal(
-            x0[row : row + 1], sampler.predict_x0(x[row : row + 1], prediction[row : row + 1], int(t[row]))
+            x0[row : row + 1],
+            sampler.schedule.predict_x0(x[row : row + 1], prediction[row : row + 1], int(t[row])),
         )
         assert torch.equal(
-            noisy[row : row + 1], sampler.add_noise(x[row : row + 1], prediction[row : row + 1], int(t[row]))
+            noisy[row : row + 1],
+            sampler.schedule.add_noise(x[row : row + 1], prediction[row : row + 1], int(t[row])),
         )
 
 
@@ -116,11 +118,15 @@ def test_the_true_prediction_recovers_x0(prediction_type: str) -> None:
     scheduler = diffusers_ddim(SD, 10)
     for t in sampler.timesteps.tolist():
         times = torch.full((3,), t)
-        x = sampler.add_noise(x0, noise, t)
+        x = sampler.schedule.add_noise(x0, noise, t)
         torch.testing.assert_close(x, scheduler.add_noise(x0, noise, times))
         truth = {"epsilon": noise, "sample": x0, "v_prediction": scheduler.get_velocity(x0, noise, times)}
-        torch.testing.assert_close(sampler.predict_x0(x, truth[prediction_type], t), x0, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(sampler.target(x0, noise, t), truth[prediction_type], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            sampler.schedule.predict_x0(x, truth[prediction_type], t), x0, rtol=1e-9, atol=1e-9
+        )
+        torch.testing.assert_close(
+            sampler.schedule.target(x0, noise, t), truth[prediction_type], rtol=1e-9, atol=1e-9
+        )
 
 
 def test_which_steps_draw_noise() -> None:
@@ -131,7 +137,9 @@ def test_which_steps_draw_noise() -> None:
     assert to_one.stochastic.tolist() == [True] * 19 + [False]
     last = to_one.step(draw(1), draw(2), 19)
     assert last.log_prob(last.rsample()).tolist() == [0, 0, 0]
-    torch.testing.assert_close(last.mean, to_one.predict_x0(draw(1), draw(2), int(to_one.timesteps[19])))
+    torch.testing.assert_close(
+        last.mean, to_one.schedule.predict_x0(draw(1), draw(2), int(to_one.timesteps[19]))
+    )
 
 
 def test_noisy_steps_are_those_of_eta_and_the_others_those_of_eta_zero() -> None:
@@ -153,8 +161,8 @@ def test_half_precision_is_promoted() -> None:
     assert step.mean.dtype == step.std.dtype == torch.float32
     assert torch.equal(step.mean, sampler.step(x.float(), prediction.float(), 9).mean)
     assert (
-        sampler.add_noise(x, prediction, 1).dtype
-        == sampler.predict_x0(x, prediction, 1).dtype
+        sampler.schedule.add_noise(x, prediction, 1).dtype
+        == sampler.schedule.predict_x0(x, prediction, 1).dtype
         == torch.float32
     )
 
@@ -179,7 +187,7 @@ def test_a_config_without_clip_sample_does_not_clip(
     scheduler: PNDMScheduler | EulerDiscreteScheduler,
 ) -> None:
     assert "clip_sample" not in scheduler.config
-    x0 = DDIM(scheduler.config, num_steps=10).predict_x0(10 * draw(1), draw(2), 1)
+    x0 = DDIM(scheduler.config, num_steps=10).schedule.predict_x0(10 * draw(1), draw(2), 1)
     assert x0.abs().max() > 5
 
 
@@ -201,6 +209,32 @@ def test_a_config_without_clip_sample_does_not_clip(
 def test_what_cannot_work_is_refused(config: dict[str, Any], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DDIM(SD | config, **arguments)
+
+
+def test_a_timestep_may_be_any_number_or_tensor() -> None:
+    schedule = DiffusionSchedule(SD)
+    assert schedule.alpha(500).dtype == schedule.sigma(500).dtype == torch.float64
+    torch.testing.assert_close(
+        schedule.alpha(500) ** 2 + schedule.sigma(500) ** 2, torch.tensor(1.0).double()
+    )
+    for t in (500, 500.0, torch.tensor(500), torch.tensor(500.0), torch.tensor(500, dtype=torch.bfloat16)):
+        assert schedule.alpha(t).shape == ()
+        assert schedule.alpha(t) == schedule.alpha(500)
+        assert torch.equal(schedule.add_noise(draw(1), draw(2), t), schedule.add_noise(draw(1), draw(2), 500))
+    assert schedule.sigma(torch.tensor([1.0, 999.0])).tolist() == [schedule.sigma(1), schedule.sigma(999)]
+    for t in (499.5, -1, 1000, torch.tensor([5, 1000])):
+        with pytest.raises(AssertionError):
+            schedule.alpha(t)
+
+
+def test_a_timestep_is_drawn_from_each_generator() -> None:
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in range(200)]
+
+    drawn = DiffusionSchedule(SD).draw_t(generators())
+    assert drawn.tolist() == [int(torch.randint(1000, (), generator=one)) for one in generators()]
+    assert drawn.min() < 50
+    assert drawn.max() > 950
 
 
 CENTRE, SPREAD = 2.0, 0.5

@@ -13,9 +13,8 @@ gradients. Beyond them a block runs uncompiled."""
 def compile_blocks(network: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """Compile a denoiser block by block, in place: its parameters keep their names.
 
-    Of a UNet only the transformer blocks: compiled whole, or by its large blocks, it lost the gradient below
-    its upsampling on a CPU (torch 2.13), while its predictions were right. It is also what diffusers'
-    ``compile_repeated_blocks`` does.
+    Of a UNet only the transformer blocks, as diffusers' ``compile_repeated_blocks`` does: compiled whole, it
+    lost the gradient below its upsampling on a CPU (torch 2.13), while its predictions were right.
 
     Args:
         network: The denoiser.

@@ -6,8 +6,6 @@ import glob
 import hashlib
 import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_align.data.loading import counted
 from lit_align.errors import ConfigError
-
-LARGE = 16 * 2**20
-"""Files of more bytes together take a while to read: a progress bar is shown."""
 
 
 def find_files(path: str, ending: str) -> list[Path]:
@@ -51,71 +46,6 @@ def find_files(path: str, ending: str) -> list[Path]:
             remedy = "give a file with at least one prompt" if len(files) == 1 else "delete or restore it"
             raise ConfigError(f"{file} is empty: {remedy}")
     return sorted(files)
-
-
-def read_files(
-    path: str, ending: str, builder: str, form: str, **options: Any
-) -> tuple[pa.Table, str | None]:
-    """The rows of the files that :func:`find_files` finds, in their order, and a :func:`fingerprint`.
-
-    At the first start the ``builder`` of ``datasets``, with its ``options``, writes the rows as Arrow files
-    into the cache. They are memory-mapped: a later start reads only the rows that are used.
-
-    Raises:
-        ConfigError: No file is there, or one is not of the ``form``, or they do not fit together.
-    """
-    import datasets  # .3 s: only those who need it should wait for it
-
-    files = find_files(path, ending)
-    failures = (OSError, ValueError, TypeError, pa.ArrowException, datasets.exceptions.DatasetsError)
-
-    def load(some: list[Path], streaming: bool) -> Any:
-        names = [glob.escape(str(file.absolute())) for file in some]
-        return datasets.load_dataset(builder, data_files=names, split="train", streaming=streaming, **options)
-
-    with _quiet(bars=sum(file.stat().st_size for file in files) > LARGE):
-        try:
-            rows = load(files, streaming=False)
-        except failures as error:
-            reason = error.__cause__ or error
-            if isinstance(reason, OSError) and reason.errno:  # of the system, not of a file's content
-                raise ConfigError(
-                    f"{path} cannot be written into the cache at {datasets.config.HF_DATASETS_CACHE} "
-                    f"({first_line(reason)}): make room there, or set HF_DATASETS_CACHE"
-                ) from error
-            if "no data" in str(reason):
-                raise ConfigError(f"{path} has no rows: give a source with at least one prompt") from error
-            for file in files:  # which one is to blame?
-                if ending != ".parquet":
-                    read_utf8(file)
-                try:
-                    for _ in load([file], streaming=True).with_format("arrow").iter(10_000):
-                        pass
-                except failures as other:
-                    raise unreadable(file, form, first_line(other)) from other
-            raise ConfigError(
-                f"the files of {path} do not fit together ({first_line(reason)}): give all of them the same "
-                "columns, and a column the same type in all"
-            ) from error
-    pa.default_memory_pool().release_unused()  # copying leaves some 350 MB behind
-    return rows.data.table, fingerprint(rows)
-
-
-@contextmanager
-def _quiet(bars: bool) -> Iterator[None]:
-    """No log lines of ``datasets``, whose errors become ours, and no progress bars unless asked for."""
-    import datasets
-
-    verbosity, hidden = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if not bars:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if not hidden:
-            datasets.enable_progress_bars()
 
 
 def load_hub(name: str, split: str) -> Any:

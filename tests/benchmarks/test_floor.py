@@ -8,7 +8,7 @@ from tests.benchmarks.floor import main
 
 ROOT = Path(__file__).parents[2]
 PROMPTS, IMAGES = 2, 2
-STEPS, REPLAYED = 10, 4  # of configs/ddpo.yaml: steps of an image, and those of them that an update replays
+STEPS, REPLAYED = 5, 2  # steps of an image, and those of the four with noise that an update replays
 
 
 def test_alignprop_counts_attached_predictions_and_decodings_with_a_gradient(
@@ -81,6 +81,7 @@ def test_the_floor_counts_the_calls_of_a_real_rollout_batch(width: int, tmp_path
             ),
             "--trainer.accelerator=cpu",
             f"--model.sampling.guidance={float(width)}",
+            f"--model.sampler.init_args={{num_steps: {STEPS}, noisy_steps: 4}}",
         ]
     )
     images = PROMPTS * IMAGES

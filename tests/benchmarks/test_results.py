@@ -125,32 +125,6 @@ def test_a_plan_that_was_interrupted_ends_as_the_one_that_was_not(plan, tmp_path
         assert (results / image).stat().st_size > 1000
 
 
-def test_a_cell_can_be_tested_on_the_prompts_that_it_was_trained_on_too(plan, tmp_path):
-    seen = ["--data.init_args.test_split=train", "--data.init_args.test_prompts=3"]
-    also = replace(plan, also={"seen": seen}, seeds=[1])
-    assert also.cells()[0].fingerprint("") != replace(also, also={}).cells()[0].fingerprint("")
-    assert run(also, tmp_path) == {}
-    found = read(tmp_path, 1)
-    assert [name.split()[3] for name in found["commands"]] == ["fit", "test", "test"]
-    assert found["test"]["reward"]["num_pairs"] == 4
-    assert found["also"]["seen"]["reward"]["num_pairs"] == 6
-    table = (tmp_path / "results" / "tiny.md").read_text()
-    assert f"seen, `{' '.join(seen)}`:" in table
-    assert f"{found['also']['seen']['reward']['after']:.3f} (" in table
-    rows = (tmp_path / "results" / "tiny" / "ddpo_seed1.csv").read_text().splitlines()
-    assert len(rows) == 5  # of the test proper
-
-    more = replace(also, also={"seen": seen, "warm": ["--data.init_args.test_prompts=2"]})
-    assert run(more, tmp_path) == {}  # the fit and the first further test stand; what follows is run
-    again = read(tmp_path, 1)
-    assert again["commands"][:2] == found["commands"][:2]
-    assert [name.split()[3] for name in again["commands"]] == ["fit", "test", "test", "test"]
-    assert again["also"]["seen"] == found["also"]["seen"]
-    assert again["also"]["warm"]["reward"]["num_pairs"] == 4
-    assert again["test"] == found["test"]
-    assert again["fingerprint"] != found["fingerprint"]
-
-
 def made_up_sweep(lead: float) -> dict[str, Any]:
     """Of two objectives, at one weight: MSDDA is ahead of a soup by ``lead``, with an error of 0.3."""
     rewards = {"reward/a": 1.0, "reward/a/se": 0.1, "reward/b": 2.0, "reward/b/se": 0.1, "seconds": 0.5}
@@ -190,8 +164,8 @@ def test_sweeps_of_several_seeds_are_pooled():
     ]
 
 
-def test_a_longer_run_goes_on_from_a_shorter_one_as_if_it_had_never_stopped(plan, tmp_path):
-    """And what a sweep left is that of the test proper, not that of a further test or of the shorter run."""
+def test_a_longer_run_goes_on_from_a_shorter_one_and_is_tested_further(plan, tmp_path):
+    """As if it had never stopped; what a sweep left is that of the test proper."""
 
     def launch(arguments: list[str], log: Path, keep: int) -> int:
         """Writes a sweep after a test, where one would be: beside any that is there."""
@@ -206,26 +180,50 @@ def test_a_longer_run_goes_on_from_a_shorter_one_as_if_it_had_never_stopped(plan
             )
         return status
 
+    def found(which: str, config: str) -> dict[str, Any]:
+        return json.loads((tmp_path / which / f"results/tiny/{config}_seed1.json").read_text())
+
+    def stages(result: dict[str, Any]) -> list[str]:
+        return [command.split()[3] for command in result["commands"]]
+
     sizes = {name: value for name, value in plan.budget.items() if name != "trainer.max_epochs"}
     configs = {f"ddpo_{n}": ["configs/ddpo.yaml", f"--trainer.max_epochs={n}"] for n in (1, 2)}
     alone = replace(plan, configs={"ddpo_2": configs["ddpo_2"]}, budget=sizes, seeds=[1])
     assert run(alone, tmp_path / "apart") == {}
-    also = {"seen": ["--data.init_args.test_split=train"]}
-    both = replace(alone, configs=configs, continues={"ddpo_2": "ddpo_1"}, also=also)
+    # A cell can be tested on the prompts that it was trained on too.
+    seen = ["--data.init_args.test_split=train", "--data.init_args.test_prompts=3"]
+    both = replace(alone, configs=configs, continues={"ddpo_2": "ddpo_1"}, also={"seen": seen})
+    assert both.cells()[1].fingerprint("") != alone.cells()[0].fingerprint("")
     assert run(both, tmp_path / "further", launch) == {}
-    apart, further = (
-        json.loads((tmp_path / which / "results/tiny/ddpo_2_seed1.json").read_text())
-        for which in ("apart", "further")
-    )
+
+    apart, further = found("apart", "ddpo_2"), found("further", "ddpo_2")
     for part in ("validation", "test", "curves", "images"):
         assert apart[part] == further[part], part
-    assert len(apart["commands"]) == 2
+    assert stages(apart) == ["fit", "test"]
+    assert stages(further) == ["fit", "fit", "test", "test"]
     assert "--trainer.max_epochs=1" in further["commands"][0]
     assert "--ckpt_path" in further["commands"][1]
-    assert [command.split()[3] for command in further["commands"]] == ["fit", "fit", "test", "test"]
     assert further["seconds"]["fit"] > 0
-    shorter = json.loads((tmp_path / "further/results/tiny/ddpo_1_seed1.json").read_text())
-    assert further["sweep"] == shorter["sweep"] == made_up_sweep(0.0)
+    assert further["sweep"] == found("further", "ddpo_1")["sweep"] == made_up_sweep(0.0)
+    assert further["test"]["reward"]["num_pairs"] == 4
+    assert further["also"]["seen"]["reward"]["num_pairs"] == 6
+    table = (tmp_path / "further" / "results" / "tiny.md").read_text()
+    assert f"seen, `{' '.join(seen)}`:" in table
+    assert f"{further['also']['seen']['reward']['after']:.3f} (" in table
+    rows = (tmp_path / "further" / "results" / "tiny" / "ddpo_2_seed1.csv").read_text().splitlines()
+    assert len(rows) == 5  # of the test proper
+
+    # The fit and the first further test stand; what follows another one is run.
+    more = replace(both, also={"seen": seen, "warm": ["--data.init_args.test_prompts=2"]})
+    more.configs.pop("ddpo_1")
+    assert run(replace(more, continues={}), tmp_path / "further", launch) == {}
+    again = found("further", "ddpo_2")
+    assert again["commands"][:3] == further["commands"][:3]
+    assert stages(again) == ["fit", "fit", "test", "test", "test"]
+    assert again["also"]["seen"] == further["also"]["seen"]
+    assert again["also"]["warm"]["reward"]["num_pairs"] == 4
+    assert again["test"] == further["test"]
+    assert again["fingerprint"] != further["fingerprint"]
 
 
 def test_a_cell_runs_again_when_its_settings_change_and_others_go_on_after_a_failure(tmp_path):

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+import lit_align.data
 from lit_align.data import (
     CSVPrompts,
     HubPrompts,
@@ -218,3 +219,9 @@ def test_the_number_of_prompts_is_told(folder: Path, caplog: pytest.LogCaptureFi
         data.setup("fit")
     assert f"{path}: 6 prompts read; 2 empty and 2 repeated prompts dropped, 2 left" in caplog.text
     assert set(next(iter(data.train_dataloader())).prompts) == {"a cat", "a dog"}
+
+
+def test_prompts_and_what_is_shared_know_nothing_of_preferences() -> None:
+    folder = Path(lit_align.data.__file__).parent
+    for file in (*(folder / "prompts").glob("*.py"), *folder.glob("[!_]*.py")):
+        assert "data.preferences" not in file.read_text(), file

@@ -38,6 +38,7 @@ from lit_align.methods import (
     SPINModule,
 )
 from lit_align.methods.alignprop import UniformWindow
+from lit_align.methods.joint import Rollouts
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.sampling import Samples, Sampling
 from lit_align.methods.tasks import Task
@@ -94,6 +95,7 @@ def make(
     rewards: RewardBank | None = None,
     lr: float | None = None,
     sampler: Any = None,
+    rates: float | list[float] | None = None,
     **options: Any,
 ) -> Method:
     """A module of a method on the tiny pipeline in ``folder``; the same weights every time.
@@ -104,6 +106,7 @@ def make(
         reward: What is trained on, in :func:`bank`.
         rewards: The whole bank instead.
         lr: Of AdamW without decay, if no ``optimizer`` is given.
+        rates: SPIN's ``lr``, that of each iteration.
         sampler: Instead of DDIM with ``num_steps``, ``eta`` and ``noisy_steps``.
         options: Of any group.
     """
@@ -117,6 +120,8 @@ def make(
     ]
     optimisation, sampling, steps, backbone = groups
     optimizer = partial(torch.optim.AdamW, lr=given.pop("lr"), weight_decay=0.0)
+    if rates is not None:
+        given["lr"] = rates
     own_reward = given.pop("reward", None)
     if "tasks" not in given:
         default = (
@@ -225,13 +230,33 @@ class Recorder(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.weights = trained(pl_module)
         if trainer.world_size > 1 and trainer.is_global_zero:  # a process that ends before fit() returns
-            path = Path(trainer.default_root_dir) / "recorded.pt"
-            torch.save({name: getattr(self, name) for name in self.KEPT}, path)
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(exist_ok=True)
+            torch.save({name: getattr(self, name) for name in self.KEPT}, folder / "recorded.pt")
 
     def read(self, folder: Path) -> None:
         """Take over what the first of several processes has recorded."""
         for name, value in torch.load(folder / "recorded.pt", weights_only=True).items():
             setattr(self, name, value)
+
+
+class Collected(Callback):
+    """Keeps of every rollout batch of a DDPO run its task, its advantages, and the updates made before it."""
+
+    def __init__(self) -> None:
+        self.advantages: list[tuple[str, Tensor]] = []
+        self.sampled_at: list[int] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        collect = pl_module.collect
+
+        def recording(batch: Batch) -> Rollouts:
+            rollouts: Rollouts = collect(batch)
+            self.advantages.append((rollouts.batch.task, rollouts.advantages.clone()))
+            self.sampled_at.append(rollouts.sampled_at)
+            return rollouts
+
+        pl_module.collect = recording
 
 
 def trainer(folder: Path, batches: int, *callbacks: Callback, **options: Any) -> Trainer:
@@ -343,23 +368,6 @@ class Unscored(Reward):
     ) -> Tensor:
         scores = self.scored(images, prompts, groups, columns)
         return torch.where(torch.arange(len(images)) % self.every == 0, math.nan, scores)
-
-
-class Dark(Reward):
-    """Scores dark images; a bright one (about half of what the tiny pipeline draws) has no score."""
-
-    differentiable = False
-    scope = "sample"
-
-    def forward(
-        self,
-        images: Tensor,
-        prompts: list[str],
-        groups: Tensor | None = None,
-        columns: Mapping[str, list[Any]] | None = None,
-    ) -> Tensor:
-        level = images.mean(dim=(1, 2, 3))
-        return torch.where(level > 0.5, torch.nan, -level)
 
 
 class EvenBrightness(SetReward):

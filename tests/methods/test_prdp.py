@@ -1,26 +1,23 @@
-import json
+"""PRDP's own identities and refusals; what every method must do is in test_protocol.py."""
+
 import math
-import sys
 import weakref
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning import Callback, Trainer
 
-from lit_align.backbones import REFERENCE, LoRA, StableDiffusionBackbone
-from lit_align.cli import main
-from lit_align.data import MultiTaskDataModule, PromptDataModule, ShapesPrompts, TaskPrompts
+from lit_align.backbones import REFERENCE
 from lit_align.errors import ConfigError
 from lit_align.gaussian import GaussianStep
 from lit_align.methods import PRDPModule
+from lit_align.methods.metrics import Loss, Metrics
 from lit_align.methods.prdp import compared_pairs, predicted_reward, reward_difference_loss
 from lit_align.replay import Replay
-from lit_align.rewards import Brightness, Redness, Reward, RewardBank, StatisticalParity
-from lit_align.samplers import DDIM
-from tests.test_cli import SMALL, assert_equal, scalars
+from lit_align.rewards import Reward, StatisticalParity
+from tests.methods.build import assert_same, fit, make, prompts, task_prompts, trained
 
 CONVENTIONS = ["listing", "equations"]
 
@@ -187,27 +184,6 @@ def test_the_loss_of_a_bandit_is_a_parabola_around_the_optimum():
 # ---- the module
 
 
-class Recorder(Callback):
-    """Keeps gradients before each update and all logged figures."""
-
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
-        self.gradients: list[list[torch.Tensor]] = []
-        self.logged: list[dict[str, float]] = []
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-        self.gradients.append([p.grad.clone() for p in pl_module.parameters() if p.requires_grad])
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        self.logged.append({name: float(value) for name, value in trainer.logged_metrics.items()})
-
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if self.path and trainer.is_global_zero:  # where the parent of this process can read it
-            torch.save(
-                {"gradients": self.gradients, "loss": [f["train/loss"] for f in self.logged]}, self.path
-            )
-
-
 class Given(Reward):
     """The same scores for the images of every prompt."""
 
@@ -221,98 +197,56 @@ class Given(Reward):
         return self.scores.repeat(-(-len(images) // len(self.scores)))[: len(images)]
 
 
-def module(
-    folder: Path, reward: Reward | None = None, lora: LoRA | None = LoRA(), lr: float = 1e-3, **options: Any
-) -> PRDPModule:
-    torch.manual_seed(0)
-    steps = {name: options.pop(name) for name in ("num_steps", "eta", "noisy_steps") if name in options}
-    settings: dict[str, Any] = {
-        "guidance": 1.0,
-        "beta": 1e-3,
-        "clip_range": 1e-2,
-        "micro_batch": 16,
-    } | options
-    return PRDPModule(
-        StableDiffusionBackbone(str(folder), lora=lora),
-        sampler=partial(DDIM, **{"num_steps": 4} | steps),
-        rewards=RewardBank({"trained": reward or Brightness(), "monitored": Redness()}, {"trained": 1.0}),
-        optimizer=partial(torch.optim.AdamW, lr=lr, weight_decay=0.0),
-        **settings,
-    )
-
-
-def data(prompts: int = 4, images: int = 4) -> PromptDataModule:
-    return PromptDataModule(
-        ShapesPrompts(["open"]),
-        images_per_prompt=images,
-        prompts_per_batch=prompts,
-        validation_prompts=4,
-        validation_images_per_prompt=2,
-    )
-
-
-def trainer(tmp_path: Path, collections: int, *callbacks: Callback, **options: Any) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        limit_train_batches=collections,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        log_every_n_steps=1,
-        callbacks=list(callbacks),
-        **options,
-    )
-
-
-def collection(aligned: PRDPModule, images: int = 4, prompts: int = 2) -> tuple[Replay, torch.Tensor]:
+def stored_chains(module: PRDPModule, images: int = 4, count: int = 2) -> tuple[Replay, torch.Tensor]:
     """Stored chains of a policy that has left the reference, which then moves on; and rewards ``(N, B)``."""
-    loaded = data(prompts, images)
+    loaded = prompts(count, images)
     loaded.setup("fit")
     batch = next(iter(loaded.train_dataloader()))
     draw = torch.Generator().manual_seed(3)
-    trained = [p for p in aligned.parameters() if p.requires_grad]
+    parameters = [p for p in module.parameters() if p.requires_grad]
 
     def move() -> None:
         with torch.no_grad():
-            for parameter in trained:
+            for parameter in parameters:
                 parameter += 0.02 * torch.randn(parameter.shape, generator=draw).to(parameter)
 
     move()
-    draw_noise, dtype = aligned.draw_noise, trained[0].dtype  # chains in float64 where the weights are
+    draw_noise, dtype = module.draw_noise, parameters[0].dtype  # chains in float64 where the weights are
 
     def noise_like_weights(*arguments: Any) -> tuple[torch.Tensor, list[torch.Generator]]:
         noise, draws = draw_noise(*arguments)
         return noise.to(dtype), draws
 
-    aligned.draw_noise = noise_like_weights
+    module.draw_noise = noise_like_weights
+    policy = module.policy(batch, module.backbone.encode(batch.prompts))
     with torch.no_grad():
-        samples = aligned.sample(batch, "rollout")
-        rewards = aligned.score(samples.images, batch).total.double().view(prompts, images)
-    policy = aligned.backbone.policy(
-        aligned.sampler, aligned.backbone.encode(batch.prompts), aligned.guidance
-    )
+        samples = module.sample(policy, batch, "rollout")
+        rewards = module.score(samples.images, batch).total.double().view(count, images)
     move()
     return Replay(policy, samples.trajectory), rewards
 
 
-def two_passes(aligned: PRDPModule, replay: Replay, rewards: torch.Tensor) -> dict[str, list[torch.Tensor]]:
-    """Run the updates of a rollout batch but for the optimiser; gradients stay at the parameters."""
-    metrics: dict[str, list[torch.Tensor]] = {"grad_norm": []}  # not the first update: the policy has moved
-    old = aligned._compare(replay, metrics).view(*rewards.shape, -1)
-    aligned.update = lambda losses: [loss().backward() for loss in losses]
-    aligned._learn(replay, old, rewards, metrics)
-    return metrics
+def two_passes(module: PRDPModule, replay: Replay, rewards: torch.Tensor, monkeypatch: Any) -> Metrics:
+    """The updates of a rollout batch but for the optimizer's steps; gradients stay at the parameters."""
+
+    def backward(losses: Sequence[Loss]) -> Metrics:
+        for compute in losses:
+            compute()[0].backward()
+        return {}
+
+    monkeypatch.setattr(module, "update", backward)
+    moved = module._moved  # this is not the first update: the policy has moved on
+    monkeypatch.setattr(module, "_moved", lambda replay, pairs, _: moved(replay, pairs, False))
+    old, _ = module._compare(replay)
+    return module._learn(replay, old.view(*rewards.shape, -1), rewards)
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize(("micro_batch", "guidance"), [(1000, 1.0), (5, 3.0)])
-def test_two_passes_give_the_gradient_of_one(tiny, convention, micro_batch, guidance):
+def test_two_passes_give_the_gradient_of_one(tiny, monkeypatch, convention, micro_batch, guidance):
     scale = 1 if convention == "listing" else 256
-    aligned = module(
+    module = make(
+        PRDPModule,
         tiny,
         convention=convention,
         clip_range=1e-3 * scale,
@@ -321,15 +255,15 @@ def test_two_passes_give_the_gradient_of_one(tiny, convention, micro_batch, guid
         guidance=guidance,
         noisy_steps=3,
     ).double()
-    replay, rewards = collection(aligned)
-    metrics = two_passes(aligned, replay, rewards)
-    assert 0.1 < torch.cat(metrics["clip_fraction"]).double().mean() < 0.9
-    trained = [p for p in aligned.parameters() if p.requires_grad]
-    found = [p.grad.clone() for p in trained]
+    replay, rewards = stored_chains(module)
+    metrics = two_passes(module, replay, rewards, monkeypatch)
+    assert 0.1 < metrics["clip_fraction"].double().mean() < 0.9
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    found = [p.grad.clone() for p in parameters]
 
     # The listing as it stands: log-probabilities of whole chains, one graph.
-    states, count = replay.trajectory.states, rewards.numel()
-    reference = aligned.backbone.policy(aligned.sampler, replay.policy.cond, guidance, REFERENCE)
+    states = replay.trajectory.states
+    reference = module.backbone.policy(module.sampler, replay.policy.cond, guidance, REFERENCE)
     log_ratios = []
     for k in range(3):
         now, before = replay.policy(states[k], k), reference(states[k], k)
@@ -338,10 +272,9 @@ def test_two_passes_give_the_gradient_of_one(tiny, convention, micro_batch, guid
         log_ratios.append([s.log_prob(drawn) - before.log_prob(drawn) for s in (now, then)])
     now, old = (torch.stack([pair[i] for pair in log_ratios], -1).view(*rewards.shape, 3) for i in range(2))
     unit = 256 / scale
-    assert count * 3 == now.numel()
     loss = reward_difference_loss(now / unit, (old / unit).detach(), rewards, 1e-2, 1e-3 * scale, convention)
-    direct = torch.autograd.grad(loss.mean(), trained)
-    torch.testing.assert_close(torch.cat(metrics["loss"]), loss.detach(), rtol=1e-6, atol=0)
+    direct = torch.autograd.grad(loss.mean(), parameters)
+    torch.testing.assert_close(metrics["loss"], loss.detach(), rtol=1e-6, atol=0)
     for one, other in zip(found, direct, strict=True):
         assert (one - other).abs().max() <= 1e-6 * other.abs().max()
     assert all(one.abs().max() > 0 for one in direct)
@@ -364,25 +297,23 @@ class LiveGraph:
         self.now -= size
 
 
-def test_the_graph_is_that_of_one_micro_batch_whatever_the_images_and_steps(tiny):
+def test_the_graph_is_that_of_one_micro_batch_whatever_the_images_and_steps(tiny, monkeypatch):
     peaks = []
-    for images, steps in ((2, 2), (4, 5), (8, 10)):
+    for images, steps in ((2, 2), (6, 6)):
         graph = LiveGraph()
-        aligned = module(tiny, micro_batch=4, num_steps=steps)
-        replay, rewards = collection(aligned, images)
+        module = make(PRDPModule, tiny, micro_batch=4, num_steps=steps)
+        replay, rewards = stored_chains(module, images)
         with torch.autograd.graph.saved_tensors_hooks(graph.keep, lambda kept: kept):
-            two_passes(aligned, replay, rewards)
+            two_passes(module, replay, rewards, monkeypatch)
         assert graph.now == 0
         peaks.append(graph.peak)
     # But for the coefficients, of which there is one an image and step.
     assert max(peaks) < 1.01 * min(peaks)
 
 
-def test_a_collection_is_logged_and_its_first_update_is_on_policy(tiny, tmp_path):
-    recorder = Recorder()
-    trainer(tmp_path, 1, recorder).fit(module(tiny, noisy_steps=3, updates=2), data())
-    metrics = recorder.logged[0]
-    assert metrics["train/ratio_deviation"] < 1e-4  # 1 % of the clip range
+def test_a_batch_is_logged_and_its_first_update_is_on_policy(tiny, tmp_path):
+    metrics = fit(make(PRDPModule, tiny, noisy_steps=3, updates=2), tmp_path).logged[0]
+    assert metrics.get("train/ratio_deviation", 0.0) < 1e-4  # 1 % of the clip range
     assert metrics["train/clip_fraction"] < 0.5  # none in the first of the two updates
     assert metrics["train/compared_pairs"] == 6
     assert metrics["train/kl"] > 0
@@ -394,143 +325,49 @@ def test_a_collection_is_logged_and_its_first_update_is_on_policy(tiny, tmp_path
 def test_the_clip_holds_the_policy_near_the_one_that_sampled(tiny, tmp_path):
     moved = {}
     for clip_range in (1e-4, None):
-        recorder = Recorder()
-        aligned = module(tiny, lr=2e-3, clip_range=clip_range, inner_epochs=10, micro_batch=64)
-        trainer(tmp_path, 1, recorder, limit_val_batches=0).fit(aligned, data(2))
+        module = make(PRDPModule, tiny, lr=2e-3, clip_range=clip_range, inner_epochs=10, num_steps=3)
+        recorder = fit(module, tmp_path, data=prompts(2))
         moved[clip_range] = recorder.logged[0]["train/kl"]
         assert len(recorder.gradients) == 10
-    assert recorder.logged[0].keys() & {"train/clip_fraction"} == set()
+    assert "train/clip_fraction" not in recorder.logged[0]
     assert moved[1e-4] < 0.5 * moved[None]
 
 
-@pytest.mark.parametrize("scores", [[1.0] * 4, [math.nan] * 4, [math.nan, 1.0, math.inf, math.nan]])
-def test_a_collection_without_pairs_trains_nothing(tiny, tmp_path, scores):
-    aligned, recorder = module(tiny, reward=Given(scores), updates=2), Recorder()
-    before = [p.clone() for p in aligned.parameters() if p.requires_grad]
-    trainer(tmp_path, 1, recorder, limit_val_batches=0).fit(aligned, data())
+@pytest.mark.parametrize("scores", [[1.0] * 4, [math.nan, 1.0, math.inf, math.nan]], ids=["ties", "one"])
+def test_a_batch_without_pairs_trains_nothing(tiny, tmp_path, scores):
+    module = make(PRDPModule, tiny, Given(scores), updates=2, num_steps=2)
+    before = trained(module)
+    recorder = fit(module, tmp_path)
     assert len(recorder.gradients) == 2
     assert recorder.logged[0]["train/loss"] == recorder.logged[0]["train/compared_pairs"] == 0
-    after = [p for p in aligned.parameters() if p.requires_grad]
-    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
-
-
-@pytest.mark.parametrize(("lora", "convention"), [(LoRA(rank=8, alpha=8), "listing"), (None, "equations")])
-def test_learns_a_reward_past_a_threshold(tiny, tmp_path, lora, convention):
-    learner = module(
-        tiny,
-        lora=lora,
-        lr=2e-2 if lora else 2e-3,
-        convention=convention,
-        beta=1e-4,
-        clip_range=1e-2 if convention == "listing" else 2.0,
-        updates=2,
-        micro_batch=128,
-        rollout_batch=128,
-    )
-    trainer(tmp_path, 12).fit(learner, data(prompts=8, images=8))
-    before, after = learner.baseline["reward"], learner.latest["reward"]
-    assert after.mean() > before.mean() + 0.5 * before.std()
-    assert learner.latest["kl"].mean() > 0
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_gradient_of_one(tiny, tmp_path):
-    found = {}
-    for devices in (1, 2):
-        recorder = Recorder(tmp_path / f"{devices}.pt")
-        strategy = "ddp_spawn" if devices == 2 else "auto"
-        lit = trainer(tmp_path, 3, recorder, devices=devices, strategy=strategy)
-        lit.fit(module(tiny, updates=2, clip_norm=1e9), data())
-        found[devices] = torch.load(tmp_path / f"{devices}.pt")
-    for one, two in zip(found[1]["gradients"], found[2]["gradients"], strict=True):
-        scale = max(single.abs().max() for single in one)
-        for single, averaged in zip(one, two, strict=True):
-            torch.testing.assert_close(averaged, single, atol=float(1e-4 * scale), rtol=1e-3)
-    assert found[1]["loss"] == pytest.approx(found[2]["loss"], rel=1e-4)
+    assert_same(trained(module), before)
 
 
 # ---- mistakes
 
 
-def test_eta_zero_is_refused_with_the_remedy(tiny):
-    with pytest.raises(ConfigError, match=r"init_args\.eta to 1"):
-        module(tiny, eta=0.0)
-
-
 @pytest.mark.parametrize("option", ["beta", "clip_range", "updates", "inner_epochs", "micro_batch"])
 def test_a_size_that_is_not_positive_is_refused(tiny, option):
     with pytest.raises(ConfigError, match=option):
-        module(tiny, **{option: 0})
+        make(PRDPModule, tiny, **{option: 0})
 
 
 def test_one_image_per_prompt_is_refused(tiny, tmp_path):
     with pytest.raises(ConfigError, match="images_per_prompt"):
-        trainer(tmp_path, 1).fit(module(tiny), data(images=1))
+        fit(make(PRDPModule, tiny), tmp_path, data=prompts(images=1))
 
 
 def test_updates_that_do_not_divide_the_prompts_are_refused(tiny, tmp_path):
     with pytest.raises(ConfigError, match="updates"):
-        trainer(tmp_path, 1).fit(module(tiny, updates=3), data())
+        fit(make(PRDPModule, tiny, updates=3), tmp_path)
 
 
 def test_rewards_that_are_the_same_for_all_images_of_a_prompt_are_refused(tiny, tmp_path):
     shared = StatisticalParity("shapes", min_confidence=0.0, credit="shared")
     with pytest.raises(ConfigError, match="PRDP takes their mean away"):
-        trainer(tmp_path, 1).fit(module(tiny, shared), data())
+        fit(make(PRDPModule, tiny, shared), tmp_path)
 
 
 def test_several_tasks_are_refused(tiny, tmp_path):
     with pytest.raises(ConfigError, match="PRDPModule learns one"):
-        trainer(tmp_path, 1).fit(
-            module(tiny), MultiTaskDataModule({"a": TaskPrompts(ShapesPrompts(["open"]))})
-        )
-
-
-# ---- resume
-
-
-@pytest.mark.parametrize(
-    "crash", [2, pytest.param(4, marks=pytest.mark.slow)], ids=["mid-epoch", "first-of-epoch"]
-)
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tiny, tmp_path, monkeypatch, crash):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lit_align"])
-    rewards = {
-        "clip": {"class_path": "CLIPScore", "init_args": {"pretrained": "shapes"}},
-        "redness": {"class_path": "Redness"},
-    }
-    config = Path(__file__).parents[2] / "configs" / "prdp.yaml"
-    options = [
-        "fit",
-        f"--config={config}",
-        *SMALL,
-        f"--model.init_args.backbone.init_args.pretrained={tiny}",
-        f"--model.init_args.rewards.init_args.rewards={json.dumps(rewards)}",
-        '--model.init_args.rewards.init_args.weights={"clip": 1.0}',
-        "--model.init_args.inner_epochs=2",
-        "--model.init_args.lr_scheduler=torch.optim.lr_scheduler.LinearLR",
-        "--model.init_args.lr_scheduler.init_args.total_iters=8",
-        "--data.init_args.source.init_args.kinds=[open]",
-    ]
-    main([*options, "--trainer.logger.init_args.name=whole"])
-    with monkeypatch.context() as patch:
-        learn, calls = PRDPModule._learn, []
-
-        def dying(self: PRDPModule, *arguments: Any) -> None:
-            learn(self, *arguments)
-            calls.append(1)
-            if len(calls) == crash:  # after its updates, before its checkpoint
-                raise KeyboardInterrupt
-
-        patch.setattr(PRDPModule, "_learn", dying)
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            main([*options, "--trainer.logger.init_args.name=cut"])
-    main([*options, "--trainer.logger.init_args.name=cut", "--ckpt_path=last"])
-    runs = [Path("logs") / name / "version_0" for name in ("whole", "cut")]
-    states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in runs]
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "progress", "global_step"):
-        assert_equal(states[0][part], states[1][part])
-    for tag in ("train/reward", "train/loss", "val/reward"):
-        curves = [[point.value for point in scalars(run).Scalars(tag)] for run in runs]
-        assert curves[0] == curves[1]
-        assert len(curves[0]) == (6 if tag.startswith("train") else 3)
+        fit(make(PRDPModule, tiny), tmp_path, data=task_prompts("a"))

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from safetensors import safe_open
 from torch import Tensor
 
 from lit_align.advantages import GroupAdvantages, PerPromptAdvantages
@@ -33,7 +34,6 @@ from lit_align.methods.pretraining import Pretraining
 from lit_align.methods.tasks import Task
 from lit_align.rewards import Brightness, Redness, RewardBank
 from tests.methods.build import (
-    Dark,
     EvenBrightness,
     Greys,
     Killed,
@@ -82,14 +82,15 @@ class Case:
         return make(self.method, folder, **self.options() | options)
 
     def data(self, module: AlignmentModule, **options: Any) -> Any:
-        """Its data; four images of two prompts are validated."""
-        return data_for(module, validation_prompts=2, **(self.sizes or {}) | options)
+        """Its data; on two ranks the global order of the four validation prompts is not that of the ranks."""
+        sizes = {"validation_prompts": 4, "validation_images_per_prompt": 1} | (self.sizes or {})
+        return data_for(module, **sizes | options)
 
 
 def two_tasks() -> dict[str, Task]:
     return {
         "a": Task(bank(EvenBrightness("leave_one_out")), GroupAdvantages("batch")),
-        "b": Task(bank(Dark()), PerPromptAdvantages(4, 2), 0.5),
+        "b": Task(bank(Unscored(Brightness())), PerPromptAdvantages(4, 2), 0.5),
     }
 
 
@@ -124,7 +125,7 @@ CASES = {
                 "kl_target": 1e-3,
             }
         ),
-        FEW,
+        FEW | {"validation_images_per_prompt": 2},  # a reward of sets has no score for one
         items=12,
         updates=4,
     ),
@@ -167,7 +168,75 @@ def assert_close_logs(one: list[dict[str, float]], other: list[dict[str, float]]
             assert before[name] == pytest.approx(after[name], rel=1e-3, abs=1e-5, nan_ok=True), name
 
 
-# ---- one rank and one backward pass
+# ---- micro-batches and ranks
+
+
+def descended(case: Case, tiny: Path, folder: Path, batches: int, **options: Any) -> Recorder:
+    """A fit by gradient descent with momentum, in which rounding stays rounding, from weights that are not 0.
+
+    It is validated before it, and after two batches.
+    """
+    devices = options.pop("devices", 1)
+    descent = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
+    module = case.make(tiny, optimizer=descent, lr_scheduler=None, **options)
+    randomise(module, 0.1)
+    validations = {"limit_val_batches": None, "val_check_interval": 2} if batches > 1 else {}
+    return fit(module, folder, batches, data=case.data(module), devices=devices, **validations)
+
+
+@pytest.fixture(scope="module")
+def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("alone")
+
+
+@pytest.fixture(scope="module")
+def alone(case: Case, tiny: Path, folder: Path) -> Recorder:
+    """Three batches in one process, each update one backward pass."""
+    return descended(case, tiny, folder, 3, micro_batch=case.items)
+
+
+@pytest.mark.parametrize("size", ["one", "uneven"])
+def test_micro_batches_change_no_gradient_and_nothing_that_is_logged(
+    case: Case, alone: Recorder, tiny: Path, tmp_path: Path, size: str
+) -> None:
+    micro_batch = 1 if size == "one" else case.items // 2 + 1
+    parts = descended(case, tiny, tmp_path, 1, micro_batch=micro_batch)
+    assert len(parts.gradients) == case.updates
+    for one, other in zip(parts.gradients, alone.gradients[: case.updates], strict=True):
+        assert_close_gradients(one, other)
+    first = {name: value for name, value in alone.logged[0].items() if not name.startswith("val/")}
+    assert_close_logs(parts.logged, [first])
+
+
+def pooled_rows(folder: Path) -> list[int]:
+    """Rows of the pairs whose opponents a run of SPIN keeps; none of another method."""
+    rows: list[int] = []
+    for shard in folder.rglob("pool/*/*.safetensors"):
+        with safe_open(shard, "pt") as opened:
+            rows += opened.get_tensor("index").tolist()
+    return sorted(rows)
+
+
+def test_two_ranks_are_one(case: Case, alone: Recorder, folder: Path, tiny: Path, tmp_path: Path) -> None:
+    two = descended(case, tiny, tmp_path, 3, micro_batch=case.items // 3, devices=2)
+    assert len(two.gradients) == len(alone.gradients) == 3 * case.updates
+    for one, other in zip(two.gradients, alone.gradients, strict=True):
+        assert_close_gradients(one, other)
+    assert_close_logs(two.logged, alone.logged)
+    assert len(two.index[0]) == len(alone.index[0]) // 2
+    assert pooled_rows(tmp_path) == pooled_rows(folder)
+    assert bool(pooled_rows(folder)) == (case.method is SPINModule)
+    # Validation in the images' global order.
+    assert two.at == alone.at == [0, int(alone.logged[1]["progress/images"])]
+    for measured, expected in zip(two.validated, alone.validated, strict=True):
+        assert measured.keys() == expected.keys()
+        for name, values in measured.items():
+            torch.testing.assert_close(values, expected[name], rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
+# ---- a whole run
+
+LONG: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": None}
 
 
 @dataclass(frozen=True)
@@ -191,54 +260,6 @@ class Run:
     reference: Tensor
 
 
-def descended(case: Case, tiny: Path, folder: Path, batches: int = 1, **options: Any) -> Recorder:
-    """A fit by plain gradient descent, in which rounding stays rounding, from weights that are not zero."""
-    of_trainer = {name: options.pop(name) for name in ("devices", "limit_val_batches") if name in options}
-    descent = partial(torch.optim.SGD, lr=1e-3)
-    module = case.make(tiny, optimizer=descent, lr_scheduler=None, **options)
-    randomise(module, 0.1)
-    return fit(module, folder, batches, data=case.data(module), **of_trainer)
-
-
-@pytest.fixture(scope="module")
-def alone(case: Case, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorder:
-    """Two batches in one process, each update one backward pass."""
-    return descended(
-        case, tiny, tmp_path_factory.mktemp("alone"), 2, micro_batch=case.items, limit_val_batches=None
-    )
-
-
-@pytest.mark.parametrize("size", ["one", "uneven"])
-def test_micro_batches_change_no_gradient_and_nothing_that_is_logged(
-    case: Case, alone: Recorder, tiny: Path, tmp_path: Path, size: str
-) -> None:
-    micro_batch = 1 if size == "one" else case.items // 2 + 1
-    parts = descended(case, tiny, tmp_path, micro_batch=micro_batch)
-    assert len(parts.gradients) == case.updates
-    for one, other in zip(parts.gradients, alone.gradients[: case.updates], strict=True):
-        assert_close_gradients(one, other)
-    first = {name: value for name, value in alone.logged[0].items() if not name.startswith("val/")}
-    assert_close_logs(parts.logged, [first])
-
-
-def test_two_ranks_are_one(case: Case, alone: Recorder, tiny: Path, tmp_path: Path) -> None:
-    two = descended(case, tiny, tmp_path, 2, micro_batch=case.items // 3, devices=2, limit_val_batches=None)
-    assert len(two.gradients) == len(alone.gradients) == 2 * case.updates
-    for one, other in zip(two.gradients, alone.gradients, strict=True):
-        assert_close_gradients(one, other)
-    assert_close_logs(two.logged, alone.logged)
-    assert two.at == alone.at
-    assert len(two.index[0]) == len(alone.index[0]) // 2
-    # Validation in the images' global order.
-    for measured, expected in zip(two.validated, alone.validated, strict=True):
-        assert measured.keys() == expected.keys()
-        for name, values in measured.items():
-            torch.testing.assert_close(values, expected[name], rtol=1e-3, atol=1e-5, equal_nan=True)
-
-
-# ---- a whole run
-
-
 @pytest.fixture(scope="module")
 def whole(case: Case, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two epochs of two batches with a stateful optimizer, a validation before and after each epoch."""
@@ -250,9 +271,6 @@ def whole(case: Case, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> R
     logger = CSVLogger(folder, name=None, version="")
     recorder = fit(module, folder, 2, BatchCheckpoint(), **LONG, logger=logger, data=case.data(module))
     return Run(module, recorder, folder, start, names, reference)
-
-
-LONG: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": None}
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -331,6 +349,24 @@ def test_validation_begins_at_no_images_and_measures_the_same_ones_every_time(
     trainer(tmp_path, 1, limit_val_batches=None).validate(module, case.data(module), verbose=False)
     assert_equal(module.latest, recorder.validated[-1])
     assert module.images == images
+    # And these are, before and after, those of purpose "validation" on the same prompts.
+    batch = held_out(module, case.data(module))
+    for weights, validated in ((REFERENCE, module.baseline), (POLICY, module.latest)):
+        scores = module.score(draw(module, batch, "validation", weights).images, batch).report["reward"]
+        torch.testing.assert_close(
+            scores, validated["reward"][: len(batch)], rtol=1e-6, atol=0, equal_nan=True
+        )
+
+
+def test_an_image_does_not_depend_on_the_batch_it_is_sampled_in(
+    whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, batch, images = whole.module, held_out(whole.module), []
+    for size in (3, 100):
+        monkeypatch.setattr(module, "sampling", replace(module.sampling, batch=size))
+        images.append(draw(module, batch).images)
+    torch.testing.assert_close(*images, atol=1e-5, rtol=0)
+    assert (draw(module, batch, "test").images - images[1]).abs().amax((1, 2, 3)).min() > 0.01
 
 
 def test_the_axis_of_what_is_logged_is_the_number_of_images(whole: Run) -> None:

@@ -30,13 +30,17 @@ from lit_align.data.files import (
     first_line,
     load_hub,
     read_delimited,
-    read_files,
     unreadable,
 )
+from lit_align.data.prompts.forms import FileForm
 from lit_align.errors import ConfigError
 
-UTF8 = "utf-8-sig"
+UTF8 = {"encoding": "utf-8-sig"}
 """How text is read; with this name the JSON builder of ``datasets`` refuses bytes that are not UTF-8."""
+
+TEXT = FileForm("UTF-8 text", ".txt", "text", UTF8)
+JSONL = FileForm("JSON lines", ".jsonl", "json", UTF8)
+JSON = FileForm("one JSON list of texts or of objects that are alike", ".json", "json", UTF8)
 
 
 class PromptSource(ABC):
@@ -153,7 +157,7 @@ class TextPrompts(TablePrompts):
     """
 
     def __init__(self, path: str) -> None:
-        table, files = read_files(path, ".txt", "text", "UTF-8 text", encoding=UTF8)
+        table, files = TEXT.read(path)
         super().__init__(table, "text", path, files=files)
 
 
@@ -195,7 +199,7 @@ class JSONLPrompts(TablePrompts):
     """
 
     def __init__(self, path: str, column: str = "prompt") -> None:
-        table, files = read_files(path, ".jsonl", "json", "JSON lines", encoding=UTF8)
+        table, files = JSONL.read(path)
         super().__init__(table, column, path, files=files)
 
 
@@ -204,12 +208,12 @@ class JSONPrompts(TablePrompts):
 
     Args:
         path: A file, a folder of ``.json`` files, or a pattern such as ``benchmark/*.json``.
-        column: The key of the prompts in objects; the others travel with them. Texts need none.
+        column: The key of the prompts in objects; the others travel with them, numbers with ten decimals.
+            Texts need none.
     """
 
     def __init__(self, path: str, column: str = "prompt") -> None:
-        form = "one JSON list of texts or of objects that are alike"
-        table, files = read_files(path, ".json", "json", form, encoding=UTF8)
+        table, files = JSON.read(path)
         column = "text" if table.column_names == ["text"] else column  # what a list of texts becomes
         super().__init__(table, column, path, files=files)
 
@@ -232,7 +236,7 @@ class ParquetPrompts(TablePrompts):
             except (pa.ArrowException, OSError) as error:
                 raise unreadable(file, "Parquet", first_line(error)) from error
             check_columns(names, columns or [column], str(file))
-        table, files = read_files(path, ".parquet", "parquet", "Parquet", columns=columns)
+        table, files = FileForm("Parquet", ".parquet", "parquet", {"columns": columns}, text=False).read(path)
         super().__init__(table, column, path, keep, files)
 
 

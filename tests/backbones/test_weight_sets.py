@@ -9,12 +9,12 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor
 
-from lit_align.backbones import POLICY, REFERENCE, Conditioning, LoRA, StableDiffusionBackbone
+from lit_align.backbones import POLICY, REFERENCE, LoRA, StableDiffusionBackbone
 from lit_align.errors import ConfigError
 from lit_align.rollout import rollout
 from lit_align.samplers import DDIM
+from tests.backbones.conftest import PROMPTS, trained
 
-PROMPTS = ["a red circle on a white background", "two stars"]
 LORAS = {
     "a": LoRA(2, 2.0),
     "b": LoRA(3, 6.0),
@@ -24,18 +24,17 @@ LORAS = {
 
 
 def predict(backbone: StableDiffusionBackbone, weights: str = POLICY) -> Tensor:
-    dtype = next(backbone.unet.parameters()).dtype
-    x = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(1))
     cond = backbone.encode(PROMPTS)
-    cond = Conditioning(cond.embeds.to(dtype), cond.null.to(dtype))
+    dtype = next(backbone.network.parameters()).dtype
     with torch.no_grad():
-        return backbone.predict(x, torch.tensor(500), cond, 2.0, weights)
+        return backbone.predict(x.to(dtype), torch.tensor(500), cond, 2.0, weights)
 
 
 def randomise(backbone: StableDiffusionBackbone, name: str, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in backbone.parameters_of(name):
+        for parameter in backbone.weight_sets.parameters_of(name):
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
 
 
@@ -47,7 +46,7 @@ def saved(tiny, tmp_path_factory) -> tuple[dict[str, Path], dict[str, Tensor]]:
         backbone = StableDiffusionBackbone(str(tiny), lora=lora)
         randomise(backbone, POLICY, seed)
         folders[name] = tmp_path_factory.mktemp(name) / "adapter"
-        backbone.save_weights(folders[name])
+        backbone.weight_sets.save(folders[name])
         predictions[name] = predict(backbone)
     return folders, predictions
 
@@ -57,12 +56,8 @@ def backbone(tiny, saved) -> StableDiffusionBackbone:
     """One model with all three as named weight sets."""
     backbone = StableDiffusionBackbone(str(tiny))
     for name, folder in saved[0].items():
-        backbone.load_weights(name, folder)
+        backbone.weight_sets.load(name, folder)
     return backbone
-
-
-def trained(backbone: StableDiffusionBackbone) -> set[str]:
-    return {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
 
 
 def merge(backbone: StableDiffusionBackbone, weights: dict[str, float]) -> None:
@@ -83,12 +78,12 @@ def test_a_loaded_set_predicts_what_was_saved_and_all_else_stays(tiny, saved):
     backbone = StableDiffusionBackbone(str(tiny))
     before, base = trained(backbone), predict(backbone)
     for name, folder in folders.items():
-        backbone.load_weights(name, folder)
+        backbone.weight_sets.load(name, folder)
         assert trained(backbone) == before
     for name, prediction in predictions.items():
         assert torch.equal(predict(backbone, name), prediction)
         assert (prediction - base).abs().max() > 1e-3
-    assert backbone.weight_sets == (POLICY, REFERENCE, *LORAS)
+    assert backbone.weight_sets.names == (POLICY, REFERENCE, *LORAS)
     assert torch.equal(predict(backbone), base)
     assert torch.equal(predict(backbone, REFERENCE), base)
 
@@ -98,7 +93,7 @@ def test_a_loaded_set_predicts_what_was_saved_and_all_else_stays(tiny, saved):
 )
 def test_a_mixture_is_linear_in_the_updates(backbone, weights):
     backbone.double()
-    backbone.mix_weights("mixture", weights)
+    backbone.weight_sets.mix("mixture", weights)
     mixed = predict(backbone, "mixture")
     reference = predict(backbone, REFERENCE)
     merge(backbone, weights)
@@ -108,15 +103,15 @@ def test_a_mixture_is_linear_in_the_updates(backbone, weights):
 
 def test_a_set_is_itself_again_after_a_mixture_of_it_was_chosen(backbone):
     alone = predict(backbone, "a")
-    backbone.mix_weights("mixture", {"a": 0.3, "b": 0.7})
+    backbone.weight_sets.mix("mixture", {"a": 0.3, "b": 0.7})
     assert not torch.equal(predict(backbone, "mixture"), alone)
     assert torch.equal(predict(backbone, "a"), alone)
-    backbone.mix_weights("mixture", {"a": 1.0, "b": 0.0})
+    backbone.weight_sets.mix("mixture", {"a": 1.0, "b": 0.0})
     assert torch.equal(predict(backbone, "mixture"), alone)
 
 
 def test_weights_of_zero_are_the_base_bit_for_bit(backbone, saved, tiny):
-    backbone.mix_weights("nothing", {"a": 0.0, "b": 0.0})
+    backbone.weight_sets.mix("nothing", {"a": 0.0, "b": 0.0})
     assert torch.equal(predict(backbone, "nothing"), predict(backbone, REFERENCE))
     plain = StableDiffusionBackbone(str(tiny), lora=None)
     given = StableDiffusionBackbone(str(tiny), adapters={str(folder): 0.0 for folder in saved[0].values()})
@@ -125,41 +120,41 @@ def test_weights_of_zero_are_the_base_bit_for_bit(backbone, saved, tiny):
 
 def test_given_adapters_are_the_policy_and_training_goes_on_from_them(backbone, saved, tiny):
     weights = {"a": 0.3, "b": 0.7}
-    backbone.mix_weights("mixture", weights)
+    backbone.weight_sets.mix("mixture", weights)
     given = StableDiffusionBackbone(str(tiny), adapters={str(saved[0][n]): w for n, w in weights.items()})
     assert trained(given) == trained(StableDiffusionBackbone(str(tiny)))
     torch.testing.assert_close(predict(given), predict(backbone, "mixture"), rtol=1e-6, atol=1e-6)
-    given.add_weights("opponent")
+    given.weight_sets.add("opponent")
     assert torch.equal(predict(given, "opponent"), predict(given))
     randomise(given, POLICY, 9)
     assert (predict(given, "opponent") - predict(given)).abs().max() > 1e-3
-    given.copy_weights(POLICY, "opponent")
+    given.weight_sets.copy(POLICY, "opponent")
     assert torch.equal(predict(given, "opponent"), predict(given))
     torch.testing.assert_close(predict(given, REFERENCE), predict(backbone, REFERENCE), rtol=0, atol=0)
 
 
 def test_the_mean_of_factors_is_another_model(tiny, saved):
     backbone = StableDiffusionBackbone(str(tiny), lora=LORAS["a"])
-    backbone.load_weights("a", saved[0]["a"])
+    backbone.weight_sets.load("a", saved[0]["a"])
     for name in ("second", "factors"):
-        backbone.add_weights(name)
+        backbone.weight_sets.add(name)
     randomise(backbone, "second", 7)
-    backbone.average_factors("factors", {"a": 1.0, "second": 0.0})
+    backbone.weight_sets.average_factors("factors", {"a": 1.0, "second": 0.0})
     assert torch.equal(predict(backbone, "factors"), predict(backbone, "a"))
     weights = {"a": 0.5, "second": 0.5}
-    backbone.average_factors("factors", weights)
-    backbone.mix_weights("mixture", weights)
+    backbone.weight_sets.average_factors("factors", weights)
+    backbone.weight_sets.mix("mixture", weights)
     assert (predict(backbone, "factors") - predict(backbone, "mixture")).abs().max() > 1e-3
-    backbone.load_weights("b", saved[0]["b"])
+    backbone.weight_sets.load("b", saved[0]["b"])
     with pytest.raises(ConfigError, match="ranks"):
-        backbone.average_factors("factors", {"a": 0.5, "b": 0.5})
+        backbone.weight_sets.average_factors("factors", {"a": 0.5, "b": 0.5})
 
 
 def test_a_saved_mixture_is_one_adapter_that_diffusers_loads(backbone, tiny, tmp_path):
-    backbone.mix_weights("mixture", {"a": 0.3, "b": 0.5, "c": 0.2})
-    backbone.save_weights(tmp_path / "soup", "mixture")
+    backbone.weight_sets.mix("mixture", {"a": 0.3, "b": 0.5, "c": 0.2})
+    backbone.weight_sets.save(tmp_path / "soup", "mixture")
     again = StableDiffusionBackbone(str(tiny))
-    again.load_weights("soup", tmp_path / "soup")
+    again.weight_sets.load("soup", tmp_path / "soup")
     torch.testing.assert_close(predict(again, "soup"), predict(backbone, "mixture"), rtol=1e-5, atol=1e-5)
     sampler = backbone.make_sampler(partial(DDIM, num_steps=3, eta=0.0))
     x = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(1))
@@ -181,40 +176,63 @@ def test_a_pipeline_folder_is_a_weight_set_beside_adapters(tiny, saved, tmp_path
     with torch.no_grad():
         for parameter in full.unet.parameters():
             parameter.mul_(1.05)
-    full.save_weights(tmp_path / "model")
+    full.weight_sets.save(tmp_path / "model")
     for lora in (LoRA(), None):
         backbone = StableDiffusionBackbone(str(tiny), lora=lora)
         before = trained(backbone)
-        backbone.load_weights("expert", tmp_path / "model")
+        backbone.weight_sets.load("expert", tmp_path / "model")
         assert torch.equal(predict(backbone, "expert"), predict(full))
         assert torch.equal(predict(backbone), predict(full, REFERENCE))
         assert trained(backbone) == before
         with pytest.raises(ConfigError, match="mixture"):
-            backbone.mix_weights("mixture", {"expert": 1.0})
+            backbone.weight_sets.mix("mixture", {"expert": 1.0})
 
 
 @pytest.mark.parametrize("lora", [LoRA(), None])
 def test_other_sets_can_be_what_is_trained(tiny, lora):
     backbone = StableDiffusionBackbone(str(tiny), lora=lora)
     for name in ("one", "two"):
-        backbone.add_weights(name)
-    backbone.train_only(["one", "two"])
-    own = {id(p) for name in ("one", "two") for p in backbone.parameters_of(name)}
+        backbone.weight_sets.add(name)
+    backbone.weight_sets.train_only(["one", "two"])
+    own = {id(p) for name in ("one", "two") for p in backbone.weight_sets.parameters_of(name)}
     assert {id(p) for p in backbone.parameters() if p.requires_grad} == own
     x = torch.randn(2, *backbone.latent_shape)
     backbone.predict(x, torch.tensor(500), backbone.encode(PROMPTS), weights="one").sum().backward()
-    assert all(p.grad is not None for p in backbone.parameters_of("one"))
-    assert all(p.grad is None for p in backbone.parameters_of("two"))
+    assert all(p.grad is not None for p in backbone.weight_sets.parameters_of("one"))
+    assert all(p.grad is None for p in backbone.weight_sets.parameters_of("two"))
+
+
+def test_an_adapter_of_lora_has_the_scale_1_unless_said_otherwise(tiny):
+    for given in (LoRA(rank=32), {"rank": 32}, {"rank": 32, "alpha": None}):
+        backbone = StableDiffusionBackbone(str(tiny), lora=given)
+        layers = [layer for layer in backbone.unet.modules() if isinstance(layer, LoraLayer)]
+        assert {(layer.r[POLICY], layer.scaling[POLICY]) for layer in layers} == {(32, 1.0)}
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"rank": 4, "dropout": 0.1}, "no dropout; it has rank, alpha and target_modules"),
+        (LoRA(rank=0), "lora.rank: 0 must be positive"),
+        (LoRA(alpha=-1), "lora.alpha: -1 must be positive"),
+        (LoRA(target_modules=["to_nothing"]), "to_nothing.* match no layer of the unet"),
+    ],
+)
+def test_settings_of_lora_that_cannot_work_are_named(tiny, lora, message):
+    with pytest.raises(ConfigError, match=message):
+        StableDiffusionBackbone(str(tiny), lora=lora)
 
 
 def test_what_cannot_be_loaded_is_named(tiny, saved, tmp_path):
     backbone = StableDiffusionBackbone(str(tiny))
     with pytest.raises(ConfigError, match="nowhere"):
-        backbone.load_weights("x", tmp_path / "nowhere")
+        backbone.weight_sets.load("x", tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"no weights.safetensors in .*nowhere"):
+        backbone.weight_sets.load("x", tmp_path / "nowhere" / "weights.safetensors")
     with pytest.raises(ConfigError, match="does not fit"):
-        StableDiffusionBackbone().load_weights("x", saved[0]["a"])
+        StableDiffusionBackbone().weight_sets.load("x", saved[0]["a"])
     with pytest.raises(ConfigError, match="lora"):
-        StableDiffusionBackbone(str(tiny), lora=None).load_weights("x", saved[0]["a"])
+        StableDiffusionBackbone(str(tiny), lora=None).weight_sets.load("x", saved[0]["a"])
     with pytest.raises(ConfigError, match="lora"):
         StableDiffusionBackbone(str(tiny), lora=None, adapters={str(saved[0]["a"]): 1.0})
 

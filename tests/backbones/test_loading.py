@@ -1,0 +1,175 @@
+"""What a user may give as a model, and what is said of the rest."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from safetensors.torch import load_file, save_file
+
+from lit_align.backbones import DiffusersBackbone, StableDiffusionBackbone
+from lit_align.errors import ConfigError
+from tests.backbones.conftest import predict
+from tests.backbones.original_layout import save_original
+
+UNET = Path("unet", "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def single(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline as one file in the original layout."""
+    file = tmp_path_factory.mktemp("single") / "model.safetensors"
+    save_original(tiny, file)
+    return file
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    """A folder of the tiny pipeline to break."""
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+def refused(model: Path | str, message: str, **options: object) -> None:
+    with pytest.raises(ConfigError, match=message) as told:
+        StableDiffusionBackbone(str(model), **options)
+    assert "\n" not in str(told.value)
+
+
+def test_a_single_file_is_the_same_model(tiny: Path, single: Path):
+    ours, folder = (
+        StableDiffusionBackbone(str(single), config=str(tiny)),
+        StableDiffusionBackbone(str(tiny)),
+    )
+    assert torch.equal(predict(ours, guidance=2.0), predict(folder, guidance=2.0))
+    assert ours.autoencoder_hash() == folder.autoencoder_hash()
+    half = StableDiffusionBackbone(str(single), config=str(tiny), dtype="bfloat16")
+    assert {p.dtype for p in half.text_encoder.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half.vae.parameters()} == {torch.float32}
+
+
+def test_a_single_file_without_its_configuration_says_what_to_do(single: Path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused(single, "a single file has no configuration, so set config to a folder")
+
+
+def test_a_single_file_that_is_no_whole_checkpoint_is_named(tiny: Path, single: Path, tmp_path: Path):
+    weights = load_file(single)
+    part = {name: value for name, value in weights.items() if not name.startswith("first_stage_model")}
+    save_file(part, tmp_path / "part.safetensors")
+    refused(tmp_path / "part.safetensors", "part.safetensors.*check that the file", config=str(tiny))
+    part = {name: value for name, value in weights.items() if name != "model.diffusion_model.out.0.weight"}
+    save_file(part, tmp_path / "part.safetensors")
+    refused(
+        tmp_path / "part.safetensors",
+        "part.safetensors.*check that the file holds all weights",
+        config=str(tiny),
+    )
+    (tmp_path / "noise.safetensors").write_bytes(b"no weights at all")
+    refused(tmp_path / "noise.safetensors", "noise.safetensors.*check that the file", config=str(tiny))
+    refused(tmp_path / "none.safetensors", "is no file; give one that exists")
+    refused(tmp_path / "old.ckpt", "may run code")
+
+
+def test_a_config_is_for_a_single_file_of_the_same_family(tiny: Path, single: Path, copy: Path):
+    refused(tiny, "config: .* is for a single file", config=str(tiny))
+    rename(copy, "StableDiffusionXLPipeline")
+    refused(single, "config: .* is a StableDiffusionXLPipeline", config=str(copy))
+
+
+def rename(folder: Path, pipeline_class: str) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": pipeline_class}))
+
+
+@pytest.mark.parametrize(
+    "pipeline_class", ["StableDiffusionXLPipeline", "StableDiffusionInpaintPipeline", "FluxPipeline"]
+)
+def test_a_pipeline_of_another_family_is_refused_before_it_is_read(copy: Path, pipeline_class: str):
+    rename(copy, pipeline_class)
+    (copy / UNET).unlink()
+    refused(copy, f"is a {pipeline_class}, and this backbone takes a StableDiffusionPipeline")
+
+
+def test_a_variant_is_read_where_it_is_asked_for(tiny: Path, copy: Path):
+    expected = predict(StableDiffusionBackbone(str(tiny)))
+    for file in copy.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    refused(copy, "as the variant fp16 only; set variant: fp16")
+    assert torch.equal(predict(StableDiffusionBackbone(str(copy), variant="fp16")), expected)
+    refused(tiny, "variant=fp16", variant="fp16")
+
+
+def test_pickled_weights_are_refused_with_the_remedy(copy: Path):
+    (copy / UNET).rename(copy / UNET.with_suffix(".bin"))
+    refused(copy, "its unet as a .bin file only.*save it with save_pretrained")
+    # What is not read may be in any form.
+    (copy / UNET.with_suffix(".bin")).rename(copy / UNET)
+    (copy / "safety_checker").mkdir()
+    (copy / "safety_checker" / "pytorch_model.bin").write_bytes(b"")
+    index = json.loads((copy / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    StableDiffusionBackbone(str(copy))
+
+
+def test_missing_and_corrupt_weights_are_named(copy: Path):
+    weights = load_file(copy / UNET)
+    weights.pop("conv_norm_out.weight")
+    save_file(weights, copy / UNET, {"format": "pt"})
+    refused(copy, "the unet of .* lacks 1 of its weights, such as conv_norm_out.weight")
+    (copy / UNET).write_bytes((copy / UNET).read_bytes()[:1000])
+    refused(copy, "model")
+
+
+def test_a_model_that_is_not_there_says_what_to_give(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused("someone/nothing", r"someone/nothing.*give the folder")
+    refused(tmp_path / "nowhere", "is no folder; give a folder that exists")
+    refused(tmp_path, "check that the folder holds the whole model")
+
+
+def test_a_model_without_a_size_asks_for_one(copy: Path):
+    config = json.loads((copy / "unet" / "config.json").read_text())
+    (copy / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": None}))
+    refused(copy, "backbone.size: the model's configuration says none")
+    assert StableDiffusionBackbone(str(copy), size=16).latent_shape == (4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"checkpointing": True}, "backbone.checkpointing: True must be none, prediction or blocks"),
+        ({"dtype": "half"}, "backbone.dtype: 'half' must be float32, bfloat16 or float16"),
+        ({"attention": "flash"}, "backbone.attention: 'flash' must be auto, sdpa or plain"),
+        ({"decode_batch": 0}, "backbone.decode_batch: 0 must be positive"),
+    ],
+)
+def test_options_that_are_none_are_refused_in_python_too(tiny: Path, options, message):
+    refused(tiny, message, **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [("64", 64), ("[64,96]", (64, 96)), ("[64, 96]", (64, 96)), ("null", None)],
+)
+def test_a_size_is_read_from_the_command_line_and_from_yaml(tmp_path: Path, given: str, size):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--backbone", type=DiffusersBackbone)
+    name = "lit_align.backbones.StableDiffusionBackbone"
+    line = parser.parse_args([f"--backbone={name}", f"--backbone.size={given}"])
+    (tmp_path / "run.yaml").write_text(f"backbone:\n  class_path: {name}\n  init_args:\n    size: {given}\n")
+    for read in (line, parser.parse_args([f"--config={tmp_path / 'run.yaml'}"])):
+        assert read.backbone.init_args.size == size
+
+
+def test_the_rank_of_lora_alone_keeps_the_scale():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--backbone", type=DiffusersBackbone)
+    read = parser.parse_args(
+        ["--backbone=lit_align.backbones.StableDiffusionBackbone", "--backbone.lora.rank=32"]
+    )
+    assert read.backbone.init_args.lora.rank == 32
+    assert read.backbone.init_args.lora.alpha is None
