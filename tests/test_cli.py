@@ -275,9 +275,14 @@ def test_mixed_precision_trains(small):
     assert all(value == value for _, value in curve(Path("logs/ddpo/version_0"), "train/loss"))
 
 
-def test_a_fast_dev_run_leaves_no_files(small, tmp_path):
-    main(["fit", *small, "--trainer.fast_dev_run=true"])
+def test_a_fast_dev_run_leaves_no_files_and_a_terminal_gets_a_bar(small, tmp_path, capsys):
+    main(["fit", *small, "--trainer.fast_dev_run=true", "--trainer.enable_progress_bar=true"])
     assert not list(tmp_path.rglob("*"))
+    printed = capsys.readouterr().out
+    assert "epoch 1/1" in printed
+    assert "reward: " in printed
+    assert "v_num" not in printed
+    assert "batch 1/1" not in printed  # the lines
 
 
 def test_print_config_runs_again_and_a_saved_config_too(small, done, capsys):

@@ -1,20 +1,17 @@
 """What a person sees: grids with whole captions, lines of progress, tables without riddles."""
 
-import io
 import math
-import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import ImageFont
-from rich.console import Console
 from torch import Tensor
 
 from lit_align.callbacks import image_grid
 from lit_align.callbacks.grid import FONT_SIZE, GAP, MARGIN, shrink, uint8, wrap
-from lit_align.callbacks.progress import ProgressBar, ProgressLines
+from lit_align.callbacks.progress import ProgressLines
 from lit_align.callbacks.summary import RunSummary
 
 LONG = "two small yellow stars above a large cyan triangle, left of three medium pink squares on a black star"
@@ -91,26 +88,6 @@ def test_a_line_says_where_the_run_is_and_how_long_it_takes(capsys, monkeypatch)
     with_bar = trainer(progress_bar_callback=object())
     lines.on_train_batch_end(with_bar, module, None, None, 0)  # type: ignore[arg-type]
     assert not capsys.readouterr().out
-
-
-def test_a_terminal_has_a_bar_with_the_same():
-    console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    bar, module = ProgressBar(console), SimpleNamespace(images=0, latest={})
-    now = trainer(num_val_batches=[2], num_training_batches=math.inf)
-    bar.on_train_epoch_start(now, module)
-    bar.on_validation_start(now, module)
-    bar.on_validation_batch_end(now, module, None, None, 0)
-    bar.on_validation_end(now, module)
-    bar.on_train_batch_start(now, module, None, 1)
-    bar.on_train_batch_end(now, module, None, None, 1)
-    time.sleep(0.3)  # it is drawn ten times a second
-    bar.on_train_end(now, module)
-    drawn = console.file.getvalue()
-    for part in ("epoch 2/3", "validation", "2/?", "reward 1.5000  2.0 images/s"):
-        assert part in drawn
-    bar.disable()  # on other ranks
-    bar.on_test_start(trainer(num_test_batches=[2]), module)
-    bar.on_test_end(now, module)
 
 
 def measured(**changes: Tensor) -> dict[str, Tensor]:
