@@ -65,7 +65,12 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(scope="module")
 def small(tiny: Path) -> list[str]:
     """Arguments that make DDPO's configuration small; the model is a tiny one of the same format."""
-    return ["--config", str(DDPO), *SMALL, f"--model.backbone.pretrained={tiny}", *BRIGHT]
+    model = [
+        f"--model.backbone.pretrained={tiny}",
+        "--model.sampler.num_steps=4",
+        "--model.sampler.noisy_steps=3",
+    ]
+    return ["--config", str(DDPO), *SMALL, *model, *BRIGHT]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +118,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 # ---- what is shipped
 
 
-@pytest.mark.parametrize("config", METHODS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", [path for path in METHODS if path != DDPO], ids=lambda path: path.stem)
 def test_every_method_trains_through_the_real_entry_point(config: Path):
     on_pairs = config.stem in ON_PAIRS
     sizes = [*(SMALL_PAIRS if on_pairs else SMALL), *OWN.get(config.stem, [])]
@@ -281,9 +286,12 @@ def test_print_config_runs_again_and_a_saved_config_too(small, done, capsys):
     assert exited.value.code == 0
     Path("printed.yaml").write_text(capsys.readouterr().out)
     main(["fit", "--config=printed.yaml"])
-    main(["fit", f"--config={done}/config.yaml", "--trainer.max_epochs=1"])
-    curves = [curve(Path(f"logs/ddpo/version_{i}"), "train/reward")[0] for i in range(3)]
-    assert curves[0] == curves[1] == curves[2]
+    curves = [curve(Path(f"logs/ddpo/version_{i}"), "train/reward")[0] for i in range(2)]
+    assert curves[0] == curves[1]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={done}/config.yaml", "--trainer.max_epochs=1", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(Path("printed.yaml").read_text())
 
 
 # ---- going on
@@ -307,10 +315,10 @@ def assert_equal(one: Any, two: Any) -> None:
 
 @pytest.fixture(scope="module")
 def long(small: list[str]) -> list[str]:
-    """Six rollout batches in two epochs, with all that a checkpoint must hold."""
+    """Four rollout batches in two epochs, with all that a checkpoint must hold."""
     return [
         *small,
-        "--trainer.limit_train_batches=3",
+        "--trainer.limit_train_batches=2",
         "--model.advantages=PerPromptAdvantages",
         "--model.kl_target=1e-3",
         "--model.optimisation.lr_scheduler=torch.optim.lr_scheduler.LinearLR",
@@ -331,7 +339,7 @@ def whole(long: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("method", "call"),
-    [("look_back", 1), ("look_back", 2), ("look_back", 4), ("look_back", 6), ("validation_step", 2)],
+    [("look_back", 1), ("look_back", 2), ("look_back", 3), ("look_back", 4), ("validation_step", 2)],
     ids=["first", "mid-epoch", "first-of-epoch", "last", "in a validation"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(method, call, long, whole, monkeypatch):
@@ -408,17 +416,15 @@ def test_a_run_that_goes_on_keeps_the_numbers_of_its_earlier_end(small, done):
     assert [path.name for path in done.parent.iterdir()] == ["version_0"]
 
 
-@pytest.mark.parametrize("schedule", [False, True], ids=["constant", "schedule"])
-def test_another_learning_rate_is_applied_to_a_run_that_goes_on(schedule, small, capsys):
-    scheduler = "torch.optim.lr_scheduler.LinearLR"
-    extra = [f"--model.optimisation.lr_scheduler={scheduler}", "--model.kl_target=null"]
-    extra += ["--model.optimisation.lr_scheduler.init_args.total_iters=8", "--model.updates=1"]
-    arguments = [*small, *(extra if schedule else ["--model.kl_target=null", "--model.updates=1"])]
+def test_another_learning_rate_is_applied_to_a_run_that_goes_on(small, capsys):
+    scheduler = "--model.optimisation.lr_scheduler=torch.optim.lr_scheduler.LinearLR"
+    total = "--model.optimisation.lr_scheduler.init_args.total_iters=8"
+    arguments = [*small, "--model.kl_target=null", "--model.updates=1", scheduler, total]
     main(["fit", *arguments])
     arguments += ["--trainer.max_epochs=4", "--ckpt_path=last"]
     main(["fit", *arguments, "--model.optimisation.optimizer.lr=1e-4"])
     rates = [value for _, value in curve(Path("logs/ddpo/version_0"), "train/lr")]
-    factors = [(1 + 2 * k / 8) / 3 if schedule else 1.0 for k in range(4)]  # of LinearLR: from a third to all
+    factors = [(1 + 2 * k / 8) / 3 for k in range(4)]  # of LinearLR: from a third to all
     assert rates == pytest.approx([1e-3 * f for f in factors[:2]] + [1e-4 * f for f in factors[2:]])
     assert "model.optimisation.optimizer.lr 0.001 -> 0.0001" in capsys.readouterr().out
 
@@ -523,7 +529,7 @@ def test_runs_have_folders_of_their_own_whatever_the_logger(small, done, capsys)
     sys.path.insert(0, ".")
     tensorboard = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "logs", "name": "ddpo"}}
     table = {"class_path": "CSVLogger", "init_args": {"save_dir": "elsewhere"}}
-    choices = ["false", "mylogger.MyLogger", json.dumps([tensorboard, table]), "CSVLogger"]
+    choices = ["false", "mylogger.MyLogger", json.dumps([tensorboard, table])]
     for number, logger in enumerate(choices, start=1):
         main(["fit", *small, "--trainer.max_epochs=1", f"--trainer.logger={logger}"])
         run = Path(f"logs/ddpo/version_{number}")
@@ -537,7 +543,7 @@ def test_runs_have_folders_of_their_own_whatever_the_logger(small, done, capsys)
     assert "train/reward" in Path("mine.txt").read_text()
     assert {"metrics.csv"} <= set(files("logs/ddpo/version_3"))
     main(["fit", *small, "--trainer.logger=false", "--ckpt_path=last", "--trainer.max_epochs=2"])
-    assert "config-2.yaml" in files("logs/ddpo/version_4")
+    assert "config-2.yaml" in files("logs/ddpo/version_3")
 
 
 def test_a_csv_logger_keeps_its_rows_when_the_run_goes_on_or_is_tested(small):
@@ -592,38 +598,45 @@ def _rank(rank: int, arguments: tuple[str, ...]) -> None:
     main(["fit", *arguments])
 
 
-@pytest.mark.parametrize("how", ["--trainer.devices=2", f"--config={FSDP}"], ids=["ddp", "fsdp"])
-def test_two_processes_from_the_command_line_leave_what_one_leaves(how, small):
+def assert_one_and_two_processes_agree(one: Path, two: Path) -> None:
+    """The same files, the same curves, and weights that differ by rounding."""
+    names = [{name for name in files(run) if "events" not in name} for run in (one, two)]
+    assert names[0] == names[1]
+    first, second = (load_file(run / "adapter/pytorch_lora_weights.safetensors") for run in (one, two))
+    assert first.keys() == second.keys()
+    # Adam's first steps are signs of gradients, of which some are 0 but for rounding.
+    torch.testing.assert_close(second, first, atol=2e-3, rtol=0)
+    for tag in ("val/reward", "train/reward", "progress/images"):
+        values = [[value for _, value in curve(run, tag)] for run in (one, two)]
+        assert values[0] == pytest.approx(values[1], rel=1e-2, abs=1e-5)
+
+
+def test_two_processes_leave_what_one_leaves(small):
     arguments = [*small, "--data.prompts_per_batch=4", "--trainer.max_epochs=1"]
     main(["fit", *arguments])
-    in_two_processes(*arguments, how)
+    in_two_processes(*arguments, "--trainer.devices=2")
     runs = [Path(f"logs/ddpo/version_{number}") for number in range(2)]
     assert sorted(Path("logs/ddpo").iterdir()) == runs
-    one, two = (load_file(run / "adapter/pytorch_lora_weights.safetensors") for run in runs)
-    assert one.keys() == two.keys()
-    # Adam's first steps are signs of gradients, of which some are 0 but for rounding.
-    torch.testing.assert_close(two, one, atol=2e-3, rtol=0)
-    names = [{name for name in files(run) if "events" not in name} for run in runs]
-    assert names[0] == names[1]
-    for tag in ("val/reward", "train/reward", "progress/images"):
-        first, second = ([value for _, value in curve(run, tag)] for run in runs)
-        assert first == pytest.approx(second, rel=1e-2, abs=1e-5)
+    assert_one_and_two_processes_agree(*runs)
 
 
-def test_a_sharded_run_that_is_resumed_equals_the_uninterrupted_one(small):
+def test_processes_that_share_the_weights_leave_what_one_leaves_and_go_on_exactly(small):
     """Adam must not count the empty step by which torch finds out what it saves."""
-    arguments = [*small, f"--config={FSDP}", "--data.prompts_per_batch=4"]
-    in_two_processes(*arguments, "--trainer.logger.init_args.name=whole")
-    in_two_processes(*arguments, "--trainer.logger.init_args.name=cut", "--trainer.max_epochs=1")
-    in_two_processes(*arguments, "--trainer.logger.init_args.name=cut", "--ckpt_path=last")
-    path = "version_0/adapter/pytorch_lora_weights.safetensors"
-    assert_equal(*(load_file(f"logs/{name}/{path}") for name in ("whole", "cut")))
+    arguments = [*small, "--data.prompts_per_batch=4"]
+    main(["fit", *arguments, "--trainer.logger.init_args.name=one"])
+    in_two_processes(*arguments, f"--config={FSDP}", "--trainer.logger.init_args.name=whole")
+    one, whole, cut = (Path("logs", name, "version_0") for name in ("one", "whole", "cut"))
+    assert_one_and_two_processes_agree(one, whole)
+    arguments += [f"--config={FSDP}", "--trainer.logger.init_args.name=cut"]
+    in_two_processes(*arguments, "--trainer.max_epochs=1")
+    in_two_processes(*arguments, "--ckpt_path=last")
+    assert_equal(*(load_file(run / "adapter/pytorch_lora_weights.safetensors") for run in (whole, cut)))
 
 
 def test_processes_that_share_the_weights_go_back_through_the_same_steps(small):
     """AlignProp draws the steps of each image: one that went back through fewer would wait for ever."""
     alignprop = [f"--config={ROOT}/configs/alignprop.yaml", *small[2:], f"--config={FSDP}"]
-    in_two_processes(*alignprop, "--trainer.max_epochs=1")
+    in_two_processes(*alignprop, "--trainer.max_epochs=1", "--model.truncation.high=3")
     assert Path("logs/alignprop/version_0/adapter").is_dir()
 
 

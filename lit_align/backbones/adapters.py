@@ -158,13 +158,14 @@ class Adapters:
 
     @contextmanager
     def _injecting(self, name: str) -> Iterator[None]:
-        """Undo that peft chooses a new adapter, makes it trainable and gives it the base's dtype."""
+        """Undo that peft trains a new adapter, puts it in training mode and gives it the base's dtype."""
         trained = {p for p in self.denoiser.parameters() if p.requires_grad}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
             yield
         for parameter in self.denoiser.parameters():
             parameter.requires_grad_(parameter in trained)
+        self.denoiser.eval()
         for parameter in self.parameters([name]):
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         # Kept, because peft's own set_adapter walks all modules and flips requires_grad at every switch.

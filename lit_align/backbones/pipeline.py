@@ -38,7 +38,7 @@ class DiffusersBackbone(DiffusionBackbone):
 
     A family says which pipeline it takes and what its denoiser is called, and has three functions:
     :meth:`embed`, :meth:`denoise` and :meth:`blocks`. Where it differs from Stable Diffusion it overrides
-    :meth:`negative`, :meth:`normalise` and :meth:`denormalise`, :meth:`attend`, or the class attributes.
+    what else stands under "what a family says"; ``README.md`` beside this file has the table.
 
     Attributes:
         pipeline_class: The pipeline's class in diffusers.

@@ -55,6 +55,10 @@ class BatchCheckpoint(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         write_whole(trainer)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        for logger in trainer.loggers:  # what is in the checkpoint is on disk in the curves, too
+            logger.save()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
@@ -74,8 +78,6 @@ class BatchCheckpoint(Checkpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         trainer.save_checkpoint(run_folder(trainer) / "checkpoints" / "last.ckpt", False)  # not weights alone
-        for logger in trainer.loggers:
-            logger.save()  # what is in the checkpoint is in the curves
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -1,12 +1,12 @@
 """LightningCLI, with what every run of lit_align has."""
 
-import json
 import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -57,7 +57,7 @@ class AlignCLI(LightningCLI):
             )
         parser = self._subcommand_parsers[stage]
         text = parser.dump(config, skip_none=False)
-        now = settings_of(json.loads(parser.dump(config, format="json", skip_none=False)))
+        now = settings_of(yaml.safe_load(text))
         extra: list[Callback] = [RunConfig(text, now)]
         if self.saved is not None:
             extra += going_on(self.saved, now, config, stage)
@@ -78,7 +78,8 @@ class AlignCLI(LightningCLI):
             self.claimed = self.folder.path is not None
         if self.folder.path is not None:
             self.earlier = set(self.folder.path.iterdir())
-            use_folder(config, self.folder.path)
+            goes_on = self.saved if self.subcommand == "fit" else None
+            use_folder(config, self.folder.path, goes_on.images if goes_on else None)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self.config[self.subcommand].trainer
@@ -116,7 +117,7 @@ def _callbacks(trainer: Any, folder: RunFolder) -> list[Any]:
     callbacks = default_callbacks(checkpoints=trainer.enable_checkpointing is not False)
     callbacks = [folder if isinstance(callback, RunFolder) else callback for callback in callbacks]
     if _has_bar(trainer) and not any("ProgressBar" in name for name in names):
-        callbacks.append(ProgressBar())
+        callbacks.insert(1, ProgressBar())  # it ends before anything else is printed
     return [callback for callback in callbacks if type(callback).__name__ not in names]
 
 

@@ -23,6 +23,7 @@ import lit_align.methods.alignprop
 import lit_align.methods.msdda
 import lit_align.rewards
 import lit_align.samplers
+from lit_align.cli.classes import unusable
 from lit_align.cli.config_files import ConfigFile
 from lit_align.cli.renamed import first_edition
 
@@ -222,6 +223,8 @@ def _wrong_value(text: str, found: re.Match[str], given: Given) -> str:
         return f"{place}: {value!r} is not possible{meant}"
     if named and named[-1] == "None":
         return f"{place}: null can only be given in a file, as configs/backbone/full.yaml does"
+    if value is not None and (fault := unusable(str(value))):
+        return f"{place}: {fault}"
     if named and (not kinds or value is None or value[:1].isupper() or "." in value):
         names = [name for room in ROOMS for name in vars(room) if name[0].isupper()]
         meant = _did_you_mean(named[-1].rpartition(".")[2], names)

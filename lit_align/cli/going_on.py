@@ -26,6 +26,8 @@ def going_on(saved: Saved, now: dict[str, Any], config: Any, stage: str) -> list
     if fit:
         _stop_if_complete(saved, config.trainer)
     _say(f"{'goes on from' if fit else 'takes'} {saved.path}, at {saved.images} images")
+    if not fit and not saved.images:
+        _say("that is before its first update: the weights are the pretrained ones")
     if saved.settings is None:
         rank_zero_warn("the checkpoint does not say with which settings it was made; none are compared")
         return []

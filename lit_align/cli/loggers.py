@@ -52,8 +52,14 @@ def new_folder(config: Any) -> Path | None:
     return claim(runs)
 
 
-def use_folder(config: Any, folder: Path) -> None:
-    """Let the loggers that number runs write to a folder; where no logger is chosen, TensorBoard does."""
+def use_folder(config: Any, folder: Path, images: int | None = None) -> None:
+    """Let the loggers that number runs write to a folder; where no logger is chosen, TensorBoard does.
+
+    Args:
+        config: That of the subcommand.
+        folder: The run's.
+        images: Of a fit that goes on: TensorBoard drops the points after it, which come again.
+    """
     place = {"save_dir": str(folder.parent.parent), "name": folder.parent.name, "version": folder.name}
     if config.trainer.logger in (None, True):
         class_path = "lightning.pytorch.loggers.TensorBoardLogger"
@@ -61,6 +67,8 @@ def use_folder(config: Any, folder: Path) -> None:
     for logger in _numbering(config.trainer.logger):
         for name, value in place.items():
             logger.init_args[name] = value
+        if images is not None and logger.class_path.endswith("TensorBoardLogger"):
+            logger.init_args.purge_step = images + 1
 
 
 def keep_metrics(trainer: Trainer) -> None:

@@ -54,7 +54,8 @@ def _run(arguments: list[str]) -> None:
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
-            save_config_callback=None,
+            save_config_callback=None,  # RunConfig does it
+            load_from_checkpoint_support=False,  # checkpoints hold no constructor's arguments
             seed_everything_default=0,
             parser_kwargs={
                 "exit_on_error": False,

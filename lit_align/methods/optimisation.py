@@ -117,7 +117,10 @@ class OptimisedModule(LightningModule):
             strategy, more = self.trainer.strategy, i < len(losses) - 1
             accumulates = more and isinstance(strategy, ParallelStrategy)
             with strategy.block_backward_sync() if accumulates else nullcontext():  # type: ignore[attr-defined]
-                loss, metrics = compute()
+                computed = compute()
+                if not isinstance(computed, tuple):
+                    raise TypeError("a loss returns (loss, metrics): a scalar, and a dict of tensors")
+                loss, metrics = computed
                 self.manual_backward(loss)
             measured.append(metrics)
         self._step(scale)

@@ -1,19 +1,21 @@
 """What a person sees: grids with whole captions, lines of progress, tables without riddles."""
 
+import io
 import math
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import ImageFont
+from rich.console import Console
 from torch import Tensor
 
 from lit_align.callbacks import image_grid
 from lit_align.callbacks.grid import FONT_SIZE, GAP, MARGIN, shrink, uint8, wrap
-from lit_align.callbacks.progress import ProgressLines
+from lit_align.callbacks.progress import ProgressBar, ProgressLines
 from lit_align.callbacks.summary import RunSummary
-from lit_align.data.batch import repeat_prompts
 
 LONG = "two small yellow stars above a large cyan triangle, left of three medium pink squares on a black star"
 
@@ -91,6 +93,26 @@ def test_a_line_says_where_the_run_is_and_how_long_it_takes(capsys, monkeypatch)
     assert not capsys.readouterr().out
 
 
+def test_a_terminal_has_a_bar_with_the_same():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    bar, module = ProgressBar(console), SimpleNamespace(images=0, latest={})
+    now = trainer(num_val_batches=[2], num_training_batches=math.inf)
+    bar.on_train_epoch_start(now, module)
+    bar.on_validation_start(now, module)
+    bar.on_validation_batch_end(now, module, None, None, 0)
+    bar.on_validation_end(now, module)
+    bar.on_train_batch_start(now, module, None, 1)
+    bar.on_train_batch_end(now, module, None, None, 1)
+    time.sleep(0.3)  # it is drawn ten times a second
+    bar.on_train_end(now, module)
+    drawn = console.file.getvalue()
+    for part in ("epoch 2/3", "validation", "2/?", "reward 1.5000  2.0 images/s"):
+        assert part in drawn
+    bar.disable()  # on other ranks
+    bar.on_test_start(trainer(num_test_batches=[2]), module)
+    bar.on_test_end(now, module)
+
+
 def measured(**changes: Tensor) -> dict[str, Tensor]:
     values = {"reward": [0.0, 1.0, 2.0, 3.0], "reward/truth": [0.5] * 4, "reward/clip": [0.1] * 4}
     values |= {
@@ -109,7 +131,7 @@ def test_the_table_has_a_row_for_each_thing_that_was_measured(tmp_path, capsys):
     module = SimpleNamespace(
         images=8,
         reward_queries=8,
-        prompt_groups=repeat_prompts(["a", "b"], [{}, {}], [0, 1], 2).groups,
+        prompt_groups=torch.tensor([0, 0, 1, 1]),
         baseline=measured(),
         latest=measured(reward=torch.tensor([1.0, 2.0, 1.0, 4.0]), kl=torch.ones(4)),
     )

@@ -154,13 +154,26 @@ def test_one_expert_per_step_draws_other_images_that_do_not_depend_on_the_batch(
 # ---- training
 
 
-def test_each_expert_minimises_its_own_loss_on_the_references_images(tiny, tmp_path):
-    """It begins at 0, where expert and reference are one; every pass uses the same images."""
+def test_each_expert_makes_what_its_own_reward_prefers_more_likely(tiny, tmp_path):
     learner = module(tiny, lr=4e-3, lora=LoRA(8, 8.0), beta=3e-3, updates=2, inner_epochs=4, micro_batch=128)
-    (logged,) = fit(learner, tmp_path, data=prompts(2, 16)).logged
+    recorder, data = fit(learner, tmp_path, data=prompts(2, 16)), prompts(2, 16)
+    data.setup("fit")
+    seen = next(iter(data.train_dataloader()))
+    assert seen.index.tolist() == recorder.index[0]
+    samples, cond = draw(learner, seen, "rollout", REFERENCE), learner.backbone.encode(seen.prompts)
+    scores, states = learner.score(samples.images, seen).report, samples.trajectory.states
     for name in BOTH:
-        assert logged[f"train/loss/{name}"] < -0.01
-        assert logged[f"train/kl/{name}"] > 0
+        with torch.no_grad():
+            expert, reference = (learner.expert(one, cond) for one in (name, REFERENCE))
+            log_ratio = sum(
+                expert(states[k], k).log_ratio(reference(states[k], k), states[k + 1])
+                for k in learner.stochastic_steps.tolist()
+            )
+        advantages = centred(scores[f"reward/{name}"], seen.groups)
+        assert torch.corrcoef(torch.stack([advantages, log_ratio]))[0, 1] > 0.3
+        # The loss begins at 0, where expert and reference are one; every pass uses the same images.
+        assert recorder.logged[0][f"train/loss/{name}"] < -0.01
+        assert recorder.logged[0][f"train/kl/{name}"] > 0
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,13 +49,6 @@ class Players(Recorder):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self.players.append({name: weights(pl_module, name) for name in (POLICY, OPPONENT)})
         self.pools.append(pl_module.pool[batch.index])
-
-
-def with_rates(folder: Path, rates: list[float], **options: Any) -> SPINModule:
-    """A module with learning rates of its own for the iterations (``lr`` of ``make`` is the optimizer's)."""
-    aligned = make(SPINModule, folder, **options)
-    aligned.rates = rates
-    return aligned
 
 
 # ---- the losses
@@ -173,7 +165,7 @@ def test_without_noise_in_the_steps_the_forward_chain_ends_in_the_image():
 
 def test_each_iteration_plays_against_what_the_last_one_left(tiny, tmp_path):
     halving = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
-    aligned = with_rates(tiny, [1e-2, 1e-3], steps=[2, 3], beta=[100.0, 300.0], lr_scheduler=halving)
+    aligned = module(tiny, rates=[1e-2, 1e-3], steps=[2, 3], beta=[100.0, 300.0], lr_scheduler=halving)
     recorder, before = Players(), weights(aligned, POLICY)
     fit(aligned, tmp_path, 4, recorder=recorder, max_epochs=2)
     opponents = [players[OPPONENT] for players in recorder.players]
@@ -210,6 +202,7 @@ def test_full_finetuning_has_a_whole_network_as_opponent(tiny, tmp_path):
         ({"steps": [1, 2, 3]}, "steps.*3 entries for 2 iterations"),
         ({"beta": [1.0]}, "beta.*1 entries"),
         ({"beta": 0.0}, "beta.*positive"),
+        ({"rates": [1e-3, -1.0]}, "lr.*positive"),
         ({"iterations": 0}, "iterations"),
         ({"micro_batch": 0}, r"optimisation\.micro_batch"),
         ({"exact": True, "eta": 0.0}, "exact.*eta to 1"),
@@ -220,13 +213,10 @@ def test_settings_that_cannot_work_are_refused(tiny, options, named):
         module(tiny, **options)
 
 
-def test_rates_that_cannot_work_are_refused(tiny, tmp_path):
-    plain = module(tiny)
-    with pytest.raises(ConfigError, match=r"lr.*positive"):
-        SPINModule(plain.backbone, partial(DDIM, num_steps=3), plain.rewards, iterations=2, lr=[1e-3, -1.0])
+def test_rates_that_the_schedule_would_overrule_are_refused(tiny, tmp_path):
     own_rate = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1e-3, total_steps=9)
     with pytest.raises(ConfigError, match=r"iteration 1 wants 0.01.*lr_scheduler"):
-        fit(with_rates(tiny, [1e-2, 1e-2], lr_scheduler=own_rate), tmp_path)
+        fit(module(tiny, rates=1e-2, lr_scheduler=own_rate), tmp_path)
     fit(module(tiny, lr_scheduler=own_rate), tmp_path)
 
 

@@ -16,7 +16,7 @@ from lit_align.methods.spin.opponent import OPPONENT
 from lit_align.randomness import generator
 from lit_align.rollout import rollout
 from tests.methods.build import Killed, assert_same, fit, make
-from tests.methods.test_spin import BATCH, Players, with_rates
+from tests.methods.test_spin import BATCH, Players
 
 module = partial(make, SPINModule)
 
@@ -55,14 +55,14 @@ def test_the_opponents_images_are_a_function_of_pair_and_iteration(tiny):
     assert (first - second).flatten(1).abs().amax(1).min() > 1e-3
 
 
-@pytest.mark.parametrize("changed", ["sampler", "pretrained model"])
-def test_another_sampler_or_pretrained_model_makes_another_pool(tiny, tmp_path, changed):
-    for new in (False, True):
-        aligned = module(tiny, eta=0.5 if new and changed == "sampler" else 1.0)
-        if new and changed == "pretrained model":
-            frozen = next(p for p in aligned.backbone.network.parameters() if not p.requires_grad)
-            frozen.data += 0.1
-        fit(aligned, tmp_path)
+@pytest.mark.parametrize("changed", [{"eta": 0.5}, {"opponent_guidance": 2.0}, "pretrained model"], ids=str)
+def test_another_way_to_draw_or_pretrained_model_makes_another_pool(tiny, tmp_path, changed):
+    fit(module(tiny), tmp_path)
+    other = module(tiny) if changed == "pretrained model" else module(tiny, **changed)
+    if changed == "pretrained model":
+        frozen = next(p for p in other.backbone.network.parameters() if not p.requires_grad)
+        frozen.data += 0.1
+    fit(other, tmp_path)
     assert len(list((tmp_path / "pool").iterdir())) == 2
 
 
@@ -115,8 +115,9 @@ def test_an_interrupted_pool_goes_on_without_loss_or_duplicates(tiny, tmp_path, 
 def test_a_resumed_iteration_equals_the_uninterrupted_one_bit_for_bit(tiny, tmp_path, crash, exact, place):
     options: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": None}
     sinking = partial(torch.optim.lr_scheduler.LinearLR, total_iters=3)
-    make_module = partial(with_rates, tiny, [1e-2, 5e-3], exact=exact, steps=[2, 2], lr_scheduler=sinking)
-    whole, cut, resumed = make_module(), make_module(), make_module()
+    whole, cut, resumed = (
+        module(tiny, rates=[1e-2, 5e-3], exact=exact, steps=[2, 2], lr_scheduler=sinking) for _ in range(3)
+    )
     one, killed, rest = Players(), Players(crash), Players()
     fit(whole, tmp_path / "whole", 2, recorder=one, **options)
     with pytest.raises(Killed):

@@ -1,5 +1,6 @@
 """What every backbone keeps, on a tiny model of each family."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_align.backbones import POLICY, REFERENCE, Conditioning, DiffusersBackbone, LoRA
+from lit_align.backbones.prompt_cache import PromptCache
 from lit_align.errors import ConfigError
 from lit_align.rollout import rollout
 from lit_align.samplers import DDIM
@@ -87,11 +89,20 @@ def test_each_prompt_is_encoded_once_and_independently_of_its_company(family: Fa
         assert torch.equal(value[0], together.prompt[name][3])
 
 
-def test_the_prompt_cache_is_bounded(family: Family):
-    backbone = family.backbone(str(family.folder), prompt_cache=2)
-    many = backbone.encode(["a star", "a cross", "a heart", "a square"])
-    assert len(many) == 4
-    assert len(backbone._prompts) == 2
+def test_the_prompt_cache_keeps_what_was_used_last():
+    encoded: list[str] = []
+
+    def embed(prompts: Sequence[str]) -> dict[str, Tensor]:
+        encoded.extend(prompts)
+        return {"length": torch.tensor([len(prompt) for prompt in prompts])}
+
+    cache = PromptCache(embed, 2)
+    rows, tensors = cache.get(["a", "bb", "ccc", "a"])
+    assert tensors["length"][rows].tolist() == [1, 2, 3, 1]
+    assert len(cache) == 2
+    for prompts in (["bb"], ["dddd"], ["bb", "dddd"]):
+        cache.get(prompts)
+    assert encoded == ["a", "bb", "ccc", "dddd"]
 
 
 def test_conditioning_has_rows_and_joins(family: Family):
@@ -145,43 +156,51 @@ def test_an_added_set_is_a_frozen_copy_and_switching_changes_no_requires_grad(
 
 
 @LORAS
+@pytest.mark.parametrize("learner", [POLICY, "opponent"])
 def test_checkpointing_gives_the_plain_gradient_with_a_switch_before_backward(
-    family: Family, lora: LoRA | None
+    family: Family, lora: LoRA | None, learner: str
 ):
     gradients = []
     for checkpointing in ("none", "prediction", "blocks"):
         backbone = family.make(lora=lora, checkpointing=checkpointing)
         backbone.weight_sets.add("opponent")
-        loss = predict(backbone, guidance=2.0).square().sum()
+        perturb(backbone, "opponent")
+        backbone.weight_sets.train_only([learner])
+        loss = predict(backbone, learner, guidance=2.0).square().sum()
         with torch.no_grad():
             predict(backbone, REFERENCE)  # the active set at backward time is now another one
         loss.backward()
-        gradients.append([p.grad for p in backbone.weight_sets.parameters_of(POLICY)])
-        assert all(p.grad is None for p in backbone.weight_sets.parameters_of("opponent"))
+        gradients.append([p.grad for p in backbone.weight_sets.parameters_of(learner)])
+        assert sum(p.grad is not None for p in backbone.parameters()) == len(gradients[-1])
     for again in gradients[1:]:
         assert all(torch.equal(*pair) for pair in zip(gradients[0], again, strict=True))
     assert any(gradient.abs().sum() > 0 for gradient in gradients[0])
 
 
-@pytest.mark.parametrize("checkpointing", ["prediction", "blocks"])
-def test_checkpointing_recomputes_and_keeps_less(family: Family, checkpointing: str):
-    kept = {}
-    for kind in ("none", checkpointing):
-        backbone, calls = family.make(checkpointing=kind), []
-        backbone.network.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        z, sizes = latents(backbone).requires_grad_(), []
+def kept(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Elements that are kept for the backward pass, which is run."""
+    sizes: list[int] = []
 
-        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
-            sizes.append(tensor.numel())
-            return tensor
+    def keep(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            images = backbone.decode(backbone.predict(z, 500, backbone.encode(PROMPTS)))
-        kept[kind] = sum(sizes)
-        (gradient,) = torch.autograd.grad(images.mean(), z)
-        assert gradient.abs().sum() > 0
-        assert len(calls) == (2 if kind == "prediction" else 1)
-    assert kept[checkpointing] < 0.5 * kept["none"]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        made = function(x)
+    (gradient,) = torch.autograd.grad(made.mean(), x)
+    assert gradient.abs().sum() > 0
+    return sum(sizes)
+
+
+@pytest.mark.parametrize(("checkpointing", "forwards"), [("prediction", 2), ("blocks", 1)])
+def test_checkpointing_recomputes_and_keeps_less(family: Family, checkpointing: str, forwards: int):
+    plain, backbone, calls = family.make(), family.make(checkpointing=checkpointing), []
+    backbone.network.register_forward_pre_hook(lambda *_: calls.append(1))
+    cond, z = plain.encode(PROMPTS), latents(plain).requires_grad_()
+    predictions = [partial(one.predict, t=500, cond=cond) for one in (backbone, plain)]
+    assert kept(predictions[0], z) < 0.5 * kept(predictions[1], z)
+    assert len(calls) == forwards
+    assert kept(backbone.decode, z) < 0.5 * kept(plain.decode, z)
 
 
 # ---- files
@@ -309,9 +328,11 @@ def test_decode_is_chunked_in_range_and_differentiable(family: Family):
     assert backbone.latents(images.detach()).shape == z.shape
 
 
-def test_train_mode_does_not_reach_the_models(family: Family):
-    backbone = family.make()
+@LORAS
+def test_train_mode_does_not_reach_the_models(family: Family, lora: LoRA | None):
+    backbone = family.make(lora=lora)
     backbone.weight_sets.add("opponent")
+    assert not any(module.training for module in backbone.modules())
     backbone.train()
     assert not any(module.training for module in backbone.modules())
 

@@ -1,0 +1,37 @@
+"""Why a class that a configuration names cannot be used."""
+
+import difflib
+import importlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+
+def unusable(value: str) -> str | None:
+    """The fault of a class in a refused value; None where its classes can be made.
+
+    Args:
+        value: A class path, or the text of a mapping with class paths.
+    """
+    paths = re.findall(r"'class_path': '(\w+(?:\.\w+)+)'", value)
+    if re.fullmatch(r"\w+(\.\w+)+", value):
+        paths = [value]
+    return next((fault for path in paths for fault in _faults(path)), None)
+
+
+def _faults(path: str) -> Iterator[str]:
+    module, _, name = path.rpartition(".")
+    try:
+        room = vars(importlib.import_module(module))
+    except Exception as error:  # whatever a module of the user raises
+        yield f"{module} cannot be imported ({type(error).__name__}: {error})"
+        return
+    kind: Any = room.get(name)
+    if kind is None:
+        near = difflib.get_close_matches(name, room, n=1)
+        yield f"{module} has no {name}" + (f"; did you mean {near[0]}?" if near else "")
+        return
+    missing: frozenset[str] = getattr(kind, "__abstractmethods__", frozenset())
+    if missing:
+        base = next(b for b in kind.__mro__[1:] if missing & getattr(b, "__abstractmethods__", frozenset()))
+        yield f"{name} lacks {', '.join(sorted(missing))}, which {base.__name__} asks for; write it"
