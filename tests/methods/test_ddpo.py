@@ -11,15 +11,19 @@ from lit_align.advantages import Advantages, BatchAdvantages
 from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
 from lit_align.methods.ddpo import clipped_surrogate, score_function_loss
+from lit_align.methods.tasks import Task
 from lit_align.replay import Replay
+from lit_align.rewards import Brightness
 from tests.methods.build import (
     Collected,
     assert_close_gradients,
     assert_same,
+    bank,
     fit,
     make,
     prompts,
     randomise,
+    task_prompts,
     trained,
 )
 
@@ -97,7 +101,7 @@ def test_steps_without_noise_are_not_replayed(tiny, tmp_path):
 def test_the_reference_penalty_is_zero_at_the_reference_and_holds_the_policy_back(tiny, tmp_path):
     moved = {}
     for kl_weight in (0.0, 100.0):
-        module = make(DDPOModule, tiny, lr=1e-2, kl_weight=kl_weight, updates=2, inner_epochs=2, num_steps=3)
+        module = make(DDPOModule, tiny, lr=1e-2, kl_weight=kl_weight, updates=2, inner_epochs=2, num_steps=2)
         recorder = fit(module, tmp_path, 3, data=prompts(**FEW), limit_val_batches=None)
         moved[kl_weight] = module.latest["kl"].mean()
         if kl_weight:
@@ -116,13 +120,20 @@ def test_the_step_is_scaled_to_the_kl_target_from_below_and_from_above(tiny, tmp
     assert abs(math.log(last / target)) < 0.5 * abs(math.log(found[0] / target))
 
 
-def test_a_schedule_lowers_the_kl_target_too(tiny, tmp_path):
-    """To a quarter of the rate after eight updates: a sixteenth of the KL, which goes with the square."""
-    falling = partial(torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.25, total_iters=8)
-    options = {"num_steps": 3, "noisy_steps": 2, "micro_batch": 32}
-    module = make(DDPOModule, tiny, lr=1e-3, kl_target=1e-3, lr_scheduler=falling, **options)
-    found = [metrics["train/kl"] for metrics in fit(module, tmp_path, 11, data=prompts(**FEW)).logged]
-    assert 1e-3 / 64 < sum(found[-3:]) / 3 < 1e-3 / 4
+def test_a_schedule_and_a_tasks_weight_lower_the_kl_target_with_their_square(tiny, tmp_path):
+    """The factor on the rate is at rest where the KL is the target times both, squared."""
+    half = partial(torch.optim.lr_scheduler.ConstantLR, factor=0.5, total_iters=99)
+    task = Task(bank(Brightness()), BatchAdvantages(), weight=0.25)
+    module = make(DDPOModule, tiny, tasks={"a": task}, kl_target=1e-3, lr_scheduler=half, num_steps=2)
+    (logged,) = fit(module, tmp_path, data=task_prompts("a", **FEW)).logged
+    wished = 1e-3 * (0.25 * 0.5) ** 2
+    # The first batch moved with the rate as it was given; a factor changes by half at the most.
+    expected = min(max(math.sqrt(wished / logged["train/kl/a"]), 0.5), 1.5)
+    assert module.step_scale["a"] == pytest.approx(expected)
+    assert logged["train/step_scale/a"] == pytest.approx(expected)
+    for kl, factor in ((wished, 1.0), (wished / 1.44, 1.2), (100 * wished, 0.5), (wished / 100, 1.5)):
+        before = module.step_scale["a"]
+        assert module._scale_step("a", torch.tensor(kl), 1e-3) == pytest.approx(factor * before)
 
 
 @pytest.mark.parametrize("broken", ["advantages", "chains"])

@@ -94,7 +94,6 @@ def two_tasks() -> dict[str, Task]:
     }
 
 
-FEW = {"prompts": 4, "images": 2}
 STEPS = {"num_steps": 3}
 CASES = {
     "ddpo": Case(
@@ -110,7 +109,7 @@ CASES = {
                 "lr_scheduler": SLOWER,
             }
         ),
-        FEW,
+        {"prompts": 4, "images": 2},
         items=12,
         updates=2,
     ),
@@ -121,20 +120,20 @@ CASES = {
             | {
                 "tasks": two_tasks(),
                 "pretraining": Pretraining(Greys(), batch=4, order="every"),
-                "updates": 2,
                 "kl_target": 1e-3,
             }
         ),
-        FEW | {"validation_images_per_prompt": 2},  # a reward of sets has no score for one
+        # A reward of sets has no score for one image.
+        {"prompts": 2, "images": 2, "validation_images_per_prompt": 2},
         items=12,
-        updates=4,
+        updates=2,
     ),
     "prdp": Case(
         PRDPModule,
-        lambda: STEPS | {"updates": 2, "inner_epochs": 2, "lr_scheduler": SLOWER},
-        FEW,
+        lambda: STEPS | {"inner_epochs": 2, "lr_scheduler": SLOWER},
+        {"prompts": 2, "images": 2},
         items=12,
-        updates=4,
+        updates=2,
     ),
     "alignprop": Case(
         AlignPropModule,
@@ -143,7 +142,11 @@ CASES = {
         items=4,
     ),
     "msdda": Case(
-        MSDDAModule, lambda: STEPS | {"updates": 2, "lr_scheduler": SLOWER}, FEW, items=12, updates=2
+        MSDDAModule,
+        lambda: STEPS | {"updates": 2, "lr_scheduler": SLOWER},
+        {"prompts": 4, "images": 2},
+        items=12,
+        updates=2,
     ),
     "spin": Case(SPINModule, lambda: {"steps": 2, "lr_scheduler": SLOWER}, items=4, scored=False),
     "dpo": Case(DPOModule, lambda: {"lr_scheduler": SLOWER}, items=4, scored=False),
@@ -494,14 +497,14 @@ def validated(module: AlignmentModule, folder: Path) -> dict[str, Tensor]:
 def test_without_noise_there_is_a_drift_and_no_kl(
     name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = make(CASES[name].method, tiny, eta=0.0, num_steps=6, batch=4)
+    module = make(CASES[name].method, tiny, eta=0.0, num_steps=6)
     asked = Asked(monkeypatch)
     measured = validated(module, tmp_path)
     images = len(measured["reward"])
     assert "kl" not in measured
     assert torch.equal(measured["drift"], torch.zeros(images))
-    # Four of the six steps, where a KL would ask at all that have noise, which here is none.
-    assert asked.calls[REFERENCE] == 4 * math.ceil(images / 4)
+    assert images <= module.sampling.batch
+    assert asked.calls[REFERENCE] == 4  # of the six steps; a KL asks where there is noise, which is nowhere
     if name == "msdda":
         with pytest.raises(ConfigError, match="fit needs noise in the steps"):
             fit(module, tmp_path)
