@@ -642,7 +642,7 @@ def test_two_processes_leave_what_one_leaves(small):
 
 def test_processes_that_share_the_weights_leave_what_one_leaves_and_go_on_exactly(small):
     """Adam must not count the empty step by which torch finds out what it saves."""
-    arguments = [*small, "--data.prompts_per_batch=4"]
+    arguments = [*small, "--data.prompts_per_batch=4", "--trainer.check_val_every_n_epoch=2"]
     main(["fit", *arguments, "--trainer.logger.init_args.name=one"])
     in_two_processes(*arguments, f"--config={FSDP}", "--trainer.logger.init_args.name=whole")
     one, whole, cut = (Path("logs", name, "version_0") for name in ("one", "whole", "cut"))

@@ -1,5 +1,6 @@
 """The method of a command: its class, and whether the configuration is one for it."""
 
+import importlib
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,4 +63,4 @@ def _check_annotations(class_path: str, method: Any) -> None:
 
 def _class(name: str) -> Any:
     module, _, last = name.rpartition(".")
-    return getattr(__import__(module, fromlist=[last]) if module else lit_align.methods, last, None)
+    return getattr(importlib.import_module(module) if module else lit_align.methods, last, None)

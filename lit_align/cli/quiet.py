@@ -1,12 +1,12 @@
 """A start that says only what a user can act on."""
 
 import logging
-import os
 import sys
 import warnings
 
 import diffusers
 import transformers
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 
 NOISE = (
@@ -27,7 +27,7 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
     if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        disable_progress_bars()  # of downloads
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
     for category in (PossibleUserWarning, DeprecationWarning, FutureWarning):
