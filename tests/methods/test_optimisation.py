@@ -1,0 +1,53 @@
+"""Optimizers and schedules that a method can step once per update, and those that are refused."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_align.errors import ConfigError
+from lit_align.methods import DDPOModule
+from tests.methods.build import fit, make, prompts
+
+
+class NoRate(torch.optim.SGD):
+    """An optimizer that sets its own step size, as Adafactor does with ``lr: null``."""
+
+    def __init__(self, params) -> None:
+        super().__init__(params, lr=1e-3)
+        for group in self.param_groups:
+            group["lr"] = None
+
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            assert group["lr"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"optimizer": torch.optim.LBFGS}, "LBFGS evaluates a loss several times"),
+        ({"lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau}, "waits for a validation metric"),
+        ({"optimizer": partial(torch.optim.AdamW, lr=0.0), "kl_target": 1e-2}, "optimizer is 0.0; give"),
+        ({"optimizer": NoRate, "kl_target": 1e-2}, "optimizer is None; give"),
+    ],
+)
+def test_what_cannot_be_stepped_once_per_update_is_refused(tiny: Path, options, told):
+    with pytest.raises(ConfigError, match=told):
+        make(DDPOModule, tiny, **options).configure_optimizers()
+
+
+def test_an_optimizer_without_a_rate_is_stepped_and_logs_none(tiny: Path, tmp_path: Path):
+    module = make(DDPOModule, tiny, optimizer=NoRate, num_steps=2)
+    recorder = fit(module, tmp_path, data=prompts(prompts=2, images=2))
+    assert module.lr is None
+    assert "train/loss" in recorder.logged[0]
+    assert "train/lr" not in recorder.logged[0]
+
+
+def test_a_loss_without_metrics_is_told(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    module = make(DDPOModule, tiny, num_steps=2)
+    monkeypatch.setattr(module, "_loss", lambda *_: torch.zeros((), requires_grad=True))
+    with pytest.raises(TypeError, match="returns \\(loss, metrics\\)"):
+        fit(module, tmp_path, data=prompts(prompts=2, images=2))
