@@ -1,11 +1,14 @@
-"""The one exception that is shown to a user as a sentence, without a stack of library frames."""
+"""What a user is told: one exception that is shown as a sentence, and lines of information."""
 
+import logging
 import sysconfig
 import textwrap
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+from lightning.pytorch.utilities import rank_zero_only
 
 Made = TypeVar("Made")
 
@@ -14,6 +17,18 @@ LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "p
 
 LONGEST = 300
 """Characters of a foreign message that are shown."""
+
+
+LOG = logging.getLogger("lit_align")
+"""What :func:`tell` says; the command line shows it, other programs as they configure it."""
+
+LOG.setLevel(logging.INFO)
+
+
+def tell(text: str) -> None:
+    """Tell the user something that is no warning, once over all ranks."""
+    if not rank_zero_only.rank:  # type: ignore[attr-defined]
+        LOG.info(text)
 
 
 class ConfigError(ValueError):

@@ -14,10 +14,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_align.callbacks import ProgressBar, RunConfig, RunFolder, default_callbacks
 from lit_align.cli.checkpoint import Saved, find, newest
-from lit_align.cli.going_on import going_on, say
+from lit_align.cli.going_on import going_on
 from lit_align.cli.loggers import keep_metrics, new_folder, runs_of, use_folder
 from lit_align.cli.settings import settings_of
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, tell
 from lit_align.methods.strategies import check_trainer
 
 REFUSED = (ValueError, TypeError, RuntimeError, MisconfigurationException)
@@ -87,7 +87,7 @@ class AlignCLI(LightningCLI):
         if self.saved and run and self.subcommand == "fit":
             newer = newest(run)
             if newer is not None and newer.images > self.saved.images:
-                say(f"{newer.path}, at {newer.images} images, is newer, so this goes on in a new folder")
+                tell(f"{newer.path}, at {newer.images} images, is newer, so this goes on in a new folder")
                 return None
         return run
 

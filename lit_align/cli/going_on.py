@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_align.callbacks import NewSettings
 from lit_align.cli.checkpoint import Saved
 from lit_align.cli.settings import changes, check, told
+from lit_align.errors import tell
 
 
 def going_on(saved: Saved, now: dict[str, Any], config: Any, stage: str) -> list[NewSettings]:
@@ -25,9 +26,9 @@ def going_on(saved: Saved, now: dict[str, Any], config: Any, stage: str) -> list
     fit = stage == "fit"
     if fit:
         _stop_if_complete(saved, config.trainer)
-    say(f"{'goes on from' if fit else 'takes'} {saved.path}, at {saved.images} images")
+    tell(f"{'goes on from' if fit else 'takes'} {saved.path}, at {saved.images} images")
     if not fit and not saved.images:
-        say("that is before its first update: the weights are the pretrained ones")
+        tell("that is before its first update: the weights are the pretrained ones")
     if saved.settings is None:
         rank_zero_warn("the checkpoint does not say with which settings it was made; none are compared")
         return []
@@ -37,9 +38,9 @@ def going_on(saved: Saved, now: dict[str, Any], config: Any, stage: str) -> list
     if not fit:  # another test set is what such a command is for
         names = [name for name in names if name.startswith("model.") and name not in found.optimizer]
     if names:
-        say(f"settings that are not the checkpoint's: {told(names, saved.settings, now)}")
+        tell(f"settings that are not the checkpoint's: {told(names, saved.settings, now)}")
     if found.measurement and fit:
-        say(
+        tell(
             "held-out images are measured differently now, so the pretrained model is measured anew and the "
             "best checkpoint starts anew"
         )
@@ -57,11 +58,5 @@ def _stop_if_complete(saved: Saved, trainer: Any) -> None:
     else:
         return
     unit = option.removeprefix("max_")
-    say(f"{saved.run or saved.path} is complete ({done} {unit}); add --trainer.{option} {2 * done} to go on")
+    tell(f"{saved.run or saved.path} is complete ({done} {unit}); add --trainer.{option} {2 * done} to go on")
     raise SystemExit(0)
-
-
-def say(text: str) -> None:
-    """Tell the user, once over all ranks."""
-    if not rank_zero_only.rank:  # type: ignore[attr-defined]
-        print(f"lit_align: {text}", flush=True)

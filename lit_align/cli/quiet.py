@@ -9,6 +9,8 @@ import transformers
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 
+from lit_align.errors import LOG
+
 NOISE = (
     "Found .* module.* in eval mode",  # the models are in evaluation mode on purpose
     ".*treespec, LeafSpec",  # Lightning's, about its own code
@@ -19,8 +21,17 @@ NOISE = (
 )
 
 
+class Lines(logging.Handler):
+    """Prints what :func:`~lit_align.errors.tell` says, a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"lit_align: {record.getMessage()}", flush=True)
+
+
 def quiet() -> None:
-    """Silence what other libraries say about themselves, and give our own warnings a short form."""
+    """Silence what other libraries say about themselves, and give our own lines and warnings a short form."""
+    if not any(isinstance(handler, Lines) for handler in LOG.handlers):
+        LOG.addHandler(Lines())
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from lit_align.data.loading import Rank
@@ -16,7 +15,7 @@ from lit_align.data.prompts import PromptDataModule, PromptSource
 from lit_align.data.prompts.index import read_keys
 from lit_align.data.prompts.loaders import FixedLoader
 from lit_align.data.splits import EMPTY, lowest_key
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, tell
 
 FEW = 10_000
 """Of more distinct prompts, which could be all there are, training skips only those that are in use."""
@@ -121,7 +120,7 @@ class PickaPicDataModule(AlignmentDataModule):
         inside = (keys >= lowest_key(low)) & (keys < lowest_key(high)) & ~np.isin(keys, self._held_out_keys())
         decided, empty = (labels == 0) | (labels == 1), keys == EMPTY
         rows = np.flatnonzero(decided & ~empty & inside)
-        rank_zero_info(
+        tell(
             f"{self.pairs}: {len(rows)} of {len(labels)} pairs to train on; {np.sum(~decided)} ties or "
             f"without a label, {np.sum(decided & empty)} without a prompt, "
             f"{np.sum(decided & ~empty & ~inside)} of held-out prompts; "

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_align.data.loading import Rank, counted
 from lit_align.data.module import AlignmentDataModule
@@ -14,7 +14,7 @@ from lit_align.data.prompts.loaders import FixedLoader, RolloutLoader
 from lit_align.data.prompts.sets import PromptSet
 from lit_align.data.prompts.sources import PromptSource
 from lit_align.data.splits import Keys
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, tell
 
 
 @dataclass(eq=False, repr=False)
@@ -191,5 +191,5 @@ def _all_prompts(source: PromptSource, held_out: Sequence[Keys] = ()) -> PromptS
         told += f"; {removed} prompts removed, which validation_source or test_source has too"
     elif held_out and not found:
         told += f"; {sum(map(len, held_out))} prompts of validation_source and test_source are skipped"
-    rank_zero_info(told)
+    tell(told)
     return prompts
