@@ -189,6 +189,7 @@ class Recorder(Callback):
 
     Attributes:
         gradients: Before each update, not yet clipped, of each trained parameter.
+        reached: Names of the parameters that had a gradient in an update.
         logged: What the Trainer has logged after each batch, by name.
         index: Numbers of this rank's images (or rows of its pairs) of each batch.
         validated: What each validation measured, by name, ``(N,)`` each.
@@ -202,6 +203,7 @@ class Recorder(Callback):
         self.crash, self.after = crash, after
         self.made = 0  # updates in this batch
         self.gradients: list[list[Tensor]] = []
+        self.reached: set[str] = set()
         self.logged: list[dict[str, float]] = []
         self.index: list[list[int]] = []
         self.validated: list[dict[str, Tensor]] = []
@@ -213,6 +215,7 @@ class Recorder(Callback):
             raise Killed
         self.made += 1
         trained = [p for p in pl_module.parameters() if p.requires_grad]
+        self.reached |= {name for name, p in pl_module.named_parameters() if p.grad is not None}
         self.gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained])
 
     def on_train_batch_end(
