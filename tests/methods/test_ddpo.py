@@ -15,7 +15,6 @@ from lit_align.methods.tasks import Task
 from lit_align.replay import Replay
 from lit_align.rewards import Brightness
 from tests.methods.build import (
-    Collected,
     assert_close_gradients,
     assert_same,
     bank,
@@ -26,6 +25,7 @@ from tests.methods.build import (
     task_prompts,
     trained,
 )
+from tests.methods.recorders import Collected
 
 FEW = {"prompts": 4, "images": 2}
 

@@ -19,7 +19,6 @@ from lit_align.methods.tasks import Task, check_task
 from lit_align.randomness import generator
 from lit_align.rewards import Brightness, Redness, Reward
 from tests.methods.build import (
-    Collected,
     EvenBrightness,
     Greys,
     Unscored,
@@ -33,6 +32,7 @@ from tests.methods.build import (
     task_prompts,
     trained,
 )
+from tests.methods.recorders import Collected
 
 make_ddpo = partial(make, DDPOModule)
 FEW = {"prompts": 2, "images": 2}
@@ -181,7 +181,13 @@ def extra(order: Order = "after", **options: Any) -> Pretraining:
 def test_without_a_signal_an_iteration_is_one_step_of_the_denoising_loss(tiny: Path, tmp_path: Path) -> None:
     """Against the loss written out, for the same rows, timesteps and noise."""
     descent = partial(torch.optim.SGD, lr=1e-2)  # which stays where it is where there is no gradient
-    common: dict[str, Any] = {"optimizer": descent, "clip_norm": 1e9, "seed": 0, "num_steps": 2}
+    common: dict[str, Any] = {
+        "optimizer": descent,
+        "clip_norm": 1e9,
+        "seed": 0,
+        "num_steps": 2,
+        "micro_batch": 3,
+    }
     found = []
     for order in ("before", "after", "every"):
         module = make_ddpo(tiny, Still(), pretraining=extra(order, weight=0.5), **common)
@@ -256,7 +262,7 @@ def test_refuses_a_pretraining_that_cannot_be(options: dict[str, Any], named: st
 
 
 def test_two_processes_are_one_for_rewards_of_groups_and_of_the_batch(tiny: Path, tmp_path: Path) -> None:
-    """As the protocol, which has no reward of the batch, no shared steps and no update on images alone."""
+    """As the protocol for DDPO, with rewards of sets, shared steps and updates on captioned images."""
     found = []
     for devices in (1, 2):
         tasks = {

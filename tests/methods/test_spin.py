@@ -20,7 +20,8 @@ from lit_align.methods.spin.opponent import OPPONENT
 from lit_align.pool import Pool
 from lit_align.samplers import DDIM
 from tests.conftest import SCHEDULE
-from tests.methods.build import Recorder, fit, make, pairs, prompts
+from tests.methods.build import fit, make, pairs, prompts
+from tests.methods.recorders import Recorder
 
 BATCH = 4
 

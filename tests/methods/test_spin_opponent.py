@@ -15,7 +15,8 @@ from lit_align.methods.spin import opponent
 from lit_align.methods.spin.opponent import OPPONENT
 from lit_align.randomness import generator
 from lit_align.rollout import rollout
-from tests.methods.build import Killed, assert_same, fit, make
+from tests.methods.build import assert_same, fit, make
+from tests.methods.recorders import Killed
 from tests.methods.test_spin import BATCH, Players
 
 module = partial(make, SPINModule)
