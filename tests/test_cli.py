@@ -219,7 +219,8 @@ def test_a_run_in_a_job_says_only_what_helps(small):
         check=True,
     )
     assert not done.stderr
-    lines = done.stdout.splitlines()
+    read, *lines = done.stdout.splitlines()
+    assert read == "lit_align: ShapesPrompts: 2565120 prompts read"
     assert lines[0].startswith("DDPOModule trains")
     assert "\x1b" not in done.stdout
     assert "\r" not in done.stdout
