@@ -96,11 +96,12 @@ class Pool:
         path, place = self._places[row]
         try:
             with safe_open(path, "pt") as shard:
-                assert shard.metadata()["source"] == self.source, f"{path} has been replaced by another model's"
+                source = shard.metadata()["source"]
                 sample: Tensor = shard.get_slice("samples")[place]
         except (OSError, SafetensorError) as error:
             raise ConfigError(
                 f"{path} can no longer be read ({error}): it was deleted or changed while it is in use; go "
                 "on with --ckpt_path, which makes its samples again"
             ) from error
+        assert source == self.source, f"{path} has been replaced by another model's"
         return sample
