@@ -43,7 +43,8 @@ ALLOWED = {
         "data",
         "shapes",
     },
-    "callbacks": {"errors", "comparison", "folder", "methods", "data", "shapes"},
+    "report": {"errors"},
+    "callbacks": {"backbones", "errors", "comparison", "folder", "methods", "data", "report", "shapes"},
     "cli": {
         "errors",
         "advantages",
@@ -54,6 +55,7 @@ ALLOWED = {
         "methods",
         "callbacks",
         "folder",
+        "report",
     },
     "__main__": {"cli"},
     "__init__": {"methods"},  # names that are imported when they are asked for
