@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lit_align.errors import ConfigError, check_positive
-
-FILE = "pytorch_lora_weights.safetensors"
-"""The file of an adapter's folder, by diffusers' convention."""
+from lit_align.identity import ADAPTER
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -118,7 +116,7 @@ class Adapters:
         Raises:
             ConfigError: There is none, or it is not one for this denoiser.
         """
-        file = path if path.suffix == ".safetensors" else path / FILE
+        file = path if path.suffix == ".safetensors" else path / ADAPTER
         if not file.is_file():
             raise ConfigError(
                 f"there is no {file.name} in {file.parent}; give the adapter/ folder of a run, or a "
@@ -247,7 +245,10 @@ class Adapters:
         renamed = convert_state_dict_to_diffusers(layers)
         settings: dict[str, Any] = {
             f"{self._part}_lora_layers": layers if any(".lora_A." in key for key in renamed) else renamed,
-            f"{self._part}_lora_adapter_metadata": config.to_dict(),
+            f"{self._part}_lora_adapter_metadata": {
+                key: sorted(value) if isinstance(value, set) else value  # sets have another order each time
+                for key, value in config.to_dict().items()
+            },
         }
         self._pipeline_class.save_lora_weights(folder, **settings)
 

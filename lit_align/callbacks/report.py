@@ -2,7 +2,6 @@
 
 import io
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ from torch import Tensor
 
 from lit_align.backbones import POLICY, REFERENCE
 from lit_align.callbacks.console import show
-from lit_align.callbacks.files import replace_file, write, writes
+from lit_align.callbacks.files import writes
 from lit_align.callbacks.grid import pixels, shrink, uint8
 from lit_align.data import Batch
+from lit_align.files import write
 from lit_align.folder import run_folder
 from lit_align.report import read_run, render
 from lit_align.report.run import images_folder, result_of
@@ -87,6 +87,6 @@ class TestReport(Callback):
         for index, prompt, before, after, ending in rows:
             names = {kind: f"{index:06d}_{kind}.{ending}" for kind in ("before", "after")}
             for kind, content in (("before", before), ("after", after)):
-                replace_file(folder / names[kind], partial(Path.write_bytes, data=content))
+                write(folder / names[kind], content)
             lines.append(json.dumps({"index": index, "prompt": prompt} | names))
         write(folder / "metadata.jsonl", "".join(f"{line}\n" for line in lines))

@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_align.callbacks.files import write
 from lit_align.errors import ConfigError, tell
+from lit_align.files import write
 from lit_align.report import Run, read_run, render
 
 
