@@ -46,7 +46,19 @@ ALLOWED = {
         "data",
         "shapes",
     },
-    "callbacks": {"errors", "comparison", "files", "folder", "identity", "methods", "data", "shapes"},
+    "report": {"errors"},
+    "callbacks": {
+        "backbones",
+        "errors",
+        "comparison",
+        "files",
+        "folder",
+        "identity",
+        "methods",
+        "data",
+        "report",
+        "shapes",
+    },
     "cli": {
         "errors",
         "advantages",
@@ -58,6 +70,7 @@ ALLOWED = {
         "callbacks",
         "files",
         "folder",
+        "report",
     },
     "__main__": {"cli"},
     "__init__": {"methods"},  # names that are imported when they are asked for

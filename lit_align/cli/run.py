@@ -16,6 +16,7 @@ from lit_align.cli.errors import Given, explain
 from lit_align.cli.method import model_argument, use_method
 from lit_align.cli.quiet import quiet
 from lit_align.cli.renamed import translated, translated_arguments
+from lit_align.cli.report import report
 from lit_align.errors import ConfigError
 from lit_align.files import CLOSED, FULL, unwritable
 from lit_align.methods import AlignmentModule
@@ -89,8 +90,12 @@ def main(args: list[str] | None = None) -> None:
         args: Arguments, those of the process if not given.
     """
     quiet()
+    arguments = list(sys.argv[1:] if args is None else args)
     try:
-        _run(list(sys.argv[1:] if args is None else args))
+        if arguments[:1] == ["report"]:
+            report(arguments[1:])
+        else:
+            _run(arguments)
     except SIGTERMException:  # Lightning would end as if all had been done
         raise SystemExit(128 + signal.SIGTERM) from None
     except Exception as error:
