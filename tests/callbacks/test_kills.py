@@ -2,18 +2,23 @@
 
 import csv
 import os
+import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_align.callbacks import AdapterExport, BatchCheckpoint, BestCheckpoint, RunSummary
+from lit_align.callbacks import AdapterExport, BatchCheckpoint, BestCheckpoint, RunFolder, RunSummary
 from lit_align.cli import main
+from lit_align.cli.align import AlignCLI
 from lit_align.methods import AlignmentModule
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +138,13 @@ def table(run: Path) -> list[dict[str, str]]:
         return [{n: v for n, v in row.items() if n not in OF_TIME} for row in csv.DictReader(file)]
 
 
+def score(checkpoint: Path) -> torch.Tensor:
+    """The best score that a checkpoint knows of."""
+    states = torch.load(checkpoint, weights_only=True)["callbacks"]
+    found: torch.Tensor = next(v["best_model_score"] for k, v in states.items() if "BestCheckpoint" in k)
+    return found
+
+
 def same(one: Any, two: Any) -> bool:
     """Equality to the bit through nested lists and dicts."""
     if isinstance(one, torch.Tensor):
@@ -152,12 +164,13 @@ MOMENTS = {
     "after the last checkpoint": at_call(AdapterExport, "on_train_end", 1),
     "before the last words": at_call(RunSummary, "on_fit_end", 1),
 }
-SLOW = ("before the best is written", "after the curves, before the checkpoint")
+IN_SHORT = ("between the best and the last", "after the last checkpoint")
+"""Those that the default tests try."""
 
 
 @pytest.mark.parametrize(
     "moment",
-    [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in MOMENTS],
+    [pytest.param(m, marks=[] if m in IN_SHORT else [pytest.mark.slow]) for m in MOMENTS],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_been(moment, arguments, whole, capsys):
     killed(MOMENTS[moment], *arguments)
@@ -169,13 +182,81 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(moment, arguments, whole, c
         one, two = (torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True) for run in (whole, RUN))
         for part in ("state_dict", "optimizer_states", "progress", "identity", "global_step"):
             assert same(one[part], two[part]), part
-        scores = [
-            next(v["best_model_score"] for k, v in state["callbacks"].items() if "Best" in k)
-            for state in (one, two)
-        ]
-        assert torch.equal(*scores)
+        assert torch.equal(*(score(run / f"checkpoints/{name}.ckpt") for run in (whole, RUN)))
     for name in ("validation.json", "validation.csv", "adapter/pytorch_lora_weights.safetensors"):
         assert (RUN / name).read_bytes() == (whole / name).read_bytes(), name
     names = [{p.name for p in run.rglob("*") if "tfevents" not in p.name} for run in (whole, RUN)]
     assert names[1] - names[0] == {"config-2.yaml"}
     assert names[0] <= names[1]
+
+
+def test_a_run_that_is_killed_while_it_loads_is_not_taken_for_an_older_one(arguments, whole, capsys):
+    shutil.copytree(whole, RUN)
+    before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    killed(at_call(AlignCLI, "instantiate_classes", 1), *arguments)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["fit", *arguments, "--trainer.max_epochs=4", "--ckpt_path=last"])
+    told = capsys.readouterr().err
+    assert "the newest run, logs/ddpo/version_1, has no whole checkpoint yet" in told
+    assert f"--ckpt_path {RUN}" in told
+    assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
+
+
+def test_a_best_checkpoint_that_is_newer_than_the_one_in_use_stays(whole, tmp_path):
+    """It would be overwritten by a worse one, where a kill came between the two writes."""
+    shutil.copytree(whole, RUN)
+    best = RUN / "checkpoints" / "best.ckpt"
+    content = torch.load(best, weights_only=True)
+    name = next(name for name in content["callbacks"] if "BestCheckpoint" in name)
+    older = dict(content["callbacks"][name])
+    content["callbacks"][name]["best_model_score"] = older["best_model_score"] + 1
+    torch.save(content, best)
+    callback = BestCheckpoint()
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=[RunFolder(RUN), callback])
+    callback.setup(trainer, None, "fit")
+    callback.load_state_dict(older)
+    callback.on_train_start(trainer, SimpleNamespace(images=8, baseline={"reward": torch.zeros(1)}))
+    assert torch.equal(callback.best_model_score, older["best_model_score"] + 1)
+    assert not callback.check_monitor_top_k(trainer, older["best_model_score"] + 0.5)
+    assert callback.check_monitor_top_k(trainer, older["best_model_score"] + 1.5)
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_deleted_under_the_run_gets_the_newest_state(arguments, monkeypatch):
+    update, calls = AlignmentModule.update, []
+
+    def deleting(self: AlignmentModule, *given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            shutil.rmtree(RUN)
+        return update(self, *given)
+
+    monkeypatch.setattr(AlignmentModule, "update", deleting)
+    with pytest.warns(UserWarning, match="was deleted while the run writes there"):
+        main(["fit", *arguments])
+    assert torch.load(RUN / "checkpoints" / "last.ckpt", weights_only=True)["progress"]["images"] == 12
+    assert [step for step, _ in curves(RUN)["val/reward"]][-1] == 12
+    assert table(RUN)[-1]["step"] == "12"
+    assert (RUN / "adapter").is_dir()
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_at_any_moment_ends_the_run_with_a_sentence(arguments, capsys):
+    """No file may grow beyond so many bytes: the images, the curves and the checkpoints meet it in turn."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (1_000, 20_000, 60_000, 100_000, 140_000):
+        shutil.rmtree("logs", ignore_errors=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main(["fit", *arguments])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        told = capsys.readouterr().err
+        assert ended.value.code == 2
+        assert "cannot be written (File too large)" in told
+        assert "Traceback" not in told
+        for checkpoint in Path("logs").rglob("*.ckpt"):
+            torch.load(checkpoint, weights_only=True)
+        assert not list(Path("logs").rglob(".*.draft"))
