@@ -158,6 +158,22 @@ def new_folder(path: Path) -> Path:
             return candidate
 
 
+def rename_new(draft: Path, path: Path) -> Path:
+    """Give a folder that is complete a name that nothing has: ``path``, ``path-2``, ...
+
+    Raises:
+        ConfigError: It cannot be renamed.
+    """
+    with writing(path):
+        while True:
+            candidate = unused(path)
+            try:
+                return draft.rename(candidate)
+            except OSError as error:  # another process was faster
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+
+
 def _put(path: Path, content: str | bytes) -> None:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
 

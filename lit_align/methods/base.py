@@ -227,7 +227,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             ConfigError: The checkpoint is of another method, model or data set, or holds other trained
                 weights than this configuration has.
         """
-        fit = self.trainer.state.fn == "fit"
+        fit = bool(self._facts) and self.trainer.state.fn == "fit"
         accepted = self.accept_other_base, self.accept_other_data
         changed = check_checkpoint(checkpoint.get("identity", {}), self._facts, fit, *accepted)
         own = {name: list(p.shape) for name, p in self.kept().items()}

@@ -25,7 +25,16 @@ from lit_align.callbacks.checkpoints import WholeCheckpoints, check_whole, write
 from lit_align.callbacks.images import png
 from lit_align.cli.loggers import KeptTable
 from lit_align.errors import ConfigError
-from lit_align.files import follow_umask, new_folder, replace_file, unused, unwritable, write, write_new
+from lit_align.files import (
+    follow_umask,
+    new_folder,
+    rename_new,
+    replace_file,
+    unused,
+    unwritable,
+    write,
+    write_new,
+)
 from lit_align.folder import Hold, claim
 from lit_align.pool import Pool
 
@@ -211,6 +220,11 @@ def test_new_names_are_there_without_hard_links_too(tmp_path, monkeypatch):
     assert listing(tmp_path) == ["a-2.txt", "a.txt"]
 
 
+def _complete(draft: Path) -> Path:
+    write(draft / "sweep.json", "{}")
+    return draft
+
+
 def _names(folder: Path, many: int) -> list[str]:
     return [
         name
@@ -219,6 +233,7 @@ def _names(folder: Path, many: int) -> list[str]:
             claim(folder / "runs").name,
             write_new(folder / "test.csv", str(number)).name,
             new_folder(folder / "predictions").name,
+            rename_new(_complete(folder / f".{os.getpid()}.draft"), folder / "sweep").name,
         )
     ]
 
@@ -227,11 +242,11 @@ def test_processes_that_start_at_once_get_names_of_their_own(tmp_path):
     (tmp_path / "runs" / "version_7").mkdir(parents=True)
     (tmp_path / "runs" / "version_mine").mkdir()
     with multiprocessing.get_context("fork").Pool(4) as processes:
-        parts = processes.starmap(_names, [(tmp_path, 15)] * 4)
+        parts = processes.starmap(_names, [(tmp_path, 5)] * 4)
     names = [name for part in parts for name in part]
-    assert len(set(names)) == len(names) == 4 * 15 * 3
-    assert {f"version_{number}" for number in range(8, 68)} < set(names)
-    assert {"test.csv", "test-60.csv", "predictions", "predictions-60"} < set(names)
+    assert len(set(names)) == len(names) == 4 * 5 * 4
+    assert {f"version_{number}" for number in range(8, 28)} < set(names)
+    assert {"test.csv", "test-20.csv", "predictions-20", "sweep", "sweep-20"} < set(names)
 
 
 # ---- the folder of a run
