@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, chain
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -56,14 +56,12 @@ def writing(path: Path) -> Iterator[None]:
 
 def _of_the_machine(error: BaseException) -> OSError | None:
     """The system's error behind one of a library: torch raises its own over it, and safetensors names it."""
-    inner: BaseException | None = error
-    while inner is not None:
+    for inner in chain(error):
         if isinstance(inner, OSError):
             return inner
         if isinstance(inner, SafetensorError):
             number = re.search(r"os error (\d+)", str(inner))
             return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
-        inner = inner.__cause__ or inner.__context__
     return None
 
 

@@ -24,7 +24,8 @@ from lit_align.callbacks.adapter import _replace
 from lit_align.callbacks.checkpoints import WholeCheckpoints, check_whole, write_whole
 from lit_align.callbacks.images import png
 from lit_align.cli.loggers import KeptTable
-from lit_align.errors import ConfigError
+from lit_align.cli.run import _sentence
+from lit_align.errors import ConfigError, chain
 from lit_align.files import (
     follow_umask,
     new_folder,
@@ -196,6 +197,14 @@ def test_what_cannot_be_written_is_said_with_the_remedy(number, remedy):
     said = unwritable("logs/a", OSError(number, os.strerror(number)))
     assert said.startswith(f"logs/a cannot be written ({os.strerror(number)}): ")
     assert remedy in said
+
+
+def test_an_error_that_stands_behind_itself_is_read_once():
+    """As TensorBoard's: its thread hands the same error to whoever writes next."""
+    first, second = OSError(errno.ENOENT, "gone", "events.out.tfevents.1"), ValueError("while handling it")
+    first.__context__, second.__context__ = second, first
+    assert list(chain(first)) == [first, second]
+    assert "events.out.tfevents.1 cannot be written (gone)" in str(_sentence(first))
 
 
 # ---- names that nobody else has
