@@ -17,7 +17,7 @@ from lit_align.errors import ConfigError
 from lit_align.methods.metrics import Metrics
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
 from lit_align.methods.sampling import Sampling
-from lit_align.methods.strategies import check_trainer
+from lit_align.methods.strategies import check_trainer, read_safely
 from lit_align.methods.validation import ValidatedModule, held_out_prompts
 from lit_align.randomness import run_seed
 from lit_align.rewards import RewardBank
@@ -88,6 +88,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
                 "PromptDataModule"
             )
         check_trainer(self.trainer)
+        read_safely(self.trainer)
         self._check_domain(held_out_prompts(data, stage))
 
     def _check_domain(self, prompts: list[str]) -> None:
