@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import ImageProcessingMixin
 
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, user_path
 
 SHAPES = "shapes"
 
@@ -36,7 +36,7 @@ def resolve(pretrained: str, shapes: Path) -> str:
                 "reinstall lit_align."
             )
         return str(shapes)
-    folder = Path(pretrained).expanduser()
+    folder = user_path(pretrained)
     if folder.is_dir():
         return str(folder)
     if pretrained.startswith((".", "~", "/")) or pretrained.count("/") != 1:
@@ -65,13 +65,15 @@ def loading(pretrained: str) -> Iterator[None]:
         ) from error
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        if isinstance(error, KeyError | TypeError | AttributeError | IndexError):  # a message without a sentence
+        if isinstance(
+            error, KeyError | TypeError | AttributeError | IndexError
+        ):  # a message without a sentence
             lines = [f"{type(error).__name__}: {lines[0]}"]
         if isinstance(error, ImportError):  # as where DETR's backbone comes from timm
             lines = [f"a package is missing: {' '.join(str(error).split())}"]
         if pretrained == SHAPES:
             remedy = "reinstall lit_align, whose weights they are"
-        elif Path(pretrained).expanduser().is_dir():
+        elif user_path(pretrained).is_dir():
             remedy = (
                 "check that the folder holds the whole model: its configuration, fitting safetensors weights "
                 "and its tokenizer"

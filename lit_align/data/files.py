@@ -18,12 +18,20 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_align.data.loading import counted
 from lit_align.errors import ConfigError, user_path
 
-
 MAX_PROMPT = 10_000
 """Bytes of a prompt. Text encoders read 77 tokens, a few 512 (some 2,500 characters); what is much longer is
 a file without line breaks or a quote that is not closed, and takes memory in every table and index."""
 
-PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PK\x03\x04", b"PK\x05\x06", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"7z\xbc")
+PACKED = (
+    b"\x1f\x8b",
+    b"BZh",
+    b"\xfd7zXZ",
+    b"PK\x03\x04",
+    b"PK\x05\x06",
+    b"\x28\xb5\x2f\xfd",
+    b"\x04\x22\x4d\x18",
+    b"7z\xbc",
+)
 """How files begin that gzip, bzip2, xz, zip, zstd, lz4 and 7z write. ``datasets`` would unpack them into its
 cache whatever their names are, a thousand times as large."""
 

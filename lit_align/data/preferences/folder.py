@@ -3,13 +3,12 @@
 import hashlib
 import math
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from lit_align.data.images import UnreadableImage, read_inside
 from lit_align.data.preferences.source import PairSource
 from lit_align.data.prompts import CSVPrompts, JSONLPrompts
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, user_path
 
 
 class FolderPairs(PairSource):
@@ -39,7 +38,7 @@ class FolderPairs(PairSource):
         second: str = "image_1",
         label: str = "label_0",
     ) -> None:
-        file = Path(path).expanduser()
+        file = user_path(path)
         if file.suffix not in (".csv", ".jsonl"):
             raise ConfigError(f"{path} ends in '{file.suffix}': give a table *.csv or *.jsonl")
         self.path, self.folder = path, file.parent

@@ -87,7 +87,7 @@ def _known(file: Path, rows: int) -> Index | None:
     """The index in a file, if it is there and whole, of a source with so many rows."""
     try:
         found = _read(file)
-        inside = 0 <= found.rows.min() and found.rows.max() < rows and len(found.keys) == len(found.rows)
+        inside = found.rows.min() >= 0 and found.rows.max() < rows and len(found.keys) == len(found.rows)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException):
         return None  # none, damaged, or of something else: it is made anew
     return found if inside else None
