@@ -50,7 +50,7 @@ def test_samples_of_another_model_are_refused(tmp_path: Path):
     (shard,) = tmp_path.iterdir()
     shard.unlink()
     Pool(tmp_path, "b").add([1], samples([1]))
-    with pytest.raises(ConfigError, match="deleted or changed .* others now"):
+    with pytest.raises(ConfigError, match=r"deleted or changed .* others now"):
         pool[torch.tensor([1])]
 
 

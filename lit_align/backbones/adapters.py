@@ -150,7 +150,8 @@ class Adapters:
             self._copy_exactly(name, {key.removeprefix(prefix): value for key, value in layers.items()})
         except Exception as error:  # whatever a wrong file makes of the conversion of names
             raise ConfigError(
-                f"the adapter in {path} does not fit this model: {reason(error)}; give another, or copy it again"
+                f"the adapter in {path} does not fit this model: {reason(error)}; give another, or copy it "
+                "again"
             ) from error
 
     def _copy_exactly(self, name: str, layers: dict[str, Tensor]) -> None:
