@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lit_align.backbones.adapter_files import check_contents, reason
 from lit_align.errors import ConfigError, check_positive
 from lit_align.identity import ADAPTER
 
@@ -130,7 +131,9 @@ class Adapters:
                 weight_name=file.name,
                 unet_config=self.denoiser.config,
                 return_lora_metadata=True,
+                use_safetensors=True,
             )
+            check_contents(layers, metadata)
             prefix = f"{self._part}."
             if foreign := [key for key in layers if not key.startswith(prefix)]:
                 raise ValueError(f"it adapts more than the {self._part}: {foreign[0]}")
@@ -143,8 +146,11 @@ class Adapters:
                     metadata=metadata,
                 )
             self._copy_exactly(name, {key.removeprefix(prefix): value for key, value in layers.items()})
-        except (ValueError, RuntimeError, KeyError, OSError) as error:
-            raise ConfigError(f"the adapter in {path} does not fit this model: {error}") from error
+        except Exception as error:  # whatever a wrong file makes of the conversion of names
+            raise ConfigError(
+                f"the adapter in {path} does not fit this model: {reason(error)}; give another, or copy it "
+                "again"
+            ) from error
 
     def _copy_exactly(self, name: str, layers: dict[str, Tensor]) -> None:
         """Set the values again, because peft rounded them to the denoiser's dtype when it loaded them."""
