@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lit_align.cli  # noqa: F401  (first: it keeps other libraries quiet)
 from lit_align.callbacks.files import write
 from lit_align.cli.quiet import quiet
 from tests.benchmarks.harness.markdown import table
@@ -133,7 +134,7 @@ class Cell:
     def whole(self) -> Whole:
         """The run that the others are compared with."""
         if self._whole is None:
-            folder = _empty(self.work / "whole")
+            folder = empty(self.work / "whole")
             watch, job = Watch(folder / "logs"), Job(self.arguments, folder, self.ranks, self.fresh)
             cpu, limit = 0.0, time.monotonic() + 5 * LIMIT
             while job.running() and time.monotonic() < limit:
@@ -149,7 +150,7 @@ class Cell:
         """A run that is killed so often, unless it ends before, and goes on to its end."""
         draw = random.Random(f"{self.seed} {self.method} {self.ranks} {number}")
         result = Result(self.method, self.ranks, number, source)
-        folder, whole = _empty(self.work / f"killed-{number}"), self.whole()
+        folder, whole = empty(self.work / f"killed-{number}"), self.whole()
         for planned in [*(_plan(draw, self.ranks) for _ in range(kills)), None]:
             if self._start(folder, planned, result):
                 break
@@ -233,7 +234,8 @@ def _wrong(job: Job, kill: Kill | None) -> list[str]:
     return wrong
 
 
-def _empty(folder: Path) -> Path:
+def empty(folder: Path) -> Path:
+    """The folder of a job, with nothing in it but one for its runs."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "logs").mkdir(parents=True)
     return folder
