@@ -57,11 +57,6 @@ METHODS = {
 def tiny_model(folder: Path) -> Path:
     """The folder of a model with random weights that draws 16 x 16 pixels; made where it is not there."""
     if not (folder / "model_index.json").exists():
-        from tests.conftest import (
-            SCHEDULE,
-            make_pipeline,
-        )  # loads what has words of its own before it is quiet
-
         make_pipeline(PNDMScheduler(**SCHEDULE, skip_prk_steps=True)).save_pretrained(folder)
     return folder
 

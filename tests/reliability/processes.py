@@ -1,6 +1,8 @@
 """Commands in processes that can be killed."""
 
+import math
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -11,7 +13,10 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_align.cli.run import main
+import lit_align.cli  # noqa: F401  (what a fork need not import again)
+
+GRACE = 1.0
+"""Seconds that a rank has to end by itself when another has failed."""
 
 
 class Job:
@@ -60,7 +65,7 @@ class Job:
             sys.stdout, sys.stderr = (os.fdopen(stream, "w", 1) for stream in (1, 2))
             sys.argv = ["lit_align", *arguments]
             rank_zero_only.rank = rank  # found when Lightning is imported
-            main(list(arguments))
+            runpy.run_module("lit_align", run_name="__main__")
             code = 0
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
@@ -97,16 +102,23 @@ class Job:
             os.kill(self.processes[rank], sent)
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the end of all ranks; False, and they are killed, if it takes longer."""
-        limit = time.monotonic() + seconds
+        """Wait for the end of all ranks; False, and they are killed, if it takes longer.
+
+        As torchrun does, it ends the ranks that are left when one has failed.
+        """
+        limit, ends, in_time = time.monotonic() + seconds, math.inf, True
         while running := self.running():
-            if time.monotonic() > limit:
+            now = time.monotonic()
+            if now > limit:
                 self.send(signal.SIGKILL, running)
-                for rank in running:
-                    self.codes[rank] = os.waitstatus_to_exitcode(os.waitpid(self.processes[rank], 0)[1])
-                return False
+                in_time = False
+            elif now > ends:
+                self.send(signal.SIGTERM, running)
+                ends = limit
+            elif ends == math.inf and any(self.codes):
+                ends = now + GRACE
             time.sleep(0.01)
-        return True
+        return in_time
 
 
 def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
