@@ -167,6 +167,7 @@ class Cell:
         """Start the command, kill it or let it end; whether nothing is left to do."""
         goes_on = ["--ckpt_path=last"] if result.starts and not new else []
         result.starts += 1
+        earlier = leftovers(folder)
         watch = Watch(folder / "logs")
         job = Job([*self.arguments, *goes_on], folder, self.ranks, self.fresh)
         met = planned is not None and self._await(planned, job, watch)
@@ -180,7 +181,7 @@ class Cell:
                     "ranks": list(planned.ranks),
                     "codes": job.codes,
                     "file": watch.path.name,
-                    "left": leftovers(folder),
+                    "left": [name for name in leftovers(folder) if "draft" in name and name not in earlier],
                 }
             )
         else:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import chaos
+from tests.reliability.commands import METHODS, ROOT
 from tests.reliability.compare import differences, leftovers
 
 
@@ -87,6 +88,10 @@ def test_what_is_not_the_same_is_found(change: Callable[[Path], None], found: st
         assert found in "; ".join(differences(whole, run))
     else:
         assert leftovers(run) == ["images/.x.png.draft"]
+
+
+def test_every_method_can_be_killed():
+    assert set(METHODS) == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
 
 
 def test_a_run_that_fails_is_not_taken_for_one_that_was_killed(cell, tmp_path):

@@ -40,6 +40,12 @@ METHODS = {
     "ddpo": [*GROUPED, "--model.advantages=PerPromptAdvantages", "--model.kl_target=1e-3"],
     "alignprop": [*SAMPLED, "--model.truncation.high=2"],
     "prdp": GROUPED,
+    "nft": [
+        *GROUPED,
+        "--model.backbone.lora={rank: 4}",
+        "--model.old_policy={flat: 1, rate: 0.2}",
+        "--model.timesteps=2",
+    ],
     "spin": [*PAIRS, "--model.iterations=2", "--model.steps=3"],
     "msdda": [
         *GROUPED,
