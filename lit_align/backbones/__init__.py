@@ -3,6 +3,7 @@
 from lit_align.backbones.adapters import LoRA, whole
 from lit_align.backbones.base import Conditioning, DenoisingPolicy, DiffusionBackbone
 from lit_align.backbones.pipeline import DiffusersBackbone
+from lit_align.backbones.sdxl import StableDiffusionXLBackbone
 from lit_align.backbones.stable_diffusion import StableDiffusionBackbone
 from lit_align.backbones.weight_sets import POLICY, REFERENCE, WeightSets
 
@@ -15,6 +16,7 @@ __all__ = [
     "DiffusionBackbone",
     "LoRA",
     "StableDiffusionBackbone",
+    "StableDiffusionXLBackbone",
     "WeightSets",
     "whole",
 ]

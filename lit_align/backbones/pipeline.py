@@ -1,9 +1,7 @@
 """What every family of diffusers pipelines shares; a family is a subclass with a handful of hooks."""
 
-import hashlib
 from abc import abstractmethod
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,9 +9,9 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lit_align.backbones.adapters import LoRA
+from lit_align.backbones.autoencoder import decode, encode, fingerprint
 from lit_align.backbones.base import Conditioning, DiffusionBackbone, SamplerFactory
 from lit_align.backbones.checkpointing import by_block, recompute
 from lit_align.backbones.compiling import compile_blocks
@@ -26,8 +24,11 @@ from lit_align.backbones.options import (
     check_inputs,
     choose_size,
     wants_plain,
+    with_entries,
 )
 from lit_align.backbones.prompt_cache import PromptCache
+from lit_align.backbones.sharding import shard_network
+from lit_align.backbones.text import TextEncoding
 from lit_align.backbones.weight_sets import POLICY, WeightSets
 from lit_align.errors import ConfigError, check_positive
 from lit_align.samplers import Sampler
@@ -38,7 +39,7 @@ class DiffusersBackbone(DiffusionBackbone):
 
     A family says which pipeline it takes and what its denoiser is called, and has three functions:
     :meth:`embed`, :meth:`denoise` and :meth:`blocks`. Where it differs from Stable Diffusion it overrides
-    what else stands under "what a family says"; ``README.md`` beside this file has the table.
+    what else stands under "what a family says"; see ``README.md``.
 
     Attributes:
         pipeline_class: The pipeline's class in diffusers.
@@ -69,6 +70,8 @@ class DiffusersBackbone(DiffusionBackbone):
         attention: Attention = "auto",
         variant: str | None = None,
         config: str | None = None,
+        scheduler: dict[str, Any] | None = None,
+        offload_text_encoders: bool = False,
         decode_batch: int = 16,
         prompt_cache: int = 1024,
     ) -> None:
@@ -86,17 +89,18 @@ class DiffusersBackbone(DiffusionBackbone):
                 pipeline was trained for.
             dtype: Of the frozen weights of denoiser and text encoders. What is trained is float32 in any
                 case, with ``lora: null`` the whole denoiser; so is the autoencoder.
-            checkpointing: What the backward pass computes again instead of keeping its activations:
-                ``prediction`` recomputes each prediction whole, for losses that hold several at once, as
-                AlignProp's; ``blocks`` recomputes block by block, which needs least memory within one
-                prediction. Both recompute the decoding.
+            checkpointing: What the backward pass computes again: ``prediction`` recomputes each prediction
+                whole, for losses that hold several, as AlignProp's; ``blocks`` recomputes block by block,
+                which needs least memory within one prediction. Both recompute the decoding.
             compile: Compile the denoiser's blocks with torch.compile: slow at first, then faster.
             attention: ``sdpa`` is torch's fused attention, ``plain`` two products and a softmax; ``auto``
-                takes what diffusers takes, but ``plain`` in bfloat16 on a CPU, where its backward pass takes
-                half the time.
+                is ``sdpa``, but ``plain`` in bfloat16 on a CPU, where its backward pass takes half the time.
             variant: Of the weight files, such as ``fp16``.
             config: For a single file: a folder in diffusers' format, or a hub id, with the configuration of
                 its family; null lets diffusers find it on the hub.
+            scheduler: Entries of its configuration that replace the pipeline's, as ``{timestep_spacing:
+                trailing}``, or ``{prediction_type: v_prediction}`` for a single file, which does not say it.
+            offload_text_encoders: Keep them on the CPU but while new prompts are encoded.
             decode_batch: Images decoded at once; bounds the memory of the autoencoder.
             prompt_cache: Number of prompts whose embeddings are remembered.
 
@@ -115,20 +119,27 @@ class DiffusersBackbone(DiffusionBackbone):
         if lora is None:
             dtypes[self.denoiser] = torch.float32
         self.pipeline = load_pipeline(self.pipeline_class, pretrained, self.without, dtypes, config, variant)
+        if scheduler:
+            self.pipeline.scheduler = with_entries(self.pipeline.scheduler, scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
         self.checkpointing = checkpointing
         self._compile = compile
         self.attention = attention
         self.decode_batch = decode_batch
-        self._prompts = PromptCache(self.embed, prompt_cache)
+        away: list[nn.Module] = []
         for name, component in self.pipeline.components.items():
             if isinstance(component, nn.Module) and name != self.denoiser:
-                self.add_module(name, component.requires_grad_(False))
+                component.requires_grad_(False)
+                if offload_text_encoders and name.startswith("text_encoder"):
+                    away.append(component)  # not a part of this module, with which it would move
+                else:
+                    self.add_module(name, component)
+        self._prompts = PromptCache(TextEncoding(self, away), prompt_cache)
         if checkpointing == "blocks":
             self.pipeline.vae.enable_gradient_checkpointing(recompute)
         own = getattr(self.pipeline, self.denoiser).config
         self.size = choose_size(size, own, self.pipeline, self.patch)
-        check_inputs(pretrained, own, self.no_input_for, self.input_channels)
+        check_inputs(pretrained, own, self.no_input_for, self.input_channels, self.asks_more(own))
         self.weight_sets = WeightSets(self.pipeline, self.denoiser, lora, adapters or {}, self._prepare)
         self.eval()
 
@@ -171,6 +182,15 @@ class DiffusersBackbone(DiffusionBackbone):
     def attend(self, network: Any, plain: bool) -> None:
         """Give the network's layers the plain or the fused attention."""
         network.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
+
+    def asks_more(self, config: Mapping[str, Any]) -> list[str]:
+        """What a denoiser with this configuration is told beside what :meth:`denoise` gives."""
+        return []
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """Those that cut long prompts."""
+        return [self.pipeline.tokenizer]
 
     @property
     def input_channels(self) -> int:
@@ -257,29 +277,13 @@ class DiffusersBackbone(DiffusionBackbone):
 
     def decode(self, latents: Tensor) -> Tensor:
         z = self.denormalise(latents.to(next(self.vae.parameters()).dtype))
-        with torch.autocast(z.device.type, enabled=False):  # in half precision images lose their last bits
-            chunks = [self._decode(part) for part in z.split(self.decode_batch)]
-        return (torch.cat(chunks).float() / 2 + 0.5).clamp(0, 1)
-
-    def _decode(self, z: Tensor) -> Tensor:
-        decode: Any = partial(self.pipeline.vae.decode, return_dict=False)
-        again = self.checkpointing == "prediction" and z.requires_grad
-        images: Tensor = (recompute(decode, z) if again else decode(z))[0]
-        return images
+        return decode(self.vae, z, self.decode_batch, again=self.checkpointing == "prediction")
 
     def latents(self, images: Tensor) -> Tensor:
-        pixels = 2 * images.to(next(self.vae.parameters()).dtype) - 1
-        with torch.autocast(images.device.type, enabled=False):
-            chunks = [self.pipeline.vae.encode(x).latent_dist.mode() for x in pixels.split(self.decode_batch)]
-        return self.normalise(torch.cat(chunks))
+        return self.normalise(encode(self.vae, images, self.decode_batch))
 
     def autoencoder_hash(self) -> str:
-        config: Any = self.vae.config
-        scale = [config.scaling_factor, *([config.shift_factor] if config.get("shift_factor") else [])]
-        digest = hashlib.sha256(" ".join(map(str, scale)).encode())
-        for name, value in self.vae.state_dict().items():
-            digest.update(name.encode() + value.float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.vae)
 
     # ---- schedule and scale
 
@@ -292,8 +296,4 @@ class DiffusersBackbone(DiffusionBackbone):
                 "backbone.compile: true does not work with a sharded model; set it to false, or use DDP"
             )
         for network in self.weight_sets.networks.values():
-            if isinstance(network, FSDPModule):  # a second fit of the same objects
-                continue
-            for block in self.blocks(network):
-                fully_shard(block, mesh=mesh)
-            fully_shard(network, mesh=mesh)
+            shard_network(network, self.blocks(network), mesh)
