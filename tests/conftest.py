@@ -112,7 +112,7 @@ def make_xl_pipeline(sample_size: int = 8) -> StableDiffusionXLPipeline:
         out_channels=4,
         block_out_channels=(8, 16),
         layers_per_block=1,
-        cross_attention_dim=32,  # both encoders, side by side
+        cross_attention_dim=16 + 24,  # both encoders, side by side
         attention_head_dim=(2, 4),
         transformer_layers_per_block=(1, 2),
         use_linear_projection=True,
@@ -136,7 +136,9 @@ def make_xl_pipeline(sample_size: int = 8) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
-        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text, projection_dim=12)),
+        text_encoder_2=CLIPTextModelWithProjection(
+            CLIPTextConfig(**text | {"hidden_size": 24, "projection_dim": 12})
+        ),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
