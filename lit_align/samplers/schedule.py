@@ -136,7 +136,8 @@ def _check_config(config: Mapping[str, Any]) -> None:
     family = str(config.get("_class_name", ""))
     if family.startswith("FlowMatch"):
         raise ConfigError(
-            f"sampler: the pipeline's scheduler is {family}, of a flow model; DDIM needs a diffusion model."
+            f"sampler: the pipeline's scheduler is {family}, of a flow model; DDIM needs a diffusion model. "
+            "Set sampler.class_path to FlowSDE."
         )
     # A config without these keys (PNDM, Euler) does neither; DDIMScheduler's own default of clipping must not
     # stand in for it.
