@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_align.errors import ConfigError
 from lit_align.gaussian import GaussianStep
 from lit_align.rollout import rollout
-from lit_align.samplers import DDIM, FlowSDE, FlowSchedule
+from lit_align.samplers import DDIM, FlowSchedule, FlowSDE
 from lit_align.samplers.flow import Rule
 
 SD3: dict[str, Any] = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
@@ -227,7 +227,7 @@ def test_what_cannot_work_is_refused(config: dict[str, Any], arguments: dict[str
 
 
 def test_a_diffusion_sampler_is_refused_for_a_flow_model() -> None:
-    with pytest.raises(ConfigError, match="FlowMatchEulerDiscreteScheduler.*FlowSDE"):
+    with pytest.raises(ConfigError, match=r"FlowMatchEulerDiscreteScheduler.*FlowSDE"):
         DDIM(SD3, 10)
 
 
@@ -280,7 +280,7 @@ def test_the_marginal_is_kept_by_flow_sde_whose_first_step_is_singular() -> None
 def test_cps_contracts_to_a_known_std(level: float) -> None:
     r"""Not to SPREAD, but to SPREAD cos(a pi / 4).
 
-    With :math:`c = \cos(a \pi / 2)`, alpha and sigma the schedule's and :math:`q = \alpha^2 s^2 + \sigma^2`, a
+    With :math:`c = \cos(a \pi / 2)` and :math:`q = \alpha^2 s^2 + \sigma^2`, the data's variance at a level, a
     step of no size multiplies a state by :math:`\lambda = (\alpha^2 s^2 + c \sigma^2) / q` and adds the
     variance :math:`(1 - c^2) \sigma^2`. Of many steps the variance is that of rest,
     :math:`(1 + c)\, q^2 / (2 \alpha^2 s^2 + (1 + c) \sigma^2)`, which ends at :math:`s^2 (1 + c) / 2`.

@@ -1,9 +1,8 @@
 """What every family of diffusers pipelines shares; a family is a subclass with a handful of hooks."""
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lit_align.backbones.adapters import LoRA
+from lit_align.backbones.autoencoder import decoded, digest, encoded
 from lit_align.backbones.base import Conditioning, DiffusionBackbone, SamplerFactory
 from lit_align.backbones.checkpointing import by_block, recompute
 from lit_align.backbones.compiling import compile_blocks
@@ -44,6 +44,7 @@ class DiffusersBackbone(DiffusionBackbone):
         pipeline_class: The pipeline's class in diffusers.
         denoiser: The denoiser's name in it, ``unet`` or ``transformer``.
         without: Components and settings of the pipeline that are given instead of loaded.
+        optional: Components that a folder may lack.
         no_input_for: Entries of the denoiser's configuration that ask for an input that :meth:`denoise` does
             not give: a model that has one is refused.
         patch: Side of the patches of latent pixels that the denoiser reads; sizes are multiples of it.
@@ -52,6 +53,7 @@ class DiffusersBackbone(DiffusionBackbone):
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     denoiser: ClassVar[str]
     without: ClassVar[dict[str, Any]] = {}
+    optional: ClassVar[tuple[str, ...]] = ()
     no_input_for: ClassVar[tuple[str, ...]] = ()
     patch: ClassVar[int] = 1
 
@@ -114,7 +116,9 @@ class DiffusersBackbone(DiffusionBackbone):
         dtypes = {"default": frozen, "vae": torch.float32}
         if lora is None:
             dtypes[self.denoiser] = torch.float32
-        self.pipeline = load_pipeline(self.pipeline_class, pretrained, self.without, dtypes, config, variant)
+        self.pipeline = load_pipeline(
+            self.pipeline_class, pretrained, self.without, dtypes, config, variant, self.optional
+        )
         self.pipeline.set_progress_bar_config(disable=True)
         self.checkpointing = checkpointing
         self._compile = compile
@@ -126,9 +130,12 @@ class DiffusersBackbone(DiffusionBackbone):
                 self.add_module(name, component.requires_grad_(False))
         if checkpointing == "blocks":
             self.pipeline.vae.enable_gradient_checkpointing(recompute)
-        own = getattr(self.pipeline, self.denoiser).config
+        network = getattr(self.pipeline, self.denoiser)
+        own = network.config
         self.size = choose_size(size, own, self.pipeline, self.patch)
         check_inputs(pretrained, own, self.no_input_for, self.input_channels)
+        if lora is not None and lora.target_modules is None:
+            lora = replace(lora, target_modules=self.adapted(network))
         self.weight_sets = WeightSets(self.pipeline, self.denoiser, lora, adapters or {}, self._prepare)
         self.eval()
 
@@ -153,6 +160,12 @@ class DiffusersBackbone(DiffusionBackbone):
     @abstractmethod
     def blocks(self, network: Any) -> list[nn.Module]:
         """The blocks of the denoiser, which are sharded one by one."""
+
+    @classmethod
+    def adapted(cls, network: Any) -> list[str]:
+        """Ends of the names of the layers that get an adapter, where the settings do not say."""
+        del network
+        return ["to_q", "to_k", "to_v", "to_out.0"]  # all projections of attention, as in ddpo-pytorch
 
     def negative(self, empty: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """What guidance leads away from: the embedding of the empty prompt; None for models without it."""
@@ -257,29 +270,13 @@ class DiffusersBackbone(DiffusionBackbone):
 
     def decode(self, latents: Tensor) -> Tensor:
         z = self.denormalise(latents.to(next(self.vae.parameters()).dtype))
-        with torch.autocast(z.device.type, enabled=False):  # in half precision images lose their last bits
-            chunks = [self._decode(part) for part in z.split(self.decode_batch)]
-        return (torch.cat(chunks).float() / 2 + 0.5).clamp(0, 1)
-
-    def _decode(self, z: Tensor) -> Tensor:
-        decode: Any = partial(self.pipeline.vae.decode, return_dict=False)
-        again = self.checkpointing == "prediction" and z.requires_grad
-        images: Tensor = (recompute(decode, z) if again else decode(z))[0]
-        return images
+        return decoded(self.vae, z, self.decode_batch, again=self.checkpointing == "prediction")
 
     def latents(self, images: Tensor) -> Tensor:
-        pixels = 2 * images.to(next(self.vae.parameters()).dtype) - 1
-        with torch.autocast(images.device.type, enabled=False):
-            chunks = [self.pipeline.vae.encode(x).latent_dist.mode() for x in pixels.split(self.decode_batch)]
-        return self.normalise(torch.cat(chunks))
+        return self.normalise(encoded(self.vae, images, self.decode_batch))
 
     def autoencoder_hash(self) -> str:
-        config: Any = self.vae.config
-        scale = [config.scaling_factor, *([config.shift_factor] if config.get("shift_factor") else [])]
-        digest = hashlib.sha256(" ".join(map(str, scale)).encode())
-        for name, value in self.vae.state_dict().items():
-            digest.update(name.encode() + value.float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return digest(self.vae)
 
     # ---- schedule and scale
 

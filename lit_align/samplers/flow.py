@@ -66,7 +66,7 @@ class FlowSchedule(NoiseSchedule):
         return self._trained_on[torch.stack(places)]
 
     def timesteps(self, num_steps: int) -> Tensor:
-        """The ``t`` of each of ``num_steps`` sampling steps, ``(T,)`` float32, decreasing; the last goes to 0.
+        """The ``t`` of each of ``num_steps`` sampling steps, ``(T,)`` float32; the last goes to 0.
 
         Raises:
             ConfigError: There cannot be so many.
@@ -80,8 +80,8 @@ class FlowSchedule(NoiseSchedule):
         if self._scheduler.config.use_dynamic_shifting:
             if self._mu is None:
                 raise ConfigError(
-                    "sampler: the scheduler config's use_dynamic_shifting asks for a shift by resolution, which "
-                    "this backbone does not give; set it to false in scheduler/scheduler_config.json."
+                    "sampler: the scheduler config's use_dynamic_shifting asks for a shift by resolution, "
+                    "which this backbone does not give; set it to false in scheduler/scheduler_config.json."
                 )
             mu = self._mu(num_steps)
         self._scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps).tolist(), mu=mu)
@@ -206,8 +206,8 @@ def _check_config(config: Mapping[str, Any]) -> None:
     family = str(config.get("_class_name", "FlowMatch"))
     if not family.startswith("FlowMatch"):
         raise ConfigError(
-            f"sampler: the pipeline's scheduler is {family}, of a diffusion model; FlowSDE needs a flow model. "
-            "Set sampler.class_path to DDIM."
+            f"sampler: the pipeline's scheduler is {family}, of a diffusion model; FlowSDE needs a flow "
+            "model. Set sampler.class_path to DDIM."
         )
     if config.get("invert_sigmas"):
         raise ConfigError(
