@@ -280,7 +280,7 @@ def test_the_marginal_is_kept_by_flow_sde_whose_first_step_is_singular() -> None
 def test_cps_contracts_to_a_known_std(level: float) -> None:
     r"""Not to SPREAD, but to SPREAD cos(a pi / 4).
 
-    With :math:`c = \cos(a \pi / 2)` and :math:`q = \alpha^2 s^2 + \sigma^2`, the data's variance at a level, a
+    With :math:`c = \cos(a \pi / 2)` and :math:`q = \alpha^2 s^2 + \sigma^2`, that of the data, a
     step of no size multiplies a state by :math:`\lambda = (\alpha^2 s^2 + c \sigma^2) / q` and adds the
     variance :math:`(1 - c^2) \sigma^2`. Of many steps the variance is that of rest,
     :math:`(1 + c)\, q^2 / (2 \alpha^2 s^2 + (1 + c) \sigma^2)`, which ends at :math:`s^2 (1 + c) / 2`.
