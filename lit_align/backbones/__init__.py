@@ -6,6 +6,7 @@ from lit_align.backbones.flux import FluxBackbone
 from lit_align.backbones.flux2 import Flux2KleinBackbone
 from lit_align.backbones.pipeline import DiffusersBackbone
 from lit_align.backbones.sd3 import StableDiffusion3Backbone
+from lit_align.backbones.sdxl import StableDiffusionXLBackbone
 from lit_align.backbones.stable_diffusion import StableDiffusionBackbone
 from lit_align.backbones.weight_sets import POLICY, REFERENCE, WeightSets
 
@@ -21,6 +22,7 @@ __all__ = [
     "LoRA",
     "StableDiffusion3Backbone",
     "StableDiffusionBackbone",
+    "StableDiffusionXLBackbone",
     "WeightSets",
     "whole",
 ]

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,10 @@ class LoRA:
                 f"backbone.lora has no {', '.join(sorted(unknown))}; it has rank, alpha and target_modules"
             )
         return cls(**given)
+
+    def on(self, layers: list[str]) -> "LoRA":
+        """The same settings, for these layers where they say none."""
+        return replace(self, target_modules=layers) if self.target_modules is None else self
 
     def config(self) -> LoraConfig:
         """These settings as peft has them.

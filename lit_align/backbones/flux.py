@@ -30,6 +30,11 @@ class FluxBackbone(TransformerBackbone):
     def input_channels(self) -> int:
         return 4 * self.latent_shape[0]
 
+    @property
+    def tokenizers(self) -> list[Any]:
+        """T5's; CLIP's, which reads 77 tokens, only makes the pooled prompt."""
+        return [self.pipeline.tokenizer_2]
+
     def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         states, pooled, _ = self.pipeline.encode_prompt(list(prompts), None, self.device)
         return {"encoder_hidden_states": states, "pooled_projections": pooled}

@@ -16,6 +16,11 @@ class StableDiffusion3Backbone(TransformerBackbone):
     without: ClassVar[dict[str, Any]] = {"image_encoder": None, "feature_extractor": None}
     optional: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
 
+    @property
+    def tokenizers(self) -> list[Any]:
+        """T5's, where it is there: it reads 256 tokens of the prompt, and the others 77."""
+        return [self.pipeline.tokenizer_3 or self.pipeline.tokenizer]
+
     def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         states, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), None, None, self.device, do_classifier_free_guidance=False

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor
 
-from lit_align.backbones import POLICY, DiffusersBackbone, StableDiffusionBackbone
+from lit_align.backbones import POLICY, DiffusersBackbone, StableDiffusionBackbone, StableDiffusionXLBackbone
 
 PROMPTS = ["a red circle on a white background", "two stars"]
 
@@ -46,6 +46,11 @@ FAMILIES: dict[str, tuple[type[DiffusersBackbone], str, tuple[str, ...]]] = {
     "stable diffusion": (
         StableDiffusionBackbone,
         "tiny",
+        ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"),
+    ),
+    "stable diffusion xl": (
+        StableDiffusionXLBackbone,
+        "tiny_xl",
         ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"),
     ),
 }

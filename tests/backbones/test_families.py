@@ -59,7 +59,8 @@ def test_guidance_is_the_line_through_both_halves(family: Family):
     backbone = family.make()
     x, cond = latents(backbone), backbone.encode(PROMPTS)
     with torch.no_grad():
-        towards, away = backbone.predict(x, 500, cond), backbone.predict(x, 500, backbone.encode(["", ""]))
+        negative = {name: value.expand(2, *value.shape[1:]) for name, value in cond.negative.items()}
+        towards, away = (backbone.predict(x, 500, c) for c in (cond, Conditioning(negative, None)))
         guided = backbone.predict(x, 500, cond, guidance=4.0)
     torch.testing.assert_close(guided, away + 4 * (towards - away), atol=1e-5, rtol=1e-5)
     assert (towards - away).abs().max() > 1e-3
@@ -92,9 +93,9 @@ def test_each_prompt_is_encoded_once_and_independently_of_its_company(family: Fa
 def test_the_prompt_cache_keeps_what_was_used_last():
     encoded: list[str] = []
 
-    def embed(prompts: Sequence[str]) -> dict[str, Tensor]:
+    def embed(prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         encoded.extend(prompts)
-        return {"length": torch.tensor([len(prompt) for prompt in prompts])}
+        return [{"length": torch.tensor([len(prompt)])} for prompt in prompts]
 
     cache = PromptCache(embed, 2)
     rows, tensors = cache.get(["a", "bb", "ccc", "a"])
