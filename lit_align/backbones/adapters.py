@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,13 @@ class LoRA:
         rank: Rank of each update ``B A``. 4 in ddpo-pytorch and in TRL's DDPOTrainer.
         alpha: The update is scaled by ``alpha / rank``; null means the rank, so a scale of 1 whatever the
             rank, as in TRL's DDPOTrainer.
-        target_modules: Ends of the names of the layers that get an adapter. The default is all projections of
-            attention, as in ddpo-pytorch.
+        target_modules: Ends of the names of the layers that get an adapter; null for those of the family, as
+            diffusers' training scripts have them: of Stable Diffusion all projections of attention.
     """
 
     rank: int = 4
     alpha: float | None = None
-    target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    target_modules: list[str] | None = None
 
     @classmethod
     def of(cls, given: "LoRA | Mapping[str, Any] | None") -> "LoRA | None":
@@ -55,6 +55,10 @@ class LoRA:
             )
         return cls(**given)
 
+    def on(self, layers: list[str]) -> "LoRA":
+        """The same settings, for these layers where they say none."""
+        return replace(self, target_modules=layers) if self.target_modules is None else self
+
     def config(self) -> LoraConfig:
         """These settings as peft has them.
 
@@ -62,6 +66,7 @@ class LoRA:
             ConfigError: Rank or alpha is not positive.
         """
         check_positive({"lora.rank": self.rank, "lora.alpha": self.alpha})
+        assert self.target_modules is not None, "the backbone fills in those of its family"
         alpha = float(self.rank) if self.alpha is None else self.alpha
         return LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=list(self.target_modules))  # type: ignore[arg-type]
 

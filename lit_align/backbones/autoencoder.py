@@ -16,7 +16,7 @@ STATISTICS = ("latents_mean", "latents_std")
 def fingerprint(vae: nn.Module) -> str:
     """Changes with what decides the latents of an image: the weights and the scale."""
     config: Any = vae.config
-    scale = [config.scaling_factor, *([config.shift_factor] if config.get("shift_factor") else [])]
+    scale = [config.get("scaling_factor"), *([config.shift_factor] if config.get("shift_factor") else [])]
     scale += [config[name] for name in STATISTICS if config.get(name)]
     digest = hashlib.sha256(" ".join(map(str, scale)).encode())
     for name, value in vae.state_dict().items():

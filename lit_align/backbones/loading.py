@@ -1,6 +1,6 @@
 """A diffusers pipeline from a folder, a hub id or a single file, or a sentence that says why not."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def load_pipeline(
     dtypes: Mapping[str, torch.dtype],
     config: str | None,
     variant: str | None,
+    optional: Sequence[str] = (),
 ) -> Any:
     """Load a pipeline's models from safetensors.
 
@@ -59,6 +60,7 @@ def load_pipeline(
         dtypes: Of components by name; of all others under ``default``.
         config: Folder or hub id with the configuration of a single file.
         variant: Of the weight files, such as ``fp16``.
+        optional: Components that the model may do without.
 
     Raises:
         ConfigError: There is no such model, it cannot be read, or it is of another family.
@@ -72,6 +74,7 @@ def load_pipeline(
         source = resolve(pretrained, PIPELINE)
         index = pipeline_class.load_config(source)
         _check_class(pipeline_class, index, f"pretrained: {pretrained!r}")
+        without = {**without, **{part: None for part in optional if _is_absent(index, source, part)}}
         parts = [name for name, found in index.items() if isinstance(found, list) and found[0]]
         for part in parts:
             if part not in without:
@@ -81,6 +84,12 @@ def load_pipeline(
         )
     _check_complete(pretrained, pipeline)
     return pipeline
+
+
+def _is_absent(index: Mapping[str, Any], source: str | Path, part: str) -> bool:
+    """Whether a pipeline has not this part: its index says so, or the folder was copied without it."""
+    folder = Path(source)
+    return not (index.get(part) or [None])[0] or (folder.is_dir() and not (folder / part).is_dir())
 
 
 def _check_complete(pretrained: str, pipeline: Any) -> None:

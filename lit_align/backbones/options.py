@@ -14,14 +14,16 @@ Checkpointing = Literal["none", "prediction", "blocks"]
 Attention = Literal["auto", "sdpa", "plain"]
 
 
-def check_choice(name: str, value: object, kind: Any) -> None:
-    """Refuse a value that is none of the ``Literal`` kind; on the command line the parser does it.
+def check_choices(dtype: object, checkpointing: object, attention: object) -> None:
+    """Refuse a value that an option does not have; on the command line the parser does it.
 
     Raises:
         ConfigError: It is none.
     """
-    if value not in (known := get_args(kind)):
-        raise ConfigError(f"backbone.{name}: {value!r} must be {', '.join(known[:-1])} or {known[-1]}")
+    kinds = {"dtype": Dtype, "checkpointing": Checkpointing, "attention": Attention}
+    for (name, kind), value in zip(kinds.items(), (dtype, checkpointing, attention), strict=True):
+        if value not in (known := get_args(kind)):
+            raise ConfigError(f"backbone.{name}: {value!r} must be {', '.join(known[:-1])} or {known[-1]}")
 
 
 def wants_plain(attention: Attention, device: torch.device, dtype: torch.dtype) -> bool:

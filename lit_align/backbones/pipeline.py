@@ -20,7 +20,7 @@ from lit_align.backbones.options import (
     Attention,
     Checkpointing,
     Dtype,
-    check_choice,
+    check_choices,
     check_inputs,
     choose_size,
     wants_plain,
@@ -37,14 +37,14 @@ from lit_align.samplers import Sampler
 class DiffusersBackbone(DiffusionBackbone):
     """A diffusers pipeline with named weight sets of its denoiser.
 
-    A family says which pipeline it takes and what its denoiser is called, and has three functions:
-    :meth:`embed`, :meth:`denoise` and :meth:`blocks`. Where it differs from Stable Diffusion it overrides
-    what else stands under "what a family says"; see ``README.md``.
+    A family says which pipeline it takes, what its denoiser is called, and what stands under "what a family
+    says", of which three functions have no default; see ``README.md``.
 
     Attributes:
         pipeline_class: The pipeline's class in diffusers.
         denoiser: The denoiser's name in it, ``unet`` or ``transformer``.
         without: Components and settings of the pipeline that are given instead of loaded.
+        optional: Components that a folder may lack.
         no_input_for: Entries of the denoiser's configuration that ask for an input that :meth:`denoise` does
             not give: a model that has one is refused.
         patch: Side of the patches of latent pixels that the denoiser reads; sizes are multiples of it.
@@ -53,6 +53,7 @@ class DiffusersBackbone(DiffusionBackbone):
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     denoiser: ClassVar[str]
     without: ClassVar[dict[str, Any]] = {}
+    optional: ClassVar[tuple[str, ...]] = ()
     no_input_for: ClassVar[tuple[str, ...]] = ()
     patch: ClassVar[int] = 1
 
@@ -82,11 +83,8 @@ class DiffusersBackbone(DiffusionBackbone):
                 .safetensors file with all weights in the original layout.
             lora: The adapter that is trained, or null to train all weights of the denoiser.
             adapters: Adapters (``adapter/`` folders of earlier runs, or .safetensors files) and their
-                weights. The policy is the pretrained model plus the weighted sum of their updates, plus what
-                is trained: without a checkpoint ``predict`` and ``test`` show the mixture alone, and ``fit``
-                goes on from it.
-            size: Height and width of the images in pixels, or one number for both; null for the size that the
-                pipeline was trained for.
+                weights. The policy starts as the pretrained model plus the weighted sum of their updates.
+            size: Height and width of the images in pixels, or one number for both; null is the model's own.
             dtype: Of the frozen weights of denoiser and text encoders. What is trained is float32 in any
                 case, with ``lora: null`` the whole denoiser; so is the autoencoder.
             checkpointing: What the backward pass computes again: ``prediction`` recomputes each prediction
@@ -105,20 +103,19 @@ class DiffusersBackbone(DiffusionBackbone):
             prompt_cache: Number of prompts whose embeddings are remembered.
 
         Raises:
-            ConfigError: The model or an adapter cannot be loaded or is of another family, the size is none of
-                the model's, or no layer matches ``lora.target_modules``.
+            ConfigError: The model or an adapter cannot be loaded, or the options do not fit it.
         """
         super().__init__()
         check_positive({"backbone.decode_batch": decode_batch, "backbone.prompt_cache": prompt_cache})
-        check_choice("dtype", dtype, Dtype)
-        check_choice("checkpointing", checkpointing, Checkpointing)
-        check_choice("attention", attention, Attention)
+        check_choices(dtype, checkpointing, attention)
         lora = LoRA.of(lora)
         frozen: torch.dtype = getattr(torch, dtype)
         dtypes = {"default": frozen, "vae": torch.float32}
         if lora is None:
             dtypes[self.denoiser] = torch.float32
-        self.pipeline = load_pipeline(self.pipeline_class, pretrained, self.without, dtypes, config, variant)
+        self.pipeline = load_pipeline(
+            self.pipeline_class, pretrained, self.without, dtypes, config, variant, self.optional
+        )
         if scheduler:
             self.pipeline.scheduler = with_entries(self.pipeline.scheduler, scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -137,9 +134,10 @@ class DiffusersBackbone(DiffusionBackbone):
         self._prompts = PromptCache(TextEncoding(self, away), prompt_cache)
         if checkpointing == "blocks":
             self.pipeline.vae.enable_gradient_checkpointing(recompute)
-        own = getattr(self.pipeline, self.denoiser).config
-        self.size = choose_size(size, own, self.pipeline, self.patch)
+        network = getattr(self.pipeline, self.denoiser)
+        self.size = choose_size(size, own := network.config, self.pipeline, self.patch)
         check_inputs(pretrained, own, self.no_input_for, self.input_channels, self.asks_more(own))
+        lora = lora and lora.on(self.adapted(network))
         self.weight_sets = WeightSets(self.pipeline, self.denoiser, lora, adapters or {}, self._prepare)
         self.eval()
 
@@ -164,6 +162,11 @@ class DiffusersBackbone(DiffusionBackbone):
     @abstractmethod
     def blocks(self, network: Any) -> list[nn.Module]:
         """The blocks of the denoiser, which are sharded one by one."""
+
+    @classmethod
+    def adapted(cls, network: Any) -> list[str]:
+        """Ends of the names of the layers that get an adapter, where the settings do not say."""
+        return ["to_q", "to_k", "to_v", "to_out.0"]  # all projections of attention, as in ddpo-pytorch
 
     def negative(self, empty: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """What guidance leads away from: the embedding of the empty prompt; None for models without it."""
@@ -252,7 +255,11 @@ class DiffusersBackbone(DiffusionBackbone):
     ) -> Tensor:
         network = self.weight_sets.choose(weights)
         dtype = next(network.parameters()).dtype
-        self._choose_attention(network, x.device, dtype)
+        if (plain := wants_plain(self.attention, x.device, dtype)) != getattr(
+            network, "attends_plainly", False
+        ):
+            self.attend(network, plain)
+            network.attends_plainly = plain
         x, t = x.to(dtype), torch.as_tensor(t, device=x.device).expand(len(x))
         cond = cond.map(lambda value: value.to(dtype) if value.is_floating_point() else value)
         given, negative = cond.prompt, None if guidance == 1.0 else cond.negative
@@ -266,12 +273,6 @@ class DiffusersBackbone(DiffusionBackbone):
             return prediction
         away, towards = prediction.chunk(2)
         return away + guidance * (towards - away)
-
-    def _choose_attention(self, network: Any, device: torch.device, dtype: torch.dtype) -> None:
-        plain = wants_plain(self.attention, device, dtype)
-        if plain != getattr(network, "attends_plainly", False):
-            self.attend(network, plain)
-            network.attends_plainly = plain
 
     # ---- images
 

@@ -157,7 +157,7 @@ KNOWN = (
 noise levels are those of their configs, and DDIM takes the place of their way of sampling."""
 
 OTHERS = {
-    "FlowMatch": "of a flow model; DDIM needs a diffusion model",
+    "FlowMatch": "of a flow model; DDIM needs a diffusion model: set sampler.class_path to FlowSDE",
     "EDM": "of a model that scales states and predictions in EDM's way, which DDIM does not",
     "CosineDPM": "of a model that scales states and predictions in EDM's way, which DDIM does not",
     "LCM": "of a consistency model, whose steps are not DDIM's; give the model that it was distilled from",

@@ -230,9 +230,9 @@ def test_an_adapter_is_saved_and_loaded_exactly(family: Family, tmp_path: Path, 
 def test_the_adapter_folder_loads_in_diffusers_and_draws_the_live_image(
     family: Family, tmp_path: Path, more: bool
 ):
-    lora = LoRA(rank=3, alpha=6.0)
-    lora.target_modules += family.adapted if more else ()
-    backbone = family.make(lora=lora)
+    network = getattr(family.pipeline(), family.backbone.denoiser)
+    layers = [*family.backbone.adapted(network), *family.adapted] if more else None
+    backbone = family.make(lora=LoRA(rank=3, alpha=6.0, target_modules=layers))
     backbone.weight_sets.save(tmp_path / "adapter")
     live = draw_in_diffusers(family.pipeline(backbone), backbone, 2.0)
     pipeline = family.pipeline()
