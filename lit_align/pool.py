@@ -6,7 +6,6 @@ an interrupt costs at most the shard in hand, and what a folder holds is found b
 """
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_align.errors import ConfigError
+from lit_align.files import replace_file
 
 
 class Pool:
@@ -80,12 +80,10 @@ class Pool:
         if self.folder is None:
             self._memory |= dict(zip(rows, samples, strict=True))
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(str(list(rows)).encode()).hexdigest()[:8]
         path = self.folder / f"{rows[0]:09d}-{name}.safetensors"
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({"index": torch.tensor(rows), "samples": samples}, draft, {"source": self.source})
-        draft.replace(path)
+        shard = {"index": torch.tensor(rows), "samples": samples}
+        replace_file(path, lambda draft: save_file(shard, draft, {"source": self.source}))
         self._index(path)
 
     def __getitem__(self, index: Tensor) -> Tensor:
@@ -96,7 +94,15 @@ class Pool:
         if self.folder is None:
             return self._memory[row]
         path, place = self._places[row]
-        with safe_open(path, "pt") as shard:
-            assert shard.metadata()["source"] == self.source, f"{path} has been replaced by another model's"
-            sample: Tensor = shard.get_slice("samples")[place]
+        try:
+            with safe_open(path, "pt") as shard:
+                assert shard.metadata()["source"] == self.source, (
+                    f"{path} has been replaced by another model's"
+                )
+                sample: Tensor = shard.get_slice("samples")[place]
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"{path} can no longer be read ({error}): it was deleted or changed while it is in use; go "
+                "on with --ckpt_path, which makes its samples again"
+            ) from error
         return sample

@@ -13,9 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lit_align.errors import ConfigError
-
-FILE = "pytorch_lora_weights.safetensors"
-"""The file of an adapter's folder, by diffusers' convention."""
+from lit_align.identity import ADAPTER
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -49,7 +47,7 @@ def find(path: Path) -> Path:
     if path.suffix == ".safetensors":
         candidates = [path]
     else:
-        candidates = [path / FILE, path / PEFT_FILE]
+        candidates = [path / ADAPTER, path / PEFT_FILE]
         candidates += others if len(others := sorted(path.glob("*.safetensors"))) == 1 else []
     for candidate in candidates:
         if candidate.is_file():

@@ -220,7 +220,10 @@ class Adapters:
         renamed = convert_state_dict_to_diffusers(layers)
         settings: dict[str, Any] = {
             f"{self._part}_lora_layers": layers if any(".lora_A." in key for key in renamed) else renamed,
-            f"{self._part}_lora_adapter_metadata": config.to_dict(),
+            f"{self._part}_lora_adapter_metadata": {
+                key: sorted(value) if isinstance(value, set) else value  # sets have another order each time
+                for key, value in config.to_dict().items()
+            },
         }
         self._pipeline_class.save_lora_weights(folder, **settings)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lit_align.callbacks.checkpoints import check_whole
 from lit_align.errors import ConfigError
 
 
@@ -19,6 +20,7 @@ class Saved:
         steps: Optimizer steps.
         epochs: Epochs that are complete.
         settings: What the run was asked to do, by dotted name; None of a run from Python.
+        measured: Whether it has been validated.
     """
 
     path: Path
@@ -26,6 +28,7 @@ class Saved:
     steps: int
     epochs: int
     settings: dict[str, Any] | None
+    measured: bool = False
 
     @property
     def run(self) -> Path | None:
@@ -44,8 +47,14 @@ def find(ckpt_path: str, runs: Path) -> Saved:
         runs: Where the runs of this configuration are.
 
     Raises:
-        ConfigError: There is none, or it cannot be read.
+        ConfigError: There is none, or it cannot be read, or it is damaged.
     """
+    saved = _find(ckpt_path, runs)
+    check_whole(saved.path)
+    return saved
+
+
+def _find(ckpt_path: str, runs: Path) -> Saved:
     path = Path(ckpt_path)
     if ckpt_path == "last":
         return _last(runs)
@@ -81,7 +90,8 @@ def read(path: Path) -> Saved:
             f"ckpt_path: {path} cannot be read: it is not a checkpoint of lit_align, or not whole"
         ) from None
     settings = content.get("callbacks", {}).get("RunConfig", {}).get("settings")
-    return Saved(path, images, steps, epoch + bool(ended), settings)
+    measured = bool(content["progress"].get("latest"))
+    return Saved(path, images, steps, epoch + bool(ended), settings, measured)
 
 
 def newest(run: Path) -> Saved | None:

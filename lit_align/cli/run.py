@@ -1,6 +1,5 @@
 """The command line: ``python -m lit_align {fit,validate,test,predict} --config configs/<method>.yaml``."""
 
-import errno
 import signal
 import sys
 from typing import Any
@@ -18,12 +17,10 @@ from lit_align.cli.method import model_argument, use_method
 from lit_align.cli.quiet import quiet
 from lit_align.cli.renamed import translated, translated_arguments
 from lit_align.errors import ConfigError
+from lit_align.files import CLOSED, FULL, unwritable
 from lit_align.methods import AlignmentModule
 
 LOAD_YAML = get_loader("yaml")
-
-NO_SPACE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-"""Errors of files that are the machine's and not the program's."""
 
 
 def _run(arguments: list[str]) -> None:
@@ -80,8 +77,8 @@ def _sentence(error: BaseException) -> str | None:
         if isinstance(inner, ModuleNotFoundError) and inner.name is None:  # a library says what to install
             return str(inner)
         inner = inner.__cause__ or inner.__context__
-    if isinstance(error, OSError) and error.errno in NO_SPACE:
-        return f"{error.filename or 'a file'}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in (*FULL, *CLOSED):  # of the machine, not of the program
+        return unwritable(error.filename or "a file of the run", error)
     return None
 
 

@@ -160,8 +160,8 @@ class ValidatedModule(SamplingModule):
         return gathered
 
     def forget_baseline(self) -> None:
-        """Drop what was measured of the pretrained model: it is measured anew when training starts."""
-        self.baseline = {}
+        """Drop what was measured before: the pretrained model is measured anew when training starts."""
+        self.baseline, self.latest = {}, {}
 
     def on_train_start(self) -> None:
         """Measure the pretrained model where that was not done: every curve has a point at 0 images."""
