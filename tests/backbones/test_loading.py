@@ -148,6 +148,7 @@ def test_text_encoders_wait_on_the_cpu(tiny_xl: Path, monkeypatch):
     plain = StableDiffusionXLBackbone(str(tiny_xl))
     backbone = StableDiffusionXLBackbone(str(tiny_xl), offload_text_encoders=True)
     assert not any(name.startswith("text_encoder") for name, _ in backbone.named_parameters())
+    assert {n for n, _ in backbone.fixed_parameters()} == {n for n, _ in plain.fixed_parameters()}
     moved: list[torch.device | str] = []
     encoder = backbone.pipeline.text_encoder_2
     monkeypatch.setattr(
