@@ -37,6 +37,11 @@ class Conditioning:
     def __len__(self) -> int:
         return len(next(iter(self.prompt.values())))
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(iter(self.prompt.values())).device
+
     def __getitem__(self, rows: Tensor | slice) -> "Conditioning":
         """The conditioning of some images, chosen by a slice, a mask or a tensor of row numbers."""
         chosen = {
