@@ -47,8 +47,10 @@ ALLOWED = {
         "shapes",
     },
     "callbacks": {"errors", "comparison", "files", "folder", "identity", "methods", "data", "shapes"},
+    "export": {"errors", "backbones", "callbacks", "files", "identity"},
     "cli": {
         "errors",
+        "export",
         "advantages",
         "samplers",
         "backbones",

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_align.cli.align import AlignCLI
 from lit_align.cli.config_files import check_order, given_files, read
 from lit_align.cli.errors import Given, explain
+from lit_align.cli.export import export_command
 from lit_align.cli.method import model_argument, use_method
 from lit_align.cli.quiet import quiet
 from lit_align.cli.renamed import translated, translated_arguments
@@ -24,6 +25,9 @@ LOAD_YAML = get_loader("yaml")
 
 
 def _run(arguments: list[str]) -> None:
+    if arguments[:1] == ["export"]:
+        export_command(arguments[1:])
+        return
     given = Given((), arguments)
     helps = any(argument in ("-h", "--help") or ".help" in argument for argument in arguments)
     if arguments and arguments[0] in AlignCLI.subcommands() and not helps:
