@@ -23,6 +23,7 @@ from diffusers import (
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lit_align.shapes import PIPELINE
+from tests.backbones.original_layout import save_original
 
 SCHEDULE = {
     "beta_start": 0.00085,
@@ -177,3 +178,11 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_xl")
     make_xl_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def single_xl(tiny_xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as one file in the layout of the original."""
+    file = tmp_path_factory.mktemp("single_xl") / "model.safetensors"
+    save_original(tiny_xl, file)
+    return file

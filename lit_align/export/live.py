@@ -137,7 +137,7 @@ def _build(run: Run, changes: Mapping[str, Any]) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(DiffusersBackbone, "backbone")
     given = {"class_path": run.model["backbone"]["class_path"], "init_args": options}
-    return parser.instantiate_classes(parser.parse_object({"backbone": given})).backbone
+    return parser.instantiate(parser.parse_object({"backbone": given})).backbone
 
 
 def _take(backbone: DiffusersBackbone, checkpoint: Path) -> None:

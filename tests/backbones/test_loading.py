@@ -53,13 +53,6 @@ def test_a_single_file_is_the_same_model(tiny: Path, single: Path):
     assert {p.dtype for p in half.vae.parameters()} == {torch.float32}
 
 
-@pytest.fixture(scope="module")
-def single_xl(tiny_xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("single_xl") / "model.safetensors"
-    save_original(tiny_xl, file)
-    return file
-
-
 def test_a_single_file_of_xl_is_the_same_model(tiny_xl: Path, single_xl: Path):
     ours, folder = (
         StableDiffusionXLBackbone(str(single_xl), config=str(tiny_xl)),
