@@ -59,8 +59,10 @@ ALLOWED = {
         "report",
         "shapes",
     },
+    "export": {"errors", "backbones", "callbacks", "files", "identity"},
     "cli": {
         "errors",
+        "export",
         "advantages",
         "samplers",
         "backbones",

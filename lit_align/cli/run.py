@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lit_align.cli.align import AlignCLI
 from lit_align.cli.config_files import check_order, given_files, read
 from lit_align.cli.errors import Given, explain
+from lit_align.cli.export import export_command
 from lit_align.cli.method import model_argument, use_method
 from lit_align.cli.preemption import Command, lost_process, say
 from lit_align.cli.quiet import quiet
@@ -29,7 +30,7 @@ SECOND = 3.0
 """Seconds that another process than the first waits before it tells of an error; torchrun and SLURM look at
 their processes every 0.1 to 1."""
 
-TOOLS = {"report": report}
+TOOLS = {"export": export_command, "report": report}
 """Commands beside those of a Trainer."""
 
 

@@ -45,6 +45,7 @@ def kl_to_reference(
     stochastic: Tensor,
     chunk: int,
     stds: Sequence[Tensor] | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """KL to the reference along chains, summed over the stochastic steps: nats per image, ``(B,)``.
 
@@ -54,21 +55,27 @@ def kl_to_reference(
         stochastic: ``(T,)`` bool; the other steps have no density, and the reference is not asked there.
         chunk: Images at once.
         stds: Of the ``T`` steps that made the chains, where they are not the reference's.
+        device: Where the reference computes; that of the chains if not given.
     """
     totals = []
+    where = device or trajectory.states.device
     for rows in torch.arange(trajectory.states.shape[1]).split(chunk):
-        total = trajectory.states.new_zeros(len(rows))
+        total = trajectory.states.new_zeros(len(rows), device=where)
         policy = reference[rows]
         for k in stochastic.nonzero().flatten().tolist():
-            step = policy(trajectory.states[k, rows], k)
+            step = policy(trajectory.states[k, rows].to(where), k)
             std = step.std if stds is None else stds[k]
-            total += GaussianStep(trajectory.means[k, rows], std).kl(step)
+            total += GaussianStep(trajectory.means[k, rows].to(where), std).kl(step)
         totals.append(total)
     return torch.cat(totals)
 
 
 def drift_from_reference(
-    reference: BatchPolicy, trajectory: Trajectory, sampler: Sampler, chunk: int
+    reference: BatchPolicy,
+    trajectory: Trajectory,
+    sampler: Sampler,
+    chunk: int,
+    device: torch.device | None = None,
 ) -> Tensor:
     """How far predictions have moved from the reference's, ``(B,)``: what can be said without a density.
 
@@ -79,12 +86,14 @@ def drift_from_reference(
     steps = torch.linspace(0, sampler.num_steps - 1, count).round().long().tolist()
     one = torch.ones(1, 1, dtype=torch.float64)
     squares = []
+    where = device or trajectory.states.device
     for rows in torch.arange(trajectory.states.shape[1]).split(chunk):
-        policy, total = reference[rows], trajectory.states.new_zeros(len(rows))
+        policy, total = reference[rows], trajectory.states.new_zeros(len(rows), device=where)
         for k in steps:
             # A step is linear in the prediction, so that means differ by this factor times predictions.
             factor = sampler.step(0 * one, one, k).mean.item()
-            difference = (trajectory.means[k, rows] - policy(trajectory.states[k, rows], k).mean) / factor
+            state, mean = (part[k, rows].to(where) for part in (trajectory.states, trajectory.means))
+            difference = (mean - policy(state, k).mean) / factor
             total += difference.square().flatten(1).mean(1)
         squares.append(total / count)
     return torch.cat(squares).sqrt()
@@ -226,9 +235,10 @@ class ValidatedModule(SamplingModule):
         """
         reference, chunk = self.policy(batch, cond, REFERENCE), self.sampling.batch
         if not self.sampler.stochastic.any():
-            return {"drift": drift_from_reference(reference, trajectory, self.sampler, chunk).cpu()}
-        stds = self.step_stds()
-        return {"kl": kl_to_reference(reference, trajectory, self.sampler.stochastic, chunk, stds).cpu()}
+            drift = drift_from_reference(reference, trajectory, self.sampler, chunk, self.device)
+            return {"drift": drift.cpu()}
+        stds, noisy = self.step_stds(), self.sampler.stochastic
+        return {"kl": kl_to_reference(reference, trajectory, noisy, chunk, stds, self.device).cpu()}
 
     def step_stds(self) -> Sequence[Tensor] | None:
         """Stds of the ``T`` steps that sample; None where they are the sampler's."""
