@@ -127,6 +127,17 @@ class WeightSets(nn.Module):
             for old, new in zip(self.parameters_of(target), self.parameters_of(source), strict=True):
                 old.copy_(new)
 
+    def follow(self, source: str, target: str, decay: float) -> None:
+        """Let an added set follow another: ``target <- decay target + (1 - decay) source``.
+
+        Adapters are averaged factor by factor, as where a moving average is taken of what is trained.
+        """
+        assert target not in (POLICY, REFERENCE), f"{target!r} is not a set to overwrite"
+        assert 0 <= decay <= 1, f"{decay} is no share"
+        with torch.no_grad():
+            for old, new in zip(self.parameters_of(target), self.parameters_of(source), strict=True):
+                old.lerp_(new.to(old.dtype), 1 - decay)
+
     def load(self, name: str, folder: Path) -> None:
         """Add a frozen set from an adapter's folder or file, or from a pipeline's folder.
 
