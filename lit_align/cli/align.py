@@ -71,7 +71,7 @@ class AlignCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         stage = str(self.subcommand)
         config = self.config[stage]
-        _check_trainer(config.trainer)
+        check_trainer_options(config.trainer)
         parser = self._subcommand_parsers[stage]
         now = settings_of(yaml.safe_load(parser.dump(config, skip_none=False)))
         if self.auto:
@@ -180,7 +180,7 @@ def _has_bar(trainer: Any) -> bool:
     return sys.stdout.isatty() if trainer.enable_progress_bar is None else trainer.enable_progress_bar
 
 
-def _check_trainer(config: Any) -> None:
+def check_trainer_options(config: Any) -> None:
     """Refuse what cannot work before any model is loaded."""
     if config.accumulate_grad_batches not in (None, 1):
         raise ConfigError(
