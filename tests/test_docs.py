@@ -24,9 +24,10 @@ ELSEWHERE = (
     "python -m tests.benchmarks.",
     "python -m lit_align.shapes.recipe",
     "python -m lit_align report",
+    "python -m lit_align doctor",
     "hf download",
 )
-"""Run by CI, by tests/benchmarks, by tests/shapes and by tests/test_report.py; and downloads."""
+"""Run by CI, by tests/benchmarks, by tests/shapes, tests/test_report.py and tests/cli/test_doctor.py; and downloads."""
 
 SMALL = """
 trainer:
