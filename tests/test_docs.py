@@ -27,7 +27,7 @@ ELSEWHERE = (
     "python -m lit_align doctor",
     "hf download",
 )
-"""Run by CI, by tests/benchmarks, by tests/shapes, tests/test_report.py and tests/cli/test_doctor.py; and downloads."""
+"""Run by CI, tests/benchmarks, tests/shapes, test_report.py and test_doctor.py; and downloads."""
 
 SMALL = """
 trainer:
