@@ -39,11 +39,16 @@ class WholeCheckpoints(TorchCheckpointIO):
         """As Lightning, but a file that is not whole is refused, and nothing in it is executed.
 
         Raises:
-            ConfigError: It is not whole.
+            ConfigError: It is not whole, or holds more than tensors, numbers, texts, lists and mappings.
         """
         if "://" not in str(path):
             check_whole(Path(path))
-        return super().load_checkpoint(path, map_location, weights_only=True)
+        try:
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # torch raises whatever the bytes lead to, and advises to execute them
+            raise ConfigError(f"ckpt_path: {path} is not a checkpoint of lit_align; give another") from error
 
 
 def _save(checkpoint: dict[str, Any], draft: Path) -> None:

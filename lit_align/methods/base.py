@@ -178,9 +178,11 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not every or ((trainer.fit_loop.total_batch_idx + 1) % every and not trainer.should_stop):
             return
-        values = {name: torch.as_tensor(value).item() for name, value in logged.items() if name != "step"}
+        values = {name: torch.as_tensor(value) for name, value in logged.items()}
+        trainer.logged_metrics.update(values)
+        numbers = {name: value.item() for name, value in values.items() if name != "step"}
         for logger in trainer.loggers:
-            logger.log_metrics(values, self.images)
+            logger.log_metrics(numbers, self.images)
 
     # ---- ranks, files and checkpoints
 
