@@ -13,12 +13,14 @@ commands:
   validate    measure a checkpoint on the validation prompts
   test        compare a checkpoint with the pretrained model, on prompts that were never used
   predict     draw images of a checkpoint, with their prompts and rewards
+  export      write what a run has trained for other programs, with a model card: export RUN
 
 examples:
   python -m lit_align fit     --config configs/ddpo.yaml
   python -m lit_align fit     --config configs/ddpo.yaml --config configs/variant/redness.yaml
   python -m lit_align fit     --config configs/ddpo.yaml --ckpt_path last
   python -m lit_align test    --config configs/ddpo.yaml --ckpt_path last
+  python -m lit_align export  logs/ddpo/version_0
 
 more:
   --print_config after a configuration prints every value, with its default

@@ -10,9 +10,10 @@ import yaml
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lit_align.callbacks import ProgressBar, RunConfig, RunFolder, default_callbacks
+from lit_align.callbacks.checkpoints import write_whole
 from lit_align.cli.checkpoint import AUTO, Saved, find, find_equal, newest
 from lit_align.cli.going_on import going_on
 from lit_align.cli.loggers import keep_metrics, new_folder, runs_of, use_folder
@@ -35,12 +36,27 @@ class AlignCLI(LightningCLI):
         self.auto = False
         self.folder = RunFolder()
         self.claimed = False
+        self.run_config: RunConfig | None = None
         self.earlier: set[Path] = set()  # files of the folder before this command adds its own
         try:
             super().__init__(**arguments)
         except BaseException:
             self._clean_up()
             raise
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--accept_other_base",
+            type=bool,
+            default=False,
+            help="Take a checkpoint, adapters or experts that were trained over other frozen weights.",
+        )
+        parser.add_argument(
+            "--accept_other_data",
+            type=bool,
+            default=False,
+            help="Go on with a run whose prompts or pairs were others.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
@@ -67,7 +83,8 @@ class AlignCLI(LightningCLI):
                 "no --ckpt_path: this is the pretrained model; --ckpt_path last takes the newest run"
             )
         text = parser.dump(config, skip_none=False)
-        extra: list[Callback] = [RunConfig(text, now), Preemption(self.command, self.saved)]
+        self.run_config = RunConfig(text, now)
+        extra: list[Callback] = [self.run_config, Preemption(self.command, self.saved)]
         if self.saved is not None:
             extra += going_on(self.saved, now, config, stage)
         config.weights_only = True
@@ -76,7 +93,9 @@ class AlignCLI(LightningCLI):
         if self.subcommand == "predict":
             config.return_predictions = False  # they are on disk; kept, they would fill the memory
         self._choose_folder(config)
-        self.trainer_defaults["callbacks"] = [*_callbacks(config.trainer, self.folder), *extra]
+        # First the folder, then what is new, and last what says that all is written.
+        folder, *others = _callbacks(config.trainer, self.folder)
+        self.trainer_defaults["callbacks"] = [folder, *extra, *others]
 
     def _choose_folder(self, config: Any) -> None:
         if config.trainer.fast_dev_run:
@@ -87,8 +106,17 @@ class AlignCLI(LightningCLI):
             self.claimed = self.folder.path is not None
         if self.folder.path is not None:
             self.earlier = set(self.folder.path.iterdir())
+            self._hold_folder(self.folder.path)
             goes_on = self.saved if self.subcommand == "fit" else None
             use_folder(config, self.folder.path, goes_on.images if goes_on else None)
+
+    def _hold_folder(self, folder: Path) -> None:
+        """Let no other process train there, and say at once what is trained there."""
+        if self.subcommand != "fit" or rank_zero_only.rank:  # type: ignore[attr-defined]
+            return
+        self.folder.hold(folder)
+        if self.claimed and self.run_config is not None:
+            self.run_config.put(folder)
 
     def _folder_of_checkpoint(self) -> Path | None:
         """Where a checkpoint's run writes; None if there is none, or if its newer weights would be lost."""
@@ -113,13 +141,19 @@ class AlignCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         SIGNALS.launcher = self.trainer.strategy.launcher
-        keep_metrics(self.trainer)
+        config = self.config[self.subcommand]
+        self.model.accept_other_base = config.accept_other_base
+        self.model.accept_other_data = config.accept_other_data
+        write_whole(self.trainer)
+        goes_on = self.saved if self.subcommand == "fit" else None
+        keep_metrics(self.trainer, goes_on.images if goes_on else None)
 
     def _clean_up(self) -> None:
         """Leave nothing of a start that failed before anything was computed."""
         folder = self.folder.path
-        if folder is None or set(folder.glob("config*.yaml")) - self.earlier:
-            return  # it began
+        self.folder.release()
+        if folder is None or (self.run_config is not None and self.run_config.began):
+            return
         if self.claimed:
             shutil.rmtree(folder, ignore_errors=True)
             for parent in (folder.parent, folder.parent.parent):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lit_align.callbacks.checkpoints import check_whole
 from lit_align.cli.settings import NO_RESULT, changes, told
 from lit_align.errors import ConfigError, tell
 
@@ -24,6 +25,7 @@ class Saved:
         steps: Optimizer steps.
         epochs: Epochs that are complete.
         settings: What the run was asked to do, by dotted name; None of a run from Python.
+        measured: Whether it has been validated.
     """
 
     path: Path
@@ -31,6 +33,7 @@ class Saved:
     steps: int
     epochs: int
     settings: dict[str, Any] | None
+    measured: bool = False
 
     @property
     def run(self) -> Path | None:
@@ -49,8 +52,14 @@ def find(ckpt_path: str, runs: Path) -> Saved:
         runs: Where the runs of this configuration are.
 
     Raises:
-        ConfigError: There is none, or it cannot be read.
+        ConfigError: There is none, or it cannot be read, or it is damaged.
     """
+    saved = _find(ckpt_path, runs)
+    check_whole(saved.path)
+    return saved
+
+
+def _find(ckpt_path: str, runs: Path) -> Saved:
     path = Path(ckpt_path)
     if ckpt_path == "last":
         return _last(runs)
@@ -86,7 +95,8 @@ def read(path: Path) -> Saved:
             f"ckpt_path: {path} cannot be read: it is not a checkpoint of lit_align, or not whole"
         ) from None
     settings = content.get("callbacks", {}).get("RunConfig", {}).get("settings")
-    return Saved(path, images, steps, epoch + bool(ended), settings)
+    measured = bool(content["progress"].get("latest"))
+    return Saved(path, images, steps, epoch + bool(ended), settings, measured)
 
 
 def newest(run: Path) -> Saved | None:

@@ -1,6 +1,5 @@
 """The command line: ``python -m lit_align {fit,validate,test,predict} --config configs/<method>.yaml``."""
 
-import errno
 import sys
 import time
 from typing import Any
@@ -14,22 +13,25 @@ from lightning.pytorch.utilities import rank_zero_only
 from lit_align.cli.align import AlignCLI
 from lit_align.cli.config_files import check_order, given_files, read
 from lit_align.cli.errors import Given, explain
+from lit_align.cli.export import export_command
 from lit_align.cli.method import model_argument, use_method
 from lit_align.cli.preemption import Command, lost_process, say
 from lit_align.cli.quiet import quiet
 from lit_align.cli.renamed import translated, translated_arguments
+from lit_align.cli.report import report
 from lit_align.cli.signals import SIGNALS, exit_code
 from lit_align.errors import ConfigError
+from lit_align.files import CLOSED, FULL, unwritable
 from lit_align.methods import AlignmentModule
 
 LOAD_YAML = get_loader("yaml")
 
-NO_SPACE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-"""Errors of files that are the machine's and not the program's."""
-
 SECOND = 3.0
 """Seconds that another process than the first waits before it tells of an error; torchrun and SLURM look at
 their processes every 0.1 to 1."""
+
+TOOLS = {"export": export_command, "report": report}
+"""Commands beside those of a Trainer."""
 
 
 def _run(command: Command) -> None:
@@ -88,8 +90,8 @@ def _sentence(error: BaseException) -> str | None:
         if isinstance(inner, ModuleNotFoundError) and inner.name is None:  # a library says what to install
             return str(inner)
         inner = inner.__cause__ or inner.__context__
-    if isinstance(error, OSError) and error.errno in NO_SPACE:
-        return f"{error.filename or 'a file'}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in (*FULL, *CLOSED):  # of the machine, not of the program
+        return unwritable(error.filename or "a file of the run", error)
     return None
 
 
@@ -103,7 +105,10 @@ def main(args: list[str] | None = None) -> None:
     command, code = Command(sys.argv[1:] if args is None else args), 1
     SIGNALS.start(command.announce)
     try:
-        _run(command)
+        if (name := "".join(command.arguments[:1])) in TOOLS:
+            TOOLS[name](command.arguments[1:])
+        else:
+            _run(command)
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_align.backbones import REFERENCE, DenoisingPolicy, DiffusionBackbone
+from lit_align.backbones import POLICY, REFERENCE, DenoisingPolicy, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError
@@ -25,7 +25,7 @@ from lit_align.methods.metrics import Loss, Metrics, pooled
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.pretraining import OTHER_SIZE, Pretraining, denoising_loss
 from lit_align.methods.sampling import Sampling
-from lit_align.methods.tasks import Task, data_of_tasks, joint_scores, of_task
+from lit_align.methods.tasks import Task, check_task, data_of_tasks, joint_scores, of_task
 from lit_align.randomness import generator
 from lit_align.replay import Replay
 from lit_align.rewards import RewardBank, RewardOutput
@@ -60,6 +60,9 @@ class JointModule(AlignmentModule):
     """Samples for every task, and lets a subclass :meth:`learn`; its advantages never mix tasks."""
 
     several_tasks: ClassVar[bool] = True
+
+    sampled_with: str = POLICY
+    """The weight set that draws the images that are learned from."""
 
     def __init__(
         self,
@@ -119,6 +122,17 @@ class JointModule(AlignmentModule):
             first, _ = self.pretraining.source.batch([0])
             self.backbone.clean_latents(first, OTHER_SIZE)  # refused before anything is sampled
 
+    def check_tasks(self, stage: str, updates: int) -> None:
+        """Refuse tasks that could not learn from their prompts in so many updates.
+
+        Raises:
+            ConfigError: With what to change.
+        """
+        if stage == "fit":
+            there = data_of_tasks(self.trainer.datamodule, self.tasks)  # type: ignore[attr-defined]
+            for name in (name for name in there if self.tasks[name].weight):
+                check_task(name, self.tasks[name], there[name], updates, self.trainer.world_size)
+
     # ---- one iteration
 
     def training_step(self, batch: Batch | list[Batch], batch_idx: int) -> None:
@@ -152,12 +166,12 @@ class JointModule(AlignmentModule):
         return [(rollouts.scores, rollouts.seconds) for rollouts in sampled], pooled(measured)
 
     def collect(self, batch: Batch) -> Rollouts:
-        """Sample images of a task with the current weights, and score them."""
+        """Sample images of a task, and score them."""
         started = time.perf_counter()
-        policy = self.backbone.policy(
-            self.sampler, self.backbone.encode(batch.prompts), self.sampling.guidance
-        )
-        samples = self.sample(policy, batch, "rollout")
+        cond = self.backbone.encode(batch.prompts)
+        drawn = self.backbone.policy(self.sampler, cond, self.sampling.guidance, self.sampled_with)
+        samples = self.sample(drawn, batch, "rollout")
+        policy = replace(drawn, weights=POLICY)
         scores = self.score(samples.images, batch)
         seconds = time.perf_counter() - started
         rewards = scores.total.float().cpu()

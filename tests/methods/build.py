@@ -33,6 +33,7 @@ from lit_align.methods import (
     DDPOModule,
     DPOModule,
     MSDDAModule,
+    NFTModule,
     PRDPModule,
     SFTModule,
     SPINModule,
@@ -55,6 +56,7 @@ OF_PAIRS: dict[str, Any] = {"num_steps": 3, "lr": 1e-2, "micro_batch": 3}
 
 OWN: dict[type[AlignmentModule], dict[str, Any]] = {
     DDPOModule: {"clip_range": 1e-2},
+    NFTModule: {},
     PRDPModule: {"beta": 1e-3, "clip_range": 1e-2},
     AlignPropModule: {"truncation": UniformWindow(), "coefficient": 1.0, "reward": Redness()},
     MSDDAModule: {
@@ -121,7 +123,7 @@ def make(
             both_objectives() if method is MSDDAModule and reward is None else bank(reward or own_reward)
         )
         given["rewards"] = rewards or default
-        if method is DDPOModule:
+        if method in (DDPOModule, NFTModule):
             given.setdefault("advantages", GroupAdvantages())
     return method(
         StableDiffusionBackbone(str(folder), **backbone),
