@@ -62,6 +62,7 @@ ALLOWED = {
 
 ROOMS = {
     "base",
+    "guard",
     "joint",
     "metrics",
     "objectives",

@@ -1,6 +1,7 @@
 """The order of things in every method: sample, score, learn, log; and what a checkpoint holds."""
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -14,6 +15,7 @@ from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import MultiTaskDataModule
 from lit_align.errors import ConfigError
+from lit_align.methods.guard import LIMIT
 from lit_align.methods.metrics import Metrics
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
 from lit_align.methods.sampling import Sampling
@@ -70,7 +72,8 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         self.collected: dict[str, Tensor] = {}
         self.baseline, self.latest, self.prompt_groups = {}, {}, torch.zeros(0)
         self.gradient_norm, self.lr = torch.zeros(()), None
-        self._evaluated, self._skipped = [], 0
+        self._evaluated, self._skipped, self._unscored = [], 0, 0
+        self._losses, self._rows, self._recent = [], [], deque(maxlen=LIMIT)
 
     # ---- training
 
@@ -115,19 +118,22 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
 
         Args:
             scores: What :meth:`score` reports on this rank.
-            metrics: What the updates measured; the mean of each is ``train/<name>``.
+            metrics: What the updates measured; the mean of each is ``train/<name>``. ``unscored`` is added:
+                1 for an image without a score.
             sampling: Seconds for sampling and scoring.
             total: Seconds for everything.
         """
         ranks = self.gather((scores, {name: values.cpu().double() for name, values in metrics.items()}))
         scores, measured = ({n: torch.cat([r[i][n] for r in ranks]) for n in ranks[0][i]} for i in range(2))
         self.collected, count = scores, len(scores["reward"])
+        measured.setdefault("unscored", scores["reward"].isnan().double())
         self.images += count
         self.reward_queries += count
         logged: dict[str, Tensor | float] = {f"train/{n}": values.nanmean() for n, values in scores.items()}
         logged |= {f"train/{n}": v.mean() for n, v in measured.items() if _is_told(n, v)}
         logged["train/reward_std"] = scores["reward"][scores["reward"].isfinite()].std()
         self.log_progress(logged, count / total, sampling / total)
+        self.count_scores(measured["unscored"])
 
     def log_progress(
         self, logged: dict[str, Tensor | float], speed: float, sampling_fraction: float, bar: str = "reward"
@@ -183,6 +189,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             "images": self.images,
             "reward_queries": self.reward_queries,
             "skipped": self._skipped,
+            "unscored": self._unscored,
             "baseline": self.baseline,
             "trained": {name: list(p.shape) for name, p in kept.items()},
         }
@@ -204,6 +211,16 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         progress = checkpoint["progress"]
         self.images, self.reward_queries = progress["images"], progress["reward_queries"]
         self._skipped, self.baseline = progress["skipped"], progress["baseline"]
+        self._unscored = progress.get("unscored", 0)
+        weights = checkpoint.get("state_dict", {})
+        for name, weight in weights.items():
+            if not isinstance(weight, Tensor) or list(weight.shape) != own.get(name):
+                raise ConfigError(f"ckpt_path: {name} in the checkpoint is not what it says; give another")
+            if not bool(weight.isfinite().all()):
+                raise ConfigError(
+                    f"ckpt_path: {name} in the checkpoint holds numbers that are not finite: the run had "
+                    "gone wrong when it was written; give an earlier one, such as best.ckpt beside it"
+                )
 
 
 def _is_told(name: str, values: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Sampling: the same function for training, validation and prediction. Shapes: ``B`` images, ``T`` steps."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lit_align.backbones import POLICY, Conditioning, DiffusionBackbone
 from lit_align.data import Batch
-from lit_align.errors import check_positive
+from lit_align.errors import ConfigError, check_positive
 from lit_align.gaussian import GaussianStep
 from lit_align.randomness import generator
 from lit_align.rollout import Trajectory, rollout
@@ -38,7 +39,7 @@ class Sampling:
         seed: Seed of all noise; that of ``seed_everything`` if not given.
 
     Raises:
-        ConfigError: The batch is not positive.
+        ConfigError: The batch is not positive, or the guidance not finite.
     """
 
     guidance: float = 7.5
@@ -47,6 +48,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_positive({"sampling.batch": self.batch})
+        if not math.isfinite(self.guidance):
+            raise ConfigError(f"sampling.guidance is {self.guidance}; give a finite number, such as 7.5")
 
 
 @dataclass(frozen=True)
