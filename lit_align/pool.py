@@ -6,7 +6,6 @@ an interrupt costs at most the shard in hand, and what a folder holds is found b
 """
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_align.errors import ConfigError
+from lit_align.files import replace_file
 
 
 class Pool:
@@ -88,18 +88,10 @@ class Pool:
         if self.folder is None:
             self._memory |= dict(zip(rows, samples, strict=True))
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(str(list(rows)).encode()).hexdigest()[:8]
         path = self.folder / f"{rows[0]:09d}-{name}.safetensors"
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file({"index": torch.tensor(rows), "samples": samples}, draft, {"source": self.source})
-            draft.replace(path)
-        except (SafetensorError, OSError) as error:
-            draft.unlink(missing_ok=True)
-            raise ConfigError(
-                f"{path} cannot be written ({error}): make room there, and go on from the last checkpoint"
-            ) from error
+        shard = {"index": torch.tensor(rows), "samples": samples}
+        replace_file(path, lambda draft: save_file(shard, draft, {"source": self.source}))
         self._index(path)
 
     def __getitem__(self, index: Tensor) -> Tensor:

@@ -3,15 +3,42 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import ImageProcessingMixin
 
 from lit_align.errors import ConfigError, user_path
 
 SHAPES = "shapes"
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""Precision of a frozen model's weights; half of it halves the memory."""
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_LOADED: WeakValueDictionary[Any, nn.Module] = WeakValueDictionary()
+
+
+def shared(make: Callable[..., Model], *arguments: Any) -> Model:
+    """The frozen module ``make(*arguments)``: loaded once, whoever asks for it.
+
+    A module that was moved to a device, or changed in precision, since it was loaded is its holders' own.
+    """
+    held: Any = _LOADED.get((make, arguments))
+    if held is None or _state(held) != held.as_loaded:
+        held = make(*arguments)
+        held.as_loaded = _state(held)
+        _LOADED[make, arguments] = held
+    return held
+
+
+def _state(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    first = next(module.parameters())
+    return first.device, first.dtype
 
 
 def resolve(pretrained: str, shapes: Path) -> str:
@@ -88,9 +115,14 @@ def loading(pretrained: str) -> Iterator[None]:
 
 
 def load_whole(
-    load: Callable[..., tuple[Any, dict[str, Any]]], pretrained: str, shapes: Path, what: str, saved_from: str
+    load: Callable[..., tuple[Any, dict[str, Any]]],
+    pretrained: str,
+    shapes: Path,
+    what: str,
+    saved_from: str,
+    dtype: Dtype = "float32",
 ) -> Any:
-    """Load a transformers model in float32 from safetensors.
+    """Load a transformers model from safetensors.
 
     Args:
         load: ``from_pretrained`` of its class.
@@ -98,6 +130,7 @@ def load_whole(
         shapes: The shipped folder that ``"shapes"`` stands for here.
         what: What it should be, for the message: "CLIP model".
         saved_from: What such a folder is saved from.
+        dtype: Precision of the weights.
 
     Returns:
         The model.
@@ -108,7 +141,7 @@ def load_whole(
     with loading(pretrained):
         model, info = load(
             resolve(pretrained, shapes),
-            dtype=torch.float32,
+            dtype=getattr(torch, dtype),
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=False,  # left out, transformers asks the user in the terminal

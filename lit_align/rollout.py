@@ -33,6 +33,10 @@ class Trajectory:
         states, means = (torch.where(kept, part, 0.0) for part in (self.states, self.means))
         return Trajectory(states, means, torch.where(finite, self.log_probs, 0.0))
 
+    def to(self, device: torch.device | str) -> "Trajectory":
+        """The same, kept elsewhere."""
+        return Trajectory(self.states.to(device), self.means.to(device), self.log_probs.to(device))
+
 
 def rollout(policy: Policy, x_T: Tensor, num_steps: int, generator: Generators = None) -> Trajectory:
     """Sample ``num_steps`` steps of a policy.

@@ -7,8 +7,9 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
-from lit_align.callbacks.files import unused, write, writes
+from lit_align.callbacks.files import writes
 from lit_align.errors import tell
+from lit_align.files import unused, write
 from lit_align.folder import run_folder
 from lit_align.methods.guard import NotFinite
 

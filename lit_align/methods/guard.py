@@ -65,6 +65,26 @@ class NotFinite(ConfigError):
         return type(self), (str(self), self.skipped)
 
 
+def check_weights(weights: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> None:
+    """Refuse weights of a checkpoint from which nothing can go on.
+
+    Args:
+        weights: By name.
+        shapes: What they must be.
+
+    Raises:
+        ConfigError: One is of another shape, or holds numbers that are not finite.
+    """
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor) or list(weight.shape) != shapes.get(name):
+            raise ConfigError(f"ckpt_path: {name} in the checkpoint is not what it says; give another")
+        if not bool(weight.isfinite().all()):
+            raise ConfigError(
+                f"ckpt_path: {name} in the checkpoint holds numbers that are not finite: the run had gone "
+                "wrong when it was written; give an earlier one, such as best.ckpt beside it"
+            )
+
+
 class GuardedModule(LightningModule):
     """Counts what is skipped, and remembers what it was to learn from."""
 

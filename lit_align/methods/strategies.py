@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 
 from lit_align.errors import ConfigError
@@ -20,7 +22,19 @@ def check_trainer(trainer: Trainer) -> None:
             f"trainer.precision: {trainer.precision} would round the stored chains; "
             "use 32-true, bf16-mixed or 16-mixed"
         )
+    _check_world(trainer.world_size)
     _check_strategy(trainer.strategy, trainer.world_size)
+
+
+def _check_world(world: int) -> None:
+    """Refuse processes that a launcher started together and that would each train alone."""
+    for environment in (TorchElasticEnvironment, SLURMEnvironment):
+        if environment.detect() and (started := environment().world_size()) != world:
+            raise ConfigError(
+                f"trainer.devices: {started} processes were started together, and the Trainer knows of "
+                f"{world}; set trainer.num_nodes to the number of nodes, and trainer.devices to that of "
+                "processes on each"
+            )
 
 
 def read_safely(trainer: Trainer) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_align.errors import ConfigError, user_path
-from lit_align.pretrained import SHAPES, not_finite
+from lit_align.pretrained import SHAPES, not_finite, shared
 from lit_align.rewards.base import Reward, domain_of
 from lit_align.rewards.clip import CLIP_MODEL, CLIPCosine
 from lit_align.shapes import AESTHETIC as SHAPES_AESTHETIC
@@ -47,7 +47,7 @@ class AestheticScore(Reward):
         super().__init__()
         self.domain = domain_of(pretrained)
         self.head = _load_head(head or (SHAPES if pretrained == SHAPES else None))
-        self.clip = CLIPCosine(pretrained)
+        self.clip = shared(CLIPCosine, pretrained)
         width, reads = self.clip.model.config.projection_dim, self.head[0].in_features
         if reads != width:
             raise ConfigError(
