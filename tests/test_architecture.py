@@ -83,6 +83,7 @@ ALLOWED = {
 
 ROOMS = {
     "base",
+    "guard",
     "identity",
     "joint",
     "metrics",

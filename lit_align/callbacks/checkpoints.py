@@ -162,8 +162,11 @@ class BestCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Pass over a validation without any score, which would be the best if it is the first."""
         flush(trainer)
-        super().on_validation_end(trainer, pl_module)
+        reward = trainer.callback_metrics.get("val/reward")
+        if reward is None or bool(reward.isfinite()):
+            super().on_validation_end(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the best score also where the run's folder is now written differently, or was moved."""
