@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 import shutil
 import signal
 import sys
@@ -288,7 +289,7 @@ def _row(method: str, ranks: str, results: Sequence[Result]) -> list[str]:
 
 def _file(name: str) -> str:
     """A file's kind, without what is different in every run."""
-    name = name.removeprefix(".").removesuffix(".draft")
+    name = re.sub(r"^\.|(\.\d+)?\.draft$", "", name)
     return next((kind for kind in ("events", "validation", "config") if name.startswith(kind)), name)
 
 
