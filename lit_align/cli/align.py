@@ -66,7 +66,7 @@ class AlignCLI(LightningCLI):
             raise ConfigError("ckpt_path: auto is for fit, which may begin anew; give last")
         if config.ckpt_path and not self.auto:
             self.saved = find(config.ckpt_path, runs_of(config))
-            config.ckpt_path = None  # Lightning would read all of it, for hyper-parameters that it has not
+        config.ckpt_path = None  # Lightning would read all of it, for hyper-parameters that it has not
 
     def before_instantiate_classes(self) -> None:
         stage = str(self.subcommand)
