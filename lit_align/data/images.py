@@ -3,11 +3,14 @@
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from lit_align.errors import ConfigError
 
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 """What Pillow raises for files that it cannot decode."""
@@ -20,7 +23,21 @@ class UnreadableImage(Exception):
     """The bytes of one image are missing or cannot be decoded; the message says what is wrong with them."""
 
 
-def decode(data: bytes, resolution: int) -> Tensor:
+def height_and_width(resolution: int | Sequence[int]) -> tuple[int, int]:
+    """What a resolution stands for: both sides, or one number for both.
+
+    Raises:
+        ConfigError: It is no such thing.
+    """
+    sides = [resolution, resolution] if isinstance(resolution, int) else list(resolution)
+    if len(sides) != 2 or min(sides) < 1:
+        raise ConfigError(
+            f"data.resolution is {resolution}: give height and width in pixels, or one number for both"
+        )
+    return sides[0], sides[1]
+
+
+def decode(data: bytes, resolution: int | Sequence[int]) -> Tensor:
     """A stored image, scaled so that its shorter side fits and cropped to its centre.
 
     Scaled with a bilinear filter, the default of torchvision's ``Resize`` in the published training scripts.
@@ -29,10 +46,10 @@ def decode(data: bytes, resolution: int) -> Tensor:
 
     Args:
         data: A file that Pillow reads.
-        resolution: Height and width of the result, in pixels.
+        resolution: Height and width of the result in pixels, or one number for both.
 
     Returns:
-        ``(3, resolution, resolution)`` float32 in [0, 1].
+        ``(3, height, width)`` float32 in [0, 1].
 
     Raises:
         UnreadableImage: The file is cut short, no image, or in a mode whose white is not known.
@@ -43,8 +60,9 @@ def decode(data: bytes, resolution: int) -> Tensor:
     except BROKEN as error:
         what = str(error).split("\n")[0].split("<_io")[0].strip() or type(error).__name__
         raise UnreadableImage(what) from error
-    if image.size != (resolution, resolution):
-        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BILINEAR)
+    height, width = height_and_width(resolution)
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
 
 
