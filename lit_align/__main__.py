@@ -1,6 +1,7 @@
 """Entry point of ``python -m lit_align``."""
 
 import os
+import signal
 import sys
 
 HELP = """usage: python -m lit_align COMMAND --config CONFIG [--config OVERLAY] [--KEY VALUE]
@@ -25,7 +26,8 @@ more:
   --print_config after a configuration prints every value, with its default
   fit --help     every option of the Trainer and of the command
   fit --model.help DDPOModule, fit --data.help PromptDataModule     the options of a class
-  --ckpt_path takes a checkpoint, the folder of a run, or last: the newest run of the configuration"""
+  --ckpt_path takes a checkpoint, the folder of a run, or last: the newest run of the configuration;
+  auto goes on if this command has run before, and else begins: the same command for every start of a job"""
 
 if __name__ == "__main__":
     # Before torch is imported: threads that spin while they wait make a busy CPU several times slower.
@@ -33,6 +35,8 @@ if __name__ == "__main__":
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
         print(HELP)  # at once: the libraries take seconds to load
     else:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load: no traceback of them
         from lit_align.cli import main
 
         main()

@@ -1,6 +1,7 @@
 """LoRA files of diffusers, PEFT, kohya and older programs, as factors whose strength is in the weights."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lit_align.errors import ConfigError
 from lit_align.identity import ADAPTER
+from lit_align.pretrained import not_finite
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -75,6 +77,7 @@ def read(file: Path, pipeline_class: Any, part: str, config: Any) -> dict[str, T
     with safe_open(file, "pt") as opened:
         layers = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         said = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    check_contents(layers, said)
     for name in layers:
         for word, kind in OTHERS.items():
             if word in name:
@@ -182,3 +185,31 @@ def to_kohya(layers: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
         if factor == "lora_A":
             found[f"{place}.alpha"] = torch.tensor(float(len(value)))
     return found
+
+
+def check_contents(layers: Mapping[str, Any], metadata: Mapping[str, Any] | None) -> None:
+    """Refuse what would do harm before anything is made of it.
+
+    Raises:
+        ValueError: A number is not finite, or the metadata ask for other layers than the file has.
+    """
+    if broken := not_finite(layers):
+        raise ValueError(f"{broken} holds numbers that are not finite")
+    largest = max((max(value.shape, default=1) for value in layers.values()), default=1)
+    for name, value in (metadata or {}).items():
+        named = value.values() if name.endswith(("_pattern",)) and isinstance(value, dict) else [value]
+        numbers = [number for number in named if isinstance(number, int | float)]
+        if any(not math.isfinite(number) for number in numbers):
+            raise ValueError(f"its metadata say {name}: {value}")
+        if name.endswith((".r", ".rank_pattern")) and max(numbers, default=1) > largest:
+            raise ValueError(f"its metadata say {name}: {value}, and no tensor has so many rows")
+        if name.endswith(".use_dora") and value:
+            raise ValueError("it is a DoRA, whose updates do not add up")
+
+
+def reason(error: Exception) -> str:
+    """The first line of what a library says, with the type where it is no sentence."""
+    text = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    return (
+        text if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: {text}"
+    )

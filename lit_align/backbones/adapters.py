@@ -11,11 +11,10 @@ import torch
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lit_align.backbones.adapter_files import find, read
+from lit_align.backbones.adapter_files import find, read, reason
 from lit_align.errors import ConfigError, check_positive
 
 
@@ -132,8 +131,11 @@ class Adapters:
             loaded = set_peft_model_state_dict(self.denoiser, layers, adapter_name=name)
             if loaded.unexpected_keys:
                 raise ValueError(f"the model has no place for {loaded.unexpected_keys[0]}")
-        except (ValueError, RuntimeError, KeyError, OSError, SafetensorError) as error:
-            raise ConfigError(f"the adapter in {path} does not fit this model: {error}") from error
+        except Exception as error:  # whatever a wrong file makes of the conversion of names
+            raise ConfigError(
+                f"the adapter in {path} does not fit this model: {reason(error)}; give another, or copy it "
+                "again"
+            ) from error
 
     @contextmanager
     def _injecting(self, name: str) -> Iterator[None]:

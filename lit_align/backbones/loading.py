@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lit_align.backbones.options import with_entries
-from lit_align.errors import ConfigError, tell
+from lit_align.errors import ConfigError, tell, user_path
 from lit_align.pretrained import loading, resolve
 from lit_align.shapes import PIPELINE
 
@@ -65,7 +65,7 @@ def load_pipeline(
     Raises:
         ConfigError: There is no such model, it cannot be read, or it is of another family.
     """
-    file = Path(pretrained).expanduser()
+    file = user_path(pretrained)
     if file.suffix in (".safetensors", ".ckpt") and not file.is_dir():
         return _load_file(pipeline_class, file, without, dtypes, config)
     if config is not None:
@@ -156,7 +156,7 @@ def _load_file(
     if not file.is_file():
         raise ConfigError(f"{place} is no file; give one that exists (the working directory is {Path.cwd()})")
     entries = _check_file(pipeline_class, file, place)
-    folder = None if config is None else Path(config).expanduser()
+    folder = None if config is None else user_path(config)
     if folder is not None and folder.is_dir():
         with loading(str(folder)):
             _check_class(pipeline_class, pipeline_class.load_config(folder), f"config: {config!r}")

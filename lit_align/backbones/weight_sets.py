@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lit_align.backbones.adapters import Adapters, LoRA, whole
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, user_path
 from lit_align.identity import read_stamp, weights_hash
 from lit_align.pretrained import loading
 from lit_align.shapes import PIPELINE, WEIGHTS_HASH
@@ -112,7 +112,7 @@ class WeightSets(nn.Module):
         if self._lora is None:
             raise ConfigError("adapters: they need lora; give its settings, or take adapters out")
         for number, (path, weight) in enumerate(adapters.items()):
-            self._adapters.load(f"_start{number}", Path(path).expanduser())
+            self._adapters.load(f"_start{number}", user_path(path))
             self._start[f"_start{number}"] = weight
             self._remember(f"_start{number}", path)
             self.file_hashes[f"_start{number}"] += f" x {weight:g}"

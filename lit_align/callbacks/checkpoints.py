@@ -166,6 +166,7 @@ class BestCheckpoint(ModelCheckpoint):
         def here(path: str) -> str:
             return str(Path(self.dirpath or "") / Path(path).name) if path else path
 
+        self.current_score = state_dict["current_score"]  # Lightning saves it, and does not take it up
         paths = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path")}
         scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": scores})

@@ -19,7 +19,7 @@ from lit_align.methods.identity import check_checkpoint, check_files, identity_o
 from lit_align.methods.metrics import Metrics
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
 from lit_align.methods.sampling import Sampling
-from lit_align.methods.strategies import check_trainer
+from lit_align.methods.strategies import check_trainer, read_safely
 from lit_align.methods.validation import ValidatedModule, held_out_prompts
 from lit_align.randomness import run_seed
 from lit_align.rewards import RewardBank
@@ -100,6 +100,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
                 "PromptDataModule"
             )
         check_trainer(self.trainer)
+        read_safely(self.trainer)
         self._facts = identity_of(self, self.rewards, data)
         check_files(self.backbone.weight_sets.stamps, self._facts, self.accept_other_base)
         self._check_domain(held_out_prompts(data, stage))

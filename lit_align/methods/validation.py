@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_align.backbones import POLICY, REFERENCE, Conditioning
-from lit_align.comparison import diversity
+from lit_align.comparison import diversity, high_frequency, saturation
 from lit_align.data import Batch, MultiTaskDataModule, PickaPicDataModule, PromptDataModule
 from lit_align.gaussian import GaussianStep
 from lit_align.methods.sampling import BatchPolicy, SamplingModule
@@ -25,7 +25,7 @@ CHECKED_PROMPTS = 1024
 
 
 def measure(images: Tensor, scores: RewardOutput, batch: Batch) -> dict[str, Tensor]:
-    """What is reported of each image, ``(B,)`` on the CPU: its scores, diversity, and its place.
+    """What is reported of each image, ``(B,)`` on the CPU: its scores, diversity, artefacts, and its place.
 
     ``unscored`` is there only if some image has no score.
     """
@@ -33,6 +33,7 @@ def measure(images: Tensor, scores: RewardOutput, batch: Batch) -> dict[str, Ten
     if bool(scores.total.isnan().any()):
         measured["unscored"] = scores.total.isnan().float().cpu()
     measured["diversity"] = diversity(images, batch.groups).cpu()
+    measured |= {"saturation": saturation(images).cpu(), "high_frequency": high_frequency(images).cpu()}
     if "reward/truth" in measured:
         measured["truth"] = measured["reward/truth"]
     return measured | {"index": batch.index, "group": batch.groups}
@@ -208,8 +209,8 @@ class ValidatedModule(SamplingModule):
         self._evaluated.append(measured | self.distance(batch, cond, samples.trajectory))
         return samples.images
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Policy and reference on the same prompts and noise; returns the policy's images."""
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Policy and reference on the same prompts and noise; returns their images by weight set."""
         cond = self.backbone.encode(batch.prompts)
         samples, before = (
             self.sample(self.policy(batch, cond, weights), batch, "test") for weights in (POLICY, REFERENCE)
@@ -219,7 +220,7 @@ class ValidatedModule(SamplingModule):
         base |= {name: torch.zeros_like(values) for name, values in distance.items()}
         measured = measure(samples.images, self.score(samples.images, batch), batch)
         self._evaluated.append(base_metrics(base) | measured | distance)
-        return samples.images
+        return {POLICY: samples.images, REFERENCE: before.images}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Images ``(B, 3, H, W)`` and their rewards."""
