@@ -12,6 +12,7 @@ commands:
   validate    measure a checkpoint on the validation prompts
   test        compare a checkpoint with the pretrained model, on prompts that were never used
   predict     draw images of a checkpoint, with their prompts and rewards
+  serve       serve rewards to the runs of other processes and machines: serve --rewards bank.yaml
 
 examples:
   python -m lit_align fit     --config configs/ddpo.yaml

@@ -12,13 +12,19 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_align.advantages import Advantages
 from lit_align.callbacks import ProgressBar, RunConfig, RunFolder, default_callbacks
 from lit_align.cli.checkpoint import Saved, find, newest
 from lit_align.cli.going_on import going_on
 from lit_align.cli.loggers import keep_metrics, new_folder, runs_of, use_folder
 from lit_align.cli.settings import settings_of
-from lit_align.errors import ConfigError, tell
+from lit_align.data import CaptionedImages, PairSource, PromptSource
+from lit_align.errors import ConfigError, built, tell
 from lit_align.methods.strategies import check_trainer
+from lit_align.rewards import Reward
+
+WRITTEN = (Advantages, CaptionedImages, PairSource, PromptSource, Reward)
+"""What people write classes of: a constructor that raises is one sentence."""
 
 REFUSED = (ValueError, TypeError, RuntimeError, MisconfigurationException)
 """What Trainer raises where its options cannot work together."""
@@ -37,6 +43,10 @@ class AlignCLI(LightningCLI):
         except BaseException:
             self._clean_up()
             raise
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for kind in WRITTEN:
+            parser.add_instantiator(built, kind, subclasses=True)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)

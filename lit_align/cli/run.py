@@ -17,6 +17,7 @@ from lit_align.cli.errors import Given, explain
 from lit_align.cli.method import model_argument, use_method
 from lit_align.cli.quiet import quiet
 from lit_align.cli.renamed import translated, translated_arguments
+from lit_align.cli.serve import serve_command
 from lit_align.errors import ConfigError
 from lit_align.methods import AlignmentModule
 
@@ -27,6 +28,9 @@ NO_SPACE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def _run(arguments: list[str]) -> None:
+    if arguments[:1] == ["serve"]:
+        serve_command(arguments[1:])
+        return
     given = Given((), arguments)
     helps = any(argument in ("-h", "--help") or ".help" in argument for argument in arguments)
     if arguments and arguments[0] in AlignCLI.subcommands() and not helps:

@@ -149,7 +149,14 @@ class ValidatedModule(SamplingModule):
     @torch.no_grad()
     def score(self, images: Tensor, batch: Batch) -> RewardOutput:
         """What the rewards say of images, without gradient."""
-        return self.rewards(images, batch.prompts, batch.groups, batch.columns)
+        return self.bank_of(batch)(images, batch.prompts, batch.groups, batch.columns)
+
+    def score_ahead(self, images: Tensor, batch: Batch) -> None:
+        self.bank_of(batch).ahead(images, batch.prompts, batch.columns)
+
+    def bank_of(self, batch: Batch) -> RewardBank:
+        """The rewards that score a batch; several tasks have a bank each."""
+        return self.rewards
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in rank order; every rank must call it."""
