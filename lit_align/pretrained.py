@@ -1,6 +1,6 @@
 """Finding pretrained weights and failing with a sentence when they cannot be had."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import ImageProcessingMixin
 
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, user_path
 
 SHAPES = "shapes"
 
@@ -63,7 +63,7 @@ def resolve(pretrained: str, shapes: Path) -> str:
                 "reinstall lit_align."
             )
         return str(shapes)
-    folder = Path(pretrained).expanduser()
+    folder = user_path(pretrained)
     if folder.is_dir():
         return str(folder)
     if pretrained.startswith((".", "~", "/")) or pretrained.count("/") != 1:
@@ -77,7 +77,10 @@ def resolve(pretrained: str, shapes: Path) -> str:
 
 @contextmanager
 def loading(pretrained: str) -> Iterator[None]:
-    """Turn what can go wrong while the model called ``pretrained`` is read into a :class:`ConfigError`."""
+    """Turn what can go wrong while the model called ``pretrained`` is read into a :class:`ConfigError`.
+
+    The files come from outside, and libraries raise whatever wrong ones lead them to.
+    """
     try:
         yield
     except ConfigError:
@@ -87,13 +90,17 @@ def loading(pretrained: str) -> Iterator[None]:
             f"pretrained: the weights of {pretrained!r} are corrupt ({error}); "
             "delete them and download them again."
         ) from error
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        if isinstance(
+            error, KeyError | TypeError | AttributeError | IndexError
+        ):  # a message without a sentence
+            lines = [f"{type(error).__name__}: {lines[0]}"]
         if isinstance(error, ImportError):  # as where DETR's backbone comes from timm
             lines = [f"a package is missing: {' '.join(str(error).split())}"]
         if pretrained == SHAPES:
             remedy = "reinstall lit_align, whose weights they are"
-        elif Path(pretrained).expanduser().is_dir():
+        elif user_path(pretrained).is_dir():
             remedy = (
                 "check that the folder holds the whole model: its configuration, fitting safetensors weights "
                 "and its tokenizer"
@@ -137,6 +144,7 @@ def load_whole(
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             output_loading_info=True,
+            trust_remote_code=False,  # left out, transformers asks the user in the terminal
         )
     if missing := info["missing_keys"]:
         raise ConfigError(
@@ -153,3 +161,9 @@ def processor_config(pretrained: str, shapes: Path) -> dict[str, Any]:
     except OSError:
         return {}
     return dict(config)
+
+
+def not_finite(tensors: Mapping[str, Any]) -> str | None:
+    """The name of the first tensor with a number that is not finite, or None."""
+    real = {name: t for name, t in tensors.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    return next((name for name, tensor in real.items() if not bool(tensor.isfinite().all())), None)

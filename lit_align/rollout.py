@@ -23,6 +23,10 @@ class Trajectory:
     means: Tensor
     log_probs: Tensor
 
+    def to(self, device: torch.device | str) -> "Trajectory":
+        """The same, kept elsewhere."""
+        return Trajectory(self.states.to(device), self.means.to(device), self.log_probs.to(device))
+
 
 def rollout(policy: Policy, x_T: Tensor, num_steps: int, generator: Generators = None) -> Trajectory:
     """Sample ``num_steps`` steps of a policy.

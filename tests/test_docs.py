@@ -23,9 +23,10 @@ ELSEWHERE = (
     "ruff check",
     "python -m tests.benchmarks.",
     "python -m lit_align.shapes.recipe",
+    "python -m lit_align report",
     "hf download",
 )
-"""Run by CI, by tests/benchmarks and by tests/shapes; and downloads."""
+"""Run by CI, by tests/benchmarks, by tests/shapes and by tests/test_report.py; and downloads."""
 
 SMALL = """
 trainer:
@@ -47,6 +48,7 @@ data:
 PROMPTS = "data: {init_args: {images_per_prompt: 2, prompts_per_batch: 2}}"
 SMALLER = {
     "ddpo": f"{PROMPTS}\nmodel: {{init_args: {{updates: 1}}}}",
+    "nft": f"{PROMPTS}\nmodel: {{init_args: {{timesteps: 1}}}}",
     "prdp": f"{PROMPTS}\nmodel: {{init_args: {{updates: 1}}}}",
     "msdda": f"{PROMPTS}\nmodel: {{init_args: {{updates: 1}}}}",
     "alignprop": "data: {init_args: {prompts_per_batch: 2}}",

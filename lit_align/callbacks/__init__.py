@@ -9,6 +9,7 @@ from lit_align.callbacks.histograms import RewardHistograms
 from lit_align.callbacks.images import ImageGrids, ImageWriter
 from lit_align.callbacks.new_settings import NewSettings
 from lit_align.callbacks.progress import ProgressBar, ProgressLines
+from lit_align.callbacks.report import TestReport
 from lit_align.callbacks.run_config import RunConfig
 from lit_align.callbacks.summary import RunSummary
 from lit_align.callbacks.sweep import SweepReport
@@ -28,6 +29,7 @@ __all__ = [
     "RunFolder",
     "RunSummary",
     "SweepReport",
+    "TestReport",
     "default_callbacks",
     "image_grid",
     "run_folder",
@@ -48,6 +50,7 @@ def default_callbacks(checkpoints: bool = True) -> list[Callback]:
         ImageWriter(),
         RewardHistograms(),
         RunSummary(),
+        TestReport(),
         SweepReport(),
     ]
     return callbacks + (checkpoint_callbacks() if checkpoints else [])

@@ -1,7 +1,7 @@
 """The order of things in every method: sample, score, learn, log; and what a checkpoint holds."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -14,10 +14,12 @@ from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import MultiTaskDataModule
 from lit_align.errors import ConfigError
+from lit_align.identity import differences
+from lit_align.methods.identity import check_checkpoint, check_files, identity_of
 from lit_align.methods.metrics import Metrics
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
 from lit_align.methods.sampling import Sampling
-from lit_align.methods.strategies import check_trainer
+from lit_align.methods.strategies import check_trainer, read_safely
 from lit_align.methods.validation import ValidatedModule, held_out_prompts
 from lit_align.randomness import run_seed
 from lit_align.rewards import RewardBank
@@ -38,6 +40,15 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
 
     several_tasks: ClassVar[bool] = False
     """Whether a training batch may be a list with a rollout batch of each task."""
+
+    accept_other_base = False
+    """Whether checkpoints and adapters that were trained over other frozen weights are taken all the same."""
+
+    accept_other_data = False
+    """Whether a checkpoint of a run on other prompts or pairs is gone on from all the same."""
+
+    changes_told = False
+    """Whether the user knows which settings are not the checkpoint's: the command line compares options."""
 
     def __init__(
         self,
@@ -71,6 +82,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         self.baseline, self.latest, self.prompt_groups = {}, {}, torch.zeros(0)
         self.gradient_norm, self.lr = torch.zeros(()), None
         self._evaluated, self._skipped = [], 0
+        self._facts: dict[str, Any] = {}
 
     # ---- training
 
@@ -88,6 +100,9 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
                 "PromptDataModule"
             )
         check_trainer(self.trainer)
+        read_safely(self.trainer)
+        self._facts = identity_of(self, self.rewards, data)
+        check_files(self.backbone.weight_sets.stamps, self._facts, self.accept_other_base)
         self._check_domain(held_out_prompts(data, stage))
 
     def _check_domain(self, prompts: list[str]) -> None:
@@ -97,6 +112,10 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             bank.check_model(judged, prompts)
         if self.backbone.is_shapes and (warning := untaught(prompts)):
             rank_zero_warn(warning)
+
+    def identity(self) -> dict[str, Any]:
+        """What this run is, for its checkpoints and adapters; known after :meth:`setup`."""
+        return self._facts
 
     @property
     def reward_banks(self) -> list[RewardBank]:
@@ -148,9 +167,20 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             "perf/images_per_second": speed,
             "step": float(self.images),
         }
-        self.log_dict(logged, batch_size=1)
+        self.log_dict(logged, logger=False, batch_size=1)
+        self._log_now(logged)
         shown = {bar: logged[f"train/{bar}"], "images/s": speed}
         self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+
+    def _log_now(self, logged: Mapping[str, Tensor | float]) -> None:
+        """Give values to the loggers, before the batch's checkpoint; the Trainer does it after that."""
+        trainer = self.trainer
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not every or ((trainer.fit_loop.total_batch_idx + 1) % every and not trainer.should_stop):
+            return
+        values = {name: torch.as_tensor(value).item() for name, value in logged.items() if name != "step"}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, self.images)
 
     # ---- ranks, files and checkpoints
 
@@ -183,15 +213,22 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             "reward_queries": self.reward_queries,
             "skipped": self._skipped,
             "baseline": self.baseline,
+            "latest": self.latest,
+            "prompt_groups": self.prompt_groups,
             "trained": {name: list(p.shape) for name, p in kept.items()},
         }
+        checkpoint["identity"] = self._facts
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the counters.
 
         Raises:
-            ConfigError: The checkpoint holds other trained weights than this configuration has.
+            ConfigError: The checkpoint is of another method, model or data set, or holds other trained
+                weights than this configuration has.
         """
+        fit = self.trainer.state.fn == "fit"
+        accepted = self.accept_other_base, self.accept_other_data
+        changed = check_checkpoint(checkpoint.get("identity", {}), self._facts, fit, *accepted)
         own = {name: list(p.shape) for name, p in self.kept().items()}
         # Not those of state_dict, which a strategy that shards has taken out by now.
         saved = checkpoint.get("progress", {}).get("trained", {})
@@ -203,6 +240,19 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         progress = checkpoint["progress"]
         self.images, self.reward_queries = progress["images"], progress["reward_queries"]
         self._skipped, self.baseline = progress["skipped"], progress["baseline"]
+        if fit:
+            self.latest = progress.get("latest", {})
+            self.prompt_groups = progress.get("prompt_groups", self.prompt_groups)
+        if changed:
+            self._measure_anew(checkpoint["identity"], changed)
+
+    def _measure_anew(self, saved: Mapping[str, Any], changed: Collection[str]) -> None:
+        """Drop what was measured of other weights, prompts or rewards, or with another sampler."""
+        if not self.changes_told:
+            now = differences({name: saved[name] for name in changed}, self._facts)
+            told = ", ".join(f"{name} {values}" for name, values in now.items())
+            rank_zero_warn(f"goes on with another {told}; the pretrained model is measured anew")
+        self.forget_baseline()
 
 
 def _is_told(name: str, values: Tensor) -> bool:

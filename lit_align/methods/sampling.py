@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import torch
 from lightning import LightningModule
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_align.backbones import POLICY, Conditioning, DiffusionBackbone
 from lit_align.data import Batch
-from lit_align.errors import check_positive
+from lit_align.errors import ConfigError, check_positive
 from lit_align.gaussian import GaussianStep
 from lit_align.randomness import generator
 from lit_align.rollout import Trajectory, rollout
@@ -36,17 +36,22 @@ class Sampling:
             training; 1 is none, at half the cost. 7.5 is the pipelines' own.
         batch: Images sampled at once. Bounds memory and changes no result.
         seed: Seed of all noise; that of ``seed_everything`` if not given.
+        store: Where the chains of a rollout batch are kept until they have been replayed: on the ``device``,
+            or, where it has no room for them, on the ``cpu``. Changes no result.
 
     Raises:
-        ConfigError: The batch is not positive.
+        ConfigError: The batch is not positive, or the place is none.
     """
 
     guidance: float = 7.5
     batch: int = 8
     seed: int | None = None
+    store: Literal["device", "cpu"] = "device"
 
     def __post_init__(self) -> None:
         check_positive({"sampling.batch": self.batch})
+        if self.store not in ("device", "cpu"):
+            raise ConfigError(f"sampling.store: {self.store!r} must be device or cpu")
 
 
 @dataclass(frozen=True)
@@ -95,9 +100,11 @@ class SamplingModule(LightningModule):
         for rows in torch.arange(len(batch)).split(self.sampling.batch):
             noise, draws = self.draw_noise(batch.index[rows], purpose, seed)
             trajectory = rollout(policy[rows], noise, self.sampler.num_steps, draws)
-            chunks.append(Samples(trajectory, self.backbone.decode(trajectory.states[-1])))
+            images = self.backbone.decode(trajectory.states[-1])
+            stored = trajectory.to("cpu") if self.sampling.store == "cpu" else trajectory
+            chunks.append(Samples(stored, images))
             if scored:
-                self.score_ahead(chunks[-1].images, batch[rows])
+                self.score_ahead(images, batch[rows])
         parts = [(c.trajectory.states, c.trajectory.means, c.trajectory.log_probs) for c in chunks]
         states, means, log_probs = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         return Samples(Trajectory(states, means, log_probs), torch.cat([c.images for c in chunks]))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_align.backbones import POLICY, REFERENCE, Conditioning
-from lit_align.comparison import diversity
+from lit_align.comparison import diversity, high_frequency, saturation
 from lit_align.data import Batch, MultiTaskDataModule, PickaPicDataModule, PromptDataModule
 from lit_align.gaussian import GaussianStep
 from lit_align.methods.sampling import BatchPolicy, SamplingModule
@@ -25,7 +25,7 @@ CHECKED_PROMPTS = 1024
 
 
 def measure(images: Tensor, scores: RewardOutput, batch: Batch) -> dict[str, Tensor]:
-    """What is reported of each image, ``(B,)`` on the CPU: its scores, diversity, and its place.
+    """What is reported of each image, ``(B,)`` on the CPU: its scores, diversity, artefacts, and its place.
 
     ``unscored`` is there only if some image has no score.
     """
@@ -33,6 +33,7 @@ def measure(images: Tensor, scores: RewardOutput, batch: Batch) -> dict[str, Ten
     if bool(scores.total.isnan().any()):
         measured["unscored"] = scores.total.isnan().float().cpu()
     measured["diversity"] = diversity(images, batch.groups).cpu()
+    measured |= {"saturation": saturation(images).cpu(), "high_frequency": high_frequency(images).cpu()}
     if "reward/truth" in measured:
         measured["truth"] = measured["reward/truth"]
     return measured | {"index": batch.index, "group": batch.groups}
@@ -44,6 +45,7 @@ def kl_to_reference(
     stochastic: Tensor,
     chunk: int,
     stds: Sequence[Tensor] | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """KL to the reference along chains, summed over the stochastic steps: nats per image, ``(B,)``.
 
@@ -53,21 +55,27 @@ def kl_to_reference(
         stochastic: ``(T,)`` bool; the other steps have no density, and the reference is not asked there.
         chunk: Images at once.
         stds: Of the ``T`` steps that made the chains, where they are not the reference's.
+        device: Where the reference computes; that of the chains if not given.
     """
     totals = []
+    where = device or trajectory.states.device
     for rows in torch.arange(trajectory.states.shape[1]).split(chunk):
-        total = trajectory.states.new_zeros(len(rows))
+        total = trajectory.states.new_zeros(len(rows), device=where)
         policy = reference[rows]
         for k in stochastic.nonzero().flatten().tolist():
-            step = policy(trajectory.states[k, rows], k)
+            step = policy(trajectory.states[k, rows].to(where), k)
             std = step.std if stds is None else stds[k]
-            total += GaussianStep(trajectory.means[k, rows], std).kl(step)
+            total += GaussianStep(trajectory.means[k, rows].to(where), std).kl(step)
         totals.append(total)
     return torch.cat(totals)
 
 
 def drift_from_reference(
-    reference: BatchPolicy, trajectory: Trajectory, sampler: Sampler, chunk: int
+    reference: BatchPolicy,
+    trajectory: Trajectory,
+    sampler: Sampler,
+    chunk: int,
+    device: torch.device | None = None,
 ) -> Tensor:
     """How far predictions have moved from the reference's, ``(B,)``: what can be said without a density.
 
@@ -78,12 +86,14 @@ def drift_from_reference(
     steps = torch.linspace(0, sampler.num_steps - 1, count).round().long().tolist()
     one = torch.ones(1, 1, dtype=torch.float64)
     squares = []
+    where = device or trajectory.states.device
     for rows in torch.arange(trajectory.states.shape[1]).split(chunk):
-        policy, total = reference[rows], trajectory.states.new_zeros(len(rows))
+        policy, total = reference[rows], trajectory.states.new_zeros(len(rows), device=where)
         for k in steps:
             # A step is linear in the prediction, so that means differ by this factor times predictions.
             factor = sampler.step(0 * one, one, k).mean.item()
-            difference = (trajectory.means[k, rows] - policy(trajectory.states[k, rows], k).mean) / factor
+            state, mean = (part[k, rows].to(where) for part in (trajectory.states, trajectory.means))
+            difference = (mean - policy(state, k).mean) / factor
             total += difference.square().flatten(1).mean(1)
         squares.append(total / count)
     return torch.cat(squares).sqrt()
@@ -167,8 +177,8 @@ class ValidatedModule(SamplingModule):
         return gathered
 
     def forget_baseline(self) -> None:
-        """Drop what was measured of the pretrained model: it is measured anew when training starts."""
-        self.baseline = {}
+        """Drop what was measured before: the pretrained model is measured anew when training starts."""
+        self.baseline, self.latest = {}, {}
 
     def on_train_start(self) -> None:
         """Measure the pretrained model where that was not done: every curve has a point at 0 images."""
@@ -206,8 +216,8 @@ class ValidatedModule(SamplingModule):
         self._evaluated.append(measured | self.distance(batch, cond, samples.trajectory))
         return samples.images
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Policy and reference on the same prompts and noise; returns the policy's images."""
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Policy and reference on the same prompts and noise; returns their images by weight set."""
         cond = self.backbone.encode(batch.prompts)
         samples, before = (
             self.sample(self.policy(batch, cond, weights), batch, "test") for weights in (POLICY, REFERENCE)
@@ -217,7 +227,7 @@ class ValidatedModule(SamplingModule):
         base |= {name: torch.zeros_like(values) for name, values in distance.items()}
         measured = measure(samples.images, self.score(samples.images, batch), batch)
         self._evaluated.append(base_metrics(base) | measured | distance)
-        return samples.images
+        return {POLICY: samples.images, REFERENCE: before.images}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Images ``(B, 3, H, W)`` and their rewards."""
@@ -232,9 +242,10 @@ class ValidatedModule(SamplingModule):
         """
         reference, chunk = self.policy(batch, cond, REFERENCE), self.sampling.batch
         if not self.sampler.stochastic.any():
-            return {"drift": drift_from_reference(reference, trajectory, self.sampler, chunk).cpu()}
-        stds = self.step_stds()
-        return {"kl": kl_to_reference(reference, trajectory, self.sampler.stochastic, chunk, stds).cpu()}
+            drift = drift_from_reference(reference, trajectory, self.sampler, chunk, self.device)
+            return {"drift": drift.cpu()}
+        stds, noisy = self.step_stds(), self.sampler.stochastic
+        return {"kl": kl_to_reference(reference, trajectory, noisy, chunk, stds, self.device).cpu()}
 
     def step_stds(self) -> Sequence[Tensor] | None:
         """Stds of the ``T`` steps that sample; None where they are the sampler's."""

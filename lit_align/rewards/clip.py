@@ -216,7 +216,9 @@ class PickScore(Reward):
 def load_tokenizer(processor: str, shapes: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer; where its files are missing transformers makes one without words: an error here."""
     with loading(processor):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(processor, shapes))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            resolve(processor, shapes), trust_remote_code=False
+        )
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(
             f"There is no tokenizer in {processor!r}; save one there with save_pretrained, "

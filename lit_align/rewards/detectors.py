@@ -57,7 +57,9 @@ def load_detector(pretrained: str) -> "Detector":
         ConfigError: It cannot be loaded.
     """
     with loading(pretrained):
-        family = AutoConfig.from_pretrained(resolve(pretrained, SHAPES_DETECTOR)).model_type
+        family = AutoConfig.from_pretrained(
+            resolve(pretrained, SHAPES_DETECTOR), trust_remote_code=False
+        ).model_type
     return (OpenVocabulary if family in QUERIES else ClosedSet)(pretrained)
 
 
@@ -110,7 +112,9 @@ class ClosedSet(Detector):
         load = AutoModelForObjectDetection.from_pretrained
         self.model = load_whole(load, pretrained, SHAPES_DETECTOR, "detector", "detector")
         with loading(pretrained):
-            self.processor = AutoImageProcessor.from_pretrained(resolve(pretrained, SHAPES_DETECTOR))
+            self.processor = AutoImageProcessor.from_pretrained(
+                resolve(pretrained, SHAPES_DETECTOR), trust_remote_code=False
+            )
             self.prepare(BLANK)
         labels = cast(dict[int, str], self.model.config.id2label)
         self.numbers = {label: number for number, label in labels.items()}
@@ -163,7 +167,9 @@ class OpenVocabulary(Detector):
         load = AutoModelForZeroShotObjectDetection.from_pretrained
         self.model = load_whole(load, pretrained, SHAPES_DETECTOR, "detector", "detector")
         with loading(pretrained):
-            self.processor = AutoProcessor.from_pretrained(resolve(pretrained, SHAPES_DETECTOR))
+            self.processor = AutoProcessor.from_pretrained(
+                resolve(pretrained, SHAPES_DETECTOR), trust_remote_code=False
+            )
             self.prepare(BLANK, text=["nothing."])
         config: Any = self.model.config
         self.query = QUERIES[config.model_type]

@@ -188,7 +188,9 @@ class StatisticalParity(SetReward):
             "image classifier",
         )
         with loading(pretrained):
-            self.processor = AutoImageProcessor.from_pretrained(resolve(pretrained, SHAPES_CLASSIFIER))
+            self.processor = AutoImageProcessor.from_pretrained(
+                resolve(pretrained, SHAPES_CLASSIFIER), trust_remote_code=False
+            )
         if pretrained == SHAPES:
             self.processor.do_resize = True  # its own images need none; those of another model do
         names = cast(dict[int, str], self.model.config.id2label)

@@ -99,7 +99,7 @@ def _models(
 ) -> tuple[Qwen2VLModel, nn.Sequential]:
     """The model without its last layer, and the head, with the weights of a checkpoint."""
     with loading(base):
-        config = AutoConfig.from_pretrained(resolve(base, SHAPES_CLIP))
+        config = AutoConfig.from_pretrained(resolve(base, SHAPES_CLIP), trust_remote_code=False)
     try:
         config.text_config.vocab_size = len(state["language_model.embed_tokens.weight"])
         parts = {n: {p: state.pop(f"rm_head.{n}.{p}").float() for p in ("weight", "bias")} for n in HEAD}

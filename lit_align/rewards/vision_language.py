@@ -129,10 +129,12 @@ def load_processor(pretrained: str) -> Any:
     """
     with loading(pretrained):
         place = resolve(pretrained, SHAPES_CLIP)
-        kind: Any = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(place)), AutoProcessor)
+        kind: Any = PROCESSOR_MAPPING.get(
+            type(AutoConfig.from_pretrained(place, trust_remote_code=False)), AutoProcessor
+        )
         if not is_torchvision_available() and "video_processor" in getattr(kind, "get_attributes", list)():
             kind = _without_videos(kind)
-        processor = kind.from_pretrained(place)
+        processor = kind.from_pretrained(place, trust_remote_code=False)
         processor.tokenizer.padding_side = "left"
         return processor
 

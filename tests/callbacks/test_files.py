@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lit_align.callbacks import RunFolder, run_folder
 from lit_align.callbacks.checkpoints import WholeCheckpoints, write_whole
-from lit_align.callbacks.files import follow_umask, replace_file, unused, write
+from lit_align.files import follow_umask, replace_file, unused, write
 from lit_align.folder import claim
 
 
