@@ -16,6 +16,7 @@ commands:
   export      write what a run has trained for other programs, with a model card: export RUN
   report      one page about a tested run, or about several side by side: report RUN [RUN ...]
   doctor      find what would make a fit fail, in under a minute: doctor --config CONFIG
+  serve       serve rewards to the runs of other processes and machines: serve --rewards bank.yaml
 
 examples:
   python -m lit_align fit     --config configs/ddpo.yaml

@@ -20,6 +20,7 @@ from lit_align.cli.preemption import Command, lost_process, say
 from lit_align.cli.quiet import quiet
 from lit_align.cli.renamed import translated, translated_arguments
 from lit_align.cli.report import report
+from lit_align.cli.serve import serve_command
 from lit_align.cli.signals import SIGNALS, exit_code
 from lit_align.errors import ConfigError
 from lit_align.files import CLOSED, FULL, unwritable
@@ -31,7 +32,7 @@ SECOND = 3.0
 """Seconds that another process than the first waits before it tells of an error; torchrun and SLURM look at
 their processes every 0.1 to 1."""
 
-TOOLS = {"export": export_command, "report": report}
+TOOLS = {"export": export_command, "report": report, "serve": serve_command}
 """Commands beside those of a Trainer."""
 
 

@@ -83,11 +83,21 @@ class SamplingModule(LightningModule):
         return self.backbone.policy(self.sampler, cond, self.sampling.guidance, weights)
 
     @torch.no_grad()
-    def sample(self, policy: BatchPolicy, batch: Batch, purpose: str, seed: int | None = None) -> Samples:
+    def sample(
+        self,
+        policy: BatchPolicy,
+        batch: Batch,
+        purpose: str,
+        seed: int | None = None,
+        scored: bool = True,
+    ) -> Samples:
         """Sample one image for each row of ``batch``, in chunks of ``sampling.batch``, without gradient.
 
         Image ``i`` is a pure function of the weights, its prompt, (seed, purpose) and its global number
         ``batch.index[i]``: it depends neither on its batch nor on its rank or device.
+
+        ``scored`` says that the images will be scored: rewards that work elsewhere begin with a chunk while
+        the next one is sampled.
         """
         chunks: list[Samples] = []
         for rows in torch.arange(len(batch)).split(self.sampling.batch):
@@ -96,9 +106,14 @@ class SamplingModule(LightningModule):
             images = self.backbone.decode(trajectory.states[-1])
             stored = trajectory.to("cpu") if self.sampling.store == "cpu" else trajectory
             chunks.append(Samples(stored, images))
+            if scored:
+                self.score_ahead(images, batch[rows])
         parts = [(c.trajectory.states, c.trajectory.means, c.trajectory.log_probs) for c in chunks]
         states, means, log_probs = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         return Samples(Trajectory(states, means, log_probs), torch.cat([c.images for c in chunks]))
+
+    def score_ahead(self, images: Tensor, batch: Batch) -> None:
+        """Take note of images that will be scored, and of their rows of the batch."""
 
     def draw_noise(
         self, index: Tensor, purpose: str, seed: int | None = None
@@ -120,4 +135,4 @@ class SamplingModule(LightningModule):
         numbers = torch.arange(len(prompts))
         batch = Batch(list(prompts), numbers, index=numbers)
         policy = self.policy(batch, self.backbone.encode(prompts), weights)
-        return self.sample(policy, batch, "predict", seed).images
+        return self.sample(policy, batch, "predict", seed, scored=False).images

@@ -160,7 +160,14 @@ class ValidatedModule(SamplingModule, GuardedModule):
     @torch.no_grad()
     def score(self, images: Tensor, batch: Batch) -> RewardOutput:
         """What the rewards say of images, without gradient."""
-        return self.rewards(images, batch.prompts, batch.groups, batch.columns)
+        return self.bank_of(batch)(images, batch.prompts, batch.groups, batch.columns)
+
+    def score_ahead(self, images: Tensor, batch: Batch) -> None:
+        self.bank_of(batch).ahead(images, batch.prompts, batch.columns)
+
+    def bank_of(self, batch: Batch) -> RewardBank:
+        """The rewards that score a batch; several tasks have a bank each."""
+        return self.rewards
 
     def forget_baseline(self) -> None:
         """Drop what was measured before: the pretrained model is measured anew when training starts."""
