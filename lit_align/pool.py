@@ -26,7 +26,7 @@ class Pool:
         source: Hash of the model that draws the samples; shards of another one are refused.
 
     Raises:
-        ConfigError: A shard is corrupt.
+        ConfigError: A shard is corrupt, or of another model; later, one cannot be written, or is gone.
     """
 
     def __init__(self, folder: Path | None, source: str) -> None:
@@ -35,6 +35,7 @@ class Pool:
         self._places: dict[int, tuple[Path, int]] = {}
         self._memory: dict[int, Tensor] = {}
         self._read: set[Path] = set()
+        self._shape: list[int] | None = None  # of one sample
         self.refresh()
 
     def __len__(self) -> int:
@@ -57,14 +58,21 @@ class Pool:
     def _index(self, path: Path) -> None:
         try:
             with safe_open(path, "pt") as shard:
-                source, rows = shard.metadata()["source"], shard.get_tensor("index").tolist()
-        except SafetensorError as error:
+                source, rows = shard.metadata()["source"], shard.get_tensor("index")
+                shape = shard.get_slice("samples").get_shape()
+            if rows.ndim != 1 or rows.is_floating_point() or not 0 < len(rows) == shape[0]:
+                raise ValueError(f"index {tuple(rows.shape)} for samples {shape}")
+            self._shape = shape[1:] if self._shape is None else self._shape
+            if shape[1:] != self._shape:
+                raise ValueError(f"samples of the shape {shape[1:]} among others of {self._shape}")
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
             raise ConfigError(
                 f"{path} is corrupt ({error}); delete it: its samples will be drawn again"
             ) from error
-        assert source == self.source, f"{path} was drawn by {source}, not by {self.source}"
+        if source != self.source:
+            raise ConfigError(f"{path} was drawn by {source}, not by {self.source}: delete it")
         # Two runs that share a pool may draw a row at the same time, which gives the same sample twice.
-        self._places = {row: (path, place) for place, row in enumerate(rows)} | self._places
+        self._places = {row: (path, place) for place, row in enumerate(rows.tolist())} | self._places
         self._read.add(path)
 
     def add(self, rows: Sequence[int], samples: Tensor) -> None:
@@ -96,12 +104,12 @@ class Pool:
         path, place = self._places[row]
         try:
             with safe_open(path, "pt") as shard:
-                source = shard.metadata()["source"]
+                if shard.metadata()["source"] != self.source or shard.get_tensor("index")[place] != row:
+                    raise ValueError("it holds others now")
                 sample: Tensor = shard.get_slice("samples")[place]
-        except (OSError, SafetensorError) as error:
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
             raise ConfigError(
-                f"{path} can no longer be read ({error}): it was deleted or changed while it is in use; go "
-                "on with --ckpt_path, which makes its samples again"
+                f"{path} was deleted or changed while the run used it ({error}); start it again with "
+                "--ckpt_path last: what is missing is drawn again"
             ) from error
-        assert source == self.source, f"{path} has been replaced by another model's"
         return sample

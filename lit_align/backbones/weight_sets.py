@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lit_align.backbones.adapters import Adapters, LoRA, whole
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, user_path
 from lit_align.identity import read_stamp, weights_hash
 from lit_align.pretrained import loading
 from lit_align.shapes import PIPELINE, WEIGHTS_HASH
@@ -112,7 +112,7 @@ class WeightSets(nn.Module):
         if self._lora is None:
             raise ConfigError("adapters: they need lora; give its settings, or take adapters out")
         for number, (path, weight) in enumerate(adapters.items()):
-            self._adapters.load(f"_start{number}", Path(path).expanduser())
+            self._adapters.load(f"_start{number}", user_path(path))
             self._start[f"_start{number}"] = weight
             self._remember(f"_start{number}", path)
             self.file_hashes[f"_start{number}"] += f" x {weight:g}"
@@ -242,10 +242,32 @@ class WeightSets(nn.Module):
         network: Any = self.networks[name]
         if isinstance(self.networks[name], FSDPModule):
             parameters = {key: whole(value).cpu() for key, value in network.state_dict().items()}
-            network = self._network_class.from_config(network.config)
-            network.load_state_dict(parameters)
-        if folder is None:
-            return
+            network = self._plain_network(parameters)
+        if folder is not None:
+            self._save_pipeline(folder, network)
+
+    def save_merged(self, folder: Path, name: str = POLICY) -> None:
+        """Write a set as a pipeline folder without adapters: their updates are in the weights."""
+        if name not in self._adapters:
+            self.save(folder, name)
+        else:
+            self._save_pipeline(folder, self._plain_network(self._adapters.merged(name)))
+
+    def factors(self, name: str = POLICY) -> dict[str, Tensor]:
+        """``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight`` of a set that is adapters: it adds ``B A``.
+
+        Raises:
+            ConfigError: It is a whole model.
+        """
+        self._refuse_whole([name])
+        return self._adapters.factors(name)[0]
+
+    def _plain_network(self, parameters: Mapping[str, Tensor]) -> Any:
+        network = self._network_class.from_config(self.networks[POLICY].config)
+        network.load_state_dict(parameters)
+        return network.to(next(iter(parameters.values())).dtype)
+
+    def _save_pipeline(self, folder: Path, network: Any) -> None:
         setattr(self._pipeline, self._part, network)
         self._pipeline.save_pretrained(folder)
         setattr(self._pipeline, self._part, self.networks[POLICY])

@@ -177,8 +177,11 @@ class BestCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Pass over a validation without any score, which would be the best if it is the first."""
         flush(trainer)
-        super().on_validation_end(trainer, pl_module)
+        reward = trainer.callback_metrics.get("val/reward")
+        if reward is None or bool(reward.isfinite()):
+            super().on_validation_end(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the best score also where the run's folder is now written differently, or was moved."""
@@ -186,6 +189,7 @@ class BestCheckpoint(ModelCheckpoint):
         def here(path: str) -> str:
             return str(Path(self.dirpath or "") / Path(path).name) if path else path
 
+        self.current_score = state_dict["current_score"]  # Lightning saves it, and does not take it up
         paths = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path")}
         scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": scores})

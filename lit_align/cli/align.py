@@ -12,14 +12,22 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from lit_align.advantages import Advantages
 from lit_align.callbacks import ProgressBar, RunConfig, RunFolder, default_callbacks
 from lit_align.callbacks.checkpoints import write_whole
-from lit_align.cli.checkpoint import Saved, find, newest
+from lit_align.cli.checkpoint import AUTO, Saved, find, find_equal, newest
 from lit_align.cli.going_on import going_on
 from lit_align.cli.loggers import keep_metrics, new_folder, runs_of, use_folder
+from lit_align.cli.preemption import Command, Preemption
 from lit_align.cli.settings import settings_of
-from lit_align.errors import ConfigError, tell
+from lit_align.cli.signals import SIGNALS
+from lit_align.data import CaptionedImages, PairSource, PromptSource
+from lit_align.errors import ConfigError, built, tell
 from lit_align.methods.strategies import check_trainer
+from lit_align.rewards import Reward
+
+WRITTEN = (Advantages, CaptionedImages, PairSource, PromptSource, Reward)
+"""What people write classes of: a constructor that raises is one sentence."""
 
 REFUSED = (ValueError, TypeError, RuntimeError, MisconfigurationException)
 """What Trainer raises where its options cannot work together."""
@@ -28,8 +36,10 @@ REFUSED = (ValueError, TypeError, RuntimeError, MisconfigurationException)
 class AlignCLI(LightningCLI):
     """LightningCLI with a folder for each run, which a resumed run keeps, and the callbacks of every run."""
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, command: Command, **arguments: Any) -> None:
+        self.command = command
         self.saved: Saved | None = None
+        self.auto = False
         self.folder = RunFolder()
         self.claimed = False
         self.run_config: RunConfig | None = None
@@ -41,6 +51,8 @@ class AlignCLI(LightningCLI):
             raise
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for kind in WRITTEN:
+            parser.add_instantiator(built, kind, subclasses=True)
         parser.add_argument(
             "--accept_other_base",
             type=bool,
@@ -57,25 +69,30 @@ class AlignCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
-        if config.ckpt_path:
+        self.auto = config.ckpt_path == AUTO
+        if self.auto and self.config.subcommand != "fit":
+            raise ConfigError("ckpt_path: auto is for fit, which may begin anew; give last")
+        if config.ckpt_path and not self.auto:
             self.saved = find(config.ckpt_path, runs_of(config))
-            config.ckpt_path = None  # Lightning would read all of it, for hyper-parameters that it has not
+        config.ckpt_path = None  # Lightning would read all of it, for hyper-parameters that it has not
 
     def before_instantiate_classes(self) -> None:
         stage = str(self.subcommand)
         config = self.config[stage]
-        _check_trainer(config.trainer)
+        check_trainer_options(config.trainer)
+        parser = self._subcommand_parsers[stage]
+        now = settings_of(yaml.safe_load(parser.dump(config, skip_none=False)))
+        if self.auto:
+            self.saved = find_equal(runs_of(config), now)
         if self.saved is not None:
             config.ckpt_path = str(self.saved.path)
         elif self.subcommand != "fit":
             rank_zero_warn(
                 "no --ckpt_path: this is the pretrained model; --ckpt_path last takes the newest run"
             )
-        parser = self._subcommand_parsers[stage]
         text = parser.dump(config, skip_none=False)
-        now = settings_of(yaml.safe_load(text))
         self.run_config = RunConfig(text, now)
-        extra: list[Callback] = [self.run_config]
+        extra: list[Callback] = [self.run_config, Preemption(self.command, self.saved)]
         if self.saved is not None:
             extra += going_on(self.saved, now, config, stage)
         config.weights_only = True
@@ -131,6 +148,7 @@ class AlignCLI(LightningCLI):
             raise ConfigError(f"trainer: {error}") from error
 
     def after_instantiate_classes(self) -> None:
+        SIGNALS.launcher = self.trainer.strategy.launcher
         config = self.config[self.subcommand]
         self.model.accept_other_base = config.accept_other_base
         self.model.accept_other_data = config.accept_other_data
@@ -170,7 +188,7 @@ def _has_bar(trainer: Any) -> bool:
     return sys.stdout.isatty() if trainer.enable_progress_bar is None else trainer.enable_progress_bar
 
 
-def _check_trainer(config: Any) -> None:
+def check_trainer_options(config: Any) -> None:
     """Refuse what cannot work before any model is loaded."""
     if config.accumulate_grad_batches not in (None, 1):
         raise ConfigError(

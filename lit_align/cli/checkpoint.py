@@ -1,5 +1,6 @@
 """Which checkpoint ``--ckpt_path`` means, and what it says of its run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,11 @@ from typing import Any
 import torch
 
 from lit_align.callbacks.checkpoints import check_whole
-from lit_align.errors import ConfigError
+from lit_align.cli.settings import NO_RESULT, changes, told
+from lit_align.errors import ConfigError, tell
+
+AUTO = "auto"
+"""The value of ``--ckpt_path`` by which the same command begins a run and goes on with it."""
 
 
 @dataclass(frozen=True)
@@ -108,16 +113,48 @@ def newest(run: Path) -> Saved | None:
     )
 
 
-def _last(runs: Path) -> Saved:
-    """The newest checkpoint of the newest run."""
+def find_equal(runs: Path, settings: Mapping[str, Any]) -> Saved | None:
+    """The newest checkpoint of the newest run with some settings; None if there is none, and so a run begins.
+
+    Runs with other settings are others' or another experiment's: a job that is started again without anybody
+    looking on must not go on with them.
+
+    Args:
+        runs: Where the runs of this configuration are.
+        settings: Those of this command, by dotted name.
+    """
+    others = []
+    for folder in _runs(runs):
+        saved = newest(folder)
+        if saved is not None and saved.settings is not None:
+            if not (names := _different(saved.settings, settings)):
+                return saved
+            others.append(f"{folder} has other settings ({told(names, saved.settings, settings)})")
+    tell(f"{others[0] if others else f'no run in {runs} has a checkpoint'}, so a new run begins")
+    return None
+
+
+def _different(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that differ and decide more than time and memory."""
+    found = changes(saved, now)
+    names = [*found.weights, *found.optimizer, *found.measurement, *found.other]
+    return [name for name in names if name.rpartition(".")[2] not in NO_RESULT]
+
+
+def _runs(runs: Path) -> list[Path]:
+    """The folders of runs that have begun, the newest first."""
     folders = [
         folder
         for folder in runs.glob("version_*")
         if folder.name.removeprefix("version_").isdecimal()
         and ((folder / "config.yaml").exists() or (folder / "checkpoints").is_dir())
     ]
-    folders.sort(key=lambda folder: int(folder.name.removeprefix("version_")), reverse=True)
-    if not folders:
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("version_")), reverse=True)
+
+
+def _last(runs: Path) -> Saved:
+    """The newest checkpoint of the newest run."""
+    if not (folders := _runs(runs)):
         raise ConfigError(f"ckpt_path: 'last' finds no run under {runs}; start without --ckpt_path")
     if (saved := newest(folders[0])) is not None:
         return saved

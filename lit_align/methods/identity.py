@@ -45,11 +45,10 @@ def identity_of(module: SamplingModule, rewards: RewardBank, data: Any) -> dict[
 
 def _weights(backbone: DiffusionBackbone) -> dict[str, Any]:
     sets = backbone.weight_sets
-    others = [(n, p) for n, p in backbone.named_parameters() if not n.startswith("weight_sets.")]
     return {
         "model": sets.model,
         "base": sets.base_hash,
-        "others": weights_hash(others),
+        "others": weights_hash(backbone.fixed_parameters()),
         "files": dict(sets.file_hashes),
     }
 

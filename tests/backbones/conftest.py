@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor
 
-from lit_align.backbones import POLICY, DiffusersBackbone, StableDiffusionBackbone
+from lit_align.backbones import POLICY, DiffusersBackbone, StableDiffusionBackbone, StableDiffusionXLBackbone
 
 PROMPTS = ["a red circle on a white background", "two stars"]
 
@@ -34,11 +34,13 @@ class Family:
         backbone = self.backbone(str(self.folder), **options)
         return perturb(backbone)
 
-    def pipeline(self) -> DiffusionPipeline:
-        """Diffusers' own pipeline, with the sampler of ours."""
-        loaded = self.backbone.pipeline_class.from_pretrained(self.folder, **self.backbone.without)
+    def pipeline(self, backbone: DiffusersBackbone | None = None) -> DiffusionPipeline:
+        """Diffusers' own pipeline with our sampler, and with the policy of a backbone if one is given."""
+        loaded: Any = self.backbone.pipeline_class.from_pretrained(self.folder, **self.backbone.without)
         loaded.scheduler = DDIMScheduler.from_config(loaded.scheduler.config, clip_sample=False)
         loaded.set_progress_bar_config(disable=True)
+        if backbone is not None:
+            setattr(loaded, self.backbone.denoiser, backbone.weight_sets.choose(POLICY))
         return loaded
 
 
@@ -46,6 +48,11 @@ FAMILIES: dict[str, tuple[type[DiffusersBackbone], str, tuple[str, ...]]] = {
     "stable diffusion": (
         StableDiffusionBackbone,
         "tiny",
+        ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"),
+    ),
+    "stable diffusion xl": (
+        StableDiffusionXLBackbone,
+        "tiny_xl",
         ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"),
     ),
 }

@@ -59,7 +59,8 @@ def test_guidance_is_the_line_through_both_halves(family: Family):
     backbone = family.make()
     x, cond = latents(backbone), backbone.encode(PROMPTS)
     with torch.no_grad():
-        towards, away = backbone.predict(x, 500, cond), backbone.predict(x, 500, backbone.encode(["", ""]))
+        negative = {name: value.expand(2, *value.shape[1:]) for name, value in cond.negative.items()}
+        towards, away = (backbone.predict(x, 500, c) for c in (cond, Conditioning(negative, None)))
         guided = backbone.predict(x, 500, cond, guidance=4.0)
     torch.testing.assert_close(guided, away + 4 * (towards - away), atol=1e-5, rtol=1e-5)
     assert (towards - away).abs().max() > 1e-3
@@ -92,9 +93,9 @@ def test_each_prompt_is_encoded_once_and_independently_of_its_company(family: Fa
 def test_the_prompt_cache_keeps_what_was_used_last():
     encoded: list[str] = []
 
-    def embed(prompts: Sequence[str]) -> dict[str, Tensor]:
+    def embed(prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         encoded.extend(prompts)
-        return {"length": torch.tensor([len(prompt) for prompt in prompts])}
+        return [{"length": torch.tensor([len(prompt)])} for prompt in prompts]
 
     cache = PromptCache(embed, 2)
     rows, tensors = cache.get(["a", "bb", "ccc", "a"])
@@ -219,7 +220,8 @@ def test_an_adapter_is_saved_and_loaded_exactly(family: Family, tmp_path: Path, 
     for name in ("folder", "file"):
         loaded = fresh.weight_sets.parameters_of(name)
         assert all(p.dtype == torch.float32 for p in loaded)
-        assert all(torch.equal(*pair) for pair in zip(loaded, own, strict=True))
+        # The strength, alpha / rank = 2, is in the file's second factors, which are every other one.
+        assert all(torch.equal(a, (1 + i % 2) * b) for i, (a, b) in enumerate(zip(loaded, own, strict=True)))
         assert torch.equal(predict(fresh, name), predict(backbone))
     assert (predict(backbone) - predict(backbone, REFERENCE)).abs().max() > 1e-3
 
@@ -228,15 +230,18 @@ def test_an_adapter_is_saved_and_loaded_exactly(family: Family, tmp_path: Path, 
 def test_the_adapter_folder_loads_in_diffusers_and_draws_the_live_image(
     family: Family, tmp_path: Path, more: bool
 ):
-    lora = LoRA(rank=3, alpha=6.0)
-    lora.target_modules += family.adapted if more else ()
-    backbone = family.make(lora=lora)
+    network = getattr(family.pipeline(), family.backbone.denoiser)
+    layers = [*family.backbone.adapted(network), *family.adapted] if more else None
+    backbone = family.make(lora=LoRA(rank=3, alpha=6.0, target_modules=layers))
     backbone.weight_sets.save(tmp_path / "adapter")
-    live, pipeline = draw(backbone, 2.0), family.pipeline()
+    live = draw_in_diffusers(family.pipeline(backbone), backbone, 2.0)
+    pipeline = family.pipeline()
     base = draw_in_diffusers(pipeline, backbone, 2.0)
     pipeline.load_lora_weights(tmp_path / "adapter")
-    torch.testing.assert_close(draw_in_diffusers(pipeline, backbone, 2.0), live, atol=1e-5, rtol=0)
+    assert torch.equal(draw_in_diffusers(pipeline, backbone, 2.0), live)
     assert (base - live).abs().max() > 1e-3
+    # Our sampler rounds otherwise, which the wild adapters of more layers amplify.
+    torch.testing.assert_close(draw(backbone, 2.0), live, atol=1e-3 if more else 1e-5, rtol=0)
 
 
 def test_all_weights_are_saved_as_a_pipeline(family: Family, tmp_path: Path):

@@ -94,6 +94,7 @@ class SweepModule(ExpertModule):
                     self.sampler.stochastic,
                     self.sampling.batch,
                     stds,
+                    self.device,
                 ).cpu()
             metrics["images"] = samples.images[rows.to(samples.images.device)].cpu()
             self._swept.setdefault(point, []).append(metrics)
