@@ -195,6 +195,8 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         with torch.no_grad():
             prepared = self.prepare(batch)
         preparing = time.perf_counter() - started
+        self._rows = []
+        self.remember(batch.index, batch.prompts, {})
         parts = torch.arange(len(batch)).split(self.optimisation.micro_batch)
         metrics = self.update([partial(self._part, prepared, rows, len(batch)) for rows in parts])
         self.batches += 1
