@@ -16,7 +16,7 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
 from lit_align.advantages import GroupAdvantages
-from lit_align.backbones import POLICY, StableDiffusionBackbone
+from lit_align.backbones import POLICY, DiffusersBackbone, StableDiffusionBackbone
 from lit_align.callbacks import BatchCheckpoint
 from lit_align.data import (
     Batch,
@@ -48,7 +48,7 @@ from tests.methods.recorders import Recorder
 Method = TypeVar("Method", bound=AlignmentModule)
 
 OPTIMISATION = ("optimizer", "lr_scheduler", "clip_norm", "micro_batch")
-SAMPLING = ("guidance", "batch", "seed")
+SAMPLING = ("guidance", "batch", "seed", "eval_sampler")
 SAMPLER = ("num_steps", "eta", "noisy_steps")
 BACKBONE = ("lora", "checkpointing", "adapters", "size", "dtype")
 
@@ -90,6 +90,7 @@ def make(
     rewards: RewardBank | None = None,
     lr: float | None = None,
     sampler: Any = None,
+    family: type[DiffusersBackbone] = StableDiffusionBackbone,
     rates: float | list[float] | None = None,
     **options: Any,
 ) -> Method:
@@ -103,6 +104,7 @@ def make(
         lr: Of AdamW without decay, if no ``optimizer`` is given.
         rates: SPIN's ``lr``, that of each iteration.
         sampler: Instead of DDIM with ``num_steps``, ``eta`` and ``noisy_steps``.
+        family: The backbone's class, where the folder has another format.
         options: Of any group.
     """
     torch.manual_seed(0)
@@ -126,7 +128,7 @@ def make(
         if method in (DDPOModule, NFTModule):
             given.setdefault("advantages", GroupAdvantages())
     return method(
-        StableDiffusionBackbone(str(folder), **backbone),
+        family(str(folder), **backbone),
         sampler=sampler or partial(DDIM, **steps),
         optimisation=Optimisation(**{"optimizer": optimizer} | optimisation),
         sampling=Sampling(**sampling),
