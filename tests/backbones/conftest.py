@@ -61,14 +61,14 @@ class SmallFlux(FluxBackbone):
     """Its pipeline's own size is 1024, whatever the model's."""
 
     def __init__(self, pretrained: str, size: Any = None, **options: Any) -> None:
-        super().__init__(pretrained, size=size or 32, **options)
+        super().__init__(pretrained, size=32 if size is None else size, **options)
 
 
 class SmallKlein(Flux2KleinBackbone):
     """The same."""
 
     def __init__(self, pretrained: str, size: Any = None, **options: Any) -> None:
-        super().__init__(pretrained, size=size or 32, **options)
+        super().__init__(pretrained, size=32 if size is None else size, **options)
 
 
 FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj")

@@ -42,6 +42,11 @@ def test_images_are_those_of_diffusers(family: Family, size: tuple[int, int] | N
 def test_guidance_is_the_line_through_both_halves(family: Family):
     backbone = family.make()
     x, cond = latents(backbone), backbone.encode(PROMPTS)
+    if cond.negative is None:  # the scale is an input of the network
+        with torch.no_grad():
+            weak, strong = (backbone.predict(x, 500, cond, guidance) for guidance in (1.0, 4.0))
+        assert not torch.equal(weak, strong)
+        return
     with torch.no_grad():
         negative = {name: value.expand(2, *value.shape[1:]) for name, value in cond.negative.items()}
         towards, away = (backbone.predict(x, 500, c) for c in (cond, Conditioning(negative, None)))
@@ -195,6 +200,7 @@ def test_checkpointing_recomputes_and_keeps_less(family: Family, checkpointing: 
 def test_an_adapter_is_saved_and_loaded_exactly(family: Family, tmp_path: Path, dtype: str):
     backbone = family.make(dtype=dtype, lora=LoRA(3, 6.0))
     backbone.weight_sets.save(tmp_path / "adapter")
+    backbone.weight_sets.train_only([])  # torch multiplies by a weight that is trained in another order
     fresh = family.backbone(str(family.folder), dtype=dtype)
     before = trained(fresh)
     fresh.weight_sets.load("folder", tmp_path / "adapter")
@@ -222,6 +228,11 @@ def test_the_adapter_folder_loads_in_diffusers_and_draws_the_live_image(
     pipeline.load_lora_weights(tmp_path / "adapter")
     torch.testing.assert_close(draw_in_diffusers(pipeline, backbone, 2.0), live, atol=1e-5, rtol=0)
     assert (base - live).abs().max() > 1e-3
+    backbone.weight_sets.train_only([])  # torch multiplies by a weight that is trained in another order
+    loaded = getattr(pipeline, family.backbone.denoiser).requires_grad_(False)
+    told = latents(backbone), torch.tensor([500, 20]), backbone.encode(PROMPTS).prompt, 2.0
+    live = backbone.denoise(backbone.weight_sets.choose(POLICY), *told)
+    assert torch.equal(backbone.denoise(loaded, *told), live)
 
 
 def test_all_weights_are_saved_as_a_pipeline(family: Family, tmp_path: Path):
@@ -244,6 +255,7 @@ def test_frozen_weights_are_half_and_trained_ones_are_not(family: Family, dtype:
         own = name.startswith("vae.") or (
             name.startswith("weight_sets.") and (lora is None or "lora_" in name)
         )
+        own |= dtype == "float16" and name.endswith("DenseReluDense.wo.weight")  # T5's, by transformers
         assert parameter.dtype == (torch.float32 if own else half), name
     prediction = predict(backbone, guidance=2.0)
     assert prediction.dtype == torch.float32
