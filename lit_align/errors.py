@@ -50,6 +50,21 @@ def check_positive(values: Mapping[str, float | None]) -> None:
             raise ConfigError(f"{name}: {value} must be positive")
 
 
+def user_path(path: str) -> Path:
+    """A path as a user writes it, with ``~``.
+
+    Raises:
+        ConfigError: No file can have such a name.
+    """
+    try:
+        place = Path(path).expanduser()
+        place.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null character, no such user
+        shown = path if len(path) <= LONGEST else f"{path[:LONGEST]} ..."
+        raise ConfigError(f"{shown!r} cannot be the path of a file ({error}): check the path") from error
+    return place
+
+
 def built(kind: type[Made], /, *args: Any, **kwargs: Any) -> Made:
     """Make an object of a user's class, for jsonargparse's ``add_instantiator``.
 

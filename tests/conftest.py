@@ -1,3 +1,4 @@
+import json
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -25,6 +26,7 @@ from diffusers import (
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lit_align.shapes import PIPELINE
+from tests.backbones.original_layout import save_original
 
 SCHEDULE = {
     "beta_start": 0.00085,
@@ -43,6 +45,9 @@ SCHEDULE_XL = {
     "timestep_spacing": "leading",
 }
 """The noise schedule of Stable Diffusion XL."""
+
+CARRIED = {"clip_sample": False, "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True}
+"""What its configuration says beside, for other schedulers than its own."""
 
 
 def make_pipeline(scheduler: DDIMScheduler | PNDMScheduler, sample_size: int = 8) -> StableDiffusionPipeline:
@@ -114,7 +119,7 @@ def make_xl_pipeline(sample_size: int = 8) -> StableDiffusionXLPipeline:
         out_channels=4,
         block_out_channels=(8, 16),
         layers_per_block=1,
-        cross_attention_dim=32,  # both encoders, side by side
+        cross_attention_dim=16 + 24,  # both encoders, side by side
         attention_head_dim=(2, 4),
         transformer_layers_per_block=(1, 2),
         use_linear_projection=True,
@@ -138,7 +143,9 @@ def make_xl_pipeline(sample_size: int = 8) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
-        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text, projection_dim=12)),
+        text_encoder_2=CLIPTextModelWithProjection(
+            CLIPTextConfig(**text | {"hidden_size": 24, "projection_dim": 12})
+        ),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
@@ -176,10 +183,13 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny Stable Diffusion XL with its own scheduler."""
     folder = tmp_path_factory.mktemp("tiny_xl")
     make_xl_pipeline().save_pretrained(folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | CARRIED))
     return folder
 
 
 @pytest.fixture(scope="session")
+<<<<<<< HEAD
 def flow_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a tiny flow model, by its name in ``tests/backbones/flow_models.py``."""
     from tests.backbones.flow_models import MODELS
@@ -191,3 +201,10 @@ def flow_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         return folder
 
     return saved
+=======
+def single_xl(tiny_xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as one file in the layout of the original."""
+    file = tmp_path_factory.mktemp("single_xl") / "model.safetensors"
+    save_original(tiny_xl, file)
+    return file
+>>>>>>> 4e63264910b9077eb5a17dfddc0fd186540341d0

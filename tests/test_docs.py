@@ -17,15 +17,18 @@ PAGES = [
     ROOT / "configs" / "README.md",
     *sorted((ROOT / "lit_align").glob("*/README.md")),
     ROOT / "tests" / "benchmarks" / "README.md",
+    ROOT / "tests" / "reliability" / "README.md",
 ]
 ELSEWHERE = (
     "python3 -m venv",
     "ruff check",
-    "python -m tests.benchmarks.",
+    "python -m tests.",
     "python -m lit_align.shapes.recipe",
+    "python -m lit_align report",
+    "python -m lit_align doctor",
     "hf download",
 )
-"""Run by CI, by tests/benchmarks and by tests/shapes; and downloads."""
+"""Run by CI, by the tests of these programs, and by tests/shapes; and downloads."""
 
 SMALL = """
 trainer:
@@ -47,6 +50,7 @@ data:
 PROMPTS = "data: {init_args: {images_per_prompt: 2, prompts_per_batch: 2}}"
 SMALLER = {
     "ddpo": f"{PROMPTS}\nmodel: {{init_args: {{updates: 1}}}}",
+    "nft": f"{PROMPTS}\nmodel: {{init_args: {{timesteps: 1}}}}",
     "prdp": f"{PROMPTS}\nmodel: {{init_args: {{updates: 1}}}}",
     "msdda": f"{PROMPTS}\nmodel: {{init_args: {{updates: 1}}}}",
     "alignprop": "data: {init_args: {prompts_per_batch: 2}}",

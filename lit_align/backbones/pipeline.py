@@ -123,15 +123,15 @@ class DiffusersBackbone(DiffusionBackbone):
         self._compile = compile
         self.attention = attention
         self.decode_batch = decode_batch
-        away: list[nn.Module] = []
+        self.elsewhere = away = {}
         for name, component in self.pipeline.components.items():
             if isinstance(component, nn.Module) and name != self.denoiser:
                 component.requires_grad_(False)
                 if offload_text_encoders and name.startswith("text_encoder"):
-                    away.append(component)  # not a part of this module, with which it would move
+                    away[name] = component
                 else:
                     self.add_module(name, component)
-        self._prompts = PromptCache(TextEncoding(self, away), prompt_cache)
+        self._prompts = PromptCache(TextEncoding(self, [*away.values()]), prompt_cache)
         if checkpointing == "blocks":
             self.pipeline.vae.enable_gradient_checkpointing(recompute)
         network = getattr(self.pipeline, self.denoiser)

@@ -204,11 +204,11 @@ class DDPOModule(JointModule):
             metrics["ratio_deviation"] = log_ratio.detach().expm1().abs()
         if self.kl_weight:
             with torch.no_grad():
-                states = rollouts.trajectory.states[pairs.steps, pairs.rows]
-                reference = rollouts.reference[pairs.rows](states, pairs.steps)
+                reference = rollouts.reference[pairs.rows](rollouts.states(pairs), pairs.steps)
             penalty = now.kl(reference) / drawn[0].numel()
             metrics["kl_penalty"] = penalty.detach()
             loss = loss + self.kl_weight * penalty
+        loss = torch.where(rollouts.scored[pairs.rows.to(self.device)], loss, 0.0)
         return loss.sum() / size, metrics
 
     def look_back(self, rollouts: Rollouts) -> Metrics:

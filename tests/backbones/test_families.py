@@ -210,7 +210,8 @@ def test_an_adapter_is_saved_and_loaded_exactly(family: Family, tmp_path: Path, 
     for name in ("folder", "file"):
         loaded = fresh.weight_sets.parameters_of(name)
         assert all(p.dtype == torch.float32 for p in loaded)
-        assert all(torch.equal(*pair) for pair in zip(loaded, own, strict=True))
+        # The strength, alpha / rank = 2, is in the file's second factors, which are every other one.
+        assert all(torch.equal(a, (1 + i % 2) * b) for i, (a, b) in enumerate(zip(loaded, own, strict=True)))
         assert torch.equal(predict(fresh, name), predict(backbone))
     assert (predict(backbone) - predict(backbone, REFERENCE)).abs().max() > 1e-3
 
@@ -223,16 +224,22 @@ def test_the_adapter_folder_loads_in_diffusers_and_draws_the_live_image(
     layers = [*family.backbone.adapted(network), *family.adapted] if more else None
     backbone = family.make(lora=LoRA(rank=3, alpha=6.0, target_modules=layers))
     backbone.weight_sets.save(tmp_path / "adapter")
-    live, pipeline = draw(backbone, 2.0), family.pipeline()
+    live = draw_in_diffusers(family.pipeline(backbone), backbone, 2.0)
+    pipeline = family.pipeline()
     base = draw_in_diffusers(pipeline, backbone, 2.0)
     pipeline.load_lora_weights(tmp_path / "adapter")
-    torch.testing.assert_close(draw_in_diffusers(pipeline, backbone, 2.0), live, atol=1e-5, rtol=0)
+    assert torch.equal(draw_in_diffusers(pipeline, backbone, 2.0), live)
     assert (base - live).abs().max() > 1e-3
+<<<<<<< HEAD
     backbone.weight_sets.train_only([])  # torch multiplies by a weight that is trained in another order
     loaded = getattr(pipeline, family.backbone.denoiser).requires_grad_(False)
     told = latents(backbone), torch.tensor([500, 20]), backbone.encode(PROMPTS).prompt, 2.0
     live = backbone.denoise(backbone.weight_sets.choose(POLICY), *told)
     assert torch.equal(backbone.denoise(loaded, *told), live)
+=======
+    # Our sampler rounds otherwise, which the wild adapters of more layers amplify.
+    torch.testing.assert_close(draw(backbone, 2.0), live, atol=1e-3 if more else 1e-5, rtol=0)
+>>>>>>> 4e63264910b9077eb5a17dfddc0fd186540341d0
 
 
 def test_all_weights_are_saved_as_a_pipeline(family: Family, tmp_path: Path):

@@ -5,6 +5,7 @@ eta=0.5, updates=2)`` finds ``optimisation``, ``sampling``, the sampler and the 
 belongs to none of these is the method's own.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,8 +16,13 @@ import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
+from lit_align import backbones
 from lit_align.advantages import GroupAdvantages
+<<<<<<< HEAD
 from lit_align.backbones import POLICY, DiffusersBackbone, StableDiffusionBackbone
+=======
+from lit_align.backbones import POLICY
+>>>>>>> 4e63264910b9077eb5a17dfddc0fd186540341d0
 from lit_align.callbacks import BatchCheckpoint
 from lit_align.data import (
     Batch,
@@ -48,9 +54,13 @@ from tests.methods.recorders import Recorder
 Method = TypeVar("Method", bound=AlignmentModule)
 
 OPTIMISATION = ("optimizer", "lr_scheduler", "clip_norm", "micro_batch")
+<<<<<<< HEAD
 SAMPLING = ("guidance", "batch", "seed", "eval_sampler")
+=======
+SAMPLING = ("guidance", "batch", "seed", "store")
+>>>>>>> 4e63264910b9077eb5a17dfddc0fd186540341d0
 SAMPLER = ("num_steps", "eta", "noisy_steps")
-BACKBONE = ("lora", "checkpointing", "adapters", "size", "dtype")
+BACKBONE = ("lora", "checkpointing", "adapters", "size", "dtype", "offload_text_encoders")
 
 OF_PAIRS: dict[str, Any] = {"num_steps": 3, "lr": 1e-2, "micro_batch": 3}
 
@@ -98,7 +108,7 @@ def make(
 
     Args:
         method: Its class.
-        folder: Of the fixture ``tiny`` or ``tiny_v``.
+        folder: Of a fixture, such as ``tiny`` or ``tiny_xl``.
         reward: What is trained on, in :func:`bank`.
         rewards: The whole bank instead.
         lr: Of AdamW without decay, if no ``optimizer`` is given.
@@ -128,12 +138,22 @@ def make(
         if method in (DDPOModule, NFTModule):
             given.setdefault("advantages", GroupAdvantages())
     return method(
+<<<<<<< HEAD
         family(str(folder), **backbone),
+=======
+        backbone_of(folder)(str(folder), **backbone),
+>>>>>>> 4e63264910b9077eb5a17dfddc0fd186540341d0
         sampler=sampler or partial(DDIM, **steps),
         optimisation=Optimisation(**{"optimizer": optimizer} | optimisation),
         sampling=Sampling(**sampling),
         **given,
     )
+
+
+def backbone_of(folder: Path) -> Any:
+    """The class for a pipeline's folder, which is named as the pipeline's."""
+    pipeline = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    return getattr(backbones, pipeline.replace("Pipeline", "Backbone"))
 
 
 def prompts(prompts: int = 4, images: int = 4, **options: Any) -> PromptDataModule:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_align.backbones import POLICY, REFERENCE, Conditioning, DenoisingPolicy, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
-from lit_align.errors import ConfigError, check_positive
+from lit_align.errors import ConfigError, check_positive, user_path
 from lit_align.gaussian import fuse
 from lit_align.methods.msdda.fusion import (
     FusedPolicy,
@@ -152,7 +152,7 @@ class MSDDAModule(SweepModule):
         self.joint = mixed
         for name, folder in experts.items():
             if folder is not None:
-                backbone.weight_sets.load(name, Path(folder).expanduser())
+                backbone.weight_sets.load(name, user_path(folder))
         self.sweep = sweep
         self.front = None
         self._swept = {}

@@ -68,7 +68,7 @@ class SweepModule(ExpertModule):
     def stds(self, exponents: Mapping[str, float]) -> Sequence[Tensor] | None:
         """Stds of the steps of a product of kernels; None where they are the sampler's."""
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """The fused policy and the reference on the same noise, then the sweep."""
         images = super().test_step(batch, batch_idx)
         if self.sweep is not None:
@@ -99,6 +99,7 @@ class SweepModule(ExpertModule):
                     self.sampler.stochastic,
                     self.sampling.batch,
                     stds,
+                    self.device,
                 ).cpu()
             metrics["images"] = samples.images[rows.to(samples.images.device)].cpu()
             self._swept.setdefault(point, []).append(metrics)

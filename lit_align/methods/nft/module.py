@@ -167,7 +167,7 @@ class NFTModule(JointModule):
 
     def _noised(self, rollouts: Rollouts, epoch: int, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Clean latents of some pairs, noise, the noised latents and their timesteps."""
-        clean = rollouts.trajectory.states[-1, pairs.rows].float()
+        clean = rollouts.trajectory.states[-1, pairs.rows].to(self.device).float()
         numbers = zip(rollouts.batch.index[pairs.rows].tolist(), pairs.steps.tolist(), strict=True)
         draws = [generator(self.seed, "noising", image, step, epoch) for image, step in numbers]
         shape = self.backbone.latent_shape
@@ -219,6 +219,7 @@ class NFTModule(JointModule):
             distance = denoising_error(prediction, reference)
             metrics["reference_distance"] = distance.detach()
             loss = loss + self.reference_weight * distance
+        loss = torch.where(rollouts.scored[pairs.rows.to(self.device)], loss, 0.0)
         return loss.sum() / size, metrics
 
     @torch.no_grad()

@@ -170,7 +170,7 @@ class Recipe:
             last = StableDiffusionPipeline.from_pretrained(self.found("pipeline"))
             text.load_state_dict(last.text_encoder.state_dict())
             unet.load_state_dict(last.unet.state_dict())
-        latents = torch.load(self.found("latents.pt"))
+        latents = torch.load(self.found("latents.pt"), weights_only=True)
         captions = Images(self.found("images"), self.seed).captions[: len(latents)]
         tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])[0]
 
