@@ -189,7 +189,6 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-<<<<<<< HEAD
 def flow_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a tiny flow model, by its name in ``tests/backbones/flow_models.py``."""
     from tests.backbones.flow_models import MODELS
@@ -201,10 +200,11 @@ def flow_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         return folder
 
     return saved
-=======
+
+
+@pytest.fixture(scope="session")
 def single_xl(tiny_xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as one file in the layout of the original."""
     file = tmp_path_factory.mktemp("single_xl") / "model.safetensors"
     save_original(tiny_xl, file)
     return file
->>>>>>> 4e63264910b9077eb5a17dfddc0fd186540341d0

@@ -1,12 +1,8 @@
 """Sampling: the same function for training, validation and prediction. Shapes: ``B`` images, ``T`` steps."""
 
-<<<<<<< HEAD
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-=======
-import math
-from collections.abc import Sequence
->>>>>>> 4e63264910b9077eb5a17dfddc0fd186540341d0
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
@@ -43,13 +39,10 @@ class Sampling:
             training; 1 is none, at half the cost. 7.5 is the pipelines' own.
         batch: Images sampled at once. Bounds memory and changes no result.
         seed: Seed of all noise; that of ``seed_everything`` if not given.
-<<<<<<< HEAD
-        eval_sampler: How validation, test and predict sample, such as with more steps or without noise; as
-            training if not given. Flow-GRPO (arXiv 2505.05470): 40 steps, and 10 in training.
-=======
         store: Where the chains of a rollout batch are kept until they have been replayed: on the ``device``,
             or, where it has no room for them, on the ``cpu``. Changes no result.
->>>>>>> 4e63264910b9077eb5a17dfddc0fd186540341d0
+        eval_sampler: How validation, test and predict sample, such as with more steps or without noise; as
+            training if not given. Flow-GRPO (arXiv 2505.05470): 40 steps, and 10 in training.
 
     Raises:
         ConfigError: The batch is not positive, the guidance not finite, or the place is none.
@@ -58,11 +51,8 @@ class Sampling:
     guidance: float = 7.5
     batch: int = 8
     seed: int | None = None
-<<<<<<< HEAD
-    eval_sampler: SamplerFactory | None = None
-=======
     store: Literal["device", "cpu"] = "device"
->>>>>>> 4e63264910b9077eb5a17dfddc0fd186540341d0
+    eval_sampler: SamplerFactory | None = None
 
     def __post_init__(self) -> None:
         check_positive({"sampling.batch": self.batch})
@@ -159,11 +149,6 @@ class SamplingModule(LightningModule):
         """
         numbers = torch.arange(len(prompts))
         batch = Batch(list(prompts), numbers, index=numbers)
-<<<<<<< HEAD
         with self.evaluating():
             policy = self.policy(batch, self.backbone.encode(prompts), weights)
-            return self.sample(policy, batch, "predict", seed).images
-=======
-        policy = self.policy(batch, self.backbone.encode(prompts), weights)
-        return self.sample(policy, batch, "predict", seed, scored=False).images
->>>>>>> 4e63264910b9077eb5a17dfddc0fd186540341d0
+            return self.sample(policy, batch, "predict", seed, scored=False).images

@@ -48,18 +48,11 @@ class Family:
         backbone = self.backbone(str(self.folder), **options)
         return perturb(backbone)
 
-<<<<<<< HEAD
-    def pipeline(self) -> DiffusionPipeline:
-        """Diffusers' own pipeline, with the sampler of ours."""
-        loaded = self.backbone.pipeline_class.from_pretrained(self.folder, **self.backbone.without)
-        if not issubclass(self.backbone, TransformerBackbone):
-            loaded.scheduler = DDIMScheduler.from_config(loaded.scheduler.config, clip_sample=False)
-=======
     def pipeline(self, backbone: DiffusersBackbone | None = None) -> DiffusionPipeline:
         """Diffusers' own pipeline with our sampler, and with the policy of a backbone if one is given."""
         loaded: Any = self.backbone.pipeline_class.from_pretrained(self.folder, **self.backbone.without)
-        loaded.scheduler = DDIMScheduler.from_config(loaded.scheduler.config, clip_sample=False)
->>>>>>> 4e63264910b9077eb5a17dfddc0fd186540341d0
+        if not issubclass(self.backbone, TransformerBackbone):
+            loaded.scheduler = DDIMScheduler.from_config(loaded.scheduler.config, clip_sample=False)
         loaded.set_progress_bar_config(disable=True)
         if backbone is not None:
             setattr(loaded, self.backbone.denoiser, backbone.weight_sets.choose(POLICY))

@@ -224,22 +224,16 @@ def test_the_adapter_folder_loads_in_diffusers_and_draws_the_live_image(
     layers = [*family.backbone.adapted(network), *family.adapted] if more else None
     backbone = family.make(lora=LoRA(rank=3, alpha=6.0, target_modules=layers))
     backbone.weight_sets.save(tmp_path / "adapter")
+    backbone.weight_sets.train_only([])  # torch multiplies by a weight that is trained in another order
     live = draw_in_diffusers(family.pipeline(backbone), backbone, 2.0)
     pipeline = family.pipeline()
     base = draw_in_diffusers(pipeline, backbone, 2.0)
     pipeline.load_lora_weights(tmp_path / "adapter")
+    getattr(pipeline, family.backbone.denoiser).requires_grad_(False)
     assert torch.equal(draw_in_diffusers(pipeline, backbone, 2.0), live)
     assert (base - live).abs().max() > 1e-3
-<<<<<<< HEAD
-    backbone.weight_sets.train_only([])  # torch multiplies by a weight that is trained in another order
-    loaded = getattr(pipeline, family.backbone.denoiser).requires_grad_(False)
-    told = latents(backbone), torch.tensor([500, 20]), backbone.encode(PROMPTS).prompt, 2.0
-    live = backbone.denoise(backbone.weight_sets.choose(POLICY), *told)
-    assert torch.equal(backbone.denoise(loaded, *told), live)
-=======
     # Our sampler rounds otherwise, which the wild adapters of more layers amplify.
     torch.testing.assert_close(draw(backbone, 2.0), live, atol=1e-3 if more else 1e-5, rtol=0)
->>>>>>> 4e63264910b9077eb5a17dfddc0fd186540341d0
 
 
 def test_all_weights_are_saved_as_a_pipeline(family: Family, tmp_path: Path):

@@ -18,11 +18,7 @@ from torch import Tensor
 
 from lit_align import backbones
 from lit_align.advantages import GroupAdvantages
-<<<<<<< HEAD
-from lit_align.backbones import POLICY, DiffusersBackbone, StableDiffusionBackbone
-=======
 from lit_align.backbones import POLICY
->>>>>>> 4e63264910b9077eb5a17dfddc0fd186540341d0
 from lit_align.callbacks import BatchCheckpoint
 from lit_align.data import (
     Batch,
@@ -54,11 +50,7 @@ from tests.methods.recorders import Recorder
 Method = TypeVar("Method", bound=AlignmentModule)
 
 OPTIMISATION = ("optimizer", "lr_scheduler", "clip_norm", "micro_batch")
-<<<<<<< HEAD
-SAMPLING = ("guidance", "batch", "seed", "eval_sampler")
-=======
-SAMPLING = ("guidance", "batch", "seed", "store")
->>>>>>> 4e63264910b9077eb5a17dfddc0fd186540341d0
+SAMPLING = ("guidance", "batch", "seed", "store", "eval_sampler")
 SAMPLER = ("num_steps", "eta", "noisy_steps")
 BACKBONE = ("lora", "checkpointing", "adapters", "size", "dtype", "offload_text_encoders")
 
@@ -100,7 +92,6 @@ def make(
     rewards: RewardBank | None = None,
     lr: float | None = None,
     sampler: Any = None,
-    family: type[DiffusersBackbone] = StableDiffusionBackbone,
     rates: float | list[float] | None = None,
     **options: Any,
 ) -> Method:
@@ -114,7 +105,6 @@ def make(
         lr: Of AdamW without decay, if no ``optimizer`` is given.
         rates: SPIN's ``lr``, that of each iteration.
         sampler: Instead of DDIM with ``num_steps``, ``eta`` and ``noisy_steps``.
-        family: The backbone's class, where the folder has another format.
         options: Of any group.
     """
     torch.manual_seed(0)
@@ -138,11 +128,7 @@ def make(
         if method in (DDPOModule, NFTModule):
             given.setdefault("advantages", GroupAdvantages())
     return method(
-<<<<<<< HEAD
-        family(str(folder), **backbone),
-=======
         backbone_of(folder)(str(folder), **backbone),
->>>>>>> 4e63264910b9077eb5a17dfddc0fd186540341d0
         sampler=sampler or partial(DDIM, **steps),
         optimisation=Optimisation(**{"optimizer": optimizer} | optimisation),
         sampling=Sampling(**sampling),

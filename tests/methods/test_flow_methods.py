@@ -8,12 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from lit_align.backbones import (
-    DiffusersBackbone,
-    Flux2KleinBackbone,
-    FluxBackbone,
-    StableDiffusion3Backbone,
-)
 from lit_align.callbacks import BatchCheckpoint
 from lit_align.errors import ConfigError
 from lit_align.methods import (
@@ -31,13 +25,7 @@ from lit_align.samplers import DDIM, FlowSDE
 from tests.methods.build import assert_close_gradients, assert_same, data_for, fit, make, randomise, trained
 from tests.methods.recorders import Killed, Recorder
 
-FAMILIES: dict[str, type[DiffusersBackbone]] = {
-    "sd3": StableDiffusion3Backbone,
-    "sd3_without_t5": StableDiffusion3Backbone,
-    "flux": FluxBackbone,
-    "schnell": FluxBackbone,
-    "klein": Flux2KleinBackbone,
-}
+MODELS = ("sd3", "sd3_without_t5", "flux", "schnell", "klein")
 METHODS = (
     DDPOModule,
     NFTModule,
@@ -57,7 +45,7 @@ CASES = [
     for method, model, slow in [
         (DDPOModule, "sd3", False),
         *((method, "sd3", True) for method in METHODS[1:]),
-        *((method, model, True) for method in METHODS for model in list(FAMILIES)[1:]),
+        *((method, model, True) for method in METHODS for model in MODELS[1:]),
     ]
 ]
 
@@ -66,7 +54,7 @@ def flow(method: Any, model: str, folder: Callable[[str], Path], **options: Any)
     """A module on a tiny flow model; the images of pairs are square, others are not."""
     size = 32 if issubclass(method, OF_PAIRS) else (16, 32)
     given: dict[str, Any] = {"size": size, "sampler": SAMPLER, "guidance": 2.0} | options
-    module: AlignmentModule = make(method, folder(model), family=FAMILIES[model], **given)
+    module: AlignmentModule = make(method, folder(model), **given)
     randomise(module, 0.1)
     return module
 
@@ -125,8 +113,8 @@ def test_evaluation_may_have_a_sampler_of_its_own(flow_folder: Callable[[str], P
     steps: list[tuple[str, int]] = []
     sample = module.sample
 
-    def recording(policy: Any, batch: Any, purpose: str, seed: int | None = None) -> Any:
-        samples = sample(policy, batch, purpose, seed)
+    def recording(policy: Any, batch: Any, purpose: str, *rest: Any, **options: Any) -> Any:
+        samples = sample(policy, batch, purpose, *rest, **options)
         steps.append((purpose, len(samples.trajectory.means)))
         return samples
 
