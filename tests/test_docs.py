@@ -25,9 +25,10 @@ ELSEWHERE = (
     "python -m tests.",
     "python -m lit_align.shapes.recipe",
     "python -m lit_align report",
+    "python -m lit_align doctor",
     "hf download",
 )
-"""Run by CI, by the tests of these programs, by tests/shapes and by tests/test_report.py; and downloads."""
+"""Run by CI, by the tests of these programs, and by tests/shapes; and downloads."""
 
 SMALL = """
 trainer:

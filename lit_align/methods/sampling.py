@@ -1,5 +1,6 @@
 """Sampling: the same function for training, validation and prediction. Shapes: ``B`` images, ``T`` steps."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
@@ -40,7 +41,7 @@ class Sampling:
             or, where it has no room for them, on the ``cpu``. Changes no result.
 
     Raises:
-        ConfigError: The batch is not positive, or the place is none.
+        ConfigError: The batch is not positive, the guidance not finite, or the place is none.
     """
 
     guidance: float = 7.5
@@ -50,6 +51,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_positive({"sampling.batch": self.batch})
+        if not math.isfinite(self.guidance):
+            raise ConfigError(f"sampling.guidance is {self.guidance}; give a finite number, such as 7.5")
         if self.store not in ("device", "cpu"):
             raise ConfigError(f"sampling.store: {self.store!r} must be device or cpu")
 
@@ -80,11 +83,21 @@ class SamplingModule(LightningModule):
         return self.backbone.policy(self.sampler, cond, self.sampling.guidance, weights)
 
     @torch.no_grad()
-    def sample(self, policy: BatchPolicy, batch: Batch, purpose: str, seed: int | None = None) -> Samples:
+    def sample(
+        self,
+        policy: BatchPolicy,
+        batch: Batch,
+        purpose: str,
+        seed: int | None = None,
+        scored: bool = True,
+    ) -> Samples:
         """Sample one image for each row of ``batch``, in chunks of ``sampling.batch``, without gradient.
 
         Image ``i`` is a pure function of the weights, its prompt, (seed, purpose) and its global number
         ``batch.index[i]``: it depends neither on its batch nor on its rank or device.
+
+        ``scored`` says that the images will be scored: rewards that work elsewhere begin with a chunk while
+        the next one is sampled.
         """
         chunks: list[Samples] = []
         for rows in torch.arange(len(batch)).split(self.sampling.batch):
@@ -93,9 +106,14 @@ class SamplingModule(LightningModule):
             images = self.backbone.decode(trajectory.states[-1])
             stored = trajectory.to("cpu") if self.sampling.store == "cpu" else trajectory
             chunks.append(Samples(stored, images))
+            if scored:
+                self.score_ahead(images, batch[rows])
         parts = [(c.trajectory.states, c.trajectory.means, c.trajectory.log_probs) for c in chunks]
         states, means, log_probs = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         return Samples(Trajectory(states, means, log_probs), torch.cat([c.images for c in chunks]))
+
+    def score_ahead(self, images: Tensor, batch: Batch) -> None:
+        """Take note of images that will be scored, and of their rows of the batch."""
 
     def draw_noise(
         self, index: Tensor, purpose: str, seed: int | None = None
@@ -117,4 +135,4 @@ class SamplingModule(LightningModule):
         numbers = torch.arange(len(prompts))
         batch = Batch(list(prompts), numbers, index=numbers)
         policy = self.policy(batch, self.backbone.encode(prompts), weights)
-        return self.sample(policy, batch, "predict", seed).images
+        return self.sample(policy, batch, "predict", seed, scored=False).images
