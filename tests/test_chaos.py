@@ -94,7 +94,12 @@ def test_what_is_not_the_same_is_found(change: Callable[[Path], None], found: st
 
 
 def test_what_a_killed_process_was_writing_is_deleted(tmp_path):
-    drafts = [".metrics.csv.12.draft", ".validation.json.12.draft", "checkpoints/.last.ckpt.12.draft"]
+    drafts = [
+        ".metrics.csv.12.draft",
+        ".validation.json.12.draft",
+        "checkpoints/.last.ckpt.12.draft",
+        "pool/.tmpAb",
+    ]
     others = [".test.json.12.draft", "checkpoints/last.ckpt", "metrics.csv"]
     for name in drafts + others:
         (tmp_path / name).parent.mkdir(exist_ok=True)
