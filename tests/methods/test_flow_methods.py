@@ -133,6 +133,18 @@ def test_experts_with_samplers_of_their_own_are_not_given_another(flow_folder: C
         flow(MSDDAModule, "sd3", flow_folder, samplers={"red": SAMPLER}, eval_sampler=SAMPLER)
 
 
+def test_exact_chains_of_images_need_a_rule_that_keeps_the_forward_process(
+    flow_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"set sampler\.init_args\.rule to precise, or exact to false"):
+        flow(SPINModule, "sd3", flow_folder, exact=True)
+    module = flow(
+        SPINModule, "sd3", flow_folder, exact=True, sampler=partial(FlowSDE, num_steps=3, rule="precise")
+    )
+    recorder = fit(module, tmp_path, 1, data=data(module))
+    assert recorder.logged[0]["train/loss"] > 0
+
+
 def test_a_method_that_needs_noise_says_which_option_gives_it(flow_folder: Callable[[str], Path]) -> None:
     still = partial(FlowSDE, num_steps=3, noise_level=0.0)
     for method in (DDPOModule, PRDPModule):
