@@ -25,7 +25,7 @@ from lit_align.samplers import DDIM, FlowSDE
 from tests.methods.build import assert_close_gradients, assert_same, data_for, fit, make, randomise, trained
 from tests.methods.recorders import Killed, Recorder
 
-MODELS = ("sd3", "sd3_without_t5", "flux", "schnell", "klein")
+MODELS = ("sd3", "sd3_without_t5", "flux", "schnell", "klein", "z_image")
 METHODS = (
     DDPOModule,
     NFTModule,

@@ -147,7 +147,8 @@ class SPINModule(OpponentModule[tuple[Noised, Noised] | Chains]):
         if exact and not self.sampler.keeps_forward_process:
             raise ConfigError(
                 "exact: the chains of dataset images need steps that keep the forward process, which those "
-                "of this rule do in first order only; set sampler.init_args.rule to precise, or exact to false"
+                "of this rule do in first order only; set sampler.init_args.rule to precise, or exact to "
+                "false"
             )
         self.exact = exact
         self.shared_noise = shared_noise
