@@ -41,7 +41,7 @@ class TransformerBackbone(DiffusersBackbone):
         for module in network.modules():
             processor = getattr(module, "processor", None)
             if processor is not None:
-                own = getattr(type(processor), "fused", type(processor))
+                own: Any = getattr(type(processor), "fused", type(processor))
                 processor.__class__ = plainly(own) if plain else own
 
     def mu(self, num_steps: int) -> float:
