@@ -71,6 +71,20 @@ def test_the_overlays_go_on_ddpo_with_any_reward(
 
 
 @pytest.mark.slow
+def test_a_run_is_exported_as_an_adapter_and_as_a_pipeline(
+    work: Path, flow_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    overlays = ["backbone/sd35", "variant/compressibility"]
+    train("ddpo", overlays, flow_folder("sd3_without_t5"), **{"model.backbone.size": 32})
+    (run,) = Path("logs").glob("*/version_0")
+    main(["export", str(run), "--out", "one"])
+    assert "largest pixel difference to the live model: 0\n" in capsys.readouterr().out
+    assert not list(Path("one").glob("*.safetensors"))  # kohya's names are for UNets
+    main(["export", str(run), "--form", "pipeline", "--out", "other"])
+    assert "largest pixel difference" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("overlay", MODELS)
 @pytest.mark.parametrize("method", ["prdp", "nft", "alignprop"])
 def test_the_overlays_go_on_the_other_methods_on_prompts(

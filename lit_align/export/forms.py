@@ -99,15 +99,16 @@ def facts(live: Live) -> dict[str, Any]:
 
 def _pipeline(live: Live, form: str, path: Path | None = None) -> Any:
     """A pipeline of diffusers: with the live denoiser, or with what was exported."""
-    kind, own = type(live.backbone), live.runs[0][0].backbone
+    kind, own, dtypes = type(live.backbone), live.runs[0][0].backbone, {"default": torch.float32}
     if form == "pipeline":
-        pipeline = kind.pipeline_class.from_pretrained(path, dtype=torch.float32, **kind.without)
+        pipeline = load_pipeline(
+            kind.pipeline_class, str(path), kind.without, dtypes, None, None, kind.optional
+        )
     else:
         weights = live.runs[0][0].weights
         copied = live.whole and weights.is_dir()  # a whole model, in the place of the base
         source = str(weights) if copied else own["pretrained"]
         config, variant = (None if copied else own.get(option) for option in ("config", "variant"))
-        dtypes = {"default": torch.float32}
         pipeline = load_pipeline(
             kind.pipeline_class, source, kind.without, dtypes, config, variant, kind.optional
         )
