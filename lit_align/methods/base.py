@@ -73,7 +73,9 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds what is trained, not the frozen models
         self.backbone = backbone
-        self.sampler = backbone.make_sampler(sampler)
+        self.sampler = self.eval_sampler = backbone.make_sampler(sampler)
+        if sampling.eval_sampler is not None:
+            self.eval_sampler = backbone.make_sampler(sampling.eval_sampler)
         self.rewards = rewards
         self.optimisation = optimisation
         self.sampling = sampling
