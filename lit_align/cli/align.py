@@ -64,8 +64,8 @@ class AlignCLI(LightningCLI):
         self.auto = config.ckpt_path == AUTO
         if self.auto and self.config.subcommand != "fit":
             raise ConfigError("ckpt_path: auto is for fit, which may begin anew; give last")
-        if config.ckpt_path and not self.auto:
-            self.saved = find(config.ckpt_path, runs_of(config))
+        if config.ckpt_path:
+            self.saved = None if self.auto else find(config.ckpt_path, runs_of(config))
             config.ckpt_path = None  # Lightning would read all of it, for hyper-parameters that it has not
 
     def before_instantiate_classes(self) -> None:
