@@ -5,12 +5,14 @@ from itertools import islice
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_align.backbones import POLICY, REFERENCE, Conditioning
 from lit_align.comparison import diversity, high_frequency, saturation
 from lit_align.data import Batch, MultiTaskDataModule, PickaPicDataModule, PromptDataModule
 from lit_align.gaussian import GaussianStep
+from lit_align.methods.guard import GuardedModule
 from lit_align.methods.sampling import BatchPolicy, SamplingModule
 from lit_align.rewards import RewardBank, RewardOutput
 from lit_align.rollout import Trajectory
@@ -140,7 +142,7 @@ def held_out_prompts(data: Any, stage: str) -> list[str]:
     return list(prompts)[:CHECKED_PROMPTS]
 
 
-class ValidatedModule(SamplingModule):
+class ValidatedModule(SamplingModule, GuardedModule):
     """A module whose policy is compared with the pretrained model on held-out prompts and the same noise.
 
     Attributes:
@@ -150,7 +152,6 @@ class ValidatedModule(SamplingModule):
     """
 
     rewards: RewardBank
-    images: int
     baseline: dict[str, Tensor]
     latest: dict[str, Tensor]
     prompt_groups: Tensor
@@ -159,15 +160,14 @@ class ValidatedModule(SamplingModule):
     @torch.no_grad()
     def score(self, images: Tensor, batch: Batch) -> RewardOutput:
         """What the rewards say of images, without gradient."""
-        return self.rewards(images, batch.prompts, batch.groups, batch.columns)
+        return self.bank_of(batch)(images, batch.prompts, batch.groups, batch.columns)
 
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in rank order; every rank must call it."""
-        if self.trainer.world_size == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(gathered, value)
-        return gathered
+    def score_ahead(self, images: Tensor, batch: Batch) -> None:
+        self.bank_of(batch).ahead(images, batch.prompts, batch.columns)
+
+    def bank_of(self, batch: Batch) -> RewardBank:
+        """The rewards that score a batch; several tasks have a bank each."""
+        return self.rewards
 
     def forget_baseline(self) -> None:
         """Drop what was measured before: the pretrained model is measured anew when training starts."""
@@ -192,11 +192,11 @@ class ValidatedModule(SamplingModule):
         total = int(sum(self.trainer.num_val_batches))
         batches: Any = self.trainer.val_dataloaders
         for batch in islice(batches, total):
-            with self.trainer.precision_plugin.forward_context():
+            with self.trainer.precision_plugin.forward_context(), self.evaluating():
                 cond = self.backbone.encode(batch.prompts)
                 samples = self.sample(self.policy(batch, cond, REFERENCE), batch, "validation")
                 measured = measure(samples.images, self.score(samples.images, batch), batch)
-            distance = "kl" if self.sampler.stochastic.any() else "drift"
+            distance = "kl" if self.eval_sampler.stochastic.any() else "drift"
             self._evaluated.append(measured | {distance: torch.zeros(len(batch))})  # from itself
         parts = [part for rank in self.gather(self._evaluated) for part in rank]
         self.baseline, self._evaluated = in_global_order(parts)[0], []
@@ -204,18 +204,22 @@ class ValidatedModule(SamplingModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """A rollout on held-out prompts with the same noise every time; returns the images."""
         cond = self.backbone.encode(batch.prompts)
-        samples = self.sample(self.policy(batch, cond), batch, "validation")
+        with self.evaluating():
+            samples = self.sample(self.policy(batch, cond), batch, "validation")
+            distance = self.distance(batch, cond, samples.trajectory)
         measured = measure(samples.images, self.score(samples.images, batch), batch)
-        self._evaluated.append(measured | self.distance(batch, cond, samples.trajectory))
+        self._evaluated.append(measured | distance)
         return samples.images
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Policy and reference on the same prompts and noise; returns their images by weight set."""
         cond = self.backbone.encode(batch.prompts)
-        samples, before = (
-            self.sample(self.policy(batch, cond, weights), batch, "test") for weights in (POLICY, REFERENCE)
-        )
-        distance = self.distance(batch, cond, samples.trajectory)
+        with self.evaluating():
+            samples, before = (
+                self.sample(self.policy(batch, cond, weights), batch, "test")
+                for weights in (POLICY, REFERENCE)
+            )
+            distance = self.distance(batch, cond, samples.trajectory)
         base = measure(before.images, self.score(before.images, batch), batch)
         base |= {name: torch.zeros_like(values) for name, values in distance.items()}
         measured = measure(samples.images, self.score(samples.images, batch), batch)
@@ -224,8 +228,9 @@ class ValidatedModule(SamplingModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Images ``(B, 3, H, W)`` and their rewards."""
-        policy = self.policy(batch, self.backbone.encode(batch.prompts))
-        images = self.sample(policy, batch, "predict").images
+        with self.evaluating():
+            policy = self.policy(batch, self.backbone.encode(batch.prompts))
+            images = self.sample(policy, batch, "predict").images
         return images, self.score(images, batch).report
 
     def distance(self, batch: Batch, cond: Conditioning, trajectory: Trajectory) -> dict[str, Tensor]:
@@ -261,6 +266,8 @@ class ValidatedModule(SamplingModule):
         parts = [part for rank in self.gather(self._evaluated) for part in rank]
         self._evaluated = []
         merged, self.prompt_groups = in_global_order(parts)
+        if bool(merged["reward"].isnan().all()):
+            rank_zero_warn(f"none of the {len(merged['reward'])} images of this {stage} has a score")
         means = {f"{stage}/{name}": values.nanmean() for name, values in merged.items()}
         self.log_dict(means | {"step": torch.tensor(float(self.images))}, sync_dist=True)
         return merged
