@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_align.rewards import Brightness
 
-LIMIT = 60.0
+LIMIT = 300.0
 """Seconds after which nothing is waited for any more."""
 
 
