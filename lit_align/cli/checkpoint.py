@@ -122,12 +122,16 @@ def find_equal(runs: Path, settings: Mapping[str, Any]) -> Saved | None:
     Args:
         runs: Where the runs of this configuration are.
         settings: Those of this command, by dotted name.
+
+    Raises:
+        ConfigError: It is damaged.
     """
     others = []
     for folder in _runs(runs):
         saved = newest(folder)
         if saved is not None and saved.settings is not None:
             if not (names := _different(saved.settings, settings)):
+                check_whole(saved.path)
                 return saved
             others.append(f"{folder} has other settings ({told(names, saved.settings, settings)})")
     tell(f"{others[0] if others else f'no run in {runs} has a checkpoint'}, so a new run begins")
