@@ -14,6 +14,9 @@ commands:
   test        compare a checkpoint with the pretrained model, on prompts that were never used
   predict     draw images of a checkpoint, with their prompts and rewards
   export      write what a run has trained for other programs, with a model card: export RUN
+  report      one page about a tested run, or about several side by side: report RUN [RUN ...]
+  doctor      find what would make a fit fail, in under a minute: doctor --config CONFIG
+  serve       serve rewards to the runs of other processes and machines: serve --rewards bank.yaml
 
 examples:
   python -m lit_align fit     --config configs/ddpo.yaml
@@ -21,6 +24,7 @@ examples:
   python -m lit_align fit     --config configs/ddpo.yaml --ckpt_path last
   python -m lit_align test    --config configs/ddpo.yaml --ckpt_path last
   python -m lit_align export  logs/ddpo/version_0
+  python -m lit_align doctor  --config configs/ddpo.yaml
 
 more:
   --print_config after a configuration prints every value, with its default

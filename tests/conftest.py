@@ -1,9 +1,12 @@
+import json
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 # Before any test module imports rich: typing would remember rich's Optional[Union[float, int]] and hand it to
@@ -42,6 +45,9 @@ SCHEDULE_XL = {
     "timestep_spacing": "leading",
 }
 """The noise schedule of Stable Diffusion XL."""
+
+CARRIED = {"clip_sample": False, "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True}
+"""What its configuration says beside, for other schedulers than its own."""
 
 
 def make_pipeline(scheduler: DDIMScheduler | PNDMScheduler, sample_size: int = 8) -> StableDiffusionPipeline:
@@ -177,7 +183,23 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny Stable Diffusion XL with its own scheduler."""
     folder = tmp_path_factory.mktemp("tiny_xl")
     make_xl_pipeline().save_pretrained(folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | CARRIED))
     return folder
+
+
+@pytest.fixture(scope="session")
+def flow_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny flow model, by its name in ``tests/backbones/flow_models.py``."""
+    from tests.backbones.flow_models import MODELS
+
+    @cache
+    def saved(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        MODELS[name]().save_pretrained(folder)
+        return folder
+
+    return saved
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,7 @@ ALLOWED = {
         "shapes",
     },
     "report": {"errors"},
+    "doctor": {"data", "methods", "rewards"},
     "callbacks": {
         "backbones",
         "errors",
@@ -63,6 +64,7 @@ ALLOWED = {
     "cli": {
         "errors",
         "export",
+        "doctor",
         "advantages",
         "samplers",
         "backbones",

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from lit_align.advantages import Advantages
 from lit_align.callbacks import ProgressBar, RunConfig, RunFolder, default_callbacks
 from lit_align.callbacks.checkpoints import write_whole
 from lit_align.cli.checkpoint import AUTO, Saved, find, find_equal, newest
@@ -20,8 +21,13 @@ from lit_align.cli.loggers import keep_metrics, new_folder, runs_of, use_folder
 from lit_align.cli.preemption import Command, Preemption
 from lit_align.cli.settings import settings_of
 from lit_align.cli.signals import SIGNALS
-from lit_align.errors import ConfigError, tell
+from lit_align.data import CaptionedImages, PairSource, PromptSource
+from lit_align.errors import ConfigError, built, tell
 from lit_align.methods.strategies import check_trainer
+from lit_align.rewards import Reward
+
+WRITTEN = (Advantages, CaptionedImages, PairSource, PromptSource, Reward)
+"""What people write classes of: a constructor that raises is one sentence."""
 
 REFUSED = (ValueError, TypeError, RuntimeError, MisconfigurationException)
 """What Trainer raises where its options cannot work together."""
@@ -45,6 +51,8 @@ class AlignCLI(LightningCLI):
             raise
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for kind in WRITTEN:
+            parser.add_instantiator(built, kind, subclasses=True)
         parser.add_argument(
             "--accept_other_base",
             type=bool,
@@ -66,12 +74,12 @@ class AlignCLI(LightningCLI):
             raise ConfigError("ckpt_path: auto is for fit, which may begin anew; give last")
         if config.ckpt_path and not self.auto:
             self.saved = find(config.ckpt_path, runs_of(config))
-            config.ckpt_path = None  # Lightning would read all of it, for hyper-parameters that it has not
+        config.ckpt_path = None  # Lightning would read all of it, for hyper-parameters that it has not
 
     def before_instantiate_classes(self) -> None:
         stage = str(self.subcommand)
         config = self.config[stage]
-        _check_trainer(config.trainer)
+        check_trainer_options(config.trainer)
         parser = self._subcommand_parsers[stage]
         now = settings_of(yaml.safe_load(parser.dump(config, skip_none=False)))
         if self.auto:
@@ -180,7 +188,7 @@ def _has_bar(trainer: Any) -> bool:
     return sys.stdout.isatty() if trainer.enable_progress_bar is None else trainer.enable_progress_bar
 
 
-def _check_trainer(config: Any) -> None:
+def check_trainer_options(config: Any) -> None:
     """Refuse what cannot work before any model is loaded."""
     if config.accumulate_grad_batches not in (None, 1):
         raise ConfigError(

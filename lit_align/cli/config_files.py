@@ -88,8 +88,12 @@ def given_files(arguments: Sequence[str]) -> list[str]:
     return [path for path in found if "\n" not in path and not path.startswith("{")]  # else it is the content
 
 
-def read(path: str) -> ConfigFile:
+def read(path: str, option: str = "--config") -> ConfigFile:
     """Read a configuration.
+
+    Args:
+        path: The file.
+        option: Under which it was given.
 
     Raises:
         ConfigError: It is not there, is not YAML, or says something twice.
@@ -97,37 +101,37 @@ def read(path: str) -> ConfigFile:
     if os.path.isdir(path):
         inside = sorted(file.name for file in Path(path).glob("*.yaml"))
         raise ConfigError(
-            f"--config {path}: this is a folder; give a file of it: {', '.join(inside) or 'none'}"
+            f"{option} {path}: this is a folder; give a file of it: {', '.join(inside) or 'none'}"
         )
     try:
         if Path(path).exists() and not Path(path).is_file():  # reading it may never end
-            raise ConfigError(f"--config {path}: this is a pipe or a device; give a file")
+            raise ConfigError(f"{option} {path}: this is a pipe or a device; give a file")
         if Path(path).stat().st_size > LARGEST:
-            raise ConfigError(f"--config {path}: it has more than {LARGEST >> 20} MiB; give a configuration")
+            raise ConfigError(f"{option} {path}: it has more than {LARGEST >> 20} MiB; give a configuration")
         text = Path(path).read_text()
     except FileNotFoundError:
-        raise ConfigError(f"--config {path}: there is no such file{_near_files(path)}") from None
+        raise ConfigError(f"{option} {path}: there is no such file{_near_files(path)}") from None
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         if not isinstance(error, UnicodeDecodeError):  # no permission, a name too long, a link to itself
             reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(
-                f"--config {path[:200]}: this cannot be read ({reason}); check the path"
+                f"{option} {path[:200]}: this cannot be read ({reason}); check the path"
             ) from None
-        raise ConfigError(f"--config {path}: this is not a text file") from None
+        raise ConfigError(f"{option} {path}: this is not a text file") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = _mark(text, error)
         raise ConfigError(f"{path}, line {mark.line + 1 if mark else '?'}: {_syntax(text, error)}") from None
     except yaml.YAMLError:
-        raise ConfigError(f"--config {path}: this is not a text file") from None
+        raise ConfigError(f"{option} {path}: this is not a text file") from None
     except RecursionError:
-        raise ConfigError(f"--config {path}: it is nested too deeply; look at its brackets") from None
+        raise ConfigError(f"{option} {path}: it is nested too deeply; look at its brackets") from None
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(
-            f"--config {path}: a configuration has the sections trainer, model and data; this file has none"
+            f"{option} {path}: a configuration has the sections trainer, model and data; this file has none"
         )
     _values(path, root, {})
     _refuse_twice(path, root)

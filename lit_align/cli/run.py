@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_align.cli.align import AlignCLI
 from lit_align.cli.config_files import check_order, given_files, read
+from lit_align.cli.doctor import DoctorCLI
 from lit_align.cli.errors import Given, explain
 from lit_align.cli.export import export_command
 from lit_align.cli.method import model_argument, use_method
@@ -19,8 +20,9 @@ from lit_align.cli.preemption import Command, lost_process, say
 from lit_align.cli.quiet import quiet
 from lit_align.cli.renamed import translated, translated_arguments
 from lit_align.cli.report import report
+from lit_align.cli.serve import serve_command
 from lit_align.cli.signals import SIGNALS, exit_code
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, chain
 from lit_align.files import CLOSED, FULL, unwritable
 from lit_align.methods import AlignmentModule
 
@@ -30,11 +32,11 @@ SECOND = 3.0
 """Seconds that another process than the first waits before it tells of an error; torchrun and SLURM look at
 their processes every 0.1 to 1."""
 
-TOOLS = {"export": export_command, "report": report}
+TOOLS = {"export": export_command, "report": report, "serve": serve_command}
 """Commands beside those of a Trainer."""
 
 
-def _run(command: Command) -> None:
+def _run(command: Command, cli: type[AlignCLI] = AlignCLI) -> None:
     arguments = command.arguments
     given = Given((), arguments)
     helps = any(argument in ("-h", "--help") or ".help" in argument for argument in arguments)
@@ -57,7 +59,7 @@ def _run(command: Command) -> None:
 
     set_loader("yaml", load, exceptions=(yaml.YAMLError,))
     try:
-        AlignCLI(
+        cli(
             command=command,
             model_class=AlignmentModule,
             datamodule_class=LightningDataModule,
@@ -83,15 +85,15 @@ def _run(command: Command) -> None:
 
 def _sentence(error: BaseException) -> str | None:
     """What to tell the user; None where only a traceback helps."""
-    inner: BaseException | None = error
-    while inner is not None:
+    for inner in chain(error):
         if isinstance(inner, ConfigError | MisconfigurationException):
             return str(inner)
         if isinstance(inner, ModuleNotFoundError) and inner.name is None:  # a library says what to install
             return str(inner)
-        inner = inner.__cause__ or inner.__context__
-    if isinstance(error, OSError) and error.errno in (*FULL, *CLOSED):  # of the machine, not of the program
-        return unwritable(error.filename or "a file of the run", error)
+    if isinstance(error, OSError):  # where it is of the machine, not of the program
+        curves = "tfevents" in str(error.filename)  # TensorBoard's, whatever it meets
+        if curves or error.errno in (*FULL, *CLOSED):
+            return unwritable(error.filename or "a file of the run", error)
     return None
 
 
@@ -107,6 +109,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         if (name := "".join(command.arguments[:1])) in TOOLS:
             TOOLS[name](command.arguments[1:])
+        elif name == "doctor":
+            _run(Command(["fit", *command.arguments[1:]]), DoctorCLI)
         else:
             _run(command)
         code = 0

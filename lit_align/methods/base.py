@@ -73,7 +73,9 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds what is trained, not the frozen models
         self.backbone = backbone
-        self.sampler = backbone.make_sampler(sampler)
+        self.sampler = self.eval_sampler = backbone.make_sampler(sampler)
+        if sampling.eval_sampler is not None:
+            self.eval_sampler = backbone.make_sampler(sampling.eval_sampler)
         self.rewards = rewards
         self.optimisation = optimisation
         self.sampling = sampling
@@ -184,9 +186,11 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not every or ((trainer.fit_loop.total_batch_idx + 1) % every and not trainer.should_stop):
             return
-        values = {name: torch.as_tensor(value).item() for name, value in logged.items() if name != "step"}
+        values = {name: torch.as_tensor(value) for name, value in logged.items()}
+        trainer.logged_metrics.update(values)
+        numbers = {name: value.item() for name, value in values.items() if name != "step"}
         for logger in trainer.loggers:
-            logger.log_metrics(values, self.images)
+            logger.log_metrics(numbers, self.images)
 
     # ---- ranks, files and checkpoints
 
@@ -233,7 +237,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             ConfigError: The checkpoint is of another method, model or data set, or holds other trained
                 weights than this configuration has.
         """
-        fit = self.trainer.state.fn == "fit"
+        fit = bool(self._facts) and self.trainer.state.fn == "fit"
         accepted = self.accept_other_base, self.accept_other_data
         changed = check_checkpoint(checkpoint.get("identity", {}), self._facts, fit, *accepted)
         own = {name: list(p.shape) for name, p in self.kept().items()}

@@ -200,10 +200,13 @@ class JointModule(AlignmentModule):
     @torch.no_grad()
     def score(self, images: Tensor, batch: Batch) -> RewardOutput:
         """What the rewards of the batch's task say; of several tasks, reported under names that all have."""
-        scores = self.tasks[batch.task].rewards(images, batch.prompts, batch.groups, batch.columns)
+        scores = super().score(images, batch)
         if not batch.task:
             return scores
         return replace(scores, report=joint_scores(scores.report, batch.task, self.tasks))
+
+    def bank_of(self, batch: Batch) -> RewardBank:
+        return self.tasks[batch.task].rewards
 
     def _advantages(self, batch: Batch, rewards: Tensor) -> tuple[Tensor, bool]:
         """Advantages of this rank's images, by those of all ranks, and whether any of them has a score."""

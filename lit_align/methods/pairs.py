@@ -184,7 +184,9 @@ class PairModule(AlignmentModule, Generic[Prepared]):
 
     def _latent_key(self, data: PickaPicDataModule) -> str:
         """Changes with all that decides the latents: the autoencoder, its precision, the images."""
-        settings = [self.backbone.autoencoder_hash(), self.trainer.precision, data.resolution]
+        given = data.resolution
+        resolution = given if isinstance(given, int) else list(given)
+        settings = [self.backbone.autoencoder_hash(), self.trainer.precision, resolution]
         return hashlib.sha256(f"{settings} {data.pairs.fingerprint()}".encode()).hexdigest()[:16]
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:

@@ -21,7 +21,9 @@ from lit_align.rewards.hpsv2 import HPSv2
 from lit_align.rewards.hpsv3 import HPSv3
 from lit_align.rewards.image_reward import ImageReward
 from lit_align.rewards.jpeg import SoftJPEGCompressibility, SoftJPEGIncompressibility
+from lit_align.rewards.judge import VLMJudge
 from lit_align.rewards.ocr import OCR
+from lit_align.rewards.remote import RemoteReward
 from lit_align.rewards.shapes import ShapesTruth
 from lit_align.rewards.unified_reward import UnifiedReward
 from lit_align.rewards.vqa import VQAScore
@@ -50,6 +52,7 @@ __all__ = [
     "PickScore",
     "PictureReward",
     "Redness",
+    "RemoteReward",
     "Reward",
     "RewardBank",
     "RewardOutput",
@@ -60,5 +63,6 @@ __all__ = [
     "SoftJPEGIncompressibility",
     "StatisticalParity",
     "UnifiedReward",
+    "VLMJudge",
     "VQAScore",
 ]

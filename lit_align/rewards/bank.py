@@ -168,6 +168,12 @@ class RewardBank(nn.Module):
         report = {name: value.float().cpu() for name, value in ({"reward": worth} | shown).items()}
         return RewardOutput(total, parts, report)
 
+    def ahead(self, images: Tensor, prompts: list[str], columns: dict[str, list[Any]] | None = None) -> None:
+        """Let rewards that work elsewhere begin with images that :meth:`forward` will get."""
+        images = at_least_float32(images.detach())
+        for reward in self.rewards.values():
+            reward.ahead(images, prompts, columns)
+
     def weighted(
         self,
         name: str,
@@ -182,8 +188,8 @@ class RewardBank(nn.Module):
 
 
 def at_least_float32(images: Tensor) -> Tensor:
-    """Images as rewards take them."""
-    return images.to(torch.promote_types(images.dtype, torch.float32))
+    """Images as rewards take them: sums are rounded otherwise where the channels lie innermost."""
+    return images.to(torch.promote_types(images.dtype, torch.float32)).contiguous()
 
 
 def _reward(name: str, given: object) -> Reward:

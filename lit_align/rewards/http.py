@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import urllib3
 
@@ -62,13 +62,19 @@ class Server:
             raise ConfigError(f"retries: {retries} must not be negative")
         self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
         self.headers = {**JSON, **(headers or {})}
+        self.connections = connections
         self.first_wait = FIRST_WAIT
         self._stopped = threading.Event()
-        self._connections = urllib3.PoolManager(maxsize=connections, retries=False)
+        self._open = urllib3.PoolManager(maxsize=connections, retries=False)
+
+    def renewed(self) -> Self:
+        """The same server over connections of its own."""
+        return type(self)(self.url, self.timeout, self.retries, self.connections, self.headers)
 
     def stop(self) -> None:
-        """Give up all further tries, of every thread."""
+        """Give up what is being asked now, in every thread: there are no further tries."""
         self._stopped.set()
+        self._stopped = threading.Event()
 
     def ask(self, path: str, body: Any, read: Callable[[Any], Answer]) -> Answer:
         """Send JSON and read the answer, until there is one.
@@ -86,11 +92,10 @@ class Server:
             Unanswered: All tries failed.
         """
         sent = None if body is None else json.dumps(body).encode()
-        wait, reason = self.first_wait, ""
+        reason, stopped = "", self._stopped
         for attempt in range(self.retries + 1):
-            if attempt and self._stopped.wait(wait):
+            if attempt and stopped.wait(min(self.first_wait * 2 ** (attempt - 1), LONGEST_WAIT)):
                 break
-            wait = min(2 * wait, LONGEST_WAIT)
             try:
                 return read(self._once(path, sent))
             except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
@@ -103,7 +108,7 @@ class Server:
     def _once(self, path: str, sent: bytes | None) -> Any:
         """One try."""
         until = time.monotonic() + self.timeout
-        response = self._connections.request(
+        response = self._open.request(
             "GET" if sent is None else "POST",
             self.url + path,
             body=sent,

@@ -1,4 +1,4 @@
-"""Rewards of another process or machine: those that ``python -m lit_align serve`` serves, or a program like it.
+"""Rewards of another process or machine: ``python -m lit_align serve``, or any program with its protocol.
 
 The protocol is JSON, without anything that runs code. ``GET /rewards`` answers
 ``{"rewards": [name, ...]}``. ``POST /score`` takes ``{"reward": name or null, "images": ..., "prompts":
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lit_align.errors import ConfigError
 from lit_align.rewards.base import to_bytes
-from lit_align.rewards.http import NoAnswer, Server
+from lit_align.rewards.http import NoAnswer, Server, Unanswered
 from lit_align.rewards.served import CACHED, Asked, Failure, ServedReward
 
 Form = Literal["safetensors", "png"]
@@ -65,6 +65,18 @@ class RemoteReward(ServedReward):
         server = Server(url, timeout, retries, connections)
         super().__init__(server, batch, connections, columns or (), on_failure, cached)
         self.reward, self.form = reward, images
+        try:
+            there = server.ask("/rewards", None, _names)
+        except Unanswered as error:
+            raise ConfigError(
+                f"RemoteReward: {error}; start it with python -m lit_align serve --rewards bank.yaml, or "
+                "correct url."
+            ) from error
+        if reward is not None and reward not in there:
+            raise ConfigError(
+                f"RemoteReward: {url} has no reward {reward!r}; it has {', '.join(there)}; give one of them, "
+                "or none for their weighted sum."
+            )
 
     def ask(self, asked: Sequence[Asked]) -> list[float]:
         """The scores of some images."""
@@ -80,6 +92,13 @@ class RemoteReward(ServedReward):
         if self.form == "png":
             return to_bytes(image[None]).tobytes()
         return image.numpy().tobytes()
+
+
+def _names(answer: Any) -> list[str]:
+    names = answer.get("rewards") if isinstance(answer, dict) else None
+    if not isinstance(names, list):
+        raise NoAnswer("it sent no list of rewards")
+    return [str(name) for name in names]
 
 
 def scores_of(answer: Any, count: int) -> list[float]:

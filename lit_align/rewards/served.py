@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -61,7 +62,7 @@ class ServedReward(Reward):
         cached: Scores that are remembered.
 
     Raises:
-        ConfigError: A number cannot work; on scoring, if the server refuses, or with ``stop`` does not answer.
+        ConfigError: A number cannot work; on scoring, if the server refuses, or does not answer.
     """
 
     differentiable = False
@@ -83,6 +84,8 @@ class ServedReward(Reward):
         self.columns = tuple(columns)
         self._scores: OrderedDict[bytes, Future[float]] = OrderedDict()
         self._waiting: list[Asked] = []
+        self._connections = connections
+        self._process = os.getpid()
         self._pool = ThreadPoolExecutor(connections)
 
     @abstractmethod
@@ -111,8 +114,7 @@ class ServedReward(Reward):
         try:
             scores = [self._result(future, failures) for future in futures]
         except BaseException:  # also Ctrl-C: the threads would go on trying
-            self.server.stop()
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._abandon()
             raise
         self._forget()
         if failures:
@@ -125,6 +127,9 @@ class ServedReward(Reward):
         self, images: Tensor, prompts: list[str], columns: dict[str, list[Any]] | None
     ) -> list["Future[float]"]:
         """The scores of images, which come; batches that are full are sent."""
+        if self._process != os.getpid():  # forked: threads and connections are the other process's
+            self._process, self.server = os.getpid(), self.server.renewed()
+            self._abandon()
         there = columns or {}
         if missing := [name for name in self.columns if name not in there]:
             raise ConfigError(
@@ -155,8 +160,8 @@ class ServedReward(Reward):
             told = json.dumps([prompt, list(image.shape), columns], sort_keys=True)
         except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"{type(self).__name__}: a column of {', '.join(self.columns)} cannot be sent ({error}); take "
-                "it out of columns."
+                f"{type(self).__name__}: a column of {', '.join(self.columns)} cannot be sent ({error}); "
+                "take it out of columns."
             ) from error
         return hashlib.blake2b(self.encoded(image) + told.encode(), digest_size=16).digest()
 
@@ -189,6 +194,14 @@ class ServedReward(Reward):
                 ) from error
             failures.append(str(error))
             return float("nan")
+
+    def _abandon(self) -> None:
+        """Leave all that was asked."""
+        self.server.stop()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool = ThreadPoolExecutor(self._connections)
+        self._scores.clear()
+        self._waiting = []
 
     def _forget(self) -> None:
         """Drop the oldest scores, and those that did not come: they are asked for again."""

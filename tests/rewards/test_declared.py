@@ -1,6 +1,7 @@
 """What every reward class declares is true; classes are found by a walk, so none is forgotten."""
 
 import inspect
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_align import rewards
 from lit_align.rewards import PickScore, Reward, RewardBank
+from tests.rewards.servers import answering, serving
 
 
 def redness(images: Tensor, prompts: list[str]) -> Tensor:
@@ -83,13 +85,18 @@ MAKE: dict[str, Callable[[Path], Reward]] = {
     "PickScore": lambda folder: PickScore(str(folder)),
     "Redness": lambda folder: rewards.Redness(),
     "ShapesTruth": lambda folder: rewards.ShapesTruth(),
+    "RemoteReward": lambda folder: rewards.RemoteReward(SERVED["bank"], batch=4),
     "SoftJPEGCompressibility": lambda folder: rewards.SoftJPEGCompressibility(),
     "SoftJPEGIncompressibility": lambda folder: rewards.SoftJPEGIncompressibility(),
     "StatisticalParity": lambda folder: rewards.StatisticalParity("shapes", min_confidence=0),
     "UnifiedReward": lambda folder: Writes(str(folder.with_name("qwen")), dtype="float32"),
+    "VLMJudge": lambda folder: rewards.VLMJudge(SERVED["judge"], "judge"),
     "VQAScore": lambda folder: rewards.VQAScore(str(folder.with_name("qwen")), dtype="float32"),
 }
 """One way to make each reward; a new class without a line here fails by name."""
+
+SERVED: dict[str, str] = {}
+"""Addresses of the servers of these tests."""
 
 PROMPTS = ["a red circle", "two blue squares", "a red circle", "a circle and a square"]
 
@@ -104,6 +111,20 @@ def concrete(base: type) -> Iterator[type]:
 
 def names() -> list[str]:
     return sorted({cls.__name__ for cls in concrete(Reward)})
+
+
+def says(path: str, body: Any) -> Any:
+    """An OpenAI-compatible server that says "Yes" with a probability of its own for each file."""
+    (image, _) = body["messages"][0]["content"]
+    likely = {"token": "Yes", "logprob": -zlib.crc32(image["image_url"]["url"].encode()) / 2**32}
+    return {"choices": [{"logprobs": {"content": [likely]}}]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _servers() -> Iterator[None]:
+    bank = RewardBank({"red": rewards.Redness()}, {"red": 1.0})
+    with serving(bank) as SERVED["bank"], answering(says) as SERVED["judge"]:
+        yield
 
 
 @pytest.fixture(params=names())

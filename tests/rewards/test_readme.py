@@ -127,5 +127,5 @@ def test_the_python_of_the_page_makes_a_bank() -> None:
 
 def test_the_yaml_of_the_page_is_yaml() -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     assert all(isinstance(yaml.safe_load(block), dict) for block in blocks)
