@@ -109,7 +109,9 @@ def _pipeline(live: Live, form: str, path: Path | None = None) -> Any:
     """A pipeline of diffusers: with the live denoiser, or with what was exported."""
     kind, own = type(live.backbone), live.runs[0][0].backbone
     if form == "pipeline":
-        pipeline = kind.pipeline_class.from_pretrained(path, dtype=torch.float32, **kind.without)
+        pipeline = kind.pipeline_class.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, **kind.without
+        )
     else:
         weights = live.runs[0][0].weights
         copied = live.whole and weights.is_dir()  # a whole model, in the place of the base
