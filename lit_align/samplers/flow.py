@@ -166,6 +166,8 @@ class FlowSDE(Sampler):
         x0 = torch.stack(schedule.x0_weights(self.timesteps))
         noise = torch.stack(schedule.noise_weights(self.timesteps))
         euler = torch.stack([torch.ones_like(before), after - before])
+        # A step of the SDE is the first order of it, and its noise may stay after the last step.
+        self.keeps_forward_process = rule in ("cps", "precise") or not bool(self.stochastic.any())
         if rule in ("flow-sde", "dance"):
             self._step_weights = euler - self._std.square() / (2 * before) * noise
         else:
