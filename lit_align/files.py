@@ -6,13 +6,14 @@ Nothing that was written is lost by what comes after it: a killed process, a ful
 import errno
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, chain
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -56,14 +57,12 @@ def writing(path: Path) -> Iterator[None]:
 
 def _of_the_machine(error: BaseException) -> OSError | None:
     """The system's error behind one of a library: torch raises its own over it, and safetensors names it."""
-    inner: BaseException | None = error
-    while inner is not None:
+    for inner in chain(error):
         if isinstance(inner, OSError):
             return inner
         if isinstance(inner, SafetensorError):
             number = re.search(r"os error (\d+)", str(inner))
             return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
-        inner = inner.__cause__ or inner.__context__
     return None
 
 
@@ -111,6 +110,19 @@ def replace_file(path: Path, fill: Callable[[Path], object]) -> None:
         draft.replace(path)
 
 
+def replace_folder(folder: Path, draft: Path) -> None:
+    """Put the files of ``draft`` in place of those of ``folder``, each at once: no moment is without them."""
+    files = sorted(path.relative_to(draft) for path in draft.rglob("*") if path.is_file())
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        sync(draft / name)
+        (draft / name).replace(folder / name)
+    for old in [path for path in folder.rglob("*") if path.is_file()]:
+        if old.relative_to(folder) not in files:
+            old.unlink()
+    shutil.rmtree(draft)
+
+
 def write(path: Path, content: str | bytes) -> None:
     """Write a text or bytes so that a reader sees all of it or none.
 
@@ -156,6 +168,22 @@ def new_folder(path: Path) -> Path:
             except FileExistsError:
                 continue
             return candidate
+
+
+def rename_new(draft: Path, path: Path) -> Path:
+    """Give a folder that is complete a name that nothing has: ``path``, ``path-2``, ...
+
+    Raises:
+        ConfigError: It cannot be renamed.
+    """
+    with writing(path):
+        while True:
+            candidate = unused(path)
+            try:
+                return draft.rename(candidate)
+            except OSError as error:  # another process was faster
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
 
 
 def _put(path: Path, content: str | bytes) -> None:

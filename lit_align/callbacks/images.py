@@ -158,7 +158,9 @@ class ImageWriter(Callback):
                 "seed": pl_module.seed,
                 "index": number,
             }
-            write(self._folder / str(row["file_name"]), png(Image.fromarray(pixels(image))))
+            place = self._folder / str(row["file_name"])
+            with writing(place):  # what has no line in metadata.jsonl does not count: it need not be whole
+                place.write_bytes(png(Image.fromarray(pixels(image))))
             rows.append(row | finite({name: float(values[i]) for name, values in scores.items()}))
         ranks = pl_module.gather(rows)
         if trainer.is_global_zero:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -136,6 +136,9 @@ class FlowSDE(Sampler):
         ConfigError: The config is of a diffusion model, or does not allow these arguments.
     """
 
+    noise_option: ClassVar[str] = "noise_level"
+    published_noise: ClassVar[str] = "null, the published one"
+
     def __init__(
         self,
         scheduler_config: Mapping[str, Any],
@@ -163,6 +166,8 @@ class FlowSDE(Sampler):
         x0 = torch.stack(schedule.x0_weights(self.timesteps))
         noise = torch.stack(schedule.noise_weights(self.timesteps))
         euler = torch.stack([torch.ones_like(before), after - before])
+        # A step of the SDE is the first order of it, and its noise may stay after the last step.
+        self.keeps_forward_process = rule in ("cps", "precise") or not bool(self.stochastic.any())
         if rule in ("flow-sde", "dance"):
             self._step_weights = euler - self._std.square() / (2 * before) * noise
         else:
