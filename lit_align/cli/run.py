@@ -15,6 +15,7 @@ from lit_align.cli.config_files import check_order, given_files, read
 from lit_align.cli.errors import Given, explain
 from lit_align.cli.export import export_command
 from lit_align.cli.method import model_argument, use_method
+from lit_align.cli.pairs import pairs_command
 from lit_align.cli.preemption import Command, lost_process, say
 from lit_align.cli.quiet import quiet
 from lit_align.cli.renamed import translated, translated_arguments
@@ -31,7 +32,7 @@ SECOND = 3.0
 """Seconds that another process than the first waits before it tells of an error; torchrun and SLURM look at
 their processes every 0.1 to 1."""
 
-TOOLS = {"export": export_command, "report": report, "serve": serve_command}
+TOOLS = {"export": export_command, "pairs": pairs_command, "report": report, "serve": serve_command}
 """Commands beside those of a Trainer."""
 
 
