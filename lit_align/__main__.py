@@ -15,6 +15,8 @@ commands:
   predict     draw images of a checkpoint, with their prompts and rewards
   export      write what a run has trained for other programs, with a model card: export RUN
   pairs       make preference data of the images of predict and a bank of rewards: pairs FOLDER
+  report      one page about a tested run, or about several side by side: report RUN [RUN ...]
+  doctor      find what would make a fit fail, in under a minute: doctor --config CONFIG
   serve       serve rewards to the runs of other processes and machines: serve --rewards bank.yaml
 
 examples:
@@ -23,6 +25,7 @@ examples:
   python -m lit_align fit     --config configs/ddpo.yaml --ckpt_path last
   python -m lit_align test    --config configs/ddpo.yaml --ckpt_path last
   python -m lit_align export  logs/ddpo/version_0
+  python -m lit_align doctor  --config configs/ddpo.yaml
 
 more:
   --print_config after a configuration prints every value, with its default

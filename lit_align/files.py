@@ -5,6 +5,7 @@ Nothing that was written is lost by what comes after it: a killed process, a ful
 
 import errno
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +61,8 @@ def _of_the_machine(error: BaseException) -> OSError | None:
         if isinstance(inner, OSError):
             return inner
         if isinstance(inner, SafetensorError):
-            return OSError(errno.ENOSPC if "os error 28" in str(inner) else None, str(inner))
+            number = re.search(r"os error (\d+)", str(inner))
+            return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
         inner = inner.__cause__ or inner.__context__
     return None
 

@@ -15,6 +15,9 @@ from lit_align.files import writing
 OF_FIT = ("checkpoints", "images", "adapter", "pool")
 """Folders of a run that only fit writes to."""
 
+TOP_OF_FIT = ("config.yaml", "validation.json", "validation.csv", "metrics.csv")
+"""Files beside them that fit writes; a test that runs at the same time has others."""
+
 
 def claim(runs: Path) -> Path:
     """Make and return the next folder ``version_N`` of ``runs``; two processes never get the same.
@@ -155,9 +158,9 @@ def _renumber(trainer: Trainer, folder: Path) -> None:
 
 def _clear(run: Path) -> None:
     """Delete what a killed process was writing."""
-    for name in OF_FIT:
-        for draft in (run / name).rglob(".*.draft"):
-            draft.unlink(missing_ok=True)
+    drafts = [draft for name in OF_FIT for draft in (run / name).rglob(".*.draft")]
+    for draft in drafts + [draft for name in TOP_OF_FIT for draft in run.glob(f".{name}.*.draft")]:
+        draft.unlink(missing_ok=True)
 
 
 def run_folder(trainer: Trainer) -> Path:

@@ -3,8 +3,8 @@
     python -m tests.chaos --kills 100 [--methods ddpo spin] [--ranks 1 2] [--seed 0] [--out FOLDER]
 
 Each method trains through the real command line with a tiny model: six rollout batches and four validations,
-AdamW, a schedule, two loggers. A run is killed up to four times, goes on by the same command with
-``--ckpt_path last``, ends, and is compared bit for bit: checkpoints, adapter, images, ``validation.*``,
+AdamW, a schedule, two loggers. A run is killed up to four times, goes on by the same command (``--ckpt_path
+auto``), ends, and is compared bit for bit: checkpoints, adapter, images, ``validation.*``,
 ``metrics.csv``, pool, and all that TensorBoard shows. The seed decides the moments: uniform over the
 computing time of a whole run, at one of its writes or soon after, or right after one of its files was
 replaced. Which instruction a kill meets is left to the machine.
@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 import shutil
 import signal
 import sys
@@ -28,21 +29,18 @@ from pathlib import Path
 from typing import Any
 
 import lit_align.cli  # noqa: F401  (first: it keeps other libraries quiet)
-from lit_align.callbacks.files import write
 from lit_align.cli.quiet import quiet
+from lit_align.files import write
 from tests.benchmarks.harness.markdown import table
 from tests.reliability.commands import METHODS, ROOT, RUNS, fit, tiny_model
 from tests.reliability.compare import differences, leftovers
 from tests.reliability.processes import Job
 from tests.reliability.watch import Watch
 
-REFUSED = "without --ckpt_path"
-"""What a command says that finds nothing to go on from."""
-
 KINDS = {"run": 2, "write": 2, "replace": 1}
 """When a kill comes, and how often: any time, while something is written, when a file was replaced."""
 
-SIGNALS = {signal.SIGKILL: 7, signal.SIGTERM: 2, signal.SIGINT: 1}
+SIGNALS = {signal.SIGKILL: 6, signal.SIGTERM: 2, signal.SIGINT: 1, signal.SIGUSR1: 1}
 """What is sent, and how often."""
 
 KILLS = 4
@@ -127,7 +125,7 @@ class Cell:
     def __init__(self, method: str, ranks: int, work: Path, seed: int = 0, fresh: bool = False) -> None:
         self.method, self.ranks, self.fresh = method, ranks, fresh
         self.work = work / f"{method}-{ranks}"
-        self.arguments = fit(method, tiny_model(work / "model"), ranks)
+        self.arguments = [*fit(method, tiny_model(work / "model"), ranks), "--ckpt_path=auto"]
         self.seed = seed
         self._whole: Whole | None = None
 
@@ -163,13 +161,12 @@ class Cell:
             shutil.rmtree(folder)  # of the others one wants to see more
         return result
 
-    def _start(self, folder: Path, planned: Kill | None, result: Result, new: bool = False) -> bool:
+    def _start(self, folder: Path, planned: Kill | None, result: Result) -> bool:
         """Start the command, kill it or let it end; whether nothing is left to do."""
-        goes_on = ["--ckpt_path=last"] if result.starts and not new else []
         result.starts += 1
         earlier = leftovers(folder)
         watch = Watch(folder / "logs")
-        job = Job([*self.arguments, *goes_on], folder, self.ranks, self.fresh)
+        job = Job(self.arguments, folder, self.ranks, self.fresh)
         met = planned is not None and self._await(planned, job, watch)
         if planned is not None and met:
             job.send(planned.signal, planned.ranks)
@@ -187,8 +184,6 @@ class Cell:
         else:
             ended = job.wait(5 * LIMIT)
         watch.close()
-        if goes_on and not met and REFUSED in job.said():
-            return self._start(folder, planned, result, new=True)
         wrong = [] if ended else ["a rank did not end by itself"]
         wrong += _wrong(job, planned if met else None)
         result.faults += [f"start {result.starts}: {what}" for what in wrong]
@@ -294,7 +289,7 @@ def _row(method: str, ranks: str, results: Sequence[Result]) -> list[str]:
 
 def _file(name: str) -> str:
     """A file's kind, without what is different in every run."""
-    name = name.removeprefix(".").removesuffix(".draft")
+    name = re.sub(r"^\.|(\.\d+)?\.draft$", "", name)
     return next((kind for kind in ("events", "validation", "config") if name.startswith(kind)), name)
 
 

@@ -1,3 +1,4 @@
+import json
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -42,6 +43,9 @@ SCHEDULE_XL = {
     "timestep_spacing": "leading",
 }
 """The noise schedule of Stable Diffusion XL."""
+
+CARRIED = {"clip_sample": False, "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True}
+"""What its configuration says beside, for other schedulers than its own."""
 
 
 def make_pipeline(scheduler: DDIMScheduler | PNDMScheduler, sample_size: int = 8) -> StableDiffusionPipeline:
@@ -177,6 +181,8 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny Stable Diffusion XL with its own scheduler."""
     folder = tmp_path_factory.mktemp("tiny_xl")
     make_xl_pipeline().save_pretrained(folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | CARRIED))
     return folder
 
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lit_align.callbacks.files import write
 from lit_align.cli.quiet import quiet
+from lit_align.files import write
 from tests.benchmarks.harness.markdown import table
 from tests.chaos import LIMIT, empty
 from tests.reliability.commands import ROOT, fit, tiny_model

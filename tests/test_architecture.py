@@ -47,6 +47,7 @@ ALLOWED = {
         "shapes",
     },
     "report": {"errors"},
+    "doctor": {"data", "methods", "rewards"},
     "callbacks": {
         "backbones",
         "errors",
@@ -63,6 +64,7 @@ ALLOWED = {
     "cli": {
         "errors",
         "export",
+        "doctor",
         "advantages",
         "samplers",
         "backbones",
@@ -81,6 +83,7 @@ ALLOWED = {
 
 ROOMS = {
     "base",
+    "guard",
     "identity",
     "joint",
     "metrics",

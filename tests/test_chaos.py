@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning import Trainer
 from safetensors.torch import load_file, save_file
 
+from lit_align.folder import RunFolder
 from tests import chaos
 from tests.reliability.commands import METHODS, ROOT
 from tests.reliability.compare import differences, leftovers
@@ -88,6 +90,18 @@ def test_what_is_not_the_same_is_found(change: Callable[[Path], None], found: st
         assert found in "; ".join(differences(whole, run))
     else:
         assert leftovers(run) == ["images/.x.png.draft"]
+
+
+def test_what_a_killed_process_was_writing_is_deleted(tmp_path):
+    drafts = [".metrics.csv.12.draft", ".validation.json.12.draft", "checkpoints/.last.ckpt.12.draft"]
+    others = [".test.json.12.draft", "checkpoints/last.ckpt", "metrics.csv"]
+    for name in drafts + others:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    folder = RunFolder(tmp_path)
+    folder.setup(Trainer(accelerator="cpu", logger=False), None, "fit")
+    folder.release()
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(others)
 
 
 def test_every_method_can_be_killed():

@@ -17,16 +17,18 @@ PAGES = [
     ROOT / "configs" / "README.md",
     *sorted((ROOT / "lit_align").glob("*/README.md")),
     ROOT / "tests" / "benchmarks" / "README.md",
+    ROOT / "tests" / "reliability" / "README.md",
 ]
 ELSEWHERE = (
     "python3 -m venv",
     "ruff check",
-    "python -m tests.benchmarks.",
+    "python -m tests.",
     "python -m lit_align.shapes.recipe",
     "python -m lit_align report",
+    "python -m lit_align doctor",
     "hf download",
 )
-"""Run by CI, by tests/benchmarks, by tests/shapes and by tests/test_report.py; and downloads."""
+"""Run by CI, by the tests of these programs, and by tests/shapes; and downloads."""
 
 SMALL = """
 trainer:

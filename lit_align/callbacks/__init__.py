@@ -5,6 +5,7 @@ from lightning import Callback
 from lit_align.callbacks.adapter import AdapterExport
 from lit_align.callbacks.checkpoints import BatchCheckpoint, BestCheckpoint, checkpoint_callbacks
 from lit_align.callbacks.grid import image_grid
+from lit_align.callbacks.guard import SkippedUpdates
 from lit_align.callbacks.histograms import RewardHistograms
 from lit_align.callbacks.images import ImageGrids, ImageWriter
 from lit_align.callbacks.new_settings import NewSettings
@@ -28,6 +29,7 @@ __all__ = [
     "RunConfig",
     "RunFolder",
     "RunSummary",
+    "SkippedUpdates",
     "SweepReport",
     "TestReport",
     "default_callbacks",
@@ -52,5 +54,6 @@ def default_callbacks(checkpoints: bool = True) -> list[Callback]:
         RunSummary(),
         TestReport(),
         SweepReport(),
+        SkippedUpdates(),
     ]
     return callbacks + (checkpoint_callbacks() if checkpoints else [])

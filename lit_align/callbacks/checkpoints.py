@@ -39,11 +39,16 @@ class WholeCheckpoints(TorchCheckpointIO):
         """As Lightning, but a file that is not whole is refused, and nothing in it is executed.
 
         Raises:
-            ConfigError: It is not whole.
+            ConfigError: It is not whole, or holds more than tensors, numbers, texts, lists and mappings.
         """
         if "://" not in str(path):
             check_whole(Path(path))
-        return super().load_checkpoint(path, map_location, weights_only=True)
+        try:
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # torch raises whatever the bytes lead to, and advises to execute them
+            raise ConfigError(f"ckpt_path: {path} is not a checkpoint of lit_align; give another") from error
 
 
 def _save(checkpoint: dict[str, Any], draft: Path) -> None:
@@ -157,8 +162,11 @@ class BestCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Pass over a validation without any score, which would be the best if it is the first."""
         flush(trainer)
-        super().on_validation_end(trainer, pl_module)
+        reward = trainer.callback_metrics.get("val/reward")
+        if reward is None or bool(reward.isfinite()):
+            super().on_validation_end(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the best score also where the run's folder is now written differently, or was moved."""

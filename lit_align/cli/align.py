@@ -74,12 +74,12 @@ class AlignCLI(LightningCLI):
             raise ConfigError("ckpt_path: auto is for fit, which may begin anew; give last")
         if config.ckpt_path and not self.auto:
             self.saved = find(config.ckpt_path, runs_of(config))
-            config.ckpt_path = None  # Lightning would read all of it, for hyper-parameters that it has not
+        config.ckpt_path = None  # Lightning would read all of it, for hyper-parameters that it has not
 
     def before_instantiate_classes(self) -> None:
         stage = str(self.subcommand)
         config = self.config[stage]
-        _check_trainer(config.trainer)
+        check_trainer_options(config.trainer)
         parser = self._subcommand_parsers[stage]
         now = settings_of(yaml.safe_load(parser.dump(config, skip_none=False)))
         if self.auto:
@@ -188,7 +188,7 @@ def _has_bar(trainer: Any) -> bool:
     return sys.stdout.isatty() if trainer.enable_progress_bar is None else trainer.enable_progress_bar
 
 
-def _check_trainer(config: Any) -> None:
+def check_trainer_options(config: Any) -> None:
     """Refuse what cannot work before any model is loaded."""
     if config.accumulate_grad_batches not in (None, 1):
         raise ConfigError(

@@ -96,8 +96,8 @@ def _by_prompt(folder: Path) -> list[list[Row]]:
             found.setdefault(row["prompt"], []).append(row | {"file_name": str(row["file_name"])})
     except OSError as error:
         raise ConfigError(
-            f"{folder} has no {METADATA} that can be read ({error.strerror}); give the predictions/ folder of "
-            "a run: python -m lit_align predict --config CONFIG --ckpt_path last"
+            f"{folder} has no {METADATA} that can be read ({error.strerror}); give the predictions/ folder "
+            "of a run: python -m lit_align predict --config CONFIG --ckpt_path last"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder / METADATA}: a line has no file_name and prompt ({error})") from error

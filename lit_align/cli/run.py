@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_align.cli.align import AlignCLI
 from lit_align.cli.config_files import check_order, given_files, read
+from lit_align.cli.doctor import DoctorCLI
 from lit_align.cli.errors import Given, explain
 from lit_align.cli.export import export_command
 from lit_align.cli.method import model_argument, use_method
@@ -36,7 +37,7 @@ TOOLS = {"export": export_command, "pairs": pairs_command, "report": report, "se
 """Commands beside those of a Trainer."""
 
 
-def _run(command: Command) -> None:
+def _run(command: Command, cli: type[AlignCLI] = AlignCLI) -> None:
     arguments = command.arguments
     given = Given((), arguments)
     helps = any(argument in ("-h", "--help") or ".help" in argument for argument in arguments)
@@ -59,7 +60,7 @@ def _run(command: Command) -> None:
 
     set_loader("yaml", load, exceptions=(yaml.YAMLError,))
     try:
-        AlignCLI(
+        cli(
             command=command,
             model_class=AlignmentModule,
             datamodule_class=LightningDataModule,
@@ -109,6 +110,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         if (name := "".join(command.arguments[:1])) in TOOLS:
             TOOLS[name](command.arguments[1:])
+        elif name == "doctor":
+            _run(Command(["fit", *command.arguments[1:]]), DoctorCLI)
         else:
             _run(command)
         code = 0

@@ -72,7 +72,8 @@ class HubImages(CaptionedImages):
     Args:
         name: The hub id, or a folder that ``datasets.load_dataset`` reads, such as one with images and a
             ``metadata.csv`` of the columns ``file_name`` and ``text``.
-        resolution: Height and width in pixels; images are scaled and cropped to their centre.
+        resolution: Height and width in pixels, or one number for both; images are scaled and cropped to
+            their centre.
         split: Which of the dataset's own splits to read.
         image: The column with the images.
         text: The column with the captions.
@@ -82,7 +83,12 @@ class HubImages(CaptionedImages):
     """
 
     def __init__(
-        self, name: str, resolution: int = 512, split: str = "train", image: str = "image", text: str = "text"
+        self,
+        name: str,
+        resolution: int | tuple[int, int] = 512,
+        split: str = "train",
+        image: str = "image",
+        text: str = "text",
     ) -> None:
         import datasets  # .3 s: only those who read from the hub should wait for it
         from huggingface_hub.constants import HF_HUB_CACHE

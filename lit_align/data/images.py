@@ -15,6 +15,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from lit_align.errors import ConfigError
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 """What data sets hold. Pillow knows more, among them formats that it hands to other programs (PostScript)."""
 
@@ -58,7 +60,21 @@ def read_inside(folders: Sequence[Path], name: str) -> bytes:
     return data
 
 
-def decode(data: bytes, resolution: int) -> Tensor:
+def height_and_width(resolution: int | Sequence[int]) -> tuple[int, int]:
+    """What a resolution stands for: both sides, or one number for both.
+
+    Raises:
+        ConfigError: It is no such thing.
+    """
+    sides = [resolution, resolution] if isinstance(resolution, int) else list(resolution)
+    if len(sides) != 2 or min(sides) < 1:
+        raise ConfigError(
+            f"data.resolution is {resolution}: give height and width in pixels, or one number for both"
+        )
+    return sides[0], sides[1]
+
+
+def decode(data: bytes, resolution: int | Sequence[int]) -> Tensor:
     """A stored image, scaled so that its shorter side fits and cropped to its centre.
 
     Scaled with a bilinear filter, the default of torchvision's ``Resize`` in the published training scripts.
@@ -67,21 +83,22 @@ def decode(data: bytes, resolution: int) -> Tensor:
 
     Args:
         data: A file of one of the :data:`FORMATS`.
-        resolution: Height and width of the result, in pixels.
+        resolution: Height and width of the result in pixels, or one number for both.
 
     Returns:
-        ``(3, resolution, resolution)`` float32 in [0, 1].
+        ``(3, height, width)`` float32 in [0, 1].
 
     Raises:
         UnreadableImage: The file is cut short, no image, too large, or in a mode whose white is not known.
     """
     _check_bytes(len(data))
+    height, width = height_and_width(resolution)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             _check_pixels(*opened.size)
             image = _to_rgb(ImageOps.exif_transpose(opened), opened)
-        if image.size != (resolution, resolution):
-            image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BILINEAR)
+        if image.size != (width, height):
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
     except Exception as error:  # Pillow's decoders raise whatever the bytes lead to
         if isinstance(error, UnreadableImage):
             raise

@@ -1,6 +1,7 @@
 """The order of things in every method: sample, score, learn, log; and what a checkpoint holds."""
 
 import time
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -15,6 +16,7 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import MultiTaskDataModule
 from lit_align.errors import ConfigError
 from lit_align.identity import differences
+from lit_align.methods.guard import LIMIT, check_weights
 from lit_align.methods.identity import check_checkpoint, check_files, identity_of
 from lit_align.methods.metrics import Metrics
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
@@ -81,7 +83,8 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         self.collected: dict[str, Tensor] = {}
         self.baseline, self.latest, self.prompt_groups = {}, {}, torch.zeros(0)
         self.gradient_norm, self.lr = torch.zeros(()), None
-        self._evaluated, self._skipped = [], 0
+        self._evaluated, self._skipped, self._unscored = [], 0, 0
+        self._losses, self._rows, self._recent = [], [], deque(maxlen=LIMIT)
         self._facts: dict[str, Any] = {}
 
     # ---- training
@@ -133,19 +136,22 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
 
         Args:
             scores: What :meth:`score` reports on this rank.
-            metrics: What the updates measured; the mean of each is ``train/<name>``.
+            metrics: What the updates measured; the mean of each is ``train/<name>``. ``unscored`` is added:
+                1 for an image without a score.
             sampling: Seconds for sampling and scoring.
             total: Seconds for everything.
         """
         ranks = self.gather((scores, {name: values.cpu().double() for name, values in metrics.items()}))
         scores, measured = ({n: torch.cat([r[i][n] for r in ranks]) for n in ranks[0][i]} for i in range(2))
         self.collected, count = scores, len(scores["reward"])
+        measured.setdefault("unscored", scores["reward"].isnan().double())
         self.images += count
         self.reward_queries += count
         logged: dict[str, Tensor | float] = {f"train/{n}": values.nanmean() for n, values in scores.items()}
         logged |= {f"train/{n}": v.mean() for n, v in measured.items() if _is_told(n, v)}
         logged["train/reward_std"] = scores["reward"][scores["reward"].isfinite()].std()
         self.log_progress(logged, count / total, sampling / total)
+        self.count_scores(measured["unscored"])
 
     def log_progress(
         self, logged: dict[str, Tensor | float], speed: float, sampling_fraction: float, bar: str = "reward"
@@ -178,9 +184,11 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not every or ((trainer.fit_loop.total_batch_idx + 1) % every and not trainer.should_stop):
             return
-        values = {name: torch.as_tensor(value).item() for name, value in logged.items() if name != "step"}
+        values = {name: torch.as_tensor(value) for name, value in logged.items()}
+        trainer.logged_metrics.update(values)
+        numbers = {name: value.item() for name, value in values.items() if name != "step"}
         for logger in trainer.loggers:
-            logger.log_metrics(values, self.images)
+            logger.log_metrics(numbers, self.images)
 
     # ---- ranks, files and checkpoints
 
@@ -212,6 +220,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             "images": self.images,
             "reward_queries": self.reward_queries,
             "skipped": self._skipped,
+            "unscored": self._unscored,
             "baseline": self.baseline,
             "latest": self.latest,
             "prompt_groups": self.prompt_groups,
@@ -240,6 +249,8 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         progress = checkpoint["progress"]
         self.images, self.reward_queries = progress["images"], progress["reward_queries"]
         self._skipped, self.baseline = progress["skipped"], progress["baseline"]
+        self._unscored = progress.get("unscored", 0)
+        check_weights(checkpoint.get("state_dict", {}), own)
         if fit:
             self.latest = progress.get("latest", {})
             self.prompt_groups = progress.get("prompt_groups", self.prompt_groups)

@@ -206,6 +206,7 @@ class DDPOModule(JointModule):
             penalty = now.kl(reference) / drawn[0].numel()
             metrics["kl_penalty"] = penalty.detach()
             loss = loss + self.kl_weight * penalty
+        loss = torch.where(rollouts.scored[pairs.rows.to(self.device)], loss, 0.0)
         return loss.sum() / size, metrics
 
     def look_back(self, rollouts: Rollouts) -> Metrics:

@@ -144,12 +144,12 @@ def check_checkpoint(
             "otherwise; go on with its own method, or start from its adapter/ folder (backbone.adapters)"
         )
     kinds: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
-        ("model", "base", BASE, other_base),
-        ("data", "data", ("data",) if fit else (), other_data),
+        ("another model", "base", BASE, other_base),
+        ("other data", "data", ("data",) if fit else (), other_data),
     )
     for what, option, names, accepted in kinds:
         if found := {name: changed[name] for name in names if name in changed}:
-            said = f"ckpt_path: the checkpoint was made with another {what} ({_told(found)})"
+            said = f"ckpt_path: the checkpoint was made with {what} ({_told(found)})"
             if not accepted:
                 raise ConfigError(
                     f"{said}; give that of its run, or --accept_other_{option} true to go on in any case"
@@ -162,4 +162,4 @@ def check_checkpoint(
 
 
 def _told(changed: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {values}" for name, values in changed.items())
+    return ", ".join(values if name == "data" else f"{name} {values}" for name, values in changed.items())

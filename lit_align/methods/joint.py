@@ -42,6 +42,8 @@ class Rollouts(Replay):
         batch: The images' prompts and numbers.
         scores: What the rewards report, by name, ``(B,)`` each on the CPU.
         advantages: ``(B,)``, on the device.
+        scored: ``(B,)`` bool, on the device: the others have no part in updates.
+        useful: Whether any image of any rank has a score.
         metrics: What was measured while sampling and scoring.
         sampled_at: Optimizer steps that had been made when the images were sampled.
         seconds: For sampling and scoring.
@@ -51,6 +53,8 @@ class Rollouts(Replay):
     batch: Batch
     scores: dict[str, Tensor]
     advantages: Tensor
+    scored: Tensor
+    useful: bool
     metrics: Metrics
     sampled_at: int
     seconds: float
@@ -161,8 +165,9 @@ class JointModule(AlignmentModule):
         """
         sampled = [self.collect(one) for one in batches]
         measured = [rollouts.metrics for rollouts in sampled]
-        measured += [made for turn in zip_longest(*map(self.learn, sampled)) for made in turn if made]
-        measured += [self.look_back(rollouts) for rollouts in sampled]
+        useful = [rollouts for rollouts in sampled if rollouts.useful]
+        measured += [made for turn in zip_longest(*map(self.learn, useful)) for made in turn if made]
+        measured += [self.look_back(rollouts) for rollouts in useful]
         return [(rollouts.scores, rollouts.seconds) for rollouts in sampled], pooled(measured)
 
     def collect(self, batch: Batch) -> Rollouts:
@@ -174,16 +179,20 @@ class JointModule(AlignmentModule):
         policy = replace(drawn, weights=POLICY)
         scores = self.score(samples.images, batch)
         seconds = time.perf_counter() - started
+        self.remember(batch.index, batch.prompts, scores.report)
         rewards = scores.total.float().cpu()
-        unscored = rewards.isfinite().logical_not().float()
+        scored = rewards.isfinite()
+        advantages, useful = self._advantages(batch, rewards)
         return Rollouts(
             policy,
-            samples.trajectory,
+            samples.trajectory.tamed(),
             replace(policy, weights=REFERENCE),
             batch,
             scores.report,
-            self._advantages(batch, rewards).to(self.device),
-            {of_task("unscored", batch.task): unscored},
+            advantages.to(self.device),
+            scored.to(self.device),
+            useful,
+            {of_task("unscored", batch.task): scored.logical_not().float()},
             self.trainer.global_step,
             seconds,
         )
@@ -199,8 +208,8 @@ class JointModule(AlignmentModule):
     def bank_of(self, batch: Batch) -> RewardBank:
         return self.tasks[batch.task].rewards
 
-    def _advantages(self, batch: Batch, rewards: Tensor) -> Tensor:
-        """Advantages of this rank's images, normalised with the images of all ranks."""
+    def _advantages(self, batch: Batch, rewards: Tensor) -> tuple[Tensor, bool]:
+        """Advantages of this rank's images, by those of all ranks, and whether any of them has a score."""
         ranks = self.gather((batch.index, rewards, batch.groups, batch.prompts))
         index, rewards, groups = (torch.cat([rank[part] for rank in ranks]) for part in range(3))
         prompts = [prompt for rank in ranks for prompt in rank[3]]
@@ -208,12 +217,13 @@ class JointModule(AlignmentModule):
         order = index.argsort()
         normalise = self.tasks[batch.task].advantages
         ordered = normalise(rewards[order], groups[order], [prompts[i] for i in order.tolist()])
-        if not ordered.any():
+        useful = bool(rewards.isfinite().any())
+        if useful and not ordered.any():
             rank_zero_warn(
                 f"{of_task('rollout batch', batch.task)}: all advantages are 0, so there is nothing to learn "
                 "from: the images have one score, or the normaliser takes away what they share"
             )
-        return ordered[torch.searchsorted(index[order], batch.index)]
+        return ordered[torch.searchsorted(index[order], batch.index)], useful
 
     # ---- updates
 

@@ -1,5 +1,6 @@
 """Sampling: the same function for training, validation and prediction. Shapes: ``B`` images, ``T`` steps."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
@@ -40,7 +41,7 @@ class Sampling:
             or, where it has no room for them, on the ``cpu``. Changes no result.
 
     Raises:
-        ConfigError: The batch is not positive, or the place is none.
+        ConfigError: The batch is not positive, the guidance not finite, or the place is none.
     """
 
     guidance: float = 7.5
@@ -50,6 +51,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_positive({"sampling.batch": self.batch})
+        if not math.isfinite(self.guidance):
+            raise ConfigError(f"sampling.guidance is {self.guidance}; give a finite number, such as 7.5")
         if self.store not in ("device", "cpu"):
             raise ConfigError(f"sampling.store: {self.store!r} must be device or cpu")
 

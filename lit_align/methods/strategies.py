@@ -53,9 +53,9 @@ def read_safely(trainer: Trainer) -> None:
             raise ConfigError(f"{place} is {kind}; give a checkpoint that is one file, such as last.ckpt")
         try:
             content = load(strategy, checkpoint_path, weights_only=True)
-            written = {"images", "reward_queries", "skipped", "baseline", "trained"} <= set(
-                content["progress"]
-            )
+            progress = content["progress"]
+            written = all(isinstance(progress[n], int) for n in ("images", "reward_queries", "skipped"))
+            written &= all(isinstance(progress[n], dict) for n in ("baseline", "trained"))
         except ConfigError:
             raise
         except Exception:  # torch raises whatever the bytes lead to

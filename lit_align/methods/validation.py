@@ -5,12 +5,14 @@ from itertools import islice
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_align.backbones import POLICY, REFERENCE, Conditioning
 from lit_align.comparison import diversity, high_frequency, saturation
 from lit_align.data import Batch, MultiTaskDataModule, PickaPicDataModule, PromptDataModule
 from lit_align.gaussian import GaussianStep
+from lit_align.methods.guard import GuardedModule
 from lit_align.methods.sampling import BatchPolicy, SamplingModule
 from lit_align.rewards import RewardBank, RewardOutput
 from lit_align.rollout import Trajectory
@@ -140,7 +142,7 @@ def held_out_prompts(data: Any, stage: str) -> list[str]:
     return list(prompts)[:CHECKED_PROMPTS]
 
 
-class ValidatedModule(SamplingModule):
+class ValidatedModule(SamplingModule, GuardedModule):
     """A module whose policy is compared with the pretrained model on held-out prompts and the same noise.
 
     Attributes:
@@ -150,7 +152,6 @@ class ValidatedModule(SamplingModule):
     """
 
     rewards: RewardBank
-    images: int
     baseline: dict[str, Tensor]
     latest: dict[str, Tensor]
     prompt_groups: Tensor
@@ -167,14 +168,6 @@ class ValidatedModule(SamplingModule):
     def bank_of(self, batch: Batch) -> RewardBank:
         """The rewards that score a batch; several tasks have a bank each."""
         return self.rewards
-
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in rank order; every rank must call it."""
-        if self.trainer.world_size == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(gathered, value)
-        return gathered
 
     def forget_baseline(self) -> None:
         """Drop what was measured before: the pretrained model is measured anew when training starts."""
@@ -268,6 +261,8 @@ class ValidatedModule(SamplingModule):
         parts = [part for rank in self.gather(self._evaluated) for part in rank]
         self._evaluated = []
         merged, self.prompt_groups = in_global_order(parts)
+        if bool(merged["reward"].isnan().all()):
+            rank_zero_warn(f"none of the {len(merged['reward'])} images of this {stage} has a score")
         means = {f"{stage}/{name}": values.nanmean() for name, values in merged.items()}
         self.log_dict(means | {"step": torch.tensor(float(self.images))}, sync_dist=True)
         return merged

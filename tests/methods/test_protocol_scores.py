@@ -102,8 +102,7 @@ def test_an_image_without_a_score_moves_nothing(name: str, tiny: Path, tmp_path:
         assert_close_gradients(found[0], found[2], 1e-2)
 
 
-# An image without a score still holds MSDDA's experts at the reference, by the KL in their objective.
-@pytest.mark.parametrize("name", [name for name in SCORED if name != "msdda"])
+@pytest.mark.parametrize("name", SCORED)
 def test_without_any_score_the_weights_stay(name: str, tiny: Path, tmp_path: Path) -> None:
     module = half_scored(name, tiny)
     banks = module.banks if name == "joint" else [module.rewards]

@@ -219,6 +219,7 @@ class NFTModule(JointModule):
             distance = denoising_error(prediction, reference)
             metrics["reference_distance"] = distance.detach()
             loss = loss + self.reference_weight * distance
+        loss = torch.where(rollouts.scored[pairs.rows.to(self.device)], loss, 0.0)
         return loss.sum() / size, metrics
 
     @torch.no_grad()
