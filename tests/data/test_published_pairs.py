@@ -224,9 +224,14 @@ def test_the_winner_of_every_pair_is_the_preferred_image(name: str, tmp_path: Pa
     assert [row for block in source.blocks() for row in block] == list(range(len(source)))
 
 
-@pytest.mark.parametrize("name", ["open_image_preferences", "hpdv2_test", "image_reward_db", "webdataset"])
-def test_each_form_trains_a_method_for_a_batch(name: str, tiny: Path, tmp_path: Path) -> None:
-    """Each way of storing images once; the other sets differ in the names of their columns."""
+QUICK = ("open_image_preferences", "hpdv2_test", "image_reward_db", "webdataset")
+"""Each way of storing images once; the other sets differ in the names of their columns."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETS]
+)
+def test_each_set_trains_a_method_for_a_batch(name: str, tiny: Path, tmp_path: Path) -> None:
     (folder := tmp_path / "data").mkdir()
     data = module(SETS[name](folder), resolution=16, view="pairs", validation_fraction=0.2, workers=1)
     policy = make(DPOModule, tiny)
