@@ -15,6 +15,7 @@ from lit_align.cli.config_files import check_order, given_files, read
 from lit_align.cli.doctor import DoctorCLI
 from lit_align.cli.errors import Given, explain
 from lit_align.cli.export import export_command
+from lit_align.cli.functions import arguments_with_functions, with_functions
 from lit_align.cli.method import model_argument, use_method
 from lit_align.cli.pairs import pairs_command
 from lit_align.cli.preemption import Command, lost_process, say
@@ -53,7 +54,7 @@ def _run(command: Command, cli: type[AlignCLI] = AlignCLI) -> None:
         """YAML as the parser reads it, with the names of today, and the method that was asked for."""
         value = LOAD_YAML(text)
         if isinstance(value, dict) and {"model", "data", "trainer"} & value.keys():
-            value = translated(value)
+            value = with_functions(translated(value))
             if method and isinstance(value.get("model"), dict) and "class_path" in value["model"]:
                 value["model"]["class_path"] = method
         return value
@@ -76,7 +77,7 @@ def _run(command: Command, cli: type[AlignCLI] = AlignCLI) -> None:
                 "prog": "python -m lit_align",
                 "description": "Align text-to-image diffusion models with rewards and preferences.",
             },
-            args=translated_arguments(arguments),
+            args=arguments_with_functions(translated_arguments(arguments)),
         )
     except ArgumentError as error:
         raise ConfigError(explain(error, given)) from None

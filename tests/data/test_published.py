@@ -261,7 +261,7 @@ SETS: dict[str, tuple[str, Any]] = {
         JSONLPrompts,
     ),
     "geneval2.jsonl": (
-        '{{"prompt": "{n} cats", "atom_count": 2, "vqa_list": [["How many?", "{n}"]], "skills": ["count"]}}\n',
+        '{{"prompt": "{n} cats", "atom_count": 2, "vqa_list": [["How many?", "{n}"]], "skills": ["x"]}}\n',
         JSONLPrompts,
     ),
     "color_train.txt": ("a red book and {n} yellow vases\n", TextPrompts),

@@ -247,6 +247,7 @@ def test_each_set_trains_a_method_for_a_batch(name: str, tiny: Path, tmp_path: P
     ("rows", "options", "said"),
     [
         ([{"a": 1}], {}, "has the columns a, which are of no set that is known"),
+        ([{"jpg_0": "a", "jpg_1": "b"}], {}, "of Pick-a-Pic: read it with PickaPicFiles"),
         (
             [{"prompt": "x", "path1": "gone.jpg", "path2": "b"}],
             {},

@@ -190,6 +190,8 @@ def known(there: Sequence[str], name: str) -> PairColumns:
     for columns in KNOWN.values():
         if set(columns.names().values()) <= set(there):
             return columns
+    if {"jpg_0", "jpg_1"} <= set(there):  # not known here: its has_label says which labels count
+        raise ConfigError(f"{name} has the columns of Pick-a-Pic: read it with PickaPicFiles")
     raise ConfigError(
         f"{name} has the columns {', '.join(there)}, which are of no set that is known ({', '.join(KNOWN)}): "
         "say under columns what they mean, such as {prompt: caption, first: winner, second: loser}"
