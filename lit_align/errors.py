@@ -4,7 +4,7 @@ import logging
 import sysconfig
 import textwrap
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +37,16 @@ class ConfigError(ValueError):
     The message names the value, the place where it was given and the remedy; ``cli.py`` prints it alone and
     exits with status 2.
     """
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and those behind it, each once: one that a thread hands on may stand behind itself."""
+    seen: set[int] = set()
+    inner: BaseException | None = error
+    while inner is not None and id(inner) not in seen:
+        seen.add(id(inner))
+        yield inner
+        inner = inner.__cause__ or inner.__context__
 
 
 def check_positive(values: Mapping[str, float | None]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, chain
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -56,14 +56,12 @@ def writing(path: Path) -> Iterator[None]:
 
 def _of_the_machine(error: BaseException) -> OSError | None:
     """The system's error behind one of a library: torch raises its own over it, and safetensors names it."""
-    inner: BaseException | None = error
-    while inner is not None:
+    for inner in chain(error):
         if isinstance(inner, OSError):
             return inner
         if isinstance(inner, SafetensorError):
             number = re.search(r"os error (\d+)", str(inner))
             return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
-        inner = inner.__cause__ or inner.__context__
     return None
 
 
@@ -156,6 +154,22 @@ def new_folder(path: Path) -> Path:
             except FileExistsError:
                 continue
             return candidate
+
+
+def rename_new(draft: Path, path: Path) -> Path:
+    """Give a folder that is complete a name that nothing has: ``path``, ``path-2``, ...
+
+    Raises:
+        ConfigError: It cannot be renamed.
+    """
+    with writing(path):
+        while True:
+            candidate = unused(path)
+            try:
+                return draft.rename(candidate)
+            except OSError as error:  # another process was faster
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
 
 
 def _put(path: Path, content: str | bytes) -> None:

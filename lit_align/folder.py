@@ -158,7 +158,8 @@ def _renumber(trainer: Trainer, folder: Path) -> None:
 
 def _clear(run: Path) -> None:
     """Delete what a killed process was writing."""
-    drafts = [draft for name in OF_FIT for draft in (run / name).rglob(".*.draft")]
+    patterns = (".*.draft", ".tmp*")  # ours, and those of safetensors beside them
+    drafts = [draft for name in OF_FIT for pattern in patterns for draft in (run / name).rglob(pattern)]
     for draft in drafts + [draft for name in TOP_OF_FIT for draft in run.glob(f".{name}.*.draft")]:
         draft.unlink(missing_ok=True)
 

@@ -5,6 +5,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 # Before any test module imports rich: typing would remember rich's Optional[Union[float, int]] and hand it to
@@ -184,6 +186,20 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | CARRIED))
     return folder
+
+
+@pytest.fixture(scope="session")
+def flow_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny flow model, by its name in ``tests/backbones/flow_models.py``."""
+    from tests.backbones.flow_models import MODELS
+
+    @cache
+    def saved(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        MODELS[name]().save_pretrained(folder)
+        return folder
+
+    return saved
 
 
 @pytest.fixture(scope="session")

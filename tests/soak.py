@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -136,20 +136,21 @@ def sample(job: Job, began: float, batches: int) -> Sample:
     return Sample(time.monotonic() - began, batches, job.cpu(), resident, files, threads)
 
 
-def soak(
-    methods: Sequence[str], minutes: float, out: Path, tell: Callable[[str], None] = print
-) -> dict[str, list[Sample]]:
-    """Train all methods at once for so long; the samples of each, which are stored, too."""
+def soak(methods: Sequence[str], minutes: float, out: Path) -> dict[str, list[Sample]]:
+    """Train all methods at once for so long; the samples of each, which are stored, too.
+
+    Raises:
+        RuntimeError: A run ended before, or did not end by the signal as it must.
+    """
     model, began = tiny_model(out / "model"), time.monotonic()
     jobs = {}
     for method in methods:
         arguments = [*fit(method, model, epochs=FOR_EVER, batches=BATCHES), *LONG.get(method, [])]
         jobs[method] = Job(arguments, empty(out / method), fresh=True)
     samples: dict[str, list[Sample]] = {method: [] for method in methods}
-    every = min(10.0, minutes * 60 / 60)
     try:
         while time.monotonic() - began < minutes * 60:
-            time.sleep(every)
+            time.sleep(min(10.0, minutes))
             for method, job in jobs.items():
                 if not job.running():
                     raise RuntimeError(f"{method} ended by itself: see {job.log}")
@@ -159,9 +160,9 @@ def soak(
         for method, job in jobs.items():
             job.send(signal.SIGTERM, [0])
             job.wait(LIMIT)
-            stored = {"codes": job.codes, "samples": [asdict(one) for one in samples[method]]}
-            write(out / f"{method}.json", json.dumps(stored))
-            tell(f"{method}: {len(samples[method])} samples, ended with {job.codes[0]}")
+            write(out / f"{method}.json", json.dumps([asdict(one) for one in samples[method]]))
+    if wrong := [method for method, job in jobs.items() if job.codes != [128 + signal.SIGTERM]]:
+        raise RuntimeError(f"SIGTERM did not end {wrong[0]} as it must: see {jobs[wrong[0]].log}")
     return samples
 
 

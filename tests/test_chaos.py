@@ -17,7 +17,8 @@ from tests.reliability.compare import differences, leftovers
 
 @pytest.fixture(scope="module")
 def cell(tmp_path_factory: pytest.TempPathFactory) -> chaos.Cell:
-    return chaos.Cell("ddpo", 1, tmp_path_factory.mktemp("chaos"), seed=0)
+    """Its seed, and that of two processes below, meets one run with all kinds of kills."""
+    return chaos.Cell("spin", 1, tmp_path_factory.mktemp("chaos"), seed=31)
 
 
 def faults(results: list[chaos.Result]) -> list[str]:
@@ -26,7 +27,7 @@ def faults(results: list[chaos.Result]) -> list[str]:
 
 def test_kills_change_nothing(cell, tmp_path, capsys):
     """Five in all: three of a run in one process, two of one in two."""
-    two = chaos.Cell("spin", 2, tmp_path, seed=0)
+    two = chaos.Cell("ddpo", 2, tmp_path, seed=54)
     for one, kills in ((cell, 3), (two, 2)):
         results = chaos.run(one, kills, tmp_path)
         assert faults(results) == []
@@ -93,7 +94,12 @@ def test_what_is_not_the_same_is_found(change: Callable[[Path], None], found: st
 
 
 def test_what_a_killed_process_was_writing_is_deleted(tmp_path):
-    drafts = [".metrics.csv.12.draft", ".validation.json.12.draft", "checkpoints/.last.ckpt.12.draft"]
+    drafts = [
+        ".metrics.csv.12.draft",
+        ".validation.json.12.draft",
+        "checkpoints/.last.ckpt.12.draft",
+        "pool/.tmpAb",
+    ]
     others = [".test.json.12.draft", "checkpoints/last.ckpt", "metrics.csv"]
     for name in drafts + others:
         (tmp_path / name).parent.mkdir(exist_ok=True)

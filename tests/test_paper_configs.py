@@ -8,7 +8,7 @@ import copy
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ SIZES: dict[str, Any] = {
     "micro_batch": 4,
     "shared_timesteps": 2,
     "batch": 4,
+    "size": 32,
 }
 """How much of everything, wherever it is set."""
 
@@ -102,8 +103,13 @@ def reduced(config: Any, models: Mapping[str, Path], key: str = "") -> Any:
 
 
 @pytest.fixture
-def models(tiny: Path, tiny_xl: Path) -> dict[str, Path]:
-    return {"StableDiffusionBackbone": tiny, "StableDiffusionXLBackbone": tiny_xl}
+def models(tiny: Path, tiny_xl: Path, flow_folder: Callable[[str], Path]) -> dict[str, Path]:
+    return {
+        "StableDiffusionBackbone": tiny,
+        "StableDiffusionXLBackbone": tiny_xl,
+        "StableDiffusion3Backbone": flow_folder("sd3"),
+        "FluxBackbone": flow_folder("flux"),
+    }
 
 
 @pytest.mark.parametrize("config", PAPER, ids=lambda path: path.stem)
@@ -127,8 +133,10 @@ def test_published_settings_train_one_batch(config: Path, models, tmp_path: Path
     metrics = scalars(run)
     (loss,) = metrics.Scalars("train/loss")
     assert math.isfinite(loss.value)
-    sampler = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["sampler"]["init_args"]
-    distance = "val/kl" if sampler["eta"] else "val/drift"  # steps without noise have no density
+    settings = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]
+    sampler = (settings["sampling"]["eval_sampler"] or settings["sampler"])["init_args"]
+    noise = sampler["noise_level" if "noise_level" in sampler else "eta"]
+    distance = "val/kl" if noise else "val/drift"  # steps without noise have no density
     assert {"train/loss", "val/reward", distance} <= set(metrics.Tags()["scalars"])
 
 

@@ -74,3 +74,15 @@ def test_a_corrupt_shard_is_named_with_the_remedy(tmp_path: Path):
     (tmp_path / "000000001.safetensors").write_bytes(b"not a shard")
     with pytest.raises(ConfigError, match=r"000000001.safetensors is corrupt.*delete it"):
         Pool(tmp_path, "a")
+
+
+def test_a_shard_that_is_deleted_under_the_run_is_told_with_the_remedy(tmp_path: Path):
+    pool = Pool(tmp_path, "a")
+    pool.add([1], samples([1]))
+    (shard,) = tmp_path.iterdir()
+    shard.write_bytes(shard.read_bytes()[:20])
+    with pytest.raises(ConfigError, match=r"deleted or changed while the run used it .* --ckpt_path last"):
+        pool[torch.tensor([1])]
+    shard.unlink()
+    with pytest.raises(ConfigError, match=r"deleted or changed while the run used it .* --ckpt_path last"):
+        pool[torch.tensor([1])]

@@ -109,6 +109,13 @@ class BatchCheckpoint(Checkpoint):
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        _make_again(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == "fit":
+            _make_again(trainer)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
@@ -125,13 +132,21 @@ class BatchCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        folder = run_folder(trainer)
-        if trainer.is_global_zero and not folder.is_dir():
-            rank_zero_warn(f"{folder} was deleted while the run writes there; it is made again, without that")
-            for writer in tensorboards(trainer):
-                writer.close()  # opens a new file when it is used again
+        _make_again(trainer)
         flush(trainer)
-        trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt", False)  # not weights alone
+        trainer.save_checkpoint(run_folder(trainer) / "checkpoints" / "last.ckpt", False)  # not weights alone
+
+
+def _make_again(trainer: Trainer) -> None:
+    """Go on in a folder that was deleted under the run: the state in memory is all that is left of it."""
+    folder = run_folder(trainer)
+    if not writes(trainer) or folder.is_dir():
+        return
+    rank_zero_warn(f"{folder} was deleted while the run writes there; it is made again, without what it had")
+    with writing(folder):
+        folder.mkdir(parents=True)
+        for writer in tensorboards(trainer):
+            writer.close()  # a new file is opened when it is used again
 
 
 def _validates(trainer: Trainer, batch_idx: int) -> bool:

@@ -161,7 +161,9 @@ class ImageWriter(Callback):
                 "seed": pl_module.seed,
                 "index": number,
             }
-            write(self._folder / str(row["file_name"]), png(Image.fromarray(pixels(image))))
+            place = self._folder / str(row["file_name"])
+            with writing(place):  # what has no line in metadata.jsonl does not count: it need not be whole
+                place.write_bytes(png(Image.fromarray(pixels(image))))
             row |= finite({name: float(values[i]) for name, values in scores.items()})
             rows.append({name: values[i] for name, values in batch.columns.items()} | row)
         ranks = pl_module.gather(rows)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -20,7 +21,7 @@ from lit_align.callbacks.files import finite, writes
 from lit_align.callbacks.grid import image_grid, uint8
 from lit_align.callbacks.histograms import tensorboards
 from lit_align.callbacks.images import png
-from lit_align.files import new_folder, write, writing
+from lit_align.files import rename_new, write
 from lit_align.folder import run_folder
 from lit_align.methods import MSDDAModule
 from lit_align.methods.msdda.sweep import BASE, EXPERT, FUSED, Front, Volume
@@ -33,13 +34,12 @@ class SweepReport(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not isinstance(pl_module, MSDDAModule) or pl_module.front is None or not writes(trainer):
             return
-        front, folder = pl_module.front, new_folder(run_folder(trainer) / "sweep")
-        draft = folder.with_name(f".{folder.name}.draft")
+        front = pl_module.front
+        draft = run_folder(trainer) / f".sweep.{os.getpid()}.draft"
         rows, volumes = front.rows(), front.volumes()
         write(draft / "sweep.csv", _csv(rows))
         write(draft / "sweep.json", json.dumps(self._summary(front, rows, volumes, pl_module.seed), indent=1))
-        with writing(folder):
-            draft.replace(folder)  # whatever becomes of the images
+        folder = rename_new(draft, run_folder(trainer) / "sweep")  # whatever becomes of the images
         images = {"strip": strip(front)} if front.prompts else {}
         images |= {"front": drawn} if (drawn := plot(front)) else {}
         for name, image in images.items():

@@ -24,7 +24,7 @@ from lit_align.cli.renamed import translated, translated_arguments
 from lit_align.cli.report import report
 from lit_align.cli.serve import serve_command
 from lit_align.cli.signals import SIGNALS, exit_code
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, chain
 from lit_align.files import CLOSED, FULL, unwritable
 from lit_align.methods import AlignmentModule
 
@@ -87,15 +87,15 @@ def _run(command: Command, cli: type[AlignCLI] = AlignCLI) -> None:
 
 def _sentence(error: BaseException) -> str | None:
     """What to tell the user; None where only a traceback helps."""
-    inner: BaseException | None = error
-    while inner is not None:
+    for inner in chain(error):
         if isinstance(inner, ConfigError | MisconfigurationException):
             return str(inner)
         if isinstance(inner, ModuleNotFoundError) and inner.name is None:  # a library says what to install
             return str(inner)
-        inner = inner.__cause__ or inner.__context__
-    if isinstance(error, OSError) and error.errno in (*FULL, *CLOSED):  # of the machine, not of the program
-        return unwritable(error.filename or "a file of the run", error)
+    if isinstance(error, OSError):  # where it is of the machine, not of the program
+        curves = "tfevents" in str(error.filename)  # TensorBoard's, whatever it meets
+        if curves or error.errno in (*FULL, *CLOSED):
+            return unwritable(error.filename or "a file of the run", error)
     return None
 
 

@@ -73,7 +73,9 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds what is trained, not the frozen models
         self.backbone = backbone
-        self.sampler = backbone.make_sampler(sampler)
+        self.sampler = self.eval_sampler = backbone.make_sampler(sampler)
+        if sampling.eval_sampler is not None:
+            self.eval_sampler = backbone.make_sampler(sampling.eval_sampler)
         self.rewards = rewards
         self.optimisation = optimisation
         self.sampling = sampling
@@ -235,7 +237,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             ConfigError: The checkpoint is of another method, model or data set, or holds other trained
                 weights than this configuration has.
         """
-        fit = self.trainer.state.fn == "fit"
+        fit = bool(self._facts) and self.trainer.state.fn == "fit"
         accepted = self.accept_other_base, self.accept_other_data
         changed = check_checkpoint(checkpoint.get("identity", {}), self._facts, fit, *accepted)
         own = {name: list(p.shape) for name, p in self.kept().items()}

@@ -27,6 +27,7 @@ from lit_align.methods.tasks import Task, make_tasks, of_task
 from lit_align.randomness import generator
 from lit_align.replay import Pairs, draw_pairs
 from lit_align.rewards import RewardBank
+from lit_align.samplers import Sampler
 
 
 def score_function_loss(log_ratio: Tensor, advantages: Tensor) -> Tensor:
@@ -68,7 +69,8 @@ class DDPOModule(JointModule):
 
         Args:
             backbone: The diffusion model.
-            sampler: How it is sampled; at least one step must be stochastic (eta above 0).
+            sampler: How it is sampled; at least one step must be stochastic (eta above 0). With
+                ``FlowSDE`` and ``GroupAdvantages`` this is Flow-GRPO (arXiv 2505.05470).
             rewards: What is maximised and what is monitored; null with ``tasks``.
             advantages: How rewards become advantages. The paper normalises with running statistics of each
                 prompt.
@@ -118,7 +120,7 @@ class DDPOModule(JointModule):
         check_positive(counts | sizes)
         if not kl_weight >= 0:
             raise ConfigError(f"kl_weight: {kl_weight} must not be negative")
-        _check_steps(len(self.stochastic_steps), updates, timestep_fraction, shared_timesteps)
+        _check_steps(self.sampler, updates, timestep_fraction, shared_timesteps)
         steps = updates * inner_epochs * (shared_timesteps or 1)
         if clip_range is None and steps > 1:
             raise ConfigError(
@@ -244,13 +246,11 @@ class DDPOModule(JointModule):
         return self.step_scale[task]
 
 
-def _check_steps(there: int, updates: int, fraction: float, shared: int | None) -> None:
+def _check_steps(sampler: Sampler, updates: int, fraction: float, shared: int | None) -> None:
     """Refuse a choice of steps that cannot be made."""
+    there = int(sampler.stochastic.sum())
     if not there:
-        raise ConfigError(
-            "sampler: DDPO needs noise in the steps, and eta is 0, which has no density; "
-            "set sampler.init_args.eta to 1"
-        )
+        raise ConfigError(f"sampler: DDPO needs noise in the steps, and {sampler.no_noise}")
     if fraction > 1:
         raise ConfigError(f"timestep_fraction: {fraction} is more than 1, all of the steps")
     if shared is not None and (updates, fraction) != (1, 1):

@@ -161,10 +161,7 @@ class PRDPModule(AlignmentModule):
         )
         self.stochastic_steps = self.sampler.stochastic.nonzero().flatten()
         if not len(self.stochastic_steps):
-            raise ConfigError(
-                "sampler: PRDP needs noise in the steps, and eta is 0, which has no density; "
-                "set sampler.init_args.eta to 1"
-            )
+            raise ConfigError(f"sampler: PRDP needs noise in the steps, and {self.sampler.no_noise}")
         counts = {"updates": updates, "inner_epochs": inner_epochs}
         check_positive(counts | {"beta": beta, "clip_range": clip_range})
         self.beta = beta

@@ -1,7 +1,8 @@
 """Sampling: the same function for training, validation and prediction. Shapes: ``B`` images, ``T`` steps."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
@@ -10,6 +11,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from lit_align.backbones import POLICY, Conditioning, DiffusionBackbone
+from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError, check_positive
 from lit_align.gaussian import GaussianStep
@@ -39,6 +41,8 @@ class Sampling:
         seed: Seed of all noise; that of ``seed_everything`` if not given.
         store: Where the chains of a rollout batch are kept until they have been replayed: on the ``device``,
             or, where it has no room for them, on the ``cpu``. Changes no result.
+        eval_sampler: How validation, test and predict sample, such as with more steps or without noise; as
+            training if not given. Flow-GRPO (arXiv 2505.05470): 40 steps, and 10 in training.
 
     Raises:
         ConfigError: The batch is not positive, the guidance not finite, or the place is none.
@@ -48,6 +52,7 @@ class Sampling:
     batch: int = 8
     seed: int | None = None
     store: Literal["device", "cpu"] = "device"
+    eval_sampler: SamplerFactory | None = None
 
     def __post_init__(self) -> None:
         check_positive({"sampling.batch": self.batch})
@@ -75,8 +80,18 @@ class SamplingModule(LightningModule):
 
     backbone: DiffusionBackbone
     sampler: Sampler
+    eval_sampler: Sampler
     sampling: Sampling
     seed: int
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Sample as ``sampling.eval_sampler`` says."""
+        own, self.sampler = self.sampler, self.eval_sampler
+        try:
+            yield
+        finally:
+            self.sampler = own
 
     def policy(self, batch: Batch, cond: Conditioning, weights: str = POLICY) -> BatchPolicy:
         """The policy that samples the images of ``batch``, whose encoded prompts are ``cond``."""
@@ -134,5 +149,6 @@ class SamplingModule(LightningModule):
         """
         numbers = torch.arange(len(prompts))
         batch = Batch(list(prompts), numbers, index=numbers)
-        policy = self.policy(batch, self.backbone.encode(prompts), weights)
-        return self.sample(policy, batch, "predict", seed, scored=False).images
+        with self.evaluating():
+            policy = self.policy(batch, self.backbone.encode(prompts), weights)
+            return self.sample(policy, batch, "predict", seed, scored=False).images

@@ -192,11 +192,11 @@ class ValidatedModule(SamplingModule, GuardedModule):
         total = int(sum(self.trainer.num_val_batches))
         batches: Any = self.trainer.val_dataloaders
         for batch in islice(batches, total):
-            with self.trainer.precision_plugin.forward_context():
+            with self.trainer.precision_plugin.forward_context(), self.evaluating():
                 cond = self.backbone.encode(batch.prompts)
                 samples = self.sample(self.policy(batch, cond, REFERENCE), batch, "validation")
                 measured = measure(samples.images, self.score(samples.images, batch), batch)
-            distance = "kl" if self.sampler.stochastic.any() else "drift"
+            distance = "kl" if self.eval_sampler.stochastic.any() else "drift"
             self._evaluated.append(measured | {distance: torch.zeros(len(batch))})  # from itself
         parts = [part for rank in self.gather(self._evaluated) for part in rank]
         self.baseline, self._evaluated = in_global_order(parts)[0], []
@@ -204,18 +204,22 @@ class ValidatedModule(SamplingModule, GuardedModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """A rollout on held-out prompts with the same noise every time; returns the images."""
         cond = self.backbone.encode(batch.prompts)
-        samples = self.sample(self.policy(batch, cond), batch, "validation")
+        with self.evaluating():
+            samples = self.sample(self.policy(batch, cond), batch, "validation")
+            distance = self.distance(batch, cond, samples.trajectory)
         measured = measure(samples.images, self.score(samples.images, batch), batch)
-        self._evaluated.append(measured | self.distance(batch, cond, samples.trajectory))
+        self._evaluated.append(measured | distance)
         return samples.images
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Policy and reference on the same prompts and noise; returns their images by weight set."""
         cond = self.backbone.encode(batch.prompts)
-        samples, before = (
-            self.sample(self.policy(batch, cond, weights), batch, "test") for weights in (POLICY, REFERENCE)
-        )
-        distance = self.distance(batch, cond, samples.trajectory)
+        with self.evaluating():
+            samples, before = (
+                self.sample(self.policy(batch, cond, weights), batch, "test")
+                for weights in (POLICY, REFERENCE)
+            )
+            distance = self.distance(batch, cond, samples.trajectory)
         base = measure(before.images, self.score(before.images, batch), batch)
         base |= {name: torch.zeros_like(values) for name, values in distance.items()}
         measured = measure(samples.images, self.score(samples.images, batch), batch)
@@ -224,8 +228,9 @@ class ValidatedModule(SamplingModule, GuardedModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Images ``(B, 3, H, W)`` and their rewards."""
-        policy = self.policy(batch, self.backbone.encode(batch.prompts))
-        images = self.sample(policy, batch, "predict").images
+        with self.evaluating():
+            policy = self.policy(batch, self.backbone.encode(batch.prompts))
+            images = self.sample(policy, batch, "predict").images
         return images, self.score(images, batch).report
 
     def distance(self, batch: Batch, cond: Conditioning, trajectory: Trajectory) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -135,6 +135,9 @@ class FlowSDE(Sampler):
     Raises:
         ConfigError: The config is of a diffusion model, or does not allow these arguments.
     """
+
+    noise_option: ClassVar[str] = "noise_level"
+    published_noise: ClassVar[str] = "null, the published one"
 
     def __init__(
         self,

@@ -24,8 +24,18 @@ from lit_align.callbacks.adapter import _replace
 from lit_align.callbacks.checkpoints import WholeCheckpoints, check_whole, write_whole
 from lit_align.callbacks.images import png
 from lit_align.cli.loggers import KeptTable
-from lit_align.errors import ConfigError
-from lit_align.files import follow_umask, new_folder, replace_file, unused, unwritable, write, write_new
+from lit_align.cli.run import _sentence
+from lit_align.errors import ConfigError, chain
+from lit_align.files import (
+    follow_umask,
+    new_folder,
+    rename_new,
+    replace_file,
+    unused,
+    unwritable,
+    write,
+    write_new,
+)
 from lit_align.folder import Hold, claim
 from lit_align.pool import Pool
 
@@ -189,6 +199,14 @@ def test_what_cannot_be_written_is_said_with_the_remedy(number, remedy):
     assert remedy in said
 
 
+def test_an_error_that_stands_behind_itself_is_read_once():
+    """As TensorBoard's: its thread hands the same error to whoever writes next."""
+    first, second = OSError(errno.ENOENT, "gone", "events.out.tfevents.1"), ValueError("while handling it")
+    first.__context__, second.__context__ = second, first
+    assert list(chain(first)) == [first, second]
+    assert "events.out.tfevents.1 cannot be written (gone)" in str(_sentence(first))
+
+
 # ---- names that nobody else has
 
 
@@ -211,6 +229,11 @@ def test_new_names_are_there_without_hard_links_too(tmp_path, monkeypatch):
     assert listing(tmp_path) == ["a-2.txt", "a.txt"]
 
 
+def _complete(draft: Path) -> Path:
+    write(draft / "sweep.json", "{}")
+    return draft
+
+
 def _names(folder: Path, many: int) -> list[str]:
     return [
         name
@@ -219,6 +242,7 @@ def _names(folder: Path, many: int) -> list[str]:
             claim(folder / "runs").name,
             write_new(folder / "test.csv", str(number)).name,
             new_folder(folder / "predictions").name,
+            rename_new(_complete(folder / f".{os.getpid()}.draft"), folder / "sweep").name,
         )
     ]
 
@@ -227,11 +251,11 @@ def test_processes_that_start_at_once_get_names_of_their_own(tmp_path):
     (tmp_path / "runs" / "version_7").mkdir(parents=True)
     (tmp_path / "runs" / "version_mine").mkdir()
     with multiprocessing.get_context("fork").Pool(4) as processes:
-        parts = processes.starmap(_names, [(tmp_path, 15)] * 4)
+        parts = processes.starmap(_names, [(tmp_path, 5)] * 4)
     names = [name for part in parts for name in part]
-    assert len(set(names)) == len(names) == 4 * 15 * 3
-    assert {f"version_{number}" for number in range(8, 68)} < set(names)
-    assert {"test.csv", "test-60.csv", "predictions", "predictions-60"} < set(names)
+    assert len(set(names)) == len(names) == 4 * 5 * 4
+    assert {f"version_{number}" for number in range(8, 28)} < set(names)
+    assert {"test.csv", "test-20.csv", "predictions-20", "sweep", "sweep-20"} < set(names)
 
 
 # ---- the folder of a run

@@ -1,13 +1,17 @@
 """What is exported draws the images of the model that was trained."""
 
+import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -25,8 +29,11 @@ SMALL = [
     "--data.prompts_per_batch=2",
     "--data.validation_prompts=2",
     "--data.validation_images_per_prompt=2",
+    "--data.test_prompts=2",
+    "--data.test_images_per_prompt=2",
     "--data.eval_batch=4",
     "--model.updates=1",
+    "--model.backbone.dtype=float32",
     "--model.sampler.num_steps=2",
     "--model.optimisation.optimizer.lr=0.1",
     "--model.rewards.rewards={brightness: {class_path: Brightness}, redness: {class_path: Redness}}",
@@ -120,6 +127,70 @@ def test_what_cannot_be_exported_is_named(runs: Path, capsys: Any, arguments: li
     with pytest.raises(SystemExit):
         main(["export", *(argument.format(runs=runs) for argument in arguments)])
     assert message in capsys.readouterr().err
+
+
+def test_the_snippet_of_the_readme_draws_an_image_of_predict_again(
+    runs: Path, tiny: Path, tiny_xl: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """For SDXL with an adapter, and for Stable Diffusion 1 without, where the last step draws no noise."""
+    page = (ROOT / "lit_align" / "backbones" / "README.md").read_text()
+    (snippet,) = re.findall(r"^```python\n(# again.py.*?)^```", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(runs.parents[1])
+    monkeypatch.setattr(sys, "argv", ["lit_align"])
+    run = runs / "version_0"
+    main(["predict", f"--config={run / 'config.yaml'}", f"--ckpt_path={run}", "--trainer.accelerator=cpu"])
+    xl = again(
+        snippet,
+        run,
+        {
+            "stabilityai/stable-diffusion-xl-base-1.0": str(tiny_xl),
+            "50, 1.0, 50, 5.0, (1024, 1024)": "2, 1.0, 2, 5.0, (16, 24)",
+            "logs/ddpo/version_0/adapter": str(run / "adapter"),
+        },
+    )
+    assert xl < 2
+    pretrained = [f"--model.backbone.pretrained={tiny}", "--model.sampler.noisy_steps=1"]
+    config = str(ROOT / "configs/ddpo.yaml")
+    main(
+        [
+            "predict",
+            "--config",
+            config,
+            *SMALL,
+            *pretrained,
+        ]
+    )
+    (run,) = Path("logs/ddpo").glob("version_2")
+    one = again(
+        snippet,
+        run,
+        {
+            "stabilityai/stable-diffusion-xl-base-1.0": str(tiny),
+            "50, 1.0, 50, 5.0, (1024, 1024)": "2, 1.0, 1, 1.0, (16, 16)",
+            "StableDiffusionXLPipeline": "StableDiffusionPipeline",
+            "add_watermarker=False": "safety_checker=None",
+            'pipeline.load_lora_weights("logs/ddpo/version_0/adapter")\n': "",
+        },
+    )
+    assert one < 2
+
+
+def again(snippet: str, run: Path, replaced: dict[str, str]) -> int:
+    """Largest difference of the snippet's image to the last one of ``predict``, of 255."""
+    (folder,) = run.glob("predictions*")
+    row = json.loads((folder / "metadata.jsonl").read_text().splitlines()[-1])
+    assert row["index"] > 0
+    shown = {name: row[name] for name in ("prompt", "seed", "index")}
+    replaced = {'{"prompt": "a red star", "seed": 0, "index": 0}': repr(shown)} | replaced
+    for old, new in replaced.items():
+        assert old in snippet
+        snippet = snippet.replace(old, new)
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "again.py", "exec"), names)  # the documentation's own
+    drawn, expected = (
+        np.asarray(image).astype(int) for image in (names["image"], Image.open(folder / row["file_name"]))
+    )
+    return int(np.abs(drawn - expected).max())
 
 
 @pytest.mark.slow

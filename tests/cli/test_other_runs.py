@@ -1,7 +1,9 @@
 """What another run left is not taken for one's own: other weights, prompts, methods, under the same names."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lit_align.cli import main
+from lit_align.folder import Hold
 
 ROOT = Path(__file__).parents[2]
 RUN = Path("logs/ddpo/version_0")
@@ -36,6 +39,7 @@ SIZES = [
 ]
 DDPO = [f"--config={ROOT}/configs/ddpo.yaml", *SIZES, "--model.sampler.noisy_steps=2"]
 ALIGNPROP = [f"--config={ROOT}/configs/alignprop.yaml", *SIZES, "--model.sampler.noisy_steps=2"]
+ALIGNPROP += ["--model.truncation.high=3"]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,22 @@ def test_a_checkpoint_from_python_does_not_go_on_with_another_method(capsys):
     torch.save(content, "python.ckpt")
     told = refused(capsys, "fit", *ALIGNPROP, "--trainer.max_epochs=2", "--ckpt_path=python.ckpt")
     assert "the checkpoint is of DDPOModule, and AlignPropModule counts and optimises otherwise" in told
+
+
+def test_a_run_that_another_process_trains_is_left_alone(capsys):
+    """Its curves would be cut, and its checkpoints overwritten."""
+    read, told = os.pipe()
+    sys.stdout.flush()
+    if not (child := os.fork()):
+        os.write(told, b"1" if Hold().take(RUN) else b"0")
+        signal.pause()
+    try:
+        assert os.read(read, 1) == b"1"
+        said = refused(capsys, "fit", *DDPO, "--trainer.max_epochs=2", "--ckpt_path=last")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert f"{RUN} is the folder of a run that another process is training" in said
 
 
 def test_files_say_of_which_run_they_are():

@@ -50,7 +50,7 @@ from tests.methods.recorders import Recorder
 Method = TypeVar("Method", bound=AlignmentModule)
 
 OPTIMISATION = ("optimizer", "lr_scheduler", "clip_norm", "micro_batch")
-SAMPLING = ("guidance", "batch", "seed", "store")
+SAMPLING = ("guidance", "batch", "seed", "store", "eval_sampler")
 SAMPLER = ("num_steps", "eta", "noisy_steps")
 BACKBONE = ("lora", "checkpointing", "adapters", "size", "dtype", "offload_text_encoders")
 

@@ -55,7 +55,7 @@ METHODS = {
         "--model.sweep=null",
     ],
     "dpo": PAIRS,
-    "sft": PAIRS,
+    "sft": [*PAIRS, "--data.latent_cache=logs/latents"],
 }
 """What makes each method's run small, and its state as rich as can be."""
 

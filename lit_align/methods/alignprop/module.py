@@ -120,8 +120,7 @@ class AlignPropModule(AlignmentModule):
             raise ConfigError(f"kl_weight: {kl_weight} must not be negative")
         if kl_weight and not self.sampler.stochastic.any():
             raise ConfigError(
-                "kl_weight: steps without noise have no KL, and sampler.init_args.eta is 0; "
-                "set eta to 1, or kl_weight to 0"
+                f"kl_weight: steps without noise have no KL, and {self.sampler.no_noise}, or kl_weight to 0"
             )
         truncation.attached(self.sampler.num_steps, generator(self.seed, "truncation"))  # refuses bad sizes
         self.truncation = truncation

@@ -182,7 +182,7 @@ class ExpertModule(AlignmentModule):
                 "train it with DDPOModule, give the adapter/ folder of that run, and take it out of joint"
             )
         if not len(self.stochastic_steps):
-            raise ConfigError("sampler: fit needs noise in the steps; set sampler.init_args.eta to 1")
+            raise ConfigError(f"sampler: fit needs noise in the steps, and {self.sampler.no_noise}")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, PromptDataModule):
             return

@@ -142,6 +142,11 @@ class MSDDAModule(SweepModule):
         for name, own in self.samplers.items():
             if not torch.equal(own.timesteps, self.sampler.timesteps):
                 raise ConfigError(f"samplers: that of {name} has other steps; give all the same num_steps")
+        if self.samplers and sampling.eval_sampler is not None:
+            raise ConfigError(
+                "sampling.eval_sampler: experts have samplers of their own, which are those of evaluation; "
+                "take one of the two out"
+            )
         if self.samplers and self.one_expert_per_step:
             raise ConfigError("one_expert_per_step: it follows one sampler; take samplers out")
         self.joint = mixed
