@@ -161,7 +161,7 @@ class FlowSDE(Sampler):
         noisy = torch.zeros(num_steps, dtype=torch.bool)
         noisy[_window(noisy_steps, num_steps)] = level > 0
         self._std = torch.where(noisy, _std(rule, level, before, after), 0.0)
-        self.stochastic = self._std > 0
+        self.stochastic = self._std.float().square() > 0  # a density in float32
         # Two rows: the weight of the state, the weight of the prediction.
         x0 = torch.stack(schedule.x0_weights(self.timesteps))
         noise = torch.stack(schedule.noise_weights(self.timesteps))
