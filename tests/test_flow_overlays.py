@@ -9,7 +9,7 @@ import yaml
 from lit_align.cli import main
 from tests.test_cli import ROOT, scalars
 
-MODELS = {"sd35": "sd3", "flux": "flux", "flux2": "klein"}
+MODELS = {"sd35": "sd3", "flux": "flux", "flux2": "klein", "z_image": "z_image"}
 SMALL = {
     "trainer.accelerator": "cpu",
     "trainer.max_epochs": 1,
@@ -57,6 +57,7 @@ def train(method: str, overlays: list[str], model: Path, **options: object) -> d
         pytest.param("flux", "[32,48]", ["variant/flow_grpo"], marks=pytest.mark.slow),
         pytest.param("flux2", 64, [], marks=pytest.mark.slow),
         pytest.param("flux2", 32, ["variant/flow_grpo"], marks=pytest.mark.slow),
+        pytest.param("z_image", "[32,48]", ["variant/flow_grpo"], marks=pytest.mark.slow),
         pytest.param("sd35", "[32,48]", ["variant/flow_grpo"], marks=pytest.mark.slow),
     ],
 )

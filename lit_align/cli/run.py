@@ -1,5 +1,6 @@
 """The command line: ``python -m lit_align {fit,validate,test,predict} --config configs/<method>.yaml``."""
 
+import os
 import sys
 import time
 from typing import Any
@@ -95,7 +96,7 @@ def _sentence(error: BaseException) -> str | None:
     if isinstance(error, OSError):  # where it is of the machine, not of the program
         curves = "tfevents" in str(error.filename)  # TensorBoard's, whatever it meets
         if curves or error.errno in (*FULL, *CLOSED):
-            return unwritable(error.filename or "a file of the run", error)
+            return unwritable(os.fsdecode(error.filename or "a file of the run"), error)
     return None
 
 

@@ -104,7 +104,7 @@ def load_hub(name: str, split: str) -> Any:
 
     try:
         return datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # its builders raise whatever the files lead them to
         raise ConfigError(
             f"cannot load split '{split}' of dataset '{name}' ({first_line(error)}): "
             "check the name, or download it and give a local file or folder"
