@@ -98,7 +98,8 @@ def test_an_image_that_one_process_cannot_read_is_replaced_and_all_go_on(tiny: P
             path = Path(f"images/{number}-{side}.png")
             Image.new("RGB", (16, 16), (20 * number, 100 * side, 0)).save(path)
         rows.append(f"a thing {number},images/{number}-0.png,images/{number}-1.png,1")
-    Path("images/5-0.png").write_bytes(b"no image")
+    for number in range(0, 12, 3):
+        Path(f"images/{number}-0.png").write_bytes(b"no image")
     Path("pairs.csv").write_text("\n".join(rows))
     arguments = ["fit", "--config", "configs/dpo.yaml"]
     arguments += [f"--model.backbone.pretrained={tiny}", "--model.sampler.num_steps=3"]
@@ -106,10 +107,11 @@ def test_an_image_that_one_process_cannot_read_is_replaced_and_all_go_on(tiny: P
     arguments += ["--data.resolution=16", "--data.pairs_per_batch=4", "--trainer.max_epochs=1"]
     arguments += ["--data.source=FolderPairs", "--data.source.path=pairs.csv", "--trainer.accelerator=cpu"]
     arguments += ["--data.eval_batch=4", "--data.validation_images_per_prompt=1"]
+    arguments += ["--data.validation_source=ShapesPromptSet", "--data.validation_source.name=validation"]
     arguments += ["--trainer.limit_train_batches=3", "--data.validation_prompts=2"]
     codes, said = alone(Job([*arguments, "--trainer.devices=2"], Path(), 2))
     assert codes == [0, 0], said
-    assert said.count("is skipped") == 1
+    assert "is skipped" in said
     assert math.isfinite(float(re.findall(r"loss (\S+)", said)[-1]))
 
 
