@@ -15,7 +15,7 @@ from tests.reliability.gate import wait
 from tests.reliability.processes import Job
 from tests.test_preemption import FIRST, FIT, ROOT, SMALL, ended, job, messages
 
-LIMIT = 30.0
+LIMIT = 300.0
 """Seconds in which a busy machine ends a run that has failed; a wait without a limit is half an hour."""
 
 
@@ -109,9 +109,9 @@ def test_an_image_that_one_process_cannot_read_is_replaced_and_all_go_on(tiny: P
     arguments += ["--data.eval_batch=4", "--data.validation_images_per_prompt=1"]
     arguments += ["--data.validation_source=ShapesPromptSet", "--data.validation_source.name=validation"]
     arguments += ["--trainer.limit_train_batches=3", "--data.validation_prompts=2"]
-    codes, said = alone(Job([*arguments, "--trainer.devices=2"], Path(), 2))
+    codes, said = alone(Job([*arguments, "--trainer.devices=2"], Path(), 2, fresh=True))
     assert codes == [0, 0], said
-    assert "is skipped" in said
+    assert "is skipped" in said  # by new interpreters: pytest keeps the warnings of forked ones
     assert math.isfinite(float(re.findall(r"loss (\S+)", said)[-1]))
 
 
