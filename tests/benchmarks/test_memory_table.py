@@ -11,7 +11,10 @@ from tests.benchmarks.memory_table import METHODS, Live, counted, estimate, tota
 
 
 def test_live_storages_are_added_and_freed():
-    with FakeTensorMode(), Live() as live:
+    with FakeTensorMode():
+        weight = torch.zeros(10**6)
+        live = Live([weight])
+    with FakeTensorMode(), live:
         a = torch.zeros(1000)
         b = (a + 1).view(10, 100)  # a view takes nothing
         del a
@@ -22,6 +25,9 @@ def test_live_storages_are_added_and_freed():
         d = torch.zeros(500)
     assert live.now == d.numel() * 4
     assert live.peak == 8000
+    with live:
+        weight.view(10, -1).t()
+    assert live.now == d.numel() * 4
 
 
 def test_an_estimate_is_the_sum_of_its_parts():
