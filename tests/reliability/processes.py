@@ -52,7 +52,7 @@ class Job:
         code = 1
         try:
             os.setsid()
-            # Where this program runs in the background of a shell, Ctrl-C is ignored, and children inherit that.
+            # In the background of a shell Ctrl-C is ignored, and children inherit that.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.chdir(folder)
             said = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
