@@ -3,8 +3,8 @@
 Alt-texts of the web do not say what an image shows, and so a pretrained model shows what a prompt says only
 now and then, although it could. Here the reason is known: whoever wrote the captions confuses certain words
 in ``SHARE`` of the cases. A model trained on such captions shows either meaning; guidance, which sharpens
-what the captions say on average, cannot tell the right one. (Guidance mends facts changed at random, since each
-wrong value is rarer than the right one.)
+what the captions say on average, cannot tell the right one. (Guidance mends facts changed at random, since
+each wrong value is rarer than the right one.)
 """
 
 from collections.abc import Callable, Mapping

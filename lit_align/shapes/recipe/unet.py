@@ -101,8 +101,8 @@ class UNetStage(Stage):
         trained = [weight for weight in text.parameters() if weight.requires_grad]
         return groups + ([{"params": trained, "scale": 0.3}] if trained else [])
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """One batch of image numbers ``(B,)``."""
+    def errors(self, batch: Tensor) -> Tensor:
+        """Weighted errors ``(B,)`` of the predictions for the images with these numbers ``(B,)``."""
         latents, tokens = self.latents[batch].float(), self.tokens[batch]
         tokens = torch.where(torch.rand(len(batch), 1) < DROP, self.empty, tokens)
         num_levels = self.scheduler.config.num_train_timesteps
@@ -116,6 +116,10 @@ class UNetStage(Stage):
         errors = (prediction - self.scheduler.get_velocity(latents, noise, steps)).square().mean((1, 2, 3))
         # v is the image's error times SNR + 1 = 1 / (1 - alpha_bar).
         weights = (WEIGHT_CAP * (1 - self.scheduler.alphas_cumprod[steps])).clamp(max=1.0)
-        loss: Tensor = (errors * weights).mean()
-        self.log_dict({"loss": loss, "mse": errors.detach().mean()}, prog_bar=True)
+        return errors * weights
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """One batch of image numbers ``(B,)``."""
+        loss = self.errors(batch).mean()
+        self.log("loss", loss, prog_bar=True)
         return loss
