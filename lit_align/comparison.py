@@ -88,3 +88,28 @@ def diversity(images: Tensor, groups: Tensor, side: int = 16) -> Tensor:
     same = (groups[:, None] == groups[None, :]).to(distance.device)
     others = same.sum(1) - 1
     return torch.where(others > 0, torch.where(same, distance, 0.0).sum(1) / others.clamp(min=1), math.nan)
+
+
+def saturation(images: Tensor) -> Tensor:
+    """Mean saturation of each image, ``(B,)``: ``(max - min) / max`` over channels, as in HSV; 0 for black.
+
+    Args:
+        images: ``(B, 3, H, W)`` in [0, 1].
+    """
+    high, low = images.float().amax(1), images.float().amin(1)
+    return ((high - low) / high.clamp(min=1e-6)).flatten(1).mean(1)
+
+
+def high_frequency(images: Tensor) -> Tensor:
+    """Fine texture of each image, ``(B,)``: root mean square of what averaging over 2 x 2 pixels takes away.
+
+    In units of the pixel range. A side of odd length loses its last row of pixels.
+
+    Args:
+        images: ``(B, 3, H, W)`` in [0, 1].
+    """
+    images = images.float()
+    height, width = (side // 2 * 2 for side in images.shape[-2:])
+    images = images[..., :height, :width]
+    coarse = torch.nn.functional.avg_pool2d(images, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return (images - coarse).square().flatten(1).mean(1).sqrt()

@@ -4,7 +4,7 @@ import logging
 import sysconfig
 import textwrap
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +39,16 @@ class ConfigError(ValueError):
     """
 
 
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and those behind it, each once: one that a thread hands on may stand behind itself."""
+    seen: set[int] = set()
+    inner: BaseException | None = error
+    while inner is not None and id(inner) not in seen:
+        seen.add(id(inner))
+        yield inner
+        inner = inner.__cause__ or inner.__context__
+
+
 def check_positive(values: Mapping[str, float | None]) -> None:
     """Refuse settings that are not above 0; None is a setting that was left out.
 
@@ -48,6 +58,21 @@ def check_positive(values: Mapping[str, float | None]) -> None:
     for name, value in values.items():
         if value is not None and not value > 0:
             raise ConfigError(f"{name}: {value} must be positive")
+
+
+def user_path(path: str) -> Path:
+    """A path as a user writes it, with ``~``.
+
+    Raises:
+        ConfigError: No file can have such a name.
+    """
+    try:
+        place = Path(path).expanduser()
+        place.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null character, no such user
+        shown = path if len(path) <= LONGEST else f"{path[:LONGEST]} ..."
+        raise ConfigError(f"{shown!r} cannot be the path of a file ({error}): check the path") from error
+    return place
 
 
 def built(kind: type[Made], /, *args: Any, **kwargs: Any) -> Made:

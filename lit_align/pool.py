@@ -6,7 +6,6 @@ an interrupt costs at most the shard in hand, and what a folder holds is found b
 """
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_align.errors import ConfigError
+from lit_align.files import replace_file
 
 
 class Pool:
@@ -26,7 +26,7 @@ class Pool:
         source: Hash of the model that draws the samples; shards of another one are refused.
 
     Raises:
-        ConfigError: A shard is corrupt.
+        ConfigError: A shard is corrupt, or of another model; later, one cannot be written, or is gone.
     """
 
     def __init__(self, folder: Path | None, source: str) -> None:
@@ -35,6 +35,7 @@ class Pool:
         self._places: dict[int, tuple[Path, int]] = {}
         self._memory: dict[int, Tensor] = {}
         self._read: set[Path] = set()
+        self._shape: list[int] | None = None  # of one sample
         self.refresh()
 
     def __len__(self) -> int:
@@ -57,14 +58,21 @@ class Pool:
     def _index(self, path: Path) -> None:
         try:
             with safe_open(path, "pt") as shard:
-                source, rows = shard.metadata()["source"], shard.get_tensor("index").tolist()
-        except SafetensorError as error:
+                source, rows = shard.metadata()["source"], shard.get_tensor("index")
+                shape = shard.get_slice("samples").get_shape()
+            if rows.ndim != 1 or rows.is_floating_point() or not 0 < len(rows) == shape[0]:
+                raise ValueError(f"index {tuple(rows.shape)} for samples {shape}")
+            self._shape = shape[1:] if self._shape is None else self._shape
+            if shape[1:] != self._shape:
+                raise ValueError(f"samples of the shape {shape[1:]} among others of {self._shape}")
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
             raise ConfigError(
                 f"{path} is corrupt ({error}); delete it: its samples will be drawn again"
             ) from error
-        assert source == self.source, f"{path} was drawn by {source}, not by {self.source}"
+        if source != self.source:
+            raise ConfigError(f"{path} was drawn by {source}, not by {self.source}: delete it")
         # Two runs that share a pool may draw a row at the same time, which gives the same sample twice.
-        self._places = {row: (path, place) for place, row in enumerate(rows)} | self._places
+        self._places = {row: (path, place) for place, row in enumerate(rows.tolist())} | self._places
         self._read.add(path)
 
     def add(self, rows: Sequence[int], samples: Tensor) -> None:
@@ -80,12 +88,10 @@ class Pool:
         if self.folder is None:
             self._memory |= dict(zip(rows, samples, strict=True))
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(str(list(rows)).encode()).hexdigest()[:8]
         path = self.folder / f"{rows[0]:09d}-{name}.safetensors"
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({"index": torch.tensor(rows), "samples": samples}, draft, {"source": self.source})
-        draft.replace(path)
+        shard = {"index": torch.tensor(rows), "samples": samples}
+        replace_file(path, lambda draft: save_file(shard, draft, {"source": self.source}))
         self._index(path)
 
     def __getitem__(self, index: Tensor) -> Tensor:
@@ -96,7 +102,14 @@ class Pool:
         if self.folder is None:
             return self._memory[row]
         path, place = self._places[row]
-        with safe_open(path, "pt") as shard:
-            assert shard.metadata()["source"] == self.source, f"{path} has been replaced by another model's"
-            sample: Tensor = shard.get_slice("samples")[place]
+        try:
+            with safe_open(path, "pt") as shard:
+                if shard.metadata()["source"] != self.source or shard.get_tensor("index")[place] != row:
+                    raise ValueError("it holds others now")
+                sample: Tensor = shard.get_slice("samples")[place]
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
+            raise ConfigError(
+                f"{path} was deleted or changed while the run used it ({error}); start it again with "
+                "--ckpt_path last: what is missing is drawn again"
+            ) from error
         return sample

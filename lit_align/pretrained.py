@@ -1,17 +1,44 @@
 """Finding pretrained weights and failing with a sentence when they cannot be had."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import ImageProcessingMixin
 
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, user_path
 
 SHAPES = "shapes"
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""Precision of a frozen model's weights; half of it halves the memory."""
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_LOADED: WeakValueDictionary[Any, nn.Module] = WeakValueDictionary()
+
+
+def shared(make: Callable[..., Model], *arguments: Any) -> Model:
+    """The frozen module ``make(*arguments)``: loaded once, whoever asks for it.
+
+    A module that was moved to a device, or changed in precision, since it was loaded is its holders' own.
+    """
+    held: Any = _LOADED.get((make, arguments))
+    if held is None or _state(held) != held.as_loaded:
+        held = make(*arguments)
+        held.as_loaded = _state(held)
+        _LOADED[make, arguments] = held
+    return held
+
+
+def _state(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    first = next(module.parameters())
+    return first.device, first.dtype
 
 
 def resolve(pretrained: str, shapes: Path) -> str:
@@ -36,7 +63,7 @@ def resolve(pretrained: str, shapes: Path) -> str:
                 "reinstall lit_align."
             )
         return str(shapes)
-    folder = Path(pretrained).expanduser()
+    folder = user_path(pretrained)
     if folder.is_dir():
         return str(folder)
     if pretrained.startswith((".", "~", "/")) or pretrained.count("/") != 1:
@@ -50,7 +77,10 @@ def resolve(pretrained: str, shapes: Path) -> str:
 
 @contextmanager
 def loading(pretrained: str) -> Iterator[None]:
-    """Turn what can go wrong while the model called ``pretrained`` is read into a :class:`ConfigError`."""
+    """Turn what can go wrong while the model called ``pretrained`` is read into a :class:`ConfigError`.
+
+    The files come from outside, and libraries raise whatever wrong ones lead them to.
+    """
     try:
         yield
     except ConfigError:
@@ -60,13 +90,17 @@ def loading(pretrained: str) -> Iterator[None]:
             f"pretrained: the weights of {pretrained!r} are corrupt ({error}); "
             "delete them and download them again."
         ) from error
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        if isinstance(
+            error, KeyError | TypeError | AttributeError | IndexError
+        ):  # a message without a sentence
+            lines = [f"{type(error).__name__}: {lines[0]}"]
         if isinstance(error, ImportError):  # as where DETR's backbone comes from timm
             lines = [f"a package is missing: {' '.join(str(error).split())}"]
         if pretrained == SHAPES:
             remedy = "reinstall lit_align, whose weights they are"
-        elif Path(pretrained).expanduser().is_dir():
+        elif user_path(pretrained).is_dir():
             remedy = (
                 "check that the folder holds the whole model: its configuration, fitting safetensors weights "
                 "and its tokenizer"
@@ -81,9 +115,14 @@ def loading(pretrained: str) -> Iterator[None]:
 
 
 def load_whole(
-    load: Callable[..., tuple[Any, dict[str, Any]]], pretrained: str, shapes: Path, what: str, saved_from: str
+    load: Callable[..., tuple[Any, dict[str, Any]]],
+    pretrained: str,
+    shapes: Path,
+    what: str,
+    saved_from: str,
+    dtype: Dtype = "float32",
 ) -> Any:
-    """Load a transformers model in float32 from safetensors.
+    """Load a transformers model from safetensors.
 
     Args:
         load: ``from_pretrained`` of its class.
@@ -91,6 +130,7 @@ def load_whole(
         shapes: The shipped folder that ``"shapes"`` stands for here.
         what: What it should be, for the message: "CLIP model".
         saved_from: What such a folder is saved from.
+        dtype: Precision of the weights.
 
     Returns:
         The model.
@@ -100,7 +140,11 @@ def load_whole(
     """
     with loading(pretrained):
         model, info = load(
-            resolve(pretrained, shapes), dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            resolve(pretrained, shapes),
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,  # left out, transformers asks the user in the terminal
         )
     if missing := info["missing_keys"]:
         raise ConfigError(
@@ -117,3 +161,9 @@ def processor_config(pretrained: str, shapes: Path) -> dict[str, Any]:
     except OSError:
         return {}
     return dict(config)
+
+
+def not_finite(tensors: Mapping[str, Any]) -> str | None:
+    """The name of the first tensor with a number that is not finite, or None."""
+    real = {name: t for name, t in tensors.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    return next((name for name, tensor in real.items() if not bool(tensor.isfinite().all())), None)

@@ -55,7 +55,7 @@ class Replay:
 
     Attributes:
         policy: Any weight set, for the rank's images.
-        trajectory: Their chains.
+        trajectory: Their chains, where the policy computes or on the CPU.
     """
 
     policy: DenoisingPolicy
@@ -63,9 +63,13 @@ class Replay:
 
     def step(self, pairs: Pairs) -> tuple[GaussianStep, GaussianStep, Tensor]:
         """The policy's step, the step when the chain was sampled, and the state that was drawn then."""
-        now = self.policy[pairs.rows](self.trajectory.states[pairs.steps, pairs.rows], pairs.steps)
-        then = GaussianStep(self.trajectory.means[pairs.steps, pairs.rows], now.std)
-        return now, then, self.trajectory.states[pairs.steps + 1, pairs.rows]
+        now = self.policy[pairs.rows](self.states(pairs), pairs.steps)
+        then = GaussianStep(self.trajectory.means[pairs.steps, pairs.rows].to(now.mean.device), now.std)
+        return now, then, self.trajectory.states[pairs.steps + 1, pairs.rows].to(now.mean.device)
+
+    def states(self, pairs: Pairs) -> Tensor:
+        """The states before the steps, where the policy computes, ``(N, ...)``."""
+        return self.trajectory.states[pairs.steps, pairs.rows].to(self.policy.cond.device)
 
     @torch.no_grad()
     def moved(self, pairs: Pairs, size: int) -> Tensor:

@@ -23,6 +23,20 @@ class Trajectory:
     means: Tensor
     log_probs: Tensor
 
+    def tamed(self) -> "Trajectory":
+        """The same with zeros for chains that are not finite: they teach nothing."""
+        own = [part.flatten(2).sum(2).isfinite().all(0) for part in (self.states, self.means)]
+        finite = own[0] & own[1]
+        if bool(finite.all()):
+            return self
+        kept = finite.view(1, -1, *(1,) * (self.states.ndim - 2))
+        states, means = (torch.where(kept, part, 0.0) for part in (self.states, self.means))
+        return Trajectory(states, means, torch.where(finite, self.log_probs, 0.0))
+
+    def to(self, device: torch.device | str) -> "Trajectory":
+        """The same, kept elsewhere."""
+        return Trajectory(self.states.to(device), self.means.to(device), self.log_probs.to(device))
+
 
 def rollout(policy: Policy, x_T: Tensor, num_steps: int, generator: Generators = None) -> Trajectory:
     """Sample ``num_steps`` steps of a policy.

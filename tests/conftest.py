@@ -1,9 +1,12 @@
+import json
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 # Before any test module imports rich: typing would remember rich's Optional[Union[float, int]] and hand it to
@@ -14,13 +17,16 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lit_align.shapes import PIPELINE
+from tests.backbones.original_layout import save_original
 
 SCHEDULE = {
     "beta_start": 0.00085,
@@ -30,6 +36,18 @@ SCHEDULE = {
     "steps_offset": 1,
 }
 """The noise schedule of Stable Diffusion."""
+
+SCHEDULE_XL = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+"""The noise schedule of Stable Diffusion XL."""
+
+CARRIED = {"clip_sample": False, "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True}
+"""What its configuration says beside, for other schedulers than its own."""
 
 
 def make_pipeline(scheduler: DDIMScheduler | PNDMScheduler, sample_size: int = 8) -> StableDiffusionPipeline:
@@ -80,6 +98,62 @@ def make_pipeline(scheduler: DDIMScheduler | PNDMScheduler, sample_size: int = 8
     )
 
 
+def make_xl_pipeline(sample_size: int = 8) -> StableDiffusionXLPipeline:
+    """A Stable Diffusion XL of the usual architecture and schedule with random weights."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(PIPELINE / "tokenizer")
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    unet = UNet2DConditionModel(
+        sample_size=sample_size,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=16 + 24,  # both encoders, side by side
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=12 + 6 * 8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=4,
+        sample_size=2 * sample_size,
+        scaling_factor=0.13025,
+    )
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
+        text_encoder_2=CLIPTextModelWithProjection(
+            CLIPTextConfig(**text | {"hidden_size": 24, "projection_dim": 12})
+        ),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**SCHEDULE_XL),
+        add_watermarker=False,
+    )
+
+
 @pytest.fixture(autouse=True)
 def _no_seed_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line leaves its seed in the environment, where a module without one looks for it."""
@@ -102,3 +176,35 @@ def tiny_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, prediction_type="v_prediction")
     make_pipeline(scheduler, sample_size=16).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny Stable Diffusion XL with its own scheduler."""
+    folder = tmp_path_factory.mktemp("tiny_xl")
+    make_xl_pipeline().save_pretrained(folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | CARRIED))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flow_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny flow model, by its name in ``tests/backbones/flow_models.py``."""
+    from tests.backbones.flow_models import MODELS
+
+    @cache
+    def saved(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        MODELS[name]().save_pretrained(folder)
+        return folder
+
+    return saved
+
+
+@pytest.fixture(scope="session")
+def single_xl(tiny_xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as one file in the layout of the original."""
+    file = tmp_path_factory.mktemp("single_xl") / "model.safetensors"
+    save_original(tiny_xl, file)
+    return file

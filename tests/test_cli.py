@@ -242,7 +242,16 @@ def test_help_comes_at_once_and_names_every_command():
     assert "torch" not in done.stderr  # nothing heavy was imported
 
 
-@pytest.mark.parametrize(("overlays", "model"), [(["sd15"], "tiny"), (["sd15", "sd21"], "tiny_v")])
+@pytest.mark.parametrize(
+    ("overlays", "model"),
+    [
+        (["sd15"], "tiny"),
+        (["sd15", "sd21"], "tiny_v"),
+        (["sdxl"], "tiny_xl"),
+        (["sdxl", "sdxl_turbo"], "tiny_xl"),
+        (["sdxl", "sdxl_lightning"], "single_xl"),
+    ],
+)
 def test_overlays_for_real_models_train_one_batch(overlays, model, request, tmp_path):
     """Only the pretrained models, the data and sizes are replaced."""
     (tmp_path / "prompts.txt").write_text("\n".join(f"a star number {i}" for i in range(200)))
@@ -253,6 +262,7 @@ def test_overlays_for_real_models_train_one_batch(overlays, model, request, tmp_
         "--trainer.max_epochs=1",
         f"--model.backbone.pretrained={request.getfixturevalue(model)}",
         "--model.sampler.num_steps=3",
+        *([f"--model.backbone.config={request.getfixturevalue('tiny_xl')}"] if "single" in model else []),
         "--model.rewards.rewards={jpeg: {class_path: JPEGIncompressibility}}",
         "--model.rewards.weights={jpeg: 1.0}",
     ]

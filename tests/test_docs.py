@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,18 @@ PAGES = [
     ROOT / "configs" / "README.md",
     *sorted((ROOT / "lit_align").glob("*/README.md")),
     ROOT / "tests" / "benchmarks" / "README.md",
+    ROOT / "tests" / "reliability" / "README.md",
 ]
 ELSEWHERE = (
     "python3 -m venv",
     "ruff check",
-    "python -m tests.benchmarks.",
+    "python -m tests.",
     "python -m lit_align.shapes.recipe",
+    "python -m lit_align report",
+    "python -m lit_align doctor",
     "hf download",
 )
-"""Run by CI, by tests/benchmarks and by tests/shapes; and downloads."""
+"""Run by CI, by the tests of these programs, and by tests/shapes; and downloads."""
 
 SMALL = """
 trainer:
@@ -47,6 +51,7 @@ data:
 PROMPTS = "data: {init_args: {images_per_prompt: 2, prompts_per_batch: 2}}"
 SMALLER = {
     "ddpo": f"{PROMPTS}\nmodel: {{init_args: {{updates: 1}}}}",
+    "nft": f"{PROMPTS}\nmodel: {{init_args: {{timesteps: 1}}}}",
     "prdp": f"{PROMPTS}\nmodel: {{init_args: {{updates: 1}}}}",
     "msdda": f"{PROMPTS}\nmodel: {{init_args: {{updates: 1}}}}",
     "alignprop": "data: {init_args: {prompts_per_batch: 2}}",
@@ -89,7 +94,13 @@ def named_blocks() -> dict[str, str]:
 
 
 @pytest.fixture
-def work(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def work(
+    tmp_path: Path,
+    tiny: Path,
+    tiny_xl: Path,
+    flow_folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
     """A folder as a reader has it: the configurations, prompts, and the files that the pages show."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     looks = [
@@ -103,6 +114,8 @@ def work(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in named_blocks().items():
         (tmp_path / name).write_text(text)
     (tmp_path / "FOLDER").symlink_to(tiny)
+    (tmp_path / "FOLDER_XL").symlink_to(tiny_xl)
+    (tmp_path / "FLOW").symlink_to(flow_folder("sd3"))
     (tmp_path / "small.yaml").write_text(SMALL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -114,21 +127,29 @@ def work(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def small(line: str, work: Path) -> list[str]:
     """The arguments of a command, and what makes it small and lets it run without a download."""
     arguments = shlex.split(line)[3:]
+    if arguments[0] == "export":
+        return [*arguments, "--steps", "1"]
     name = Path(arguments[arguments.index("--config") + 1]).stem
     (work / "smaller.yaml").write_text(SMALLER[name])
     files = [part for name in ("small.yaml", "smaller.yaml") for part in ("--config", name)]
     after = max(place for place, argument in enumerate(arguments) if argument == "--config") + 2
     arguments[after:after] = files  # before the options of the page, which win
-    if "configs/backbone/sd15.yaml" in arguments:
-        # PickScore and Stable Diffusion are downloads; the tiny model has their format and 16 pixels a side.
+    folders = {"configs/backbone/sd15.yaml": "FOLDER", "configs/backbone/sd35.yaml": "FLOW"}
+    if found := [folder for overlay, folder in folders.items() if overlay in arguments]:
+        # PickScore and the models are downloads; the tiny ones have their format and 16 pixels a side.
         arguments += [
             "--config",
             "configs/variant/compressibility.yaml",
             "--model.backbone.pretrained",
-            "FOLDER",
+            *found,
         ]
         size = "[16,24]" if "--model.backbone.size" in arguments else "16"
         arguments += ["--model.backbone.size", size, "--model.sampler.num_steps", "2"]
+        if found == ["FLOW"]:
+            arguments += ["--model.sampler.noisy_steps", "1"]
+    if "configs/backbone/sdxl.yaml" in arguments:
+        arguments += ["--config", "configs/variant/compressibility.yaml"]
+        arguments += ["--model.backbone.pretrained", "FOLDER_XL", "--model.sampler.num_steps", "2"]
     return arguments
 
 
@@ -136,8 +157,8 @@ def small(line: str, work: Path) -> list[str]:
 def test_a_command_of_the_pages_runs(line: str, work: Path):
     if "--ckpt_path last" in line or "version_0" in line:
         config = re.search(r"--config (\S+)", line)
-        assert config
-        main(small(f"python -m lit_align fit --config {config[1]}", work))
+        name = config[1] if config else "configs/ddpo.yaml"  # the run that is exported
+        main(small(f"python -m lit_align fit --config {name}", work))
         if line.split()[3] == "fit":
             line += " --trainer.max_epochs 2"  # the run is complete after one
     if line.split()[3] == "fit" and "pinterest_joint" in line:

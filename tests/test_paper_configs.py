@@ -8,6 +8,7 @@ import copy
 import math
 import re
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +69,23 @@ SIZES: dict[str, Any] = {
     "micro_batch": 4,
     "shared_timesteps": 2,
     "batch": 4,
+    "size": 32,
 }
 """How much of everything, wherever it is set."""
 
 NOT_ON_A_CPU = {("precision", "16-mixed"): "bf16-mixed"}
 
 
-def reduced(config: Any, backbone: Path, key: str = "") -> Any:
-    """The configuration with stand-ins; ``key`` is where ``config`` stands in it."""
+def reduced(config: Any, models: Mapping[str, Path], key: str = "") -> Any:
+    """The configuration with stand-ins; ``key`` is where ``config`` stands in it.
+
+    Args:
+        config: Or a part of it.
+        models: A tiny one for each class of backbones.
+        key: Where the part stands.
+    """
     if isinstance(config, list):
-        return [reduced(entry, backbone, key) for entry in config]
+        return [reduced(entry, models, key) for entry in config]
     if not isinstance(config, dict):
         # null is a choice of its own, not a size.
         return NOT_ON_A_CPU.get((key, config), config if config is None else SIZES.get(key, config))
@@ -86,23 +94,33 @@ def reduced(config: Any, backbone: Path, key: str = "") -> Any:
         return SOURCES[name]
     if name in DOWNLOADED:
         return {"class_path": "ShapesPromptSet", "init_args": {"name": PROMPTS[key]}}
-    small = {inner: reduced(value, backbone, inner) for inner, value in config.items()}
+    small = {inner: reduced(value, models, inner) for inner, value in config.items()}
     if name in REWARDS:
         small["init_args"] = REWARDS[name]
     if key == "backbone" and "pretrained" in small.get("init_args", {}):
-        small["init_args"]["pretrained"] = str(backbone)
+        small["init_args"]["pretrained"] = str(models[name or "StableDiffusionBackbone"])
     return small
 
 
+@pytest.fixture
+def models(tiny: Path, tiny_xl: Path, flow_folder: Callable[[str], Path]) -> dict[str, Path]:
+    return {
+        "StableDiffusionBackbone": tiny,
+        "StableDiffusionXLBackbone": tiny_xl,
+        "StableDiffusion3Backbone": flow_folder("sd3"),
+        "FluxBackbone": flow_folder("flux"),
+    }
+
+
 @pytest.mark.parametrize("config", PAPER, ids=lambda path: path.stem)
-def test_published_settings_train_one_batch(config: Path, tiny: Path, tmp_path: Path, monkeypatch):
+def test_published_settings_train_one_batch(config: Path, models, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lit_align"])
     bases = re.findall(r"Overlay for (configs/\w+\.yaml)", config.read_text().splitlines()[0])
     arguments = []
     for number, file in enumerate([*(ROOT / base for base in bases), config]):
         path = tmp_path / f"{number}.yaml"
-        path.write_text(yaml.safe_dump(reduced(yaml.safe_load(file.read_text()), tiny)))
+        path.write_text(yaml.safe_dump(reduced(yaml.safe_load(file.read_text()), models)))
         arguments.append(f"--config={path}")
     quiet = [
         "accelerator=cpu",
@@ -115,18 +133,20 @@ def test_published_settings_train_one_batch(config: Path, tiny: Path, tmp_path: 
     metrics = scalars(run)
     (loss,) = metrics.Scalars("train/loss")
     assert math.isfinite(loss.value)
-    sampler = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["sampler"]["init_args"]
-    distance = "val/kl" if sampler["eta"] else "val/drift"  # steps without noise have no density
+    settings = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]
+    sampler = (settings["sampling"]["eval_sampler"] or settings["sampler"])["init_args"]
+    noise = sampler["noise_level" if "noise_level" in sampler else "eta"]
+    distance = "val/kl" if noise else "val/drift"  # steps without noise have no density
     assert {"train/loss", "val/reward", distance} <= set(metrics.Tags()["scalars"])
 
 
-def test_nothing_else_is_replaced(tiny):
+def test_nothing_else_is_replaced(models):
     """The stand-ins leave a configuration of the package's own models and small sizes as it is."""
     config = yaml.safe_load((ROOT / "configs" / "prdp.yaml").read_text())
     changed = copy.deepcopy(config)
     for part, name in (("model", "backbone"), ("trainer", "devices")):
         assert name in str(changed[part])
-    small = reduced(changed, tiny)
+    small = reduced(changed, models)
     assert changed == config
     kept, given = small["model"]["init_args"], config["model"]["init_args"]
     for name in ("beta", "clip_range", "convention", "updates", "inner_epochs"):

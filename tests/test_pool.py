@@ -45,12 +45,12 @@ def test_a_draft_that_an_interrupt_left_is_no_shard(tmp_path: Path):
 def test_samples_of_another_model_are_refused(tmp_path: Path):
     pool = Pool(tmp_path, "a")
     pool.add([1], samples([1]))
-    with pytest.raises(AssertionError, match="drawn by a, not by b"):
+    with pytest.raises(ConfigError, match="drawn by a, not by b"):
         Pool(tmp_path, "b")
     (shard,) = tmp_path.iterdir()
     shard.unlink()
     Pool(tmp_path, "b").add([1], samples([1]))
-    with pytest.raises(AssertionError, match="another model"):
+    with pytest.raises(ConfigError, match=r"deleted or changed .* others now"):
         pool[torch.tensor([1])]
 
 
@@ -74,3 +74,15 @@ def test_a_corrupt_shard_is_named_with_the_remedy(tmp_path: Path):
     (tmp_path / "000000001.safetensors").write_bytes(b"not a shard")
     with pytest.raises(ConfigError, match=r"000000001.safetensors is corrupt.*delete it"):
         Pool(tmp_path, "a")
+
+
+def test_a_shard_that_is_deleted_under_the_run_is_told_with_the_remedy(tmp_path: Path):
+    pool = Pool(tmp_path, "a")
+    pool.add([1], samples([1]))
+    (shard,) = tmp_path.iterdir()
+    shard.write_bytes(shard.read_bytes()[:20])
+    with pytest.raises(ConfigError, match=r"can no longer be read .* go on with --ckpt_path"):
+        pool[torch.tensor([1])]
+    shard.unlink()
+    with pytest.raises(ConfigError, match=r"can no longer be read .* go on with --ckpt_path"):
+        pool[torch.tensor([1])]

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+)
 from torch import Tensor
 
 from lit_align.errors import ConfigError
@@ -192,8 +198,46 @@ def test_a_config_without_clip_sample_does_not_clip(
 
 
 @pytest.mark.parametrize(
+    ("scheduler", "eta"),
+    [(EulerDiscreteScheduler, 0.0), (EulerAncestralDiscreteScheduler, 1.0)],
+    ids=["Euler", "ancestral"],
+)
+def test_few_trailing_steps_are_those_of_the_euler_schedulers(scheduler: Any, eta: float) -> None:
+    """The schedules of SDXL-Turbo and Lightning: in scaled states Euler's step is DDIM's."""
+    config = SD | {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+    theirs = scheduler.from_config(config)
+    theirs.set_timesteps(4)
+    sampler = DDIM(theirs.config | {"set_alpha_to_one": True}, num_steps=4, eta=eta)
+    assert sampler.timesteps.tolist() == theirs.timesteps.tolist() == [999, 749, 499, 249]
+    sigmas = theirs.sigmas
+    for k, (t, sigma, after) in enumerate(zip(theirs.timesteps, sigmas[:-1], sigmas[1:], strict=True)):
+        x, prediction = draw(k), draw(10 + k)
+        before, now = (1 + sigma**2).sqrt(), (1 + after**2).sqrt()
+        step = sampler.step(x, prediction, k)
+        draws = torch.Generator().manual_seed(3)
+        made = theirs.step(prediction, t, x * before, generator=draws).prev_sample / now
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
+        torch.testing.assert_close(step.mean + step.std * noise, made, atol=1e-5, rtol=1e-5)
+
+
+def test_a_scheduler_that_does_not_clip_may_carry_the_word() -> None:
+    config = SD | {"_class_name": "PNDMScheduler", "clip_sample": True}
+    x0 = DDIM(config, num_steps=10).schedule.predict_x0(10 * draw(1), draw(2), 1)
+    assert x0.abs().max() > 5
+
+
+@pytest.mark.parametrize(
     ("config", "arguments", "message"),
     [
+        ({"_class_name": "LCMScheduler"}, {}, "LCMScheduler, of a consistency model"),
+        ({"_class_name": "TCDScheduler"}, {}, "TCDScheduler, of a consistency model"),
+        ({"_class_name": "EDMEulerScheduler"}, {}, "EDMEulerScheduler, of a model that scales"),
+        ({"_class_name": "UnCLIPScheduler"}, {}, "UnCLIPScheduler, which DDIM cannot stand in for"),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
+            {},
+            "UniPCMultistepScheduler has use_flow_sigmas",
+        ),
         ({"clip_sample": True}, {}, "Set clip_sample to false"),
         ({"thresholding": True}, {}, "Set thresholding to false"),
         ({"prediction_type": "flow_prediction"}, {}, "'flow_prediction'"),

@@ -2,7 +2,11 @@
 
 from lit_align.backbones.adapters import LoRA, whole
 from lit_align.backbones.base import Conditioning, DenoisingPolicy, DiffusionBackbone
+from lit_align.backbones.flux import FluxBackbone
+from lit_align.backbones.flux2 import Flux2KleinBackbone
 from lit_align.backbones.pipeline import DiffusersBackbone
+from lit_align.backbones.sd3 import StableDiffusion3Backbone
+from lit_align.backbones.sdxl import StableDiffusionXLBackbone
 from lit_align.backbones.stable_diffusion import StableDiffusionBackbone
 from lit_align.backbones.weight_sets import POLICY, REFERENCE, WeightSets
 
@@ -13,8 +17,12 @@ __all__ = [
     "DenoisingPolicy",
     "DiffusersBackbone",
     "DiffusionBackbone",
+    "Flux2KleinBackbone",
+    "FluxBackbone",
     "LoRA",
+    "StableDiffusion3Backbone",
     "StableDiffusionBackbone",
+    "StableDiffusionXLBackbone",
     "WeightSets",
     "whole",
 ]

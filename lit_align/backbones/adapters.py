@@ -3,21 +3,19 @@
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lit_align.backbones.adapter_files import find, read, reason
 from lit_align.errors import ConfigError, check_positive
-
-FILE = "pytorch_lora_weights.safetensors"
-"""The file of an adapter's folder, by diffusers' convention."""
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -33,13 +31,13 @@ class LoRA:
         rank: Rank of each update ``B A``. 4 in ddpo-pytorch and in TRL's DDPOTrainer.
         alpha: The update is scaled by ``alpha / rank``; null means the rank, so a scale of 1 whatever the
             rank, as in TRL's DDPOTrainer.
-        target_modules: Ends of the names of the layers that get an adapter. The default is all projections of
-            attention, as in ddpo-pytorch.
+        target_modules: Ends of the names of the layers that get an adapter; null for those of the family, as
+            diffusers' training scripts have them: of Stable Diffusion all projections of attention.
     """
 
     rank: int = 4
     alpha: float | None = None
-    target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    target_modules: list[str] | None = None
 
     @classmethod
     def of(cls, given: "LoRA | Mapping[str, Any] | None") -> "LoRA | None":
@@ -56,6 +54,10 @@ class LoRA:
             )
         return cls(**given)
 
+    def on(self, layers: list[str]) -> "LoRA":
+        """The same settings, for these layers where they say none."""
+        return replace(self, target_modules=layers) if self.target_modules is None else self
+
     def config(self) -> LoraConfig:
         """These settings as peft has them.
 
@@ -63,6 +65,7 @@ class LoRA:
             ConfigError: Rank or alpha is not positive.
         """
         check_positive({"lora.rank": self.rank, "lora.alpha": self.alpha})
+        assert self.target_modules is not None, "the backbone fills in those of its family"
         alpha = float(self.rank) if self.alpha is None else self.alpha
         return LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=list(self.target_modules))  # type: ignore[arg-type]
 
@@ -113,48 +116,26 @@ class Adapters:
 
         Args:
             name: Of the set.
-            path: A folder in diffusers' format, or a .safetensors file.
+            path: A .safetensors file of diffusers, PEFT, kohya or an older program, or its folder.
 
         Raises:
             ConfigError: There is none, or it is not one for this denoiser.
         """
-        file = path if path.suffix == ".safetensors" else path / FILE
-        if not file.is_file():
-            raise ConfigError(
-                f"there is no {file.name} in {file.parent}; give the adapter/ folder of a run, or a "
-                ".safetensors file"
-            )
+        file = find(path)
         try:
-            # Between the two some families have alphas, from files of other programs. unet_config is needed
-            # to read those, and ignored by families without a UNet.
-            layers, *alphas, metadata = self._pipeline_class.lora_state_dict(
-                file.parent,
-                weight_name=file.name,
-                unet_config=self.denoiser.config,
-                return_lora_metadata=True,
-            )
-            prefix = f"{self._part}."
-            if foreign := [key for key in layers if not key.startswith(prefix)]:
-                raise ValueError(f"it adapts more than the {self._part}: {foreign[0]}")
+            layers = read(file, self._pipeline_class, self._part, self.denoiser.config)
             with self._injecting(name):
-                self.denoiser.load_lora_adapter(
-                    layers,
-                    prefix=self._part,
-                    adapter_name=name,
-                    network_alphas=alphas[0] if alphas else None,
-                    metadata=metadata,
-                )
-            self._copy_exactly(name, {key.removeprefix(prefix): value for key, value in layers.items()})
-        except (ValueError, RuntimeError, KeyError, OSError) as error:
-            raise ConfigError(f"the adapter in {path} does not fit this model: {error}") from error
-
-    def _copy_exactly(self, name: str, layers: dict[str, Tensor]) -> None:
-        """Set the values again, because peft rounded them to the denoiser's dtype when it loaded them."""
-        if "lora_A" not in next(iter(layers)):
-            layers = convert_unet_state_dict_to_peft(layers)
-        loaded = set_peft_model_state_dict(self.denoiser, layers, adapter_name=name)
-        if loaded.unexpected_keys:
-            raise ValueError(f"the model has no place for {loaded.unexpected_keys[0]}")
+                named = {f"{self._part}.{key}": value for key, value in layers.items()}
+                self.denoiser.load_lora_adapter(named, prefix=self._part, adapter_name=name)
+            # Set again, because peft rounded the values to the denoiser's dtype.
+            loaded = set_peft_model_state_dict(self.denoiser, layers, adapter_name=name)
+            if loaded.unexpected_keys:
+                raise ValueError(f"the model has no place for {loaded.unexpected_keys[0]}")
+        except Exception as error:  # whatever a wrong file makes of the conversion of names
+            raise ConfigError(
+                f"the adapter in {path} does not fit this model: {reason(error)}; give another, or copy it "
+                "again"
+            ) from error
 
     @contextmanager
     def _injecting(self, name: str) -> Iterator[None]:
@@ -234,22 +215,48 @@ class Adapters:
 
         All processes must call this where the denoiser is sharded; those without a folder write nothing.
         """
-        chosen = self._sets[name]
-        if chosen == {name: 1.0}:
-            found = get_peft_model_state_dict(self.denoiser, adapter_name=name)
-            layers = {key: whole(factor) for key, factor in found.items()}
-            config = self.denoiser.peft_config[name]
-        else:
-            layers, config = self._concatenated(chosen)
+        layers, config = self.factors(name)
         if folder is None:
             return
         # Renamed are only the layers of attention, and diffusers reads a file by the style of its first name.
         renamed = convert_state_dict_to_diffusers(layers)
         settings: dict[str, Any] = {
             f"{self._part}_lora_layers": layers if any(".lora_A." in key for key in renamed) else renamed,
-            f"{self._part}_lora_adapter_metadata": config.to_dict(),
+            f"{self._part}_lora_adapter_metadata": {
+                key: sorted(value) if isinstance(value, set) else value  # sets have another order each time
+                for key, value in config.to_dict().items()
+            },
         }
         self._pipeline_class.save_lora_weights(folder, **settings)
+
+    def factors(self, name: str) -> tuple[dict[str, Tensor], LoraConfig]:
+        """The factors of a set under PEFT's names, and their settings, in which ``alpha`` is the rank.
+
+        The strength is in ``B``, since programs that know no settings would apply another.
+        """
+        chosen = self._sets[name]
+        layers, config = self._concatenated(chosen)
+        if chosen == {name: 1.0} and not self.denoiser.peft_config[name].rank_pattern:
+            own = self.denoiser.peft_config[name]
+            config = LoraConfig(r=own.r, lora_alpha=own.r, target_modules=own.target_modules)
+        return layers, config
+
+    def merged(self, name: str) -> dict[str, Tensor]:
+        """The weights of the denoiser with a set's update in them, under the names that it had without."""
+        self.choose(name)
+        updates = {}
+        with torch.no_grad():
+            for layer in self._scales:
+                names = [one for one in self._sets[name] if one in layer.scaling]
+                updates[layer] = sum(layer.get_delta_weight(one) for one in names)
+            paths = {path: layer for path, layer in self.denoiser.named_modules() if layer in updates}
+            found = {}
+            for key, value in self.denoiser.state_dict().items():
+                path = key.removesuffix(".base_layer.weight")
+                if ".lora_" not in key:
+                    plain = key.replace(".base_layer.", ".")
+                    found[plain] = value + updates[paths[path]] if path in paths else value
+        return found
 
     def _concatenated(self, chosen: Mapping[str, float]) -> tuple[dict[str, Tensor], LoraConfig]:
         """One adapter with the same update: ``[w_1 s_1 B_1, w_2 s_2 B_2] [A_1; A_2]``."""

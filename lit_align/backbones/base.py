@@ -4,7 +4,7 @@ Shapes: ``B`` images, ``C H W`` of a latent. ``k`` is a step index in sampling o
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,11 @@ class Conditioning:
     def __len__(self) -> int:
         return len(next(iter(self.prompt.values())))
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(iter(self.prompt.values())).device
+
     def __getitem__(self, rows: Tensor | slice) -> "Conditioning":
         """The conditioning of some images, chosen by a slice, a mask or a tensor of row numbers."""
         chosen = {
@@ -68,10 +73,20 @@ class DiffusionBackbone(nn.Module, ABC):
         weight_sets: The denoiser and its *named weight sets*: ``"policy"`` is trained, ``"reference"`` is the
             pretrained model, further sets (an opponent, an expert) are frozen unless said otherwise.
         size: ``(height, width)`` of an image in pixels.
+        elsewhere: Parts of the model that do not move with this module, by name.
     """
 
     weight_sets: WeightSets
     size: tuple[int, int]
+    elsewhere: Mapping[str, nn.Module] = {}
+
+    def fixed_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters outside of the weight sets, by name, wherever they are."""
+        for name, parameter in self.named_parameters():
+            if not name.startswith("weight_sets."):
+                yield name, parameter
+        for part, module in self.elsewhere.items():
+            yield from module.named_parameters(part)
 
     @property
     def is_shapes(self) -> bool:

@@ -1,15 +1,45 @@
 """A diffusers pipeline from a folder, a hub id or a single file, or a sentence that says why not."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lit_align.errors import ConfigError
+from lit_align.backbones.options import with_entries
+from lit_align.errors import ConfigError, tell, user_path
 from lit_align.pretrained import loading, resolve
 from lit_align.shapes import PIPELINE
+
+KINDS = {
+    "inpainting": "an inpainting model",
+    "inpainting_v2": "an inpainting model",
+    "xl_inpaint": "an inpainting model",
+    "xl_base": "Stable Diffusion XL",
+    "xl_refiner": "the refiner of Stable Diffusion XL",
+    "v2": "Stable Diffusion 2",
+    "playground-v2-5": "Playground 2.5, whose states are scaled in EDM's way",
+    "upscale": "an upscaler",
+    "controlnet": "a ControlNet",
+    "instruct-pix2pix": "InstructPix2Pix",
+    "lora": "a LoRA, which belongs under backbone.adapters",
+}
+"""Single files that diffusers can tell apart; all others it takes for Stable Diffusion 1."""
+
+FILES: dict[str, tuple[str, ...]] = {
+    "StableDiffusionPipeline": ("v2",),
+    "StableDiffusionXLPipeline": ("xl_base",),
+}
+"""Those of KINDS that a pipeline is made of."""
+
+MARKS: dict[str, tuple[str, Any]] = {
+    "v_pred": ("prediction_type", "v_prediction"),
+    "ztsnr": ("rescale_betas_zero_snr", True),
+}
+"""Empty entries of single files, by which programs know how they were trained."""
 
 
 def load_pipeline(
@@ -19,6 +49,7 @@ def load_pipeline(
     dtypes: Mapping[str, torch.dtype],
     config: str | None,
     variant: str | None,
+    optional: Sequence[str] = (),
 ) -> Any:
     """Load a pipeline's models from safetensors.
 
@@ -29,11 +60,12 @@ def load_pipeline(
         dtypes: Of components by name; of all others under ``default``.
         config: Folder or hub id with the configuration of a single file.
         variant: Of the weight files, such as ``fp16``.
+        optional: Components that the model may do without.
 
     Raises:
         ConfigError: There is no such model, it cannot be read, or it is of another family.
     """
-    file = Path(pretrained).expanduser()
+    file = user_path(pretrained)
     if file.suffix in (".safetensors", ".ckpt") and not file.is_dir():
         return _load_file(pipeline_class, file, without, dtypes, config)
     if config is not None:
@@ -42,6 +74,7 @@ def load_pipeline(
         source = resolve(pretrained, PIPELINE)
         index = pipeline_class.load_config(source)
         _check_class(pipeline_class, index, f"pretrained: {pretrained!r}")
+        without = {**without, **{part: None for part in optional if _is_absent(index, source, part)}}
         parts = [name for name, found in index.items() if isinstance(found, list) and found[0]]
         for part in parts:
             if part not in without:
@@ -51,6 +84,12 @@ def load_pipeline(
         )
     _check_complete(pretrained, pipeline)
     return pipeline
+
+
+def _is_absent(index: Mapping[str, Any], source: str | Path, part: str) -> bool:
+    """Whether a pipeline has not this part: its index says so, or the folder was copied without it."""
+    folder = Path(source)
+    return not (index.get(part) or [None])[0] or (folder.is_dir() and not (folder / part).is_dir())
 
 
 def _check_complete(pretrained: str, pipeline: Any) -> None:
@@ -67,7 +106,7 @@ def _check_class(pipeline_class: Any, index: Mapping[str, Any], place: str) -> N
     if (found := index.get("_class_name")) != pipeline_class.__name__:
         raise ConfigError(
             f"{place} is a {found}, and this backbone takes a {pipeline_class.__name__}; give such a model, "
-            "or the backbone of its family"
+            "or the backbone of its family (lit_align/backbones/README.md)"
         )
 
 
@@ -88,6 +127,22 @@ def _check_weights(pretrained: str, folder: Path, variant: str | None) -> None:
         )
 
 
+def _check_file(pipeline_class: Any, file: Path, place: str) -> dict[str, Any]:
+    """Refuse a single file of another kind by its name; returns what it says of its noise schedule."""
+    try:
+        with safe_open(file, "pt") as opened:
+            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError:
+        return {}  # said when it is loaded
+    names = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    kind = infer_diffusers_model_type(names)
+    kind = "lora" if any("lora_" in name for name in names) else kind
+    own = FILES.get(pipeline_class.__name__, ())
+    if kind in KINDS and kind not in own:
+        raise ConfigError(f"{place} is {KINDS[kind]}, and this backbone takes a {pipeline_class.__name__}")
+    return {key: value for name, (key, value) in MARKS.items() if name in names}
+
+
 def _load_file(
     pipeline_class: Any,
     file: Path,
@@ -100,7 +155,8 @@ def _load_file(
         raise ConfigError(f"{place} may run code when it is opened; give the weights as .safetensors")
     if not file.is_file():
         raise ConfigError(f"{place} is no file; give one that exists (the working directory is {Path.cwd()})")
-    folder = None if config is None else Path(config).expanduser()
+    entries = _check_file(pipeline_class, file, place)
+    folder = None if config is None else user_path(config)
     if folder is not None and folder.is_dir():
         with loading(str(folder)):
             _check_class(pipeline_class, pipeline_class.load_config(folder), f"config: {config!r}")
@@ -120,4 +176,7 @@ def _load_file(
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module):
             nn.Module.to(component, dtypes.get(name, dtypes["default"]))
+    if entries:
+        tell(f"{file.name} says of its noise schedule: {entries}")
+        pipeline.scheduler = with_entries(pipeline.scheduler, entries)
     return pipeline

@@ -1,9 +1,11 @@
 """The options of every backbone: what they may be, and what they mean for a model."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
+from diffusers import DDIMScheduler
 
 from lit_align.errors import ConfigError
 
@@ -12,14 +14,16 @@ Checkpointing = Literal["none", "prediction", "blocks"]
 Attention = Literal["auto", "sdpa", "plain"]
 
 
-def check_choice(name: str, value: object, kind: Any) -> None:
-    """Refuse a value that is none of the ``Literal`` kind; on the command line the parser does it.
+def check_choices(dtype: object, checkpointing: object, attention: object) -> None:
+    """Refuse a value that an option does not have; on the command line the parser does it.
 
     Raises:
         ConfigError: It is none.
     """
-    if value not in (known := get_args(kind)):
-        raise ConfigError(f"backbone.{name}: {value!r} must be {', '.join(known[:-1])} or {known[-1]}")
+    kinds = {"dtype": Dtype, "checkpointing": Checkpointing, "attention": Attention}
+    for (name, kind), value in zip(kinds.items(), (dtype, checkpointing, attention), strict=True):
+        if value not in (known := get_args(kind)):
+            raise ConfigError(f"backbone.{name}: {value!r} must be {', '.join(known[:-1])} or {known[-1]}")
 
 
 def wants_plain(attention: Attention, device: torch.device, dtype: torch.dtype) -> bool:
@@ -34,7 +38,9 @@ def wants_plain(attention: Attention, device: torch.device, dtype: torch.dtype) 
     return (torch.get_autocast_dtype("cpu") if mixed else dtype) == torch.bfloat16
 
 
-def check_inputs(pretrained: str, config: Mapping[str, Any], unknown: Sequence[str], channels: int) -> None:
+def check_inputs(
+    pretrained: str, config: Mapping[str, Any], unknown: Sequence[str], channels: int, more: Sequence[str]
+) -> None:
     """Refuse a denoiser that needs an input which it would not be given.
 
     Args:
@@ -42,11 +48,12 @@ def check_inputs(pretrained: str, config: Mapping[str, Any], unknown: Sequence[s
         config: Of the denoiser.
         unknown: Entries of it that ask for such an input.
         channels: Of the latents as the denoiser reads and predicts them.
+        more: What else it asks for.
 
     Raises:
-        ConfigError: It has one of the entries, or other channels.
+        ConfigError: It has one of the entries, or other channels, or asks for more.
     """
-    asked = [f"{name} {config[name]}" for name in unknown if config.get(name) is not None]
+    asked = [f"{name} {config[name]}" for name in unknown if config.get(name) is not None] + [*more]
     for name in ("in_channels", "out_channels"):
         if config.get(name) not in (None, channels):
             asked.append(f"{name} {config[name]} for latents of {channels}")
@@ -85,3 +92,21 @@ def choose_size(
             f"of {scale * patch}, or one number for both"
         )
     return sides[0], sides[1]
+
+
+def with_entries(scheduler: Any, entries: Mapping[str, Any]) -> Any:
+    """A pipeline's scheduler with other entries of its configuration.
+
+    Raises:
+        ConfigError: Neither it nor DDIM, which may stand in for it, has such an entry.
+    """
+    known = {name for kind in (type(scheduler), DDIMScheduler) for name in inspect.signature(kind).parameters}
+    if unknown := set(entries) - known:
+        raise ConfigError(
+            f"backbone.scheduler: the model's {type(scheduler).__name__} has no "
+            f"{', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}"
+        )
+    config = dict(scheduler.config) | dict(entries)
+    # What the folder did not say is dropped when another class reads the configuration.
+    config["_use_default_values"] = [n for n in config.get("_use_default_values", []) if n not in entries]
+    return type(scheduler).from_config(config)

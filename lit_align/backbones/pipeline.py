@@ -1,9 +1,7 @@
 """What every family of diffusers pipelines shares; a family is a subclass with a handful of hooks."""
 
-import hashlib
 from abc import abstractmethod
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,9 +9,9 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lit_align.backbones.adapters import LoRA
+from lit_align.backbones.autoencoder import decode, encode, fingerprint
 from lit_align.backbones.base import Conditioning, DiffusionBackbone, SamplerFactory
 from lit_align.backbones.checkpointing import by_block, recompute
 from lit_align.backbones.compiling import compile_blocks
@@ -22,12 +20,15 @@ from lit_align.backbones.options import (
     Attention,
     Checkpointing,
     Dtype,
-    check_choice,
+    check_choices,
     check_inputs,
     choose_size,
     wants_plain,
+    with_entries,
 )
 from lit_align.backbones.prompt_cache import PromptCache
+from lit_align.backbones.sharding import shard_network
+from lit_align.backbones.text import TextEncoding
 from lit_align.backbones.weight_sets import POLICY, WeightSets
 from lit_align.errors import ConfigError, check_positive
 from lit_align.samplers import Sampler
@@ -36,14 +37,14 @@ from lit_align.samplers import Sampler
 class DiffusersBackbone(DiffusionBackbone):
     """A diffusers pipeline with named weight sets of its denoiser.
 
-    A family says which pipeline it takes and what its denoiser is called, and has three functions:
-    :meth:`embed`, :meth:`denoise` and :meth:`blocks`. Where it differs from Stable Diffusion it overrides
-    what else stands under "what a family says"; ``README.md`` beside this file has the table.
+    A family says which pipeline it takes, what its denoiser is called, and what stands under "what a family
+    says", of which three functions have no default; see ``README.md``.
 
     Attributes:
         pipeline_class: The pipeline's class in diffusers.
         denoiser: The denoiser's name in it, ``unet`` or ``transformer``.
         without: Components and settings of the pipeline that are given instead of loaded.
+        optional: Components that a folder may lack.
         no_input_for: Entries of the denoiser's configuration that ask for an input that :meth:`denoise` does
             not give: a model that has one is refused.
         patch: Side of the patches of latent pixels that the denoiser reads; sizes are multiples of it.
@@ -52,6 +53,7 @@ class DiffusersBackbone(DiffusionBackbone):
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     denoiser: ClassVar[str]
     without: ClassVar[dict[str, Any]] = {}
+    optional: ClassVar[tuple[str, ...]] = ()
     no_input_for: ClassVar[tuple[str, ...]] = ()
     patch: ClassVar[int] = 1
 
@@ -69,6 +71,8 @@ class DiffusersBackbone(DiffusionBackbone):
         attention: Attention = "auto",
         variant: str | None = None,
         config: str | None = None,
+        scheduler: dict[str, Any] | None = None,
+        offload_text_encoders: bool = False,
         decode_batch: int = 16,
         prompt_cache: int = 1024,
     ) -> None:
@@ -79,56 +83,61 @@ class DiffusersBackbone(DiffusionBackbone):
                 .safetensors file with all weights in the original layout.
             lora: The adapter that is trained, or null to train all weights of the denoiser.
             adapters: Adapters (``adapter/`` folders of earlier runs, or .safetensors files) and their
-                weights. The policy is the pretrained model plus the weighted sum of their updates, plus what
-                is trained: without a checkpoint ``predict`` and ``test`` show the mixture alone, and ``fit``
-                goes on from it.
-            size: Height and width of the images in pixels, or one number for both; null for the size that the
-                pipeline was trained for.
+                weights. The policy starts as the pretrained model plus the weighted sum of their updates.
+            size: Height and width of the images in pixels, or one number for both; null is the model's own.
             dtype: Of the frozen weights of denoiser and text encoders. What is trained is float32 in any
                 case, with ``lora: null`` the whole denoiser; so is the autoencoder.
-            checkpointing: What the backward pass computes again instead of keeping its activations:
-                ``prediction`` recomputes each prediction whole, for losses that hold several at once, as
-                AlignProp's; ``blocks`` recomputes block by block, which needs least memory within one
-                prediction. Both recompute the decoding.
+            checkpointing: What the backward pass computes again: ``prediction`` recomputes each prediction
+                whole, for losses that hold several, as AlignProp's; ``blocks`` recomputes block by block,
+                which needs least memory within one prediction. Both recompute the decoding.
             compile: Compile the denoiser's blocks with torch.compile: slow at first, then faster.
             attention: ``sdpa`` is torch's fused attention, ``plain`` two products and a softmax; ``auto``
-                takes what diffusers takes, but ``plain`` in bfloat16 on a CPU, where its backward pass takes
-                half the time.
+                is ``sdpa``, but ``plain`` in bfloat16 on a CPU, where its backward pass takes half the time.
             variant: Of the weight files, such as ``fp16``.
             config: For a single file: a folder in diffusers' format, or a hub id, with the configuration of
                 its family; null lets diffusers find it on the hub.
+            scheduler: Entries of its configuration that replace the pipeline's, as ``{timestep_spacing:
+                trailing}``, or ``{prediction_type: v_prediction}`` for a single file, which does not say it.
+            offload_text_encoders: Keep them on the CPU but while new prompts are encoded.
             decode_batch: Images decoded at once; bounds the memory of the autoencoder.
             prompt_cache: Number of prompts whose embeddings are remembered.
 
         Raises:
-            ConfigError: The model or an adapter cannot be loaded or is of another family, the size is none of
-                the model's, or no layer matches ``lora.target_modules``.
+            ConfigError: The model or an adapter cannot be loaded, or the options do not fit it.
         """
         super().__init__()
         check_positive({"backbone.decode_batch": decode_batch, "backbone.prompt_cache": prompt_cache})
-        check_choice("dtype", dtype, Dtype)
-        check_choice("checkpointing", checkpointing, Checkpointing)
-        check_choice("attention", attention, Attention)
+        check_choices(dtype, checkpointing, attention)
         lora = LoRA.of(lora)
         frozen: torch.dtype = getattr(torch, dtype)
         dtypes = {"default": frozen, "vae": torch.float32}
         if lora is None:
             dtypes[self.denoiser] = torch.float32
-        self.pipeline = load_pipeline(self.pipeline_class, pretrained, self.without, dtypes, config, variant)
+        self.pipeline = load_pipeline(
+            self.pipeline_class, pretrained, self.without, dtypes, config, variant, self.optional
+        )
+        if scheduler:
+            self.pipeline.scheduler = with_entries(self.pipeline.scheduler, scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
         self.checkpointing = checkpointing
         self._compile = compile
         self.attention = attention
         self.decode_batch = decode_batch
-        self._prompts = PromptCache(self.embed, prompt_cache)
+        self.elsewhere = away = {}
         for name, component in self.pipeline.components.items():
             if isinstance(component, nn.Module) and name != self.denoiser:
-                self.add_module(name, component.requires_grad_(False))
+                component.requires_grad_(False)
+                if offload_text_encoders and name.startswith("text_encoder"):
+                    away[name] = component
+                else:
+                    self.add_module(name, component)
+        self._prompts = PromptCache(TextEncoding(self, [*away.values()]), prompt_cache)
         if checkpointing == "blocks":
             self.pipeline.vae.enable_gradient_checkpointing(recompute)
-        own = getattr(self.pipeline, self.denoiser).config
-        self.size = choose_size(size, own, self.pipeline, self.patch)
-        check_inputs(pretrained, own, self.no_input_for, self.input_channels)
+        network = getattr(self.pipeline, self.denoiser)
+        self.size = choose_size(size, own := network.config, self.pipeline, self.patch)
+        check_inputs(pretrained, own, self.no_input_for, self.input_channels, self.asks_more(own))
+        lora = lora and lora.on(self.adapted(network))
         self.weight_sets = WeightSets(self.pipeline, self.denoiser, lora, adapters or {}, self._prepare)
         self.eval()
 
@@ -154,6 +163,11 @@ class DiffusersBackbone(DiffusionBackbone):
     def blocks(self, network: Any) -> list[nn.Module]:
         """The blocks of the denoiser, which are sharded one by one."""
 
+    @classmethod
+    def adapted(cls, network: Any) -> list[str]:
+        """Ends of the names of the layers that get an adapter, where the settings do not say."""
+        return ["to_q", "to_k", "to_v", "to_out.0"]  # all projections of attention, as in ddpo-pytorch
+
     def negative(self, empty: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """What guidance leads away from: the embedding of the empty prompt; None for models without it."""
         return empty
@@ -171,6 +185,15 @@ class DiffusersBackbone(DiffusionBackbone):
     def attend(self, network: Any, plain: bool) -> None:
         """Give the network's layers the plain or the fused attention."""
         network.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
+
+    def asks_more(self, config: Mapping[str, Any]) -> list[str]:
+        """What a denoiser with this configuration is told beside what :meth:`denoise` gives."""
+        return []
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """Those that cut long prompts."""
+        return [self.pipeline.tokenizer]
 
     @property
     def input_channels(self) -> int:
@@ -232,7 +255,11 @@ class DiffusersBackbone(DiffusionBackbone):
     ) -> Tensor:
         network = self.weight_sets.choose(weights)
         dtype = next(network.parameters()).dtype
-        self._choose_attention(network, x.device, dtype)
+        if (plain := wants_plain(self.attention, x.device, dtype)) != getattr(
+            network, "attends_plainly", False
+        ):
+            self.attend(network, plain)
+            network.attends_plainly = plain
         x, t = x.to(dtype), torch.as_tensor(t, device=x.device).expand(len(x))
         cond = cond.map(lambda value: value.to(dtype) if value.is_floating_point() else value)
         given, negative = cond.prompt, None if guidance == 1.0 else cond.negative
@@ -247,39 +274,17 @@ class DiffusersBackbone(DiffusionBackbone):
         away, towards = prediction.chunk(2)
         return away + guidance * (towards - away)
 
-    def _choose_attention(self, network: Any, device: torch.device, dtype: torch.dtype) -> None:
-        plain = wants_plain(self.attention, device, dtype)
-        if plain != getattr(network, "attends_plainly", False):
-            self.attend(network, plain)
-            network.attends_plainly = plain
-
     # ---- images
 
     def decode(self, latents: Tensor) -> Tensor:
         z = self.denormalise(latents.to(next(self.vae.parameters()).dtype))
-        with torch.autocast(z.device.type, enabled=False):  # in half precision images lose their last bits
-            chunks = [self._decode(part) for part in z.split(self.decode_batch)]
-        return (torch.cat(chunks).float() / 2 + 0.5).clamp(0, 1)
-
-    def _decode(self, z: Tensor) -> Tensor:
-        decode: Any = partial(self.pipeline.vae.decode, return_dict=False)
-        again = self.checkpointing == "prediction" and z.requires_grad
-        images: Tensor = (recompute(decode, z) if again else decode(z))[0]
-        return images
+        return decode(self.vae, z, self.decode_batch, again=self.checkpointing == "prediction")
 
     def latents(self, images: Tensor) -> Tensor:
-        pixels = 2 * images.to(next(self.vae.parameters()).dtype) - 1
-        with torch.autocast(images.device.type, enabled=False):
-            chunks = [self.pipeline.vae.encode(x).latent_dist.mode() for x in pixels.split(self.decode_batch)]
-        return self.normalise(torch.cat(chunks))
+        return self.normalise(encode(self.vae, images, self.decode_batch))
 
     def autoencoder_hash(self) -> str:
-        config: Any = self.vae.config
-        scale = [config.scaling_factor, *([config.shift_factor] if config.get("shift_factor") else [])]
-        digest = hashlib.sha256(" ".join(map(str, scale)).encode())
-        for name, value in self.vae.state_dict().items():
-            digest.update(name.encode() + value.float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.vae)
 
     # ---- schedule and scale
 
@@ -292,8 +297,4 @@ class DiffusersBackbone(DiffusionBackbone):
                 "backbone.compile: true does not work with a sharded model; set it to false, or use DDP"
             )
         for network in self.weight_sets.networks.values():
-            if isinstance(network, FSDPModule):  # a second fit of the same objects
-                continue
-            for block in self.blocks(network):
-                fully_shard(block, mesh=mesh)
-            fully_shard(network, mesh=mesh)
+            shard_network(network, self.blocks(network), mesh)

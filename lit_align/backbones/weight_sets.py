@@ -7,18 +7,28 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lit_align.backbones.adapters import Adapters, LoRA, whole
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, user_path
+from lit_align.identity import read_stamp, weights_hash
 from lit_align.pretrained import loading
+from lit_align.shapes import PIPELINE, WEIGHTS_HASH
 
 POLICY = "policy"
 """The weight set that is trained."""
 
 REFERENCE = "reference"
 """The weight set of the pretrained model."""
+
+
+def _name(config: Mapping[str, Any]) -> str:
+    """What a pipeline's model is called: the id on the hub, or the name of its folder."""
+    place = str(config.get("_name_or_path") or "")
+    if place == str(PIPELINE):
+        return f"shapes {WEIGHTS_HASH}"
+    return Path(place).name if Path(place).exists() else place
 
 
 class WeightSets(nn.Module):
@@ -34,6 +44,10 @@ class WeightSets(nn.Module):
     Attributes:
         networks: The policy's network, and those of the sets that have their own.
         chosen: The set that :meth:`choose` switched on last.
+        model: The pretrained model's name.
+        base_hash: Of the pretrained denoiser (see :func:`~lit_align.identity.weights_hash`).
+        file_hashes: Of what was loaded besides, adapters and whole models, by set.
+        stamps: What those files say of the runs that wrote them, by their paths.
     """
 
     def __init__(
@@ -65,9 +79,13 @@ class WeightSets(nn.Module):
         self._lora = lora
         self._names = [POLICY, REFERENCE]
         self._start: dict[str, float] = {}
+        self.file_hashes: dict[str, str] = {}
+        self.stamps: dict[str, dict[str, Any]] = {}
         network = getattr(pipeline, part)
         self._network_class: Any = type(network)  # kept, because FSDP replaces it
         self._adapters = Adapters(network, type(pipeline), part)
+        self.model = _name(pipeline.config)
+        self.base_hash = weights_hash(network.named_parameters())
         if lora is None:
             self._hold(POLICY, network)
             self._hold(REFERENCE, deepcopy(network))
@@ -94,8 +112,10 @@ class WeightSets(nn.Module):
         if self._lora is None:
             raise ConfigError("adapters: they need lora; give its settings, or take adapters out")
         for number, (path, weight) in enumerate(adapters.items()):
-            self._adapters.load(f"_start{number}", Path(path).expanduser())
+            self._adapters.load(f"_start{number}", user_path(path))
             self._start[f"_start{number}"] = weight
+            self._remember(f"_start{number}", path)
+            self.file_hashes[f"_start{number}"] += f" x {weight:g}"
         self._adapters.mix(POLICY, {POLICY: 1.0} | self._start)
 
     def choose(self, name: str) -> Any:
@@ -127,6 +147,17 @@ class WeightSets(nn.Module):
             for old, new in zip(self.parameters_of(target), self.parameters_of(source), strict=True):
                 old.copy_(new)
 
+    def follow(self, source: str, target: str, decay: float) -> None:
+        """Let an added set follow another: ``target <- decay target + (1 - decay) source``.
+
+        Adapters are averaged factor by factor, as where a moving average is taken of what is trained.
+        """
+        assert target not in (POLICY, REFERENCE), f"{target!r} is not a set to overwrite"
+        assert 0 <= decay <= 1, f"{decay} is no share"
+        with torch.no_grad():
+            for old, new in zip(self.parameters_of(target), self.parameters_of(source), strict=True):
+                old.lerp_(new.to(old.dtype), 1 - decay)
+
     def load(self, name: str, folder: Path) -> None:
         """Add a frozen set from an adapter's folder or file, or from a pipeline's folder.
 
@@ -141,6 +172,14 @@ class WeightSets(nn.Module):
         else:
             self._adapters.load(name, folder)
         self._names.append(name)
+        self._remember(name, str(folder))
+
+    def _remember(self, name: str, path: str) -> None:
+        """Keep what tells loaded weights from others, while nothing is sharded."""
+        if (stamp := read_stamp(Path(path).expanduser())) is not None:
+            self.stamps[path] = stamp
+        own = enumerate(self.parameters_of(name))
+        self.file_hashes[name] = weights_hash((f"{number:06d}", weights) for number, weights in own)
 
     def _load_network(self, folder: Path) -> nn.Module:
         dtype = next(self.networks[POLICY].parameters()).dtype
@@ -203,10 +242,32 @@ class WeightSets(nn.Module):
         network: Any = self.networks[name]
         if isinstance(self.networks[name], FSDPModule):
             parameters = {key: whole(value).cpu() for key, value in network.state_dict().items()}
-            network = self._network_class.from_config(network.config)
-            network.load_state_dict(parameters)
-        if folder is None:
-            return
+            network = self._plain_network(parameters)
+        if folder is not None:
+            self._save_pipeline(folder, network)
+
+    def save_merged(self, folder: Path, name: str = POLICY) -> None:
+        """Write a set as a pipeline folder without adapters: their updates are in the weights."""
+        if name not in self._adapters:
+            self.save(folder, name)
+        else:
+            self._save_pipeline(folder, self._plain_network(self._adapters.merged(name)))
+
+    def factors(self, name: str = POLICY) -> dict[str, Tensor]:
+        """``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight`` of a set that is adapters: it adds ``B A``.
+
+        Raises:
+            ConfigError: It is a whole model.
+        """
+        self._refuse_whole([name])
+        return self._adapters.factors(name)[0]
+
+    def _plain_network(self, parameters: Mapping[str, Tensor]) -> Any:
+        network = self._network_class.from_config(self.networks[POLICY].config)
+        network.load_state_dict(parameters)
+        return network.to(next(iter(parameters.values())).dtype)
+
+    def _save_pipeline(self, folder: Path, network: Any) -> None:
         setattr(self._pipeline, self._part, network)
         self._pipeline.save_pretrained(folder)
         setattr(self._pipeline, self._part, self.networks[POLICY])

@@ -5,10 +5,12 @@ from lightning import Callback
 from lit_align.callbacks.adapter import AdapterExport
 from lit_align.callbacks.checkpoints import BatchCheckpoint, BestCheckpoint, checkpoint_callbacks
 from lit_align.callbacks.grid import image_grid
+from lit_align.callbacks.guard import SkippedUpdates
 from lit_align.callbacks.histograms import RewardHistograms
 from lit_align.callbacks.images import ImageGrids, ImageWriter
 from lit_align.callbacks.new_settings import NewSettings
 from lit_align.callbacks.progress import ProgressBar, ProgressLines
+from lit_align.callbacks.report import TestReport
 from lit_align.callbacks.run_config import RunConfig
 from lit_align.callbacks.summary import RunSummary
 from lit_align.callbacks.sweep import SweepReport
@@ -27,7 +29,9 @@ __all__ = [
     "RunConfig",
     "RunFolder",
     "RunSummary",
+    "SkippedUpdates",
     "SweepReport",
+    "TestReport",
     "default_callbacks",
     "image_grid",
     "run_folder",
@@ -48,6 +52,8 @@ def default_callbacks(checkpoints: bool = True) -> list[Callback]:
         ImageWriter(),
         RewardHistograms(),
         RunSummary(),
+        TestReport(),
         SweepReport(),
+        SkippedUpdates(),
     ]
     return callbacks + (checkpoint_callbacks() if checkpoints else [])

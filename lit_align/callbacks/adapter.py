@@ -1,17 +1,24 @@
 """What a run hands on: the trained weights, for diffusers."""
 
+import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer
 
-from lit_align.callbacks.files import follow_umask
+from lit_align.files import follow_umask, sync, write, writing
 from lit_align.folder import run_folder
+from lit_align.identity import ADAPTER, STAMP, read_stamp, stamp
 from lit_align.methods import AlignmentModule
 
 
 class AdapterExport(Callback):
-    """Writes the trained weights to ``adapter/``, for diffusers, after each validation and at the end."""
+    """Writes the trained weights to ``adapter/``, for diffusers, after each validation and at the end.
+
+    An adapter's file says in its metadata of which run it is: the base model, how it was sampled, the method,
+    the images so far; a pipeline of a full fine-tuning says so in ``lit_align.json``.
+    """
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking and pl_module.images:
@@ -27,12 +34,33 @@ class AdapterExport(Callback):
             module.export(None)  # its shards
             return
         folder = run_folder(trainer) / "adapter"
-        draft, old = folder.with_name(".adapter.draft"), folder.with_name(".adapter.old")
-        for leftover in (draft, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        module.export(draft)
-        follow_umask(draft)
-        if folder.exists():
-            folder.rename(old)
-        draft.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        draft = folder.with_name(".adapter.draft")
+        with writing(folder):
+            shutil.rmtree(draft, ignore_errors=True)
+            module.export(draft)
+            facts = module.identity() | {"images": module.images}
+            for file in draft.rglob(ADAPTER):
+                stamp(file, facts)
+            if (draft / "model_index.json").exists():
+                write(draft / STAMP, json.dumps(facts, indent=2))
+            follow_umask(draft)
+            _replace(folder, draft)
+
+
+def _replace(folder: Path, draft: Path) -> None:
+    """Put the files of ``draft`` in place of the old ones, each at once: no moment is without an adapter."""
+    files = sorted(path.relative_to(draft) for path in draft.rglob("*") if path.is_file())
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        sync(draft / name)
+        (draft / name).replace(folder / name)
+    for old in [path for path in folder.rglob("*") if path.is_file()]:
+        if old.relative_to(folder) not in files:
+            old.unlink()
+    shutil.rmtree(draft)
+
+
+def images_of(folder: Path) -> int | None:
+    """The images of the run when it wrote its ``adapter/``; None where that does not say."""
+    facts = read_stamp(folder) or {}
+    return facts.get("images")

@@ -1,5 +1,6 @@
 """What a run can go on from: ``checkpoints/last.ckpt`` and ``checkpoints/best.ckpt``."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,13 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_align.callbacks.files import replace_file, unused, writes
+from lit_align.callbacks.files import writes
+from lit_align.callbacks.histograms import tensorboards
 from lit_align.data import Batch
+from lit_align.errors import ConfigError
+from lit_align.files import replace_file, unused, writing
 from lit_align.folder import run_folder
 
 
@@ -26,13 +31,58 @@ class WholeCheckpoints(TorchCheckpointIO):
         if "://" in str(path):  # not a file of this machine
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
-            replace_file(Path(path), lambda draft: torch.save(checkpoint, draft))
+            replace_file(Path(path), lambda draft: _save(checkpoint, draft))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = lambda storage, place: storage, weights_only: Any = None
+    ) -> dict[str, Any]:
+        """As Lightning, but a file that is not whole is refused, and nothing in it is executed.
+
+        Raises:
+            ConfigError: It is not whole, or holds more than tensors, numbers, texts, lists and mappings.
+        """
+        if "://" not in str(path):
+            check_whole(Path(path))
+        try:
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # torch raises whatever the bytes lead to, and advises to execute them
+            raise ConfigError(f"ckpt_path: {path} is not a checkpoint of lit_align; give another") from error
+
+
+def _save(checkpoint: dict[str, Any], draft: Path) -> None:
+    with draft.open("wb") as file:  # of a path torch says "iostream error", and not why
+        torch.save(checkpoint, file)
+
+
+def check_whole(path: Path) -> None:
+    """Compare a checkpoint with its check sums; torch reads over a fault of the disk.
+
+    Raises:
+        ConfigError: They differ, or the file is none of torch's.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            fault = archive.testzip()
+    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError) as error:
+        fault = str(error)
+    if fault is not None:
+        others = [other.name for other in sorted(path.parent.glob("*.ckpt")) if other.name != path.name]
+        remedy = f"take another one ({', '.join(others)})" if others else "restore it from a copy"
+        raise ConfigError(f"ckpt_path: {path} is damaged ({fault}); {remedy}")
 
 
 def write_whole(trainer: Trainer) -> None:
-    """Let the Trainer write its checkpoints so, unless it was given another way."""
+    """Let the Trainer write and read its checkpoints so, unless it was given another way."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = WholeCheckpoints()
+
+
+def flush(trainer: Trainer) -> None:
+    """Put on disk what the curves have: what is in a checkpoint must not be missing there."""
+    for logger in trainer.loggers:
+        logger.save()
 
 
 class BatchCheckpoint(Checkpoint):
@@ -40,9 +90,9 @@ class BatchCheckpoint(Checkpoint):
 
     The first is written before the first rollout batch, after its validation.
 
-    The last rollout batch of an epoch counts as ended when the epoch's validation is done, so that a run that
-    is killed in its validation repeats it. It stands after :class:`BestCheckpoint`, whose newest score is
-    part of the checkpoint.
+    A rollout batch that is followed by a validation counts as ended when that is done, so that a run that
+    is killed in its validation repeats the batch. It stands after :class:`BestCheckpoint`, whose newest score
+    is part of the checkpoint.
 
     Args:
         every: Rollout batches between two checkpoints; the end of an epoch always gets one.
@@ -54,19 +104,24 @@ class BatchCheckpoint(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         write_whole(trainer)
+        if stage == "fit" and writes(trainer):  # so that "last" knows of a run that has no checkpoint yet
+            folder = run_folder(trainer) / "checkpoints"
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        for logger in trainer.loggers:  # what is in the checkpoint is on disk in the curves, too
-            logger.save()
+        _make_again(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == "fit":
+            _make_again(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        every = trainer.check_val_every_n_epoch
-        validates = trainer.enable_validation and every and (trainer.current_epoch + 1) % every == 0
-        if last and validates:
+        if _validates(trainer, batch_idx):
             return  # saved when the validation is done
+        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if last or (trainer.fit_loop.total_batch_idx + 1) % self.every == 0:
             self._save(trainer)
 
@@ -77,7 +132,32 @@ class BatchCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        _make_again(trainer)
+        flush(trainer)
         trainer.save_checkpoint(run_folder(trainer) / "checkpoints" / "last.ckpt", False)  # not weights alone
+
+
+def _make_again(trainer: Trainer) -> None:
+    """Go on in a folder that was deleted under the run: the state in memory is all that is left of it."""
+    folder = run_folder(trainer)
+    if not writes(trainer) or folder.is_dir():
+        return
+    rank_zero_warn(f"{folder} was deleted while the run writes there; it is made again, without what it had")
+    with writing(folder):
+        folder.mkdir(parents=True)
+        for writer in tensorboards(trainer):
+            writer.close()  # a new file is opened when it is used again
+
+
+def _validates(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether a validation follows this batch."""
+    every = trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or (every and (trainer.current_epoch + 1) % every):
+        return False
+    if trainer.val_check_batch == float("inf"):
+        return bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
+    done = batch_idx if every else trainer.fit_loop.total_batch_idx
+    return trainer.val_check_batch is not None and (done + 1) % trainer.val_check_batch == 0
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -96,33 +176,62 @@ class BestCheckpoint(ModelCheckpoint):
         self.dirpath = str(run_folder(trainer) / "checkpoints")
         super().setup(trainer, pl_module, stage)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Pass over a validation without any score, which would be the best if it is the first."""
+        flush(trainer)
+        reward = trainer.callback_metrics.get("val/reward")
+        if reward is None or bool(reward.isfinite()):
+            super().on_validation_end(trainer, pl_module)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the best score also where the run's folder is now written differently, or was moved."""
 
         def here(path: str) -> str:
             return str(Path(self.dirpath or "") / Path(path).name) if path else path
 
+        self.current_score = state_dict["current_score"]  # Lightning saves it, and does not take it up
         paths = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path")}
         scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": scores})
-        if not Path(self.best_model_path).is_file():  # it stayed in another folder
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Compare with the best checkpoint that is there: it may be newer than the one in use."""
+        super().on_train_start(trainer, pl_module)
+        if not pl_module.images:
+            return
+        if trainer.enable_validation and not pl_module.baseline:  # it is measured anew
+            self._forget(trainer, pl_module.images)
+        best = Path(self.dirpath or "") / "best.ckpt"
+        score = trainer.strategy.broadcast(_score(best) if trainer.is_global_zero else None)
+        if score is None:  # none is there, or none of this run: it stayed in another folder
             self._forget_score()
+        elif self.best_model_score is None or float(score) > float(self.best_model_score):
+            self.best_model_score = self.kth_value = score
+            self.best_model_path = self.kth_best_model_path = str(best)
+            self.best_k_models = {str(best): score}
 
-    def forget(self, trainer: Trainer, images: int) -> None:
-        """Drop the best score, which is of another measurement; its checkpoint is kept under another name.
-
-        Args:
-            trainer: The Trainer of the run.
-            images: Of the run so far; they name the file.
-        """
+    def _forget(self, trainer: Trainer, images: int) -> None:
+        """Drop the best score, which is of another measurement; its checkpoint is kept under another name."""
         self._forget_score()
         best = Path(self.dirpath or "") / "best.ckpt"
         if writes(trainer) and best.exists():
-            best.rename(unused(best.with_name(f"best_{images:08d}.ckpt")))
+            with writing(best):
+                best.rename(unused(best.with_name(f"best_{images:08d}.ckpt")))
 
     def _forget_score(self) -> None:
         self.best_k_models, self.best_model_path, self.kth_best_model_path = {}, "", ""
         self.best_model_score = self.current_score = None
+
+
+def _score(best: Path) -> torch.Tensor | None:
+    """The score of a best checkpoint, as it says itself; None where there is none that is whole."""
+    try:
+        content = torch.load(best, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # torch raises whatever the bytes lead to
+        return None
+    states = content.get("callbacks", {})
+    found = [state for name, state in states.items() if name.startswith(BestCheckpoint.__name__)]
+    return found[0]["best_model_score"] if found else None
 
 
 def checkpoint_callbacks() -> list[Callback]:

@@ -1,5 +1,6 @@
 """Images of a run: grids of the held-out prompts, and what ``predict`` writes."""
 
+import io
 import json
 import math
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from lit_align.callbacks.console import show
-from lit_align.callbacks.files import finite, unused, writes
+from lit_align.callbacks.files import finite, writes
 from lit_align.callbacks.grid import image_grid, pixels, shrink, uint8
 from lit_align.callbacks.histograms import tensorboards
 from lit_align.data import Batch
+from lit_align.files import new_folder, write, writing
 from lit_align.folder import run_folder
 
 
@@ -85,9 +87,7 @@ class ImageGrids(Callback):
         if before is not None and (before.index, before.prompts) != (now.index, now.prompts):
             before = None  # other prompts: there is nothing to compare
         grid = self._grid(now, None if before is now else before)
-        folder = run_folder(trainer) / "images"
-        folder.mkdir(parents=True, exist_ok=True)
-        grid.save(folder / f"validation_{pl_module.images:08d}.png")
+        write(run_folder(trainer) / "images" / f"validation_{pl_module.images:08d}.png", png(grid))
         for writer in tensorboards(trainer):
             writer.add_image("validation", np.asarray(grid), pl_module.images, dataformats="HWC")
 
@@ -105,9 +105,9 @@ class ImageGrids(Callback):
             captions.append("\n".join(lines))
         return image_grid(cells, captions, columns=4 if before else 8, side=self.side)
 
-    def forget(self) -> None:
-        """Show no more what was before: it is of another measurement."""
-        self._before = None
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if pl_module.images and not pl_module.baseline:  # what was before is of another measurement
+            self._before = None
 
     def state_dict(self) -> dict[str, Any]:
         if self._before is None:
@@ -119,6 +119,13 @@ class ImageGrids(Callback):
             self._before = Shown(**(state_dict | {"images": list(state_dict["images"])}))
 
 
+def png(image: Image.Image) -> bytes:
+    """An image as a file; made in memory, since Pillow does not say why a disk did not take it."""
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
 def _change(values: list[float]) -> str:
     return " -> ".join("no score" if math.isnan(value) else f"{value:.2f}" for value in values)
 
@@ -127,9 +134,10 @@ class ImageWriter(Callback):
     """``predict`` writes PNG files, and ``metadata.jsonl`` with each one's prompt, seed and rewards."""
 
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._folder = unused(run_folder(trainer) / "predictions")
+        self._folder = run_folder(trainer) / "predictions"
+        if trainer.is_global_zero:
+            self._folder = new_folder(self._folder)
         self._folder = trainer.strategy.broadcast(self._folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
 
     def on_predict_batch_end(
         self,
@@ -150,11 +158,14 @@ class ImageWriter(Callback):
                 "seed": pl_module.seed,
                 "index": number,
             }
-            Image.fromarray(pixels(image)).save(self._folder / str(row["file_name"]))
+            place = self._folder / str(row["file_name"])
+            with writing(place):  # what has no line in metadata.jsonl does not count: it need not be whole
+                place.write_bytes(png(Image.fromarray(pixels(image))))
             rows.append(row | finite({name: float(values[i]) for name, values in scores.items()}))
         ranks = pl_module.gather(rows)
         if trainer.is_global_zero:
-            with (self._folder / "metadata.jsonl").open("a") as file:
+            path = self._folder / "metadata.jsonl"
+            with writing(path), path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for rank in ranks for row in rank)
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -5,8 +5,6 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
-from lit_align.callbacks.checkpoints import BestCheckpoint
-from lit_align.callbacks.images import ImageGrids
 from lit_align.errors import ConfigError
 
 
@@ -17,12 +15,19 @@ class NewSettings(Callback):
         optimizer: Names of the optimizer's settings that have new values, such as ``lr``.
         measurement: Whether held-out images are now measured differently. Then what was measured before
             cannot be compared: the pretrained model is measured anew, and the best score starts anew.
+        told: Whether the user was told of all settings that differ.
     """
 
-    def __init__(self, optimizer: Collection[str] = (), measurement: bool = False) -> None:
+    def __init__(
+        self, optimizer: Collection[str] = (), measurement: bool = False, told: bool = False
+    ) -> None:
         self.optimizer = optimizer
         self.measurement = measurement
+        self.told = told
         self._wanted: list[dict[str, Any]] = []
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        pl_module.changes_told = self.told
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Keep the optimizer's settings as configured; the checkpoint's are restored after this."""
@@ -48,11 +53,6 @@ class NewSettings(Callback):
                 _tell_schedule(config.scheduler)
         if self.measurement:
             pl_module.forget_baseline()
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, BestCheckpoint):
-                    callback.forget(trainer, pl_module.images)
-                if isinstance(callback, ImageGrids):
-                    callback.forget()
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.state.fn == "validate" and self.measurement:

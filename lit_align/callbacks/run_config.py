@@ -3,13 +3,15 @@
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer
 from torch.utils.tensorboard.summary import hparams
 
-from lit_align.callbacks.files import unused, write, writes
+from lit_align.callbacks.files import writes
 from lit_align.callbacks.histograms import tensorboards
+from lit_align.files import write_new
 from lit_align.folder import run_folder
 
 
@@ -23,11 +25,21 @@ class RunConfig(Callback):
     Args:
         text: The configuration, as YAML.
         settings: What decides the result, by dotted name (see :func:`flat`).
+
+    Attributes:
+        began: Whether the models are loaded and the work has begun.
     """
 
     def __init__(self, text: str, settings: Mapping[str, Any]) -> None:
         self.text = text
         self.settings = dict(settings)
+        self.began = False
+        self._written = False
+
+    def put(self, folder: Path) -> None:
+        """Write the configuration of a fit at once, so that a run is known that is killed while it loads."""
+        write_new(folder / "config.yaml", self.text)
+        self._written = True
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._write(trainer, "config.yaml")
@@ -43,9 +55,12 @@ class RunConfig(Callback):
         self._write(trainer, "config-predict.yaml")
 
     def _write(self, trainer: Trainer, name: str) -> None:
+        self.began = True
         if not writes(trainer):
             return
-        write(unused(run_folder(trainer) / name), self.text)
+        if not self._written:
+            write_new(run_folder(trainer) / name, self.text)
+        self._written = False  # a Trainer may be used again
         for writer in tensorboards(trainer):
             writer.add_text("config", "    " + self.text.replace("\n", "\n    "), 0)
 

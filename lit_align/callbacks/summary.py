@@ -14,8 +14,9 @@ from rich.table import Table
 from torch import Tensor
 
 from lit_align.callbacks.console import show
-from lit_align.callbacks.files import finite, unused, write, writes
+from lit_align.callbacks.files import finite, writes
 from lit_align.comparison import Comparison, compare
+from lit_align.files import unused, write, write_new, writing
 from lit_align.folder import run_folder
 from lit_align.methods import AlignmentModule
 from lit_align.shapes import WEIGHTS_HASH
@@ -58,7 +59,7 @@ class RunSummary(Callback):
         if not writes(trainer) or trainer.sanity_checking:
             return
         if trainer.state.fn == "validate":
-            _report(unused(run_folder(trainer) / "validate.json"), pl_module, "validate")
+            _report(run_folder(trainer) / "validate.json", pl_module, "validate")
         elif pl_module.images:  # of an interrupted run, too, the newest comparison is there
             _write(run_folder(trainer) / "validation.json", pl_module, "validation", complete=False)
 
@@ -71,12 +72,12 @@ class RunSummary(Callback):
             # Not the file of the test proper, whose prompts were never used.
             seen = getattr(trainer.datamodule, "test_split", "test") == "train"  # type: ignore[attr-defined]
             split = "test_train" if seen else "test"
-            _report(unused(run_folder(trainer) / f"{split}.json"), pl_module, split)
+            _report(run_folder(trainer) / f"{split}.json", pl_module, split)
 
 
 def _report(path: Path, module: AlignmentModule, split: str, **more: bool) -> None:
     """Write what was measured, and show it."""
-    _write(path, module, split, **more)
+    path = _write(path, module, split, **more)
     if found := _compared(module):
         _show_change(found, split)
     else:
@@ -93,21 +94,30 @@ def _compared(module: AlignmentModule) -> dict[str, Comparison]:
     return {name: compare(old, latest[name], groups) for name, old in before.items() if name in latest}
 
 
-def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> None:
-    """The comparison as JSON, and beside it the metrics of each image as CSV."""
+def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Path:
+    """The comparison as JSON, and beside it the metrics of each image as CSV; where the JSON is.
+
+    That of a fit replaces the one before; all others get a name of their own.
+    """
     if found := _compared(module):
         metrics = {name: finite(asdict(comparison)) for name, comparison in found.items()}
     else:
         metrics = {name: _mean(comparison) for name, comparison in _means(module).items()}
     result = {
         "split": split,
+        "run": module.identity(),
         "shapes_weights": WEIGHTS_HASH,
         "images": module.images,
         "reward_queries": module.reward_queries,
         "metrics": metrics,
     }
-    write(path.with_suffix(".csv"), _rows({"prompt": module.prompt_groups} | module.latest))
+    rows = _rows({"prompt": module.prompt_groups} | module.latest)
+    if split == "validation":
+        write(path.with_suffix(".csv"), rows)
+    else:  # the table takes the name, and the JSON says that all is there
+        path = write_new(path.with_suffix(".csv"), rows).with_suffix(".json")
     write(path, json.dumps(result | more, indent=2))
+    return path
 
 
 def _means(module: AlignmentModule) -> dict[str, Comparison]:
@@ -123,10 +133,21 @@ def _mean(found: Comparison) -> dict[str, float | None]:
 
 def _put_aside(path: Path) -> None:
     """Keep the files of an earlier end of this run under names with its number of images."""
-    earlier = json.loads(path.read_text()) if path.exists() else {}
-    if earlier.get("complete"):
-        for file in (path, path.with_suffix(".csv")):
-            file.replace(unused(file.with_stem(f"{file.stem}_{earlier['images']:08d}")))
+    if not (earlier := read_report(path)).get("complete"):
+        return
+    with writing(path):
+        for file in (path.with_suffix(".csv"), path):  # the JSON last: it says what is to be done
+            if file.exists():
+                file.replace(unused(file.with_stem(f"{file.stem}_{earlier['images']:08d}")))
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A ``validation.json``; empty where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _rows(columns: dict[str, Tensor]) -> str:

@@ -17,9 +17,11 @@ from PIL import Image
 from rich.table import Table
 
 from lit_align.callbacks.console import show
-from lit_align.callbacks.files import finite, unused, write, writes
+from lit_align.callbacks.files import finite, writes
 from lit_align.callbacks.grid import image_grid, uint8
 from lit_align.callbacks.histograms import tensorboards
+from lit_align.callbacks.images import png
+from lit_align.files import rename_new, write
 from lit_align.folder import run_folder
 from lit_align.methods import MSDDAModule
 from lit_align.methods.msdda.sweep import BASE, EXPERT, FUSED, Front, Volume
@@ -32,17 +34,16 @@ class SweepReport(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not isinstance(pl_module, MSDDAModule) or pl_module.front is None or not writes(trainer):
             return
-        front, folder = pl_module.front, unused(run_folder(trainer) / "sweep")
-        draft = folder.with_name(f".{folder.name}.draft")
-        draft.mkdir(parents=True, exist_ok=True)
+        front = pl_module.front
+        draft = run_folder(trainer) / f".sweep.{os.getpid()}.draft"
         rows, volumes = front.rows(), front.volumes()
         write(draft / "sweep.csv", _csv(rows))
         write(draft / "sweep.json", json.dumps(self._summary(front, rows, volumes, pl_module.seed), indent=1))
-        os.replace(draft, folder)  # whatever becomes of the images
+        folder = rename_new(draft, run_folder(trainer) / "sweep")  # whatever becomes of the images
         images = {"strip": strip(front)} if front.prompts else {}
         images |= {"front": drawn} if (drawn := plot(front)) else {}
         for name, image in images.items():
-            image.save(folder / f"{name}.png")
+            write(folder / f"{name}.png", png(image))
             for writer in tensorboards(trainer):
                 writer.add_image(f"sweep/{name}", np.asarray(image), pl_module.images, dataformats="HWC")
         _show(front, rows, volumes, folder)

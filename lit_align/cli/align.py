@@ -10,15 +10,24 @@ import yaml
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from lit_align.advantages import Advantages
 from lit_align.callbacks import ProgressBar, RunConfig, RunFolder, default_callbacks
-from lit_align.cli.checkpoint import Saved, find, newest
+from lit_align.callbacks.checkpoints import write_whole
+from lit_align.cli.checkpoint import AUTO, Saved, find, find_equal, newest
 from lit_align.cli.going_on import going_on
 from lit_align.cli.loggers import keep_metrics, new_folder, runs_of, use_folder
+from lit_align.cli.preemption import Command, Preemption
 from lit_align.cli.settings import settings_of
-from lit_align.errors import ConfigError, tell
+from lit_align.cli.signals import SIGNALS
+from lit_align.data import CaptionedImages, PairSource, PromptSource
+from lit_align.errors import ConfigError, built, tell
 from lit_align.methods.strategies import check_trainer
+from lit_align.rewards import Reward
+
+WRITTEN = (Advantages, CaptionedImages, PairSource, PromptSource, Reward)
+"""What people write classes of: a constructor that raises is one sentence."""
 
 REFUSED = (ValueError, TypeError, RuntimeError, MisconfigurationException)
 """What Trainer raises where its options cannot work together."""
@@ -27,10 +36,13 @@ REFUSED = (ValueError, TypeError, RuntimeError, MisconfigurationException)
 class AlignCLI(LightningCLI):
     """LightningCLI with a folder for each run, which a resumed run keeps, and the callbacks of every run."""
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, command: Command, **arguments: Any) -> None:
+        self.command = command
         self.saved: Saved | None = None
+        self.auto = False
         self.folder = RunFolder()
         self.claimed = False
+        self.run_config: RunConfig | None = None
         self.earlier: set[Path] = set()  # files of the folder before this command adds its own
         try:
             super().__init__(**arguments)
@@ -38,27 +50,49 @@ class AlignCLI(LightningCLI):
             self._clean_up()
             raise
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for kind in WRITTEN:
+            parser.add_instantiator(built, kind, subclasses=True)
+        parser.add_argument(
+            "--accept_other_base",
+            type=bool,
+            default=False,
+            help="Take a checkpoint, adapters or experts that were trained over other frozen weights.",
+        )
+        parser.add_argument(
+            "--accept_other_data",
+            type=bool,
+            default=False,
+            help="Go on with a run whose prompts or pairs were others.",
+        )
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
-        if config.ckpt_path:
+        self.auto = config.ckpt_path == AUTO
+        if self.auto and self.config.subcommand != "fit":
+            raise ConfigError("ckpt_path: auto is for fit, which may begin anew; give last")
+        if config.ckpt_path and not self.auto:
             self.saved = find(config.ckpt_path, runs_of(config))
-            config.ckpt_path = None  # Lightning would read all of it, for hyper-parameters that it has not
+        config.ckpt_path = None  # Lightning would read all of it, for hyper-parameters that it has not
 
     def before_instantiate_classes(self) -> None:
         stage = str(self.subcommand)
         config = self.config[stage]
-        _check_trainer(config.trainer)
+        check_trainer_options(config.trainer)
+        parser = self._subcommand_parsers[stage]
+        now = settings_of(yaml.safe_load(parser.dump(config, skip_none=False)))
+        if self.auto:
+            self.saved = find_equal(runs_of(config), now)
         if self.saved is not None:
             config.ckpt_path = str(self.saved.path)
         elif self.subcommand != "fit":
             rank_zero_warn(
                 "no --ckpt_path: this is the pretrained model; --ckpt_path last takes the newest run"
             )
-        parser = self._subcommand_parsers[stage]
         text = parser.dump(config, skip_none=False)
-        now = settings_of(yaml.safe_load(text))
-        extra: list[Callback] = [RunConfig(text, now)]
+        self.run_config = RunConfig(text, now)
+        extra: list[Callback] = [self.run_config, Preemption(self.command, self.saved)]
         if self.saved is not None:
             extra += going_on(self.saved, now, config, stage)
         config.weights_only = True
@@ -67,7 +101,9 @@ class AlignCLI(LightningCLI):
         if self.subcommand == "predict":
             config.return_predictions = False  # they are on disk; kept, they would fill the memory
         self._choose_folder(config)
-        self.trainer_defaults["callbacks"] = [*_callbacks(config.trainer, self.folder), *extra]
+        # First the folder, then what is new, and last what says that all is written.
+        folder, *others = _callbacks(config.trainer, self.folder)
+        self.trainer_defaults["callbacks"] = [folder, *extra, *others]
 
     def _choose_folder(self, config: Any) -> None:
         if config.trainer.fast_dev_run:
@@ -78,8 +114,17 @@ class AlignCLI(LightningCLI):
             self.claimed = self.folder.path is not None
         if self.folder.path is not None:
             self.earlier = set(self.folder.path.iterdir())
+            self._hold_folder(self.folder.path)
             goes_on = self.saved if self.subcommand == "fit" else None
             use_folder(config, self.folder.path, goes_on.images if goes_on else None)
+
+    def _hold_folder(self, folder: Path) -> None:
+        """Let no other process train there, and say at once what is trained there."""
+        if self.subcommand != "fit" or rank_zero_only.rank:  # type: ignore[attr-defined]
+            return
+        self.folder.hold(folder)
+        if self.claimed and self.run_config is not None:
+            self.run_config.put(folder)
 
     def _folder_of_checkpoint(self) -> Path | None:
         """Where a checkpoint's run writes; None if there is none, or if its newer weights would be lost."""
@@ -103,13 +148,20 @@ class AlignCLI(LightningCLI):
             raise ConfigError(f"trainer: {error}") from error
 
     def after_instantiate_classes(self) -> None:
-        keep_metrics(self.trainer)
+        SIGNALS.launcher = self.trainer.strategy.launcher
+        config = self.config[self.subcommand]
+        self.model.accept_other_base = config.accept_other_base
+        self.model.accept_other_data = config.accept_other_data
+        write_whole(self.trainer)
+        goes_on = self.saved if self.subcommand == "fit" else None
+        keep_metrics(self.trainer, goes_on.images if goes_on else None)
 
     def _clean_up(self) -> None:
         """Leave nothing of a start that failed before anything was computed."""
         folder = self.folder.path
-        if folder is None or set(folder.glob("config*.yaml")) - self.earlier:
-            return  # it began
+        self.folder.release()
+        if folder is None or (self.run_config is not None and self.run_config.began):
+            return
         if self.claimed:
             shutil.rmtree(folder, ignore_errors=True)
             for parent in (folder.parent, folder.parent.parent):
@@ -136,7 +188,7 @@ def _has_bar(trainer: Any) -> bool:
     return sys.stdout.isatty() if trainer.enable_progress_bar is None else trainer.enable_progress_bar
 
 
-def _check_trainer(config: Any) -> None:
+def check_trainer_options(config: Any) -> None:
     """Refuse what cannot work before any model is loaded."""
     if config.accumulate_grad_batches not in (None, 1):
         raise ConfigError(

@@ -1,12 +1,18 @@
 """Which checkpoint ``--ckpt_path`` means, and what it says of its run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lit_align.errors import ConfigError
+from lit_align.callbacks.checkpoints import check_whole
+from lit_align.cli.settings import NO_RESULT, changes, told
+from lit_align.errors import ConfigError, tell
+
+AUTO = "auto"
+"""The value of ``--ckpt_path`` by which the same command begins a run and goes on with it."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,7 @@ class Saved:
         steps: Optimizer steps.
         epochs: Epochs that are complete.
         settings: What the run was asked to do, by dotted name; None of a run from Python.
+        measured: Whether it has been validated.
     """
 
     path: Path
@@ -26,6 +33,7 @@ class Saved:
     steps: int
     epochs: int
     settings: dict[str, Any] | None
+    measured: bool = False
 
     @property
     def run(self) -> Path | None:
@@ -44,8 +52,14 @@ def find(ckpt_path: str, runs: Path) -> Saved:
         runs: Where the runs of this configuration are.
 
     Raises:
-        ConfigError: There is none, or it cannot be read.
+        ConfigError: There is none, or it cannot be read, or it is damaged.
     """
+    saved = _find(ckpt_path, runs)
+    check_whole(saved.path)
+    return saved
+
+
+def _find(ckpt_path: str, runs: Path) -> Saved:
     path = Path(ckpt_path)
     if ckpt_path == "last":
         return _last(runs)
@@ -81,7 +95,8 @@ def read(path: Path) -> Saved:
             f"ckpt_path: {path} cannot be read: it is not a checkpoint of lit_align, or not whole"
         ) from None
     settings = content.get("callbacks", {}).get("RunConfig", {}).get("settings")
-    return Saved(path, images, steps, epoch + bool(ended), settings)
+    measured = bool(content["progress"].get("latest"))
+    return Saved(path, images, steps, epoch + bool(ended), settings, measured)
 
 
 def newest(run: Path) -> Saved | None:
@@ -98,16 +113,48 @@ def newest(run: Path) -> Saved | None:
     )
 
 
-def _last(runs: Path) -> Saved:
-    """The newest checkpoint of the newest run."""
+def find_equal(runs: Path, settings: Mapping[str, Any]) -> Saved | None:
+    """The newest checkpoint of the newest run with some settings; None if there is none, and so a run begins.
+
+    Runs with other settings are others' or another experiment's: a job that is started again without anybody
+    looking on must not go on with them.
+
+    Args:
+        runs: Where the runs of this configuration are.
+        settings: Those of this command, by dotted name.
+    """
+    others = []
+    for folder in _runs(runs):
+        saved = newest(folder)
+        if saved is not None and saved.settings is not None:
+            if not (names := _different(saved.settings, settings)):
+                return saved
+            others.append(f"{folder} has other settings ({told(names, saved.settings, settings)})")
+    tell(f"{others[0] if others else f'no run in {runs} has a checkpoint'}, so a new run begins")
+    return None
+
+
+def _different(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that differ and decide more than time and memory."""
+    found = changes(saved, now)
+    names = [*found.weights, *found.optimizer, *found.measurement, *found.other]
+    return [name for name in names if name.rpartition(".")[2] not in NO_RESULT]
+
+
+def _runs(runs: Path) -> list[Path]:
+    """The folders of runs that have begun, the newest first."""
     folders = [
         folder
         for folder in runs.glob("version_*")
         if folder.name.removeprefix("version_").isdecimal()
         and ((folder / "config.yaml").exists() or (folder / "checkpoints").is_dir())
     ]
-    folders.sort(key=lambda folder: int(folder.name.removeprefix("version_")), reverse=True)
-    if not folders:
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("version_")), reverse=True)
+
+
+def _last(runs: Path) -> Saved:
+    """The newest checkpoint of the newest run."""
+    if not (folders := _runs(runs)):
         raise ConfigError(f"ckpt_path: 'last' finds no run under {runs}; start without --ckpt_path")
     if (saved := newest(folders[0])) is not None:
         return saved

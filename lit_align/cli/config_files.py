@@ -81,8 +81,12 @@ def given_files(arguments: Sequence[str]) -> list[str]:
     return [path for path in found if "\n" not in path and not path.startswith("{")]  # else it is the content
 
 
-def read(path: str) -> ConfigFile:
+def read(path: str, option: str = "--config") -> ConfigFile:
     """Read a configuration.
+
+    Args:
+        path: The file.
+        option: Under which it was given.
 
     Raises:
         ConfigError: It is not there, is not YAML, or says something twice.
@@ -90,24 +94,24 @@ def read(path: str) -> ConfigFile:
     if Path(path).is_dir():
         inside = sorted(file.name for file in Path(path).glob("*.yaml"))
         raise ConfigError(
-            f"--config {path}: this is a folder; give a file of it: {', '.join(inside) or 'none'}"
+            f"{option} {path}: this is a folder; give a file of it: {', '.join(inside) or 'none'}"
         )
     try:
         text = Path(path).read_text()
     except FileNotFoundError:
-        raise ConfigError(f"--config {path}: there is no such file{_near_files(path)}") from None
+        raise ConfigError(f"{option} {path}: there is no such file{_near_files(path)}") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"--config {path}: this is not a text file") from None
+        raise ConfigError(f"{option} {path}: this is not a text file") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = _mark(text, error)
         raise ConfigError(f"{path}, line {mark.line + 1 if mark else '?'}: {_syntax(text, error)}") from None
     except yaml.YAMLError:
-        raise ConfigError(f"--config {path}: this is not a text file") from None
+        raise ConfigError(f"{option} {path}: this is not a text file") from None
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(
-            f"--config {path}: a configuration has the sections trainer, model and data; this file has none"
+            f"{option} {path}: a configuration has the sections trainer, model and data; this file has none"
         )
     _refuse_twice(path, root)
     return ConfigFile(path, text, root)

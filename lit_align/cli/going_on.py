@@ -5,7 +5,9 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_align.callbacks import NewSettings
-from lit_align.cli.checkpoint import Saved
+from lit_align.callbacks.adapter import images_of
+from lit_align.callbacks.summary import read_report
+from lit_align.cli.checkpoint import Saved, newest
 from lit_align.cli.settings import changes, check, told
 from lit_align.errors import tell
 
@@ -45,7 +47,7 @@ def going_on(saved: Saved, now: dict[str, Any], config: Any, stage: str) -> list
             "best checkpoint starts anew"
         )
     values = {name.rpartition(".")[2] for name in found.optimizer} if fit else set()
-    return [NewSettings(values, bool(found.measurement))]
+    return [NewSettings(values, bool(found.measurement), told=True)]
 
 
 def _stop_if_complete(saved: Saved, trainer: Any) -> None:
@@ -57,6 +59,18 @@ def _stop_if_complete(saved: Saved, trainer: Any) -> None:
         option, done = "max_steps", saved.steps
     else:
         return
+    if _lacks_files(saved):
+        tell(f"{saved.run} is complete but for its last files, which are written now")
+        return
     unit = option.removeprefix("max_")
     tell(f"{saved.run or saved.path} is complete ({done} {unit}); add --trainer.{option} {2 * done} to go on")
     raise SystemExit(0)
+
+
+def _lacks_files(saved: Saved) -> bool:
+    """Whether a run was killed between its last checkpoint and the last files that it leaves."""
+    if saved.run is None or (last := newest(saved.run)) is None or last.images != saved.images:
+        return False
+    report = read_report(saved.run / "validation.json")
+    reported = report.get("complete") and report.get("images") == saved.images
+    return images_of(saved.run / "adapter") != saved.images or (saved.measured and not reported)

@@ -1,6 +1,8 @@
 """The loggers of a command, and the folder that they share with everything else that a run writes."""
 
 import csv
+import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,11 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_align.errors import ConfigError
+from lit_align.files import write, writing
 from lit_align.folder import claim
 
 NUMBERING = ("TensorBoardLogger", "CSVLogger")
@@ -42,7 +46,9 @@ def new_folder(config: Any) -> Path | None:
         if (version := logger.init_args.get("version")) is not None:
             folder = runs / (version if isinstance(version, str) else f"version_{version}")
             try:
-                folder.mkdir(parents=True)
+                with writing(folder.parent):
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                folder.mkdir()
             except FileExistsError:
                 raise ConfigError(
                     f"trainer.logger.version: {folder} is another run's; give another version, none for the "
@@ -71,17 +77,76 @@ def use_folder(config: Any, folder: Path, images: int | None = None) -> None:
             logger.init_args.purge_step = images + 1
 
 
-def keep_metrics(trainer: Trainer) -> None:
-    """Let CSV loggers add to the ``metrics.csv`` of a run that goes on, which they would delete."""
+class KeptTable(ExperimentWriter):
+    """Adds to the ``metrics.csv`` that is there, which Lightning's deletes, and never leaves half of it.
+
+    Args:
+        folder: Of the logger.
+        images: Of a fit that goes on: the rows after it are dropped, since they come again.
+    """
+
+    def __init__(self, folder: str, images: int | None) -> None:
+        super().__init__(folder)
+        self._path = Path(self.metrics_file_path)
+        self._images = images
+        self._begun = False
+
+    def _check_log_dir_exists(self) -> None:
+        """Delete nothing."""
+
+    def save(self) -> None:
+        """Write the rows that are in memory."""
+        if not self.metrics:
+            return
+        if not self._begun:
+            kept = self._earlier()
+        elif not self._path.exists() or set().union(*self.metrics) - set(self.metrics_keys):
+            kept = _rows(self._path)
+        else:
+            self._append()
+            return
+        self._record_new_keys()
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, self.metrics_keys)
+        table.writeheader()
+        table.writerows([*kept, *self.metrics])
+        write(self._path, text.getvalue())
+        self._begun, self.metrics = True, []
+
+    def _append(self) -> None:
+        size = self._path.stat().st_size
+        with writing(self._path):
+            try:
+                with self._path.open("a", newline="") as file:
+                    csv.DictWriter(file, self.metrics_keys).writerows(self.metrics)
+            except OSError:
+                os.truncate(self._path, size)  # no half of a row
+                raise
+        self.metrics = []
+
+    def _earlier(self) -> list[dict[str, Any]]:
+        """The rows that are kept of what was there before this process."""
+        rows = _rows(self._path)
+        self.metrics_keys = list(rows[0]) if rows else []
+        return [row for row in rows if self._images is None or float(row["step"] or 0) <= self._images]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table, without the part of a line that a killed process may leave."""
+    text = path.read_text() if path.exists() else ""
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
+
+
+def keep_metrics(trainer: Trainer, images: int | None) -> None:
+    """Let CSV loggers add to the ``metrics.csv`` of a run that goes on.
+
+    Args:
+        trainer: With its loggers, of which none has written yet.
+        images: Of a fit that goes on.
+    """
     for logger in trainer.loggers:
         if isinstance(logger, CSVLogger) and trainer.is_global_zero:
-            path = Path(logger.log_dir) / "metrics.csv"
-            if path.exists():
-                kept = path.replace(path.with_name(".metrics.csv.kept"))
-                experiment = logger.experiment  # looks for a file to delete
-                kept.replace(path)
-                with path.open(newline="") as file:
-                    experiment.metrics_keys = next(csv.reader(file))
+            logger._experiment = KeptTable(logger.log_dir, images)
 
 
 def _numbering(loggers: Any) -> Iterator[Any]:

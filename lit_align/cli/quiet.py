@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 import warnings
 
 import diffusers
@@ -44,6 +45,13 @@ def quiet() -> None:
     for category in (PossibleUserWarning, DeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category)
     warnings.formatwarning = _short
+    threading.excepthook = _in_thread
+
+
+def _in_thread(failed: threading.ExceptHookArgs) -> None:
+    """The thread that writes TensorBoard's file hands its error to the run, which says it in a sentence."""
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
 
 
 def _short(

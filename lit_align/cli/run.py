@@ -1,32 +1,43 @@
 """The command line: ``python -m lit_align {fit,validate,test,predict} --config configs/<method>.yaml``."""
 
-import errno
-import signal
 import sys
+import time
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, get_loader, set_loader
 from lightning import LightningDataModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities import rank_zero_only
 
 from lit_align.cli.align import AlignCLI
 from lit_align.cli.config_files import check_order, given_files, read
+from lit_align.cli.doctor import DoctorCLI
 from lit_align.cli.errors import Given, explain
+from lit_align.cli.export import export_command
 from lit_align.cli.method import model_argument, use_method
+from lit_align.cli.preemption import Command, lost_process, say
 from lit_align.cli.quiet import quiet
 from lit_align.cli.renamed import translated, translated_arguments
-from lit_align.errors import ConfigError
+from lit_align.cli.report import report
+from lit_align.cli.serve import serve_command
+from lit_align.cli.signals import SIGNALS, exit_code
+from lit_align.errors import ConfigError, chain
+from lit_align.files import CLOSED, FULL, unwritable
 from lit_align.methods import AlignmentModule
 
 LOAD_YAML = get_loader("yaml")
 
-NO_SPACE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-"""Errors of files that are the machine's and not the program's."""
+SECOND = 3.0
+"""Seconds that another process than the first waits before it tells of an error; torchrun and SLURM look at
+their processes every 0.1 to 1."""
+
+TOOLS = {"export": export_command, "report": report, "serve": serve_command}
+"""Commands beside those of a Trainer."""
 
 
-def _run(arguments: list[str]) -> None:
+def _run(command: Command, cli: type[AlignCLI] = AlignCLI) -> None:
+    arguments = command.arguments
     given = Given((), arguments)
     helps = any(argument in ("-h", "--help") or ".help" in argument for argument in arguments)
     if arguments and arguments[0] in AlignCLI.subcommands() and not helps:
@@ -48,7 +59,8 @@ def _run(arguments: list[str]) -> None:
 
     set_loader("yaml", load, exceptions=(yaml.YAMLError,))
     try:
-        AlignCLI(
+        cli(
+            command=command,
             model_class=AlignmentModule,
             datamodule_class=LightningDataModule,
             subclass_mode_model=True,
@@ -73,15 +85,15 @@ def _run(arguments: list[str]) -> None:
 
 def _sentence(error: BaseException) -> str | None:
     """What to tell the user; None where only a traceback helps."""
-    inner: BaseException | None = error
-    while inner is not None:
+    for inner in chain(error):
         if isinstance(inner, ConfigError | MisconfigurationException):
             return str(inner)
         if isinstance(inner, ModuleNotFoundError) and inner.name is None:  # a library says what to install
             return str(inner)
-        inner = inner.__cause__ or inner.__context__
-    if isinstance(error, OSError) and error.errno in NO_SPACE:
-        return f"{error.filename or 'a file'}: {error.strerror}"
+    if isinstance(error, OSError):  # where it is of the machine, not of the program
+        curves = "tfevents" in str(error.filename)  # TensorBoard's, whatever it meets
+        if curves or error.errno in (*FULL, *CLOSED):
+            return unwritable(error.filename or "a file of the run", error)
     return None
 
 
@@ -92,12 +104,60 @@ def main(args: list[str] | None = None) -> None:
         args: Arguments, those of the process if not given.
     """
     quiet()
+    command, code = Command(sys.argv[1:] if args is None else args), 1
+    SIGNALS.start(command.announce)
     try:
-        _run(list(sys.argv[1:] if args is None else args))
-    except SIGTERMException:  # Lightning would end as if all had been done
-        raise SystemExit(128 + signal.SIGTERM) from None
+        if (name := "".join(command.arguments[:1])) in TOOLS:
+            TOOLS[name](command.arguments[1:])
+        elif name == "doctor":
+            _run(Command(["fit", *command.arguments[1:]]), DoctorCLI)
+        else:
+            _run(command)
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+        raise
     except Exception as error:
-        if (told := _sentence(error)) is None:
+        if (end := _told(error, command)) is None:
             raise
-        print(f"lit_align: {told}", file=sys.stderr)
-        raise SystemExit(2) from None
+        code = end
+        raise SystemExit(code) from None
+    finally:
+        _end(code, process=args is None)
+
+
+def _told(error: Exception, command: Command) -> int | None:
+    """Tell in a sentence what went wrong; the exit code, or None where only a traceback helps.
+
+    The first process speaks first. Where all have failed in the same way, its launcher ends the others while
+    they wait, so that the user reads one message and not one from each.
+    """
+    if SIGNALS.first is not None:  # what fails while a run is being ended is no news
+        return exit_code(SIGNALS.first)
+    SIGNALS.patient = False
+    rank = rank_zero_only.rank or 0  # type: ignore[attr-defined]
+    if (lost := lost_process(error)) is not None:
+        if not rank:
+            say(f"{lost}; {command.how_to_go_on()}")
+        return 1
+    if rank:
+        time.sleep(SECOND)
+    if (told := _sentence(error)) is None:
+        return None
+    say(f"process {rank}: {told}" if rank else told)
+    return 2
+
+
+def _end(code: int, process: bool) -> None:
+    """Leave nothing running.
+
+    Args:
+        code: Of the exit.
+        process: Whether the process ends with the command.
+    """
+    if code:
+        SIGNALS.end_others()
+    if not process:
+        SIGNALS.stop()
+    elif code:
+        SIGNALS.leave(code)

@@ -19,6 +19,8 @@ NO_RESULT = (
     "prompt_cache",
     "micro_batch",
     "workers",
+    "offload_text_encoders",
+    "store",
 )
 """Options that decide time and memory, and no result."""
 

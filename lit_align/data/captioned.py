@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from lit_align.data.files import check_columns, first_line, load_hub
-from lit_align.data.images import UnreadableImage, decode
+from lit_align.data.images import UnreadableImage, decode, read_inside
 from lit_align.errors import ConfigError
 from lit_align.randomness import derive_seed
 from lit_align.shapes.world import Kind, PromptSpace, render, sample_scene
@@ -71,7 +72,8 @@ class HubImages(CaptionedImages):
     Args:
         name: The hub id, or a folder that ``datasets.load_dataset`` reads, such as one with images and a
             ``metadata.csv`` of the columns ``file_name`` and ``text``.
-        resolution: Height and width in pixels; images are scaled and cropped to their centre.
+        resolution: Height and width in pixels, or one number for both; images are scaled and cropped to
+            their centre.
         split: Which of the dataset's own splits to read.
         image: The column with the images.
         text: The column with the captions.
@@ -81,15 +83,30 @@ class HubImages(CaptionedImages):
     """
 
     def __init__(
-        self, name: str, resolution: int = 512, split: str = "train", image: str = "image", text: str = "text"
+        self,
+        name: str,
+        resolution: int | tuple[int, int] = 512,
+        split: str = "train",
+        image: str = "image",
+        text: str = "text",
     ) -> None:
         import datasets  # .3 s: only those who read from the hub should wait for it
+        from huggingface_hub.constants import HF_HUB_CACHE
 
         rows = load_hub(name, split)
         for argument, column in (("image", image), ("text", text)):
             check_columns(rows.column_names, [column], f"dataset {name}", argument)
         self.name, self.resolution, self._image, self._text = name, resolution, image, text
-        self._rows = rows.cast_column(image, datasets.Image(decode=False))
+        try:
+            self._rows = rows.cast_column(image, datasets.Image(decode=False))
+        except (TypeError, ValueError, pa.ArrowException) as error:
+            raise ConfigError(
+                f"column '{image}' of dataset {name} holds no images ({first_line(error)}): set image to the "
+                "column that does"
+            ) from error
+        own = [Path(name)] if Path(name).is_dir() else []
+        caches = (datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)
+        self._folders = [*own, *map(Path, caches)]  # where the images of files may lie
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -100,9 +117,10 @@ class HubImages(CaptionedImages):
     def image(self, row: int) -> Tensor:
         stored = self._rows[row][self._image] or {"bytes": None, "path": None}
         try:
-            data = stored["bytes"] or (Path(stored["path"]).read_bytes() if stored["path"] else b"")
-            return decode(data, self.resolution)
-        except (UnreadableImage, OSError) as error:
+            if (data := stored["bytes"]) is None and stored["path"]:
+                data = read_inside(self._folders, stored["path"])
+            return decode(data or b"", self.resolution)
+        except UnreadableImage as error:
             raise ConfigError(
                 f"row {row} of dataset {self.name} is no readable image ({first_line(error)}): remove it"
             ) from error

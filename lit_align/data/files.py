@@ -6,15 +6,37 @@ import glob
 import hashlib
 import io
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_align.data.loading import counted
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, user_path
+
+MAX_PROMPT = 10_000
+"""Bytes of a prompt. Text encoders read 77 tokens, a few 512 (some 2,500 characters); what is much longer is
+a file without line breaks or a quote that is not closed, and takes memory in every table and index."""
+
+PACKED = (
+    b"\x1f\x8b",
+    b"BZh",
+    b"\xfd7zXZ",
+    b"PK\x03\x04",
+    b"PK\x05\x06",
+    b"\x28\xb5\x2f\xfd",
+    b"\x04\x22\x4d\x18",
+    b"7z\xbc",
+)
+"""How files begin that gzip, bzip2, xz, zip, zstd, lz4 and 7z write. ``datasets`` would unpack them into its
+cache whatever their names are, a thousand times as large."""
+
+MAX_DEPTH = 500
+"""Brackets inside of brackets in a line of JSON; at some thousands the reader of pyarrow ends the process."""
 
 
 def find_files(path: str, ending: str) -> list[Path]:
@@ -27,7 +49,9 @@ def find_files(path: str, ending: str) -> list[Path]:
     Raises:
         ConfigError: There is none, or one of them is empty or may not be read.
     """
-    place = Path(path).expanduser()
+    if not path:
+        raise ConfigError("path is empty: give the path of a file, or of a folder")
+    place = user_path(path)
     if place.is_dir():
         files = [file for file in place.rglob(f"*{ending}") if file.is_file()]
         remedy = f"give the path of a file, or a folder with files whose names end in {ending}"
@@ -37,6 +61,8 @@ def find_files(path: str, ending: str) -> list[Path]:
     else:
         files = [Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file()]
         missing = f"{path} does not exist (looked for {place.absolute()}): check the path"
+        if place.exists():
+            missing = f"{path} is a pipe or a device, not a file: save what it gives, and give that file"
     if not files:
         raise ConfigError(missing)
     for file in files:
@@ -134,6 +160,61 @@ def read_utf8(file: Path) -> str:
         line = data[: error.start].count(b"\n") + 1
         found = f"byte {data[error.start]:#04x} in line {line}"
         raise ConfigError(f"{file} is not UTF-8 ({found}): save it as UTF-8") from error
+
+
+def check_content(file: Path, form: str, lines: bool) -> None:
+    """Refuse a text file that its reader must not see.
+
+    Args:
+        file: The file.
+        form: What error messages call its form.
+        lines: Whether it holds JSON lines.
+
+    Raises:
+        ConfigError: It is packed, or nested too deeply.
+    """
+    with file.open("rb") as opened:
+        if opened.read(8).startswith(PACKED):
+            raise ConfigError(f"{file} is compressed, not {form}: unpack it first")
+        opened.seek(0)
+        for number, line in enumerate(opened if lines else (), start=1):
+            if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(line) > MAX_DEPTH:
+                raise ConfigError(
+                    f"{file} has more than {MAX_DEPTH} brackets inside of each other in line {number}: leave "
+                    "that value out"
+                )
+
+
+def _depth(line: bytes) -> int:
+    """How many brackets of a line of JSON are open at a time."""
+    deepest = depth = 0
+    for bracket in re.findall(rb"[\[\]{}]", re.sub(rb'"(?:[^"\\]|\\.)*"', b"", line)):
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def check_lengths(prompts: pa.ChunkedArray, name: str) -> None:
+    """Refuse prompts of more than :data:`MAX_PROMPT` bytes; reads their lengths alone.
+
+    Args:
+        prompts: A column of text.
+        name: What error messages call the place.
+
+    Raises:
+        ConfigError: One is longer.
+    """
+    start = 0
+    for chunk in prompts.chunks:
+        values = chunk.dictionary if isinstance(chunk, pa.DictionaryArray) else chunk
+        if (pc.max(pc.binary_length(values)).as_py() or 0) > MAX_PROMPT:
+            lengths = pc.binary_length(chunk.cast(pa.large_string()) if values is not chunk else chunk)
+            row = pc.index(pc.greater(lengths, MAX_PROMPT), True).as_py()
+            raise ConfigError(
+                f"the prompt in row {start + row} of {name} has {lengths[row].as_py()} bytes, more than "
+                f"{MAX_PROMPT}: is a line break or the end of a quote missing?"
+            )
+        start += len(chunk)
 
 
 def unreadable(file: Path, form: str, reason: str) -> ConfigError:

@@ -5,6 +5,7 @@ from lit_align.methods.base import AlignmentModule
 from lit_align.methods.ddpo import DDPOModule
 from lit_align.methods.dpo import DPOModule
 from lit_align.methods.msdda import MSDDAModule
+from lit_align.methods.nft import NFTModule
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.prdp import PRDPModule
 from lit_align.methods.sampling import Sampling
@@ -17,6 +18,7 @@ __all__ = [
     "DDPOModule",
     "DPOModule",
     "MSDDAModule",
+    "NFTModule",
     "Optimisation",
     "PRDPModule",
     "SFTModule",

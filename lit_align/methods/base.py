@@ -1,7 +1,8 @@
 """The order of things in every method: sample, score, learn, log; and what a checkpoint holds."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -14,10 +15,13 @@ from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import MultiTaskDataModule
 from lit_align.errors import ConfigError
+from lit_align.identity import differences
+from lit_align.methods.guard import LIMIT, check_weights
+from lit_align.methods.identity import check_checkpoint, check_files, identity_of
 from lit_align.methods.metrics import Metrics
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
 from lit_align.methods.sampling import Sampling
-from lit_align.methods.strategies import check_trainer
+from lit_align.methods.strategies import check_trainer, read_safely
 from lit_align.methods.validation import ValidatedModule, held_out_prompts
 from lit_align.randomness import run_seed
 from lit_align.rewards import RewardBank
@@ -38,6 +42,15 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
 
     several_tasks: ClassVar[bool] = False
     """Whether a training batch may be a list with a rollout batch of each task."""
+
+    accept_other_base = False
+    """Whether checkpoints and adapters that were trained over other frozen weights are taken all the same."""
+
+    accept_other_data = False
+    """Whether a checkpoint of a run on other prompts or pairs is gone on from all the same."""
+
+    changes_told = False
+    """Whether the user knows which settings are not the checkpoint's: the command line compares options."""
 
     def __init__(
         self,
@@ -60,7 +73,9 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds what is trained, not the frozen models
         self.backbone = backbone
-        self.sampler = backbone.make_sampler(sampler)
+        self.sampler = self.eval_sampler = backbone.make_sampler(sampler)
+        if sampling.eval_sampler is not None:
+            self.eval_sampler = backbone.make_sampler(sampling.eval_sampler)
         self.rewards = rewards
         self.optimisation = optimisation
         self.sampling = sampling
@@ -70,7 +85,9 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         self.collected: dict[str, Tensor] = {}
         self.baseline, self.latest, self.prompt_groups = {}, {}, torch.zeros(0)
         self.gradient_norm, self.lr = torch.zeros(()), None
-        self._evaluated, self._skipped = [], 0
+        self._evaluated, self._skipped, self._unscored = [], 0, 0
+        self._losses, self._rows, self._recent = [], [], deque(maxlen=LIMIT)
+        self._facts: dict[str, Any] = {}
 
     # ---- training
 
@@ -88,6 +105,9 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
                 "PromptDataModule"
             )
         check_trainer(self.trainer)
+        read_safely(self.trainer)
+        self._facts = identity_of(self, self.rewards, data)
+        check_files(self.backbone.weight_sets.stamps, self._facts, self.accept_other_base)
         self._check_domain(held_out_prompts(data, stage))
 
     def _check_domain(self, prompts: list[str]) -> None:
@@ -97,6 +117,10 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             bank.check_model(judged, prompts)
         if self.backbone.is_shapes and (warning := untaught(prompts)):
             rank_zero_warn(warning)
+
+    def identity(self) -> dict[str, Any]:
+        """What this run is, for its checkpoints and adapters; known after :meth:`setup`."""
+        return self._facts
 
     @property
     def reward_banks(self) -> list[RewardBank]:
@@ -114,19 +138,22 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
 
         Args:
             scores: What :meth:`score` reports on this rank.
-            metrics: What the updates measured; the mean of each is ``train/<name>``.
+            metrics: What the updates measured; the mean of each is ``train/<name>``. ``unscored`` is added:
+                1 for an image without a score.
             sampling: Seconds for sampling and scoring.
             total: Seconds for everything.
         """
         ranks = self.gather((scores, {name: values.cpu().double() for name, values in metrics.items()}))
         scores, measured = ({n: torch.cat([r[i][n] for r in ranks]) for n in ranks[0][i]} for i in range(2))
         self.collected, count = scores, len(scores["reward"])
+        measured.setdefault("unscored", scores["reward"].isnan().double())
         self.images += count
         self.reward_queries += count
         logged: dict[str, Tensor | float] = {f"train/{n}": values.nanmean() for n, values in scores.items()}
         logged |= {f"train/{n}": v.mean() for n, v in measured.items() if _is_told(n, v)}
         logged["train/reward_std"] = scores["reward"][scores["reward"].isfinite()].std()
         self.log_progress(logged, count / total, sampling / total)
+        self.count_scores(measured["unscored"])
 
     def log_progress(
         self, logged: dict[str, Tensor | float], speed: float, sampling_fraction: float, bar: str = "reward"
@@ -148,9 +175,22 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             "perf/images_per_second": speed,
             "step": float(self.images),
         }
-        self.log_dict(logged, batch_size=1)
+        self.log_dict(logged, logger=False, batch_size=1)
+        self._log_now(logged)
         shown = {bar: logged[f"train/{bar}"], "images/s": speed}
         self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+
+    def _log_now(self, logged: Mapping[str, Tensor | float]) -> None:
+        """Give values to the loggers, before the batch's checkpoint; the Trainer does it after that."""
+        trainer = self.trainer
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not every or ((trainer.fit_loop.total_batch_idx + 1) % every and not trainer.should_stop):
+            return
+        values = {name: torch.as_tensor(value) for name, value in logged.items()}
+        trainer.logged_metrics.update(values)
+        numbers = {name: value.item() for name, value in values.items() if name != "step"}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, self.images)
 
     # ---- ranks, files and checkpoints
 
@@ -182,16 +222,24 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             "images": self.images,
             "reward_queries": self.reward_queries,
             "skipped": self._skipped,
+            "unscored": self._unscored,
             "baseline": self.baseline,
+            "latest": self.latest,
+            "prompt_groups": self.prompt_groups,
             "trained": {name: list(p.shape) for name, p in kept.items()},
         }
+        checkpoint["identity"] = self._facts
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the counters.
 
         Raises:
-            ConfigError: The checkpoint holds other trained weights than this configuration has.
+            ConfigError: The checkpoint is of another method, model or data set, or holds other trained
+                weights than this configuration has.
         """
+        fit = bool(self._facts) and self.trainer.state.fn == "fit"
+        accepted = self.accept_other_base, self.accept_other_data
+        changed = check_checkpoint(checkpoint.get("identity", {}), self._facts, fit, *accepted)
         own = {name: list(p.shape) for name, p in self.kept().items()}
         # Not those of state_dict, which a strategy that shards has taken out by now.
         saved = checkpoint.get("progress", {}).get("trained", {})
@@ -203,6 +251,21 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         progress = checkpoint["progress"]
         self.images, self.reward_queries = progress["images"], progress["reward_queries"]
         self._skipped, self.baseline = progress["skipped"], progress["baseline"]
+        self._unscored = progress.get("unscored", 0)
+        check_weights(checkpoint.get("state_dict", {}), own)
+        if fit:
+            self.latest = progress.get("latest", {})
+            self.prompt_groups = progress.get("prompt_groups", self.prompt_groups)
+        if changed:
+            self._measure_anew(checkpoint["identity"], changed)
+
+    def _measure_anew(self, saved: Mapping[str, Any], changed: Collection[str]) -> None:
+        """Drop what was measured of other weights, prompts or rewards, or with another sampler."""
+        if not self.changes_told:
+            now = differences({name: saved[name] for name in changed}, self._facts)
+            told = ", ".join(f"{name} {values}" for name, values in now.items())
+            rank_zero_warn(f"goes on with another {told}; the pretrained model is measured anew")
+        self.forget_baseline()
 
 
 def _is_told(name: str, values: Tensor) -> bool:

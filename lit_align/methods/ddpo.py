@@ -19,13 +19,15 @@ from lit_align.data import Batch
 from lit_align.errors import ConfigError, check_positive
 from lit_align.methods.joint import JointModule, Rollouts, TaskOrder
 from lit_align.methods.metrics import Metrics
+from lit_align.methods.objectives import clipped_surrogate as clipped_surrogate
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.pretraining import Pretraining
 from lit_align.methods.sampling import Sampling
-from lit_align.methods.tasks import Task, check_task, data_of_tasks, make_tasks, of_task
+from lit_align.methods.tasks import Task, make_tasks, of_task
 from lit_align.randomness import generator
 from lit_align.replay import Pairs, draw_pairs
 from lit_align.rewards import RewardBank
+from lit_align.samplers import Sampler
 
 
 def score_function_loss(log_ratio: Tensor, advantages: Tensor) -> Tensor:
@@ -39,24 +41,6 @@ def score_function_loss(log_ratio: Tensor, advantages: Tensor) -> Tensor:
         ``(N,)``.
     """
     return -advantages * log_ratio
-
-
-def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """DDPO-IS, equation 4, in PPO's clipped form: ``max(-A w, -A clip(w, 1 - e, 1 + e))``.
-
-    The gradient is 0 where the ratio has left the range in the direction that the advantage asks for, and
-    alive where it has left it in the other.
-
-    Args:
-        log_ratio: Log of the importance ratio ``w``, ``(N,)``.
-        advantages: ``(N,)``.
-        clip_range: ``e``.
-
-    Returns:
-        ``(N,)``.
-    """
-    ratio = log_ratio.exp()
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
 class DDPOModule(JointModule):
@@ -85,7 +69,8 @@ class DDPOModule(JointModule):
 
         Args:
             backbone: The diffusion model.
-            sampler: How it is sampled; at least one step must be stochastic (eta above 0).
+            sampler: How it is sampled; at least one step must be stochastic (eta above 0). With
+                ``FlowSDE`` and ``GroupAdvantages`` this is Flow-GRPO (arXiv 2505.05470).
             rewards: What is maximised and what is monitored; null with ``tasks``.
             advantages: How rewards become advantages. The paper normalises with running statistics of each
                 prompt.
@@ -135,7 +120,7 @@ class DDPOModule(JointModule):
         check_positive(counts | sizes)
         if not kl_weight >= 0:
             raise ConfigError(f"kl_weight: {kl_weight} must not be negative")
-        _check_steps(len(self.stochastic_steps), updates, timestep_fraction, shared_timesteps)
+        _check_steps(self.sampler, updates, timestep_fraction, shared_timesteps)
         steps = updates * inner_epochs * (shared_timesteps or 1)
         if clip_range is None and steps > 1:
             raise ConfigError(
@@ -166,10 +151,7 @@ class DDPOModule(JointModule):
                 not divide into the updates.
         """
         super().setup(stage)
-        if stage == "fit":
-            there = data_of_tasks(self.trainer.datamodule, self.tasks)  # type: ignore[attr-defined]
-            for name in (name for name in there if self.tasks[name].weight):
-                check_task(name, self.tasks[name], there[name], self.updates, self.trainer.world_size)
+        self.check_tasks(stage, self.updates)
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """As for every method.
@@ -222,11 +204,11 @@ class DDPOModule(JointModule):
             metrics["ratio_deviation"] = log_ratio.detach().expm1().abs()
         if self.kl_weight:
             with torch.no_grad():
-                states = rollouts.trajectory.states[pairs.steps, pairs.rows]
-                reference = rollouts.reference[pairs.rows](states, pairs.steps)
+                reference = rollouts.reference[pairs.rows](rollouts.states(pairs), pairs.steps)
             penalty = now.kl(reference) / drawn[0].numel()
             metrics["kl_penalty"] = penalty.detach()
             loss = loss + self.kl_weight * penalty
+        loss = torch.where(rollouts.scored[pairs.rows.to(self.device)], loss, 0.0)
         return loss.sum() / size, metrics
 
     def look_back(self, rollouts: Rollouts) -> Metrics:
@@ -264,13 +246,11 @@ class DDPOModule(JointModule):
         return self.step_scale[task]
 
 
-def _check_steps(there: int, updates: int, fraction: float, shared: int | None) -> None:
+def _check_steps(sampler: Sampler, updates: int, fraction: float, shared: int | None) -> None:
     """Refuse a choice of steps that cannot be made."""
+    there = int(sampler.stochastic.sum())
     if not there:
-        raise ConfigError(
-            "sampler: DDPO needs noise in the steps, and eta is 0, which has no density; "
-            "set sampler.init_args.eta to 1"
-        )
+        raise ConfigError(f"sampler: DDPO needs noise in the steps, and {sampler.no_noise}")
     if fraction > 1:
         raise ConfigError(f"timestep_fraction: {fraction} is more than 1, all of the steps")
     if shared is not None and (updates, fraction) != (1, 1):

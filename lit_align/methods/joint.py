@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_align.backbones import REFERENCE, DenoisingPolicy, DiffusionBackbone
+from lit_align.backbones import POLICY, REFERENCE, DenoisingPolicy, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError
@@ -25,7 +25,7 @@ from lit_align.methods.metrics import Loss, Metrics, pooled
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.pretraining import OTHER_SIZE, Pretraining, denoising_loss
 from lit_align.methods.sampling import Sampling
-from lit_align.methods.tasks import Task, data_of_tasks, joint_scores, of_task
+from lit_align.methods.tasks import Task, check_task, data_of_tasks, joint_scores, of_task
 from lit_align.randomness import generator
 from lit_align.replay import Replay
 from lit_align.rewards import RewardBank, RewardOutput
@@ -42,6 +42,8 @@ class Rollouts(Replay):
         batch: The images' prompts and numbers.
         scores: What the rewards report, by name, ``(B,)`` each on the CPU.
         advantages: ``(B,)``, on the device.
+        scored: ``(B,)`` bool, on the device: the others have no part in updates.
+        useful: Whether any image of any rank has a score.
         metrics: What was measured while sampling and scoring.
         sampled_at: Optimizer steps that had been made when the images were sampled.
         seconds: For sampling and scoring.
@@ -51,6 +53,8 @@ class Rollouts(Replay):
     batch: Batch
     scores: dict[str, Tensor]
     advantages: Tensor
+    scored: Tensor
+    useful: bool
     metrics: Metrics
     sampled_at: int
     seconds: float
@@ -60,6 +64,9 @@ class JointModule(AlignmentModule):
     """Samples for every task, and lets a subclass :meth:`learn`; its advantages never mix tasks."""
 
     several_tasks: ClassVar[bool] = True
+
+    sampled_with: str = POLICY
+    """The weight set that draws the images that are learned from."""
 
     def __init__(
         self,
@@ -119,6 +126,17 @@ class JointModule(AlignmentModule):
             first, _ = self.pretraining.source.batch([0])
             self.backbone.clean_latents(first, OTHER_SIZE)  # refused before anything is sampled
 
+    def check_tasks(self, stage: str, updates: int) -> None:
+        """Refuse tasks that could not learn from their prompts in so many updates.
+
+        Raises:
+            ConfigError: With what to change.
+        """
+        if stage == "fit":
+            there = data_of_tasks(self.trainer.datamodule, self.tasks)  # type: ignore[attr-defined]
+            for name in (name for name in there if self.tasks[name].weight):
+                check_task(name, self.tasks[name], there[name], updates, self.trainer.world_size)
+
     # ---- one iteration
 
     def training_step(self, batch: Batch | list[Batch], batch_idx: int) -> None:
@@ -147,29 +165,34 @@ class JointModule(AlignmentModule):
         """
         sampled = [self.collect(one) for one in batches]
         measured = [rollouts.metrics for rollouts in sampled]
-        measured += [made for turn in zip_longest(*map(self.learn, sampled)) for made in turn if made]
-        measured += [self.look_back(rollouts) for rollouts in sampled]
+        useful = [rollouts for rollouts in sampled if rollouts.useful]
+        measured += [made for turn in zip_longest(*map(self.learn, useful)) for made in turn if made]
+        measured += [self.look_back(rollouts) for rollouts in useful]
         return [(rollouts.scores, rollouts.seconds) for rollouts in sampled], pooled(measured)
 
     def collect(self, batch: Batch) -> Rollouts:
-        """Sample images of a task with the current weights, and score them."""
+        """Sample images of a task, and score them."""
         started = time.perf_counter()
-        policy = self.backbone.policy(
-            self.sampler, self.backbone.encode(batch.prompts), self.sampling.guidance
-        )
-        samples = self.sample(policy, batch, "rollout")
+        cond = self.backbone.encode(batch.prompts)
+        drawn = self.backbone.policy(self.sampler, cond, self.sampling.guidance, self.sampled_with)
+        samples = self.sample(drawn, batch, "rollout")
+        policy = replace(drawn, weights=POLICY)
         scores = self.score(samples.images, batch)
         seconds = time.perf_counter() - started
+        self.remember(batch.index, batch.prompts, scores.report)
         rewards = scores.total.float().cpu()
-        unscored = rewards.isfinite().logical_not().float()
+        scored = rewards.isfinite()
+        advantages, useful = self._advantages(batch, rewards)
         return Rollouts(
             policy,
-            samples.trajectory,
+            samples.trajectory.tamed(),
             replace(policy, weights=REFERENCE),
             batch,
             scores.report,
-            self._advantages(batch, rewards).to(self.device),
-            {of_task("unscored", batch.task): unscored},
+            advantages.to(self.device),
+            scored.to(self.device),
+            useful,
+            {of_task("unscored", batch.task): scored.logical_not().float()},
             self.trainer.global_step,
             seconds,
         )
@@ -177,13 +200,16 @@ class JointModule(AlignmentModule):
     @torch.no_grad()
     def score(self, images: Tensor, batch: Batch) -> RewardOutput:
         """What the rewards of the batch's task say; of several tasks, reported under names that all have."""
-        scores = self.tasks[batch.task].rewards(images, batch.prompts, batch.groups, batch.columns)
+        scores = super().score(images, batch)
         if not batch.task:
             return scores
         return replace(scores, report=joint_scores(scores.report, batch.task, self.tasks))
 
-    def _advantages(self, batch: Batch, rewards: Tensor) -> Tensor:
-        """Advantages of this rank's images, normalised with the images of all ranks."""
+    def bank_of(self, batch: Batch) -> RewardBank:
+        return self.tasks[batch.task].rewards
+
+    def _advantages(self, batch: Batch, rewards: Tensor) -> tuple[Tensor, bool]:
+        """Advantages of this rank's images, by those of all ranks, and whether any of them has a score."""
         ranks = self.gather((batch.index, rewards, batch.groups, batch.prompts))
         index, rewards, groups = (torch.cat([rank[part] for rank in ranks]) for part in range(3))
         prompts = [prompt for rank in ranks for prompt in rank[3]]
@@ -191,12 +217,13 @@ class JointModule(AlignmentModule):
         order = index.argsort()
         normalise = self.tasks[batch.task].advantages
         ordered = normalise(rewards[order], groups[order], [prompts[i] for i in order.tolist()])
-        if not ordered.any():
+        useful = bool(rewards.isfinite().any())
+        if useful and not ordered.any():
             rank_zero_warn(
                 f"{of_task('rollout batch', batch.task)}: all advantages are 0, so there is nothing to learn "
                 "from: the images have one score, or the normaliser takes away what they share"
             )
-        return ordered[torch.searchsorted(index[order], batch.index)]
+        return ordered[torch.searchsorted(index[order], batch.index)], useful
 
     # ---- updates
 

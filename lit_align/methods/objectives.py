@@ -10,6 +10,24 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 
+def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """PPO's form of a policy gradient, ``max(-A w, -A clip(w, 1 - e, 1 + e))``: equation 4 of DDPO (DDPO-IS).
+
+    The gradient is 0 where the ratio has left the range in the direction that the advantage asks for, and
+    alive where it has left it in the other.
+
+    Args:
+        log_ratio: Log of the importance ratio ``w``, ``(N,)``.
+        advantages: ``(N,)``.
+        clip_range: ``e``.
+
+    Returns:
+        ``(N,)``.
+    """
+    ratio = log_ratio.exp()
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+
+
 def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Squared error of a prediction, its *mean* over the elements of each image, in at least float32.
 

@@ -1,26 +1,23 @@
 """The one optimisation path of all methods: micro-batches, ranks, clipping, schedules, skipped updates."""
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lit_align.backbones import whole
 from lit_align.errors import ConfigError, check_positive
+from lit_align.methods.guard import GuardedModule
 from lit_align.methods.metrics import Loss, Metrics, pooled
-
-MAX_SKIPPED = 10
-"""Consecutive updates with a non-finite gradient after which a run is given up."""
 
 
 @dataclass
@@ -49,7 +46,7 @@ class Optimisation:
         )
 
 
-class OptimisedModule(LightningModule):
+class OptimisedModule(GuardedModule):
     """Makes updates by hand, so that every method accumulates, clips and skips in the same way.
 
     Attributes:
@@ -60,7 +57,6 @@ class OptimisedModule(LightningModule):
     optimisation: Optimisation
     gradient_norm: Tensor
     lr: float | None
-    _skipped: int
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
         """What is trained; each group's gradient is clipped by itself."""
@@ -77,6 +73,9 @@ class OptimisedModule(LightningModule):
             ConfigError: They cannot be stepped once per update.
         """
         optimizer = self.make_optimizer([{"params": group} for group in self.parameter_groups()])
+        for rate in (group["lr"] for group in optimizer.param_groups):
+            if isinstance(rate, float) and not math.isfinite(rate):
+                raise ConfigError(f"optimisation.optimizer: lr is {rate}; give a finite number")
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ConfigError(
                 "optimisation.optimizer: LBFGS evaluates a loss several times in a step, and an update here "
@@ -112,7 +111,7 @@ class OptimisedModule(LightningModule):
         Returns:
             What the losses measured, and ``grad_norm``.
         """
-        measured = []
+        measured, self._losses = [], []
         for i, compute in enumerate(losses):
             strategy, more = self.trainer.strategy, i < len(losses) - 1
             accumulates = more and isinstance(strategy, ParallelStrategy)
@@ -123,6 +122,7 @@ class OptimisedModule(LightningModule):
                 loss, metrics = computed
                 self.manual_backward(loss)
             measured.append(metrics)
+            self._losses.append(loss.detach())
         self._step(scale)
         return pooled(measured) | {"grad_norm": self.gradient_norm.detach()[None]}
 
@@ -154,14 +154,5 @@ class OptimisedModule(LightningModule):
         groups = [group["params"] for group in optimizer.param_groups]
         norms = [nn.utils.clip_grad_norm_(group, self.optimisation.clip_norm) for group in groups]
         self.gradient_norm = torch.stack([whole(norm) for norm in norms]).max()
-        if self.gradient_norm.isfinite():
-            self._skipped = 0
-            return
-        optimizer.zero_grad()  # sets gradients to None, which the optimizer passes over
-        self._skipped += 1
-        rank_zero_warn(f"an update was skipped: its gradient norm is {self.gradient_norm.item()}")
-        if self._skipped == MAX_SKIPPED:
-            raise ConfigError(
-                f"the last {MAX_SKIPPED} updates had non-finite gradients and were skipped; lower the "
-                "learning rate, or use precision bf16-mixed or 32-true"
-            )
+        if not self.count_update(self.gradient_norm):
+            optimizer.zero_grad()  # sets gradients to None, which the optimizer passes over

@@ -184,7 +184,9 @@ class PairModule(AlignmentModule, Generic[Prepared]):
 
     def _latent_key(self, data: PickaPicDataModule) -> str:
         """Changes with all that decides the latents: the autoencoder, its precision, the images."""
-        settings = [self.backbone.autoencoder_hash(), self.trainer.precision, data.resolution]
+        given = data.resolution
+        resolution = given if isinstance(given, int) else list(given)
+        settings = [self.backbone.autoencoder_hash(), self.trainer.precision, resolution]
         return hashlib.sha256(f"{settings} {data.pairs.fingerprint()}".encode()).hexdigest()[:16]
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
@@ -193,6 +195,8 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         with torch.no_grad():
             prepared = self.prepare(batch)
         preparing = time.perf_counter() - started
+        self._rows = []
+        self.remember(batch.index, batch.prompts, {})
         parts = torch.arange(len(batch)).split(self.optimisation.micro_batch)
         metrics = self.update([partial(self._part, prepared, rows, len(batch)) for rows in parts])
         self.batches += 1

@@ -161,10 +161,7 @@ class PRDPModule(AlignmentModule):
         )
         self.stochastic_steps = self.sampler.stochastic.nonzero().flatten()
         if not len(self.stochastic_steps):
-            raise ConfigError(
-                "sampler: PRDP needs noise in the steps, and eta is 0, which has no density; "
-                "set sampler.init_args.eta to 1"
-            )
+            raise ConfigError(f"sampler: PRDP needs noise in the steps, and {self.sampler.no_noise}")
         counts = {"updates": updates, "inner_epochs": inner_epochs}
         check_positive(counts | {"beta": beta, "clip_range": clip_range})
         self.beta = beta
@@ -201,13 +198,16 @@ class PRDPModule(AlignmentModule):
         samples = self.sample(policy, batch, "rollout")
         scores = self.score(samples.images, batch)
         sampled = time.perf_counter()
-        replay = Replay(policy, samples.trajectory)
+        self.remember(batch.index, batch.prompts, scores.report)
+        replay = Replay(policy, samples.trajectory.tamed())
         images = int((batch.groups == batch.groups[0]).sum())
         assert bool((batch.groups.view(-1, images).diff() == 0).all()), "prompts stand together, of one size"
         rewards = scores.total.cpu().double().view(-1, images)
-        old, compared = self._compare(replay)
-        learnt = self._learn(replay, old.view(len(rewards), images, -1), rewards)
-        metrics = compared | learnt | {"kl": self._move(replay, images)}
+        metrics: Metrics = {}
+        if any(self.gather(bool(rewards.isfinite().any()))):
+            old, compared = self._compare(replay)
+            learnt = self._learn(replay, old.view(len(rewards), images, -1), rewards)
+            metrics = compared | learnt | {"kl": self._move(replay, images)}
         self.log_rollout_batch(scores.report, metrics, sampled - started, time.perf_counter() - started)
 
     @torch.no_grad()

@@ -1,16 +1,19 @@
 """Sampling: the same function for training, validation and prediction. Shapes: ``B`` images, ``T`` steps."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
 
 from lit_align.backbones import POLICY, Conditioning, DiffusionBackbone
+from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
-from lit_align.errors import check_positive
+from lit_align.errors import ConfigError, check_positive
 from lit_align.gaussian import GaussianStep
 from lit_align.randomness import generator
 from lit_align.rollout import Trajectory, rollout
@@ -36,17 +39,27 @@ class Sampling:
             training; 1 is none, at half the cost. 7.5 is the pipelines' own.
         batch: Images sampled at once. Bounds memory and changes no result.
         seed: Seed of all noise; that of ``seed_everything`` if not given.
+        store: Where the chains of a rollout batch are kept until they have been replayed: on the ``device``,
+            or, where it has no room for them, on the ``cpu``. Changes no result.
+        eval_sampler: How validation, test and predict sample, such as with more steps or without noise; as
+            training if not given. Flow-GRPO (arXiv 2505.05470): 40 steps, and 10 in training.
 
     Raises:
-        ConfigError: The batch is not positive.
+        ConfigError: The batch is not positive, the guidance not finite, or the place is none.
     """
 
     guidance: float = 7.5
     batch: int = 8
     seed: int | None = None
+    store: Literal["device", "cpu"] = "device"
+    eval_sampler: SamplerFactory | None = None
 
     def __post_init__(self) -> None:
         check_positive({"sampling.batch": self.batch})
+        if not math.isfinite(self.guidance):
+            raise ConfigError(f"sampling.guidance is {self.guidance}; give a finite number, such as 7.5")
+        if self.store not in ("device", "cpu"):
+            raise ConfigError(f"sampling.store: {self.store!r} must be device or cpu")
 
 
 @dataclass(frozen=True)
@@ -67,28 +80,55 @@ class SamplingModule(LightningModule):
 
     backbone: DiffusionBackbone
     sampler: Sampler
+    eval_sampler: Sampler
     sampling: Sampling
     seed: int
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Sample as ``sampling.eval_sampler`` says."""
+        own, self.sampler = self.sampler, self.eval_sampler
+        try:
+            yield
+        finally:
+            self.sampler = own
 
     def policy(self, batch: Batch, cond: Conditioning, weights: str = POLICY) -> BatchPolicy:
         """The policy that samples the images of ``batch``, whose encoded prompts are ``cond``."""
         return self.backbone.policy(self.sampler, cond, self.sampling.guidance, weights)
 
     @torch.no_grad()
-    def sample(self, policy: BatchPolicy, batch: Batch, purpose: str, seed: int | None = None) -> Samples:
+    def sample(
+        self,
+        policy: BatchPolicy,
+        batch: Batch,
+        purpose: str,
+        seed: int | None = None,
+        scored: bool = True,
+    ) -> Samples:
         """Sample one image for each row of ``batch``, in chunks of ``sampling.batch``, without gradient.
 
         Image ``i`` is a pure function of the weights, its prompt, (seed, purpose) and its global number
         ``batch.index[i]``: it depends neither on its batch nor on its rank or device.
+
+        ``scored`` says that the images will be scored: rewards that work elsewhere begin with a chunk while
+        the next one is sampled.
         """
         chunks: list[Samples] = []
         for rows in torch.arange(len(batch)).split(self.sampling.batch):
             noise, draws = self.draw_noise(batch.index[rows], purpose, seed)
             trajectory = rollout(policy[rows], noise, self.sampler.num_steps, draws)
-            chunks.append(Samples(trajectory, self.backbone.decode(trajectory.states[-1])))
+            images = self.backbone.decode(trajectory.states[-1])
+            stored = trajectory.to("cpu") if self.sampling.store == "cpu" else trajectory
+            chunks.append(Samples(stored, images))
+            if scored:
+                self.score_ahead(images, batch[rows])
         parts = [(c.trajectory.states, c.trajectory.means, c.trajectory.log_probs) for c in chunks]
         states, means, log_probs = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         return Samples(Trajectory(states, means, log_probs), torch.cat([c.images for c in chunks]))
+
+    def score_ahead(self, images: Tensor, batch: Batch) -> None:
+        """Take note of images that will be scored, and of their rows of the batch."""
 
     def draw_noise(
         self, index: Tensor, purpose: str, seed: int | None = None
@@ -109,5 +149,6 @@ class SamplingModule(LightningModule):
         """
         numbers = torch.arange(len(prompts))
         batch = Batch(list(prompts), numbers, index=numbers)
-        policy = self.policy(batch, self.backbone.encode(prompts), weights)
-        return self.sample(policy, batch, "predict", seed).images
+        with self.evaluating():
+            policy = self.policy(batch, self.backbone.encode(prompts), weights)
+            return self.sample(policy, batch, "predict", seed, scored=False).images

@@ -1,6 +1,11 @@
 """Which Trainers the methods run on: others would round the stored chains, or train copies apart."""
 
+from pathlib import Path
+from typing import Any
+
 from lightning import Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 
 from lit_align.errors import ConfigError
@@ -17,7 +22,52 @@ def check_trainer(trainer: Trainer) -> None:
             f"trainer.precision: {trainer.precision} would round the stored chains; "
             "use 32-true, bf16-mixed or 16-mixed"
         )
+    _check_world(trainer.world_size)
     _check_strategy(trainer.strategy, trainer.world_size)
+
+
+def _check_world(world: int) -> None:
+    """Refuse processes that a launcher started together and that would each train alone."""
+    for environment in (TorchElasticEnvironment, SLURMEnvironment):
+        if environment.detect() and (started := environment().world_size()) != world:
+            raise ConfigError(
+                f"trainer.devices: {started} processes were started together, and the Trainer knows of "
+                f"{world}; set trainer.num_nodes to the number of nodes, and trainer.devices to that of "
+                "processes on each"
+            )
+
+
+def read_safely(trainer: Trainer) -> None:
+    """Let the Trainer read checkpoints that are one file, with nothing in it executed.
+
+    Lightning reads a folder, which strategies that shard may write, with pickle, whatever ``weights_only``
+    says, and a URL too. All that it loads comes through the strategy.
+    """
+    strategy: Any = trainer.strategy
+    load = type(strategy).load_checkpoint
+
+    def load_checkpoint(checkpoint_path: str | Path, weights_only: bool | None = None) -> Any:
+        place = f"ckpt_path: {checkpoint_path}"
+        if not Path(checkpoint_path).is_file():
+            kind = "a folder" if Path(checkpoint_path).is_dir() else "no file of this machine"
+            raise ConfigError(f"{place} is {kind}; give a checkpoint that is one file, such as last.ckpt")
+        try:
+            content = load(strategy, checkpoint_path, weights_only=True)
+            progress = content["progress"]
+            written = all(isinstance(progress[n], int) for n in ("images", "reward_queries", "skipped"))
+            written &= all(isinstance(progress[n], dict) for n in ("baseline", "trained"))
+        except ConfigError:
+            raise
+        except Exception:  # torch raises whatever the bytes lead to
+            written = False
+        if not written:
+            raise ConfigError(
+                f"{place} cannot be read: it is not a checkpoint of lit_align for this model, or not whole; "
+                "give another, such as best.ckpt beside it"
+            ) from None
+        return content
+
+    strategy.load_checkpoint = load_checkpoint
 
 
 def _check_strategy(strategy: Strategy, world: int) -> None:

@@ -5,12 +5,14 @@ from itertools import islice
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_align.backbones import POLICY, REFERENCE, Conditioning
-from lit_align.comparison import diversity
+from lit_align.comparison import diversity, high_frequency, saturation
 from lit_align.data import Batch, MultiTaskDataModule, PickaPicDataModule, PromptDataModule
 from lit_align.gaussian import GaussianStep
+from lit_align.methods.guard import GuardedModule
 from lit_align.methods.sampling import BatchPolicy, SamplingModule
 from lit_align.rewards import RewardBank, RewardOutput
 from lit_align.rollout import Trajectory
@@ -25,7 +27,7 @@ CHECKED_PROMPTS = 1024
 
 
 def measure(images: Tensor, scores: RewardOutput, batch: Batch) -> dict[str, Tensor]:
-    """What is reported of each image, ``(B,)`` on the CPU: its scores, diversity, and its place.
+    """What is reported of each image, ``(B,)`` on the CPU: its scores, diversity, artefacts, and its place.
 
     ``unscored`` is there only if some image has no score.
     """
@@ -33,6 +35,7 @@ def measure(images: Tensor, scores: RewardOutput, batch: Batch) -> dict[str, Ten
     if bool(scores.total.isnan().any()):
         measured["unscored"] = scores.total.isnan().float().cpu()
     measured["diversity"] = diversity(images, batch.groups).cpu()
+    measured |= {"saturation": saturation(images).cpu(), "high_frequency": high_frequency(images).cpu()}
     if "reward/truth" in measured:
         measured["truth"] = measured["reward/truth"]
     return measured | {"index": batch.index, "group": batch.groups}
@@ -44,6 +47,7 @@ def kl_to_reference(
     stochastic: Tensor,
     chunk: int,
     stds: Sequence[Tensor] | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """KL to the reference along chains, summed over the stochastic steps: nats per image, ``(B,)``.
 
@@ -53,21 +57,27 @@ def kl_to_reference(
         stochastic: ``(T,)`` bool; the other steps have no density, and the reference is not asked there.
         chunk: Images at once.
         stds: Of the ``T`` steps that made the chains, where they are not the reference's.
+        device: Where the reference computes; that of the chains if not given.
     """
     totals = []
+    where = device or trajectory.states.device
     for rows in torch.arange(trajectory.states.shape[1]).split(chunk):
-        total = trajectory.states.new_zeros(len(rows))
+        total = trajectory.states.new_zeros(len(rows), device=where)
         policy = reference[rows]
         for k in stochastic.nonzero().flatten().tolist():
-            step = policy(trajectory.states[k, rows], k)
+            step = policy(trajectory.states[k, rows].to(where), k)
             std = step.std if stds is None else stds[k]
-            total += GaussianStep(trajectory.means[k, rows], std).kl(step)
+            total += GaussianStep(trajectory.means[k, rows].to(where), std).kl(step)
         totals.append(total)
     return torch.cat(totals)
 
 
 def drift_from_reference(
-    reference: BatchPolicy, trajectory: Trajectory, sampler: Sampler, chunk: int
+    reference: BatchPolicy,
+    trajectory: Trajectory,
+    sampler: Sampler,
+    chunk: int,
+    device: torch.device | None = None,
 ) -> Tensor:
     """How far predictions have moved from the reference's, ``(B,)``: what can be said without a density.
 
@@ -78,12 +88,14 @@ def drift_from_reference(
     steps = torch.linspace(0, sampler.num_steps - 1, count).round().long().tolist()
     one = torch.ones(1, 1, dtype=torch.float64)
     squares = []
+    where = device or trajectory.states.device
     for rows in torch.arange(trajectory.states.shape[1]).split(chunk):
-        policy, total = reference[rows], trajectory.states.new_zeros(len(rows))
+        policy, total = reference[rows], trajectory.states.new_zeros(len(rows), device=where)
         for k in steps:
             # A step is linear in the prediction, so that means differ by this factor times predictions.
             factor = sampler.step(0 * one, one, k).mean.item()
-            difference = (trajectory.means[k, rows] - policy(trajectory.states[k, rows], k).mean) / factor
+            state, mean = (part[k, rows].to(where) for part in (trajectory.states, trajectory.means))
+            difference = (mean - policy(state, k).mean) / factor
             total += difference.square().flatten(1).mean(1)
         squares.append(total / count)
     return torch.cat(squares).sqrt()
@@ -130,7 +142,7 @@ def held_out_prompts(data: Any, stage: str) -> list[str]:
     return list(prompts)[:CHECKED_PROMPTS]
 
 
-class ValidatedModule(SamplingModule):
+class ValidatedModule(SamplingModule, GuardedModule):
     """A module whose policy is compared with the pretrained model on held-out prompts and the same noise.
 
     Attributes:
@@ -140,7 +152,6 @@ class ValidatedModule(SamplingModule):
     """
 
     rewards: RewardBank
-    images: int
     baseline: dict[str, Tensor]
     latest: dict[str, Tensor]
     prompt_groups: Tensor
@@ -149,19 +160,18 @@ class ValidatedModule(SamplingModule):
     @torch.no_grad()
     def score(self, images: Tensor, batch: Batch) -> RewardOutput:
         """What the rewards say of images, without gradient."""
-        return self.rewards(images, batch.prompts, batch.groups, batch.columns)
+        return self.bank_of(batch)(images, batch.prompts, batch.groups, batch.columns)
 
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in rank order; every rank must call it."""
-        if self.trainer.world_size == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(gathered, value)
-        return gathered
+    def score_ahead(self, images: Tensor, batch: Batch) -> None:
+        self.bank_of(batch).ahead(images, batch.prompts, batch.columns)
+
+    def bank_of(self, batch: Batch) -> RewardBank:
+        """The rewards that score a batch; several tasks have a bank each."""
+        return self.rewards
 
     def forget_baseline(self) -> None:
-        """Drop what was measured of the pretrained model: it is measured anew when training starts."""
-        self.baseline = {}
+        """Drop what was measured before: the pretrained model is measured anew when training starts."""
+        self.baseline, self.latest = {}, {}
 
     def on_train_start(self) -> None:
         """Measure the pretrained model where that was not done: every curve has a point at 0 images."""
@@ -182,11 +192,11 @@ class ValidatedModule(SamplingModule):
         total = int(sum(self.trainer.num_val_batches))
         batches: Any = self.trainer.val_dataloaders
         for batch in islice(batches, total):
-            with self.trainer.precision_plugin.forward_context():
+            with self.trainer.precision_plugin.forward_context(), self.evaluating():
                 cond = self.backbone.encode(batch.prompts)
                 samples = self.sample(self.policy(batch, cond, REFERENCE), batch, "validation")
                 measured = measure(samples.images, self.score(samples.images, batch), batch)
-            distance = "kl" if self.sampler.stochastic.any() else "drift"
+            distance = "kl" if self.eval_sampler.stochastic.any() else "drift"
             self._evaluated.append(measured | {distance: torch.zeros(len(batch))})  # from itself
         parts = [part for rank in self.gather(self._evaluated) for part in rank]
         self.baseline, self._evaluated = in_global_order(parts)[0], []
@@ -194,28 +204,33 @@ class ValidatedModule(SamplingModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """A rollout on held-out prompts with the same noise every time; returns the images."""
         cond = self.backbone.encode(batch.prompts)
-        samples = self.sample(self.policy(batch, cond), batch, "validation")
+        with self.evaluating():
+            samples = self.sample(self.policy(batch, cond), batch, "validation")
+            distance = self.distance(batch, cond, samples.trajectory)
         measured = measure(samples.images, self.score(samples.images, batch), batch)
-        self._evaluated.append(measured | self.distance(batch, cond, samples.trajectory))
+        self._evaluated.append(measured | distance)
         return samples.images
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Policy and reference on the same prompts and noise; returns the policy's images."""
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Policy and reference on the same prompts and noise; returns their images by weight set."""
         cond = self.backbone.encode(batch.prompts)
-        samples, before = (
-            self.sample(self.policy(batch, cond, weights), batch, "test") for weights in (POLICY, REFERENCE)
-        )
-        distance = self.distance(batch, cond, samples.trajectory)
+        with self.evaluating():
+            samples, before = (
+                self.sample(self.policy(batch, cond, weights), batch, "test")
+                for weights in (POLICY, REFERENCE)
+            )
+            distance = self.distance(batch, cond, samples.trajectory)
         base = measure(before.images, self.score(before.images, batch), batch)
         base |= {name: torch.zeros_like(values) for name, values in distance.items()}
         measured = measure(samples.images, self.score(samples.images, batch), batch)
         self._evaluated.append(base_metrics(base) | measured | distance)
-        return samples.images
+        return {POLICY: samples.images, REFERENCE: before.images}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Images ``(B, 3, H, W)`` and their rewards."""
-        policy = self.policy(batch, self.backbone.encode(batch.prompts))
-        images = self.sample(policy, batch, "predict").images
+        with self.evaluating():
+            policy = self.policy(batch, self.backbone.encode(batch.prompts))
+            images = self.sample(policy, batch, "predict").images
         return images, self.score(images, batch).report
 
     def distance(self, batch: Batch, cond: Conditioning, trajectory: Trajectory) -> dict[str, Tensor]:
@@ -225,9 +240,10 @@ class ValidatedModule(SamplingModule):
         """
         reference, chunk = self.policy(batch, cond, REFERENCE), self.sampling.batch
         if not self.sampler.stochastic.any():
-            return {"drift": drift_from_reference(reference, trajectory, self.sampler, chunk).cpu()}
-        stds = self.step_stds()
-        return {"kl": kl_to_reference(reference, trajectory, self.sampler.stochastic, chunk, stds).cpu()}
+            drift = drift_from_reference(reference, trajectory, self.sampler, chunk, self.device)
+            return {"drift": drift.cpu()}
+        stds, noisy = self.step_stds(), self.sampler.stochastic
+        return {"kl": kl_to_reference(reference, trajectory, noisy, chunk, stds, self.device).cpu()}
 
     def step_stds(self) -> Sequence[Tensor] | None:
         """Stds of the ``T`` steps that sample; None where they are the sampler's."""
@@ -250,6 +266,8 @@ class ValidatedModule(SamplingModule):
         parts = [part for rank in self.gather(self._evaluated) for part in rank]
         self._evaluated = []
         merged, self.prompt_groups = in_global_order(parts)
+        if bool(merged["reward"].isnan().all()):
+            rank_zero_warn(f"none of the {len(merged['reward'])} images of this {stage} has a score")
         means = {f"{stage}/{name}": values.nanmean() for name, values in merged.items()}
         self.log_dict(means | {"step": torch.tensor(float(self.images))}, sync_dist=True)
         return merged

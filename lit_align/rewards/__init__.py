@@ -16,12 +16,22 @@ from lit_align.rewards.distribution import (
     StatisticalParity,
 )
 from lit_align.rewards.function import FunctionReward
+from lit_align.rewards.geneval import GenEval
+from lit_align.rewards.hpsv2 import HPSv2
+from lit_align.rewards.hpsv3 import HPSv3
+from lit_align.rewards.image_reward import ImageReward
 from lit_align.rewards.jpeg import SoftJPEGCompressibility, SoftJPEGIncompressibility
+from lit_align.rewards.judge import VLMJudge
+from lit_align.rewards.ocr import OCR
+from lit_align.rewards.remote import RemoteReward
 from lit_align.rewards.shapes import ShapesTruth
+from lit_align.rewards.unified_reward import UnifiedReward
+from lit_align.rewards.vqa import VQAScore
 
 PictureReward = BlackBoxReward  # the old name
 
 __all__ = [
+    "OCR",
     "AestheticScore",
     "BatchPairwiseDiversity",
     "BatchStatisticalParity",
@@ -30,6 +40,10 @@ __all__ = [
     "CLIPScore",
     "ColourFraction",
     "FunctionReward",
+    "GenEval",
+    "HPSv2",
+    "HPSv3",
+    "ImageReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",
     "ObjectCount",
@@ -38,6 +52,7 @@ __all__ = [
     "PickScore",
     "PictureReward",
     "Redness",
+    "RemoteReward",
     "Reward",
     "RewardBank",
     "RewardOutput",
@@ -47,4 +62,7 @@ __all__ = [
     "SoftJPEGCompressibility",
     "SoftJPEGIncompressibility",
     "StatisticalParity",
+    "UnifiedReward",
+    "VLMJudge",
+    "VQAScore",
 ]

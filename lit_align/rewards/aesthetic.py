@@ -1,14 +1,15 @@
 """LAION's aesthetic predictors: a linear head on the CLIP embedding of an image, whatever its prompt."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lit_align.errors import ConfigError
-from lit_align.pretrained import SHAPES
+from lit_align.errors import ConfigError, user_path
+from lit_align.pretrained import SHAPES, not_finite, shared
 from lit_align.rewards.base import Reward, domain_of
 from lit_align.rewards.clip import CLIP_MODEL, CLIPCosine
 from lit_align.shapes import AESTHETIC as SHAPES_AESTHETIC
@@ -46,7 +47,7 @@ class AestheticScore(Reward):
         super().__init__()
         self.domain = domain_of(pretrained)
         self.head = _load_head(head or (SHAPES if pretrained == SHAPES else None))
-        self.clip = CLIPCosine(pretrained)
+        self.clip = shared(CLIPCosine, pretrained)
         width, reads = self.clip.model.config.projection_dim, self.head[0].in_features
         if reads != width:
             raise ConfigError(
@@ -76,7 +77,7 @@ def _load_head(head: str | None) -> nn.Sequential:
             f"AestheticScore: head is missing; download {DOWNLOAD} and give its path under 'head', or give "
             "'pretrained: shapes' for the bundled predictor of Shapes."
         )
-    state = _read(SHAPES_AESTHETIC if head == SHAPES else Path(head).expanduser(), head)
+    state = _read(SHAPES_AESTHETIC if head == SHAPES else user_path(head), head)
     names = ("",) if set(state) == {"weight", "bias"} else tuple(f"{layer}." for layer in MLP)
     if set(state) != {f"{name}{part}" for name in names for part in ("weight", "bias")}:
         held = ", ".join(sorted(map(str, state))[:4])
@@ -85,6 +86,7 @@ def _load_head(head: str | None) -> nn.Sequential:
             f"and bias of {', '.join(MLP)} (LAION's improved predictor), or of a single layer (its first). "
             "Variants with ReLU have other layers and are not supported."
         )
+    _check_tensors(state, names, head)
     layers = []
     for name in names:
         weight, bias = state[f"{name}weight"].float(), state[f"{name}bias"].float()
@@ -92,6 +94,34 @@ def _load_head(head: str | None) -> nn.Sequential:
         layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
         layers.append(layer)
     return nn.Sequential(*layers)
+
+
+def _check_tensors(state: dict[str, Tensor], names: tuple[str, ...], head: str) -> None:
+    """Refuse what is no chain of linear layers of finite numbers.
+
+    A pickled tensor may claim any shape over a storage of a few bytes, and take the memory when it is copied.
+    """
+    given = list(state.values())
+    fault = None
+    if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in given):
+        fault = "not all of it are tensors of real numbers"
+    elif any(t.numel() * t.element_size() > t.untyped_storage().nbytes() for t in given):
+        fault = "a tensor is larger than what the file holds"
+    elif broken := not_finite(state):
+        fault = f"{broken} holds numbers that are not finite"
+    else:
+        outputs, reads = [], []
+        for name in names:
+            weight, bias = state[f"{name}weight"], state[f"{name}bias"]
+            if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+                fault = f"{name}weight and {name}bias are no linear layer"
+                break
+            outputs.append(len(weight))
+            reads.append(weight.shape[1])
+        if fault is None and outputs != [*reads[1:], 1]:
+            fault = f"its layers read {reads} numbers and give {outputs}"
+    if fault:
+        raise ConfigError(f"AestheticScore: head: {head!r} cannot be used: {fault}; download it again.")
 
 
 def _read(file: Path, head: str) -> dict[str, Tensor]:
@@ -109,6 +139,8 @@ def _read(file: Path, head: str) -> dict[str, Tensor]:
             raise TypeError(f"it holds a {type(state).__name__}")
     except Exception as error:  # what the unpickler raises has no common base
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, UnpicklingError):  # torch proposes to run it
+            reason = "it holds more than tensors"
         raise ConfigError(
             f"AestheticScore: head: cannot read {head!r} ({reason}); "
             "download it again; it must be a state dict, not a pickled module."

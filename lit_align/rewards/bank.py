@@ -147,6 +147,8 @@ class RewardBank(nn.Module):
     ) -> RewardOutput:
         """Score images with every reward; arguments as in :meth:`Reward.forward`."""
         images = at_least_float32(images)
+        # The sum is finite exactly where all pixels are, and much cheaper than a mask of the image's size.
+        shown_at_all = images.detach().flatten(1).sum(dim=1).isfinite()
         total, worth = images.new_zeros(len(images)), images.new_zeros(len(images))
         parts: dict[str, Tensor] = {}
         shown: dict[str, Tensor] = {}
@@ -154,12 +156,23 @@ class RewardBank(nn.Module):
             attach = torch.is_grad_enabled() and name in self.weights and reward.differentiable
             with torch.set_grad_enabled(attach):
                 scores, value = score(name, reward, images, prompts, groups, columns)
+            if not bool(shown_at_all.all()):  # whatever a reward says of what is no image
+                scores, value = (one.masked_fill(~shown_at_all, torch.nan) for one in (scores, value))
             if name in self.weights:
                 total = total + self.weights[name] * scores
                 worth = worth + self.weights[name] * value.detach()
             parts[name], shown[f"reward/{name}"] = scores.detach(), value.detach()
+        finite = total.detach().isfinite() & worth.isfinite()  # a sum of huge rewards may not be
+        if not bool(finite.all()):
+            total, worth = (one.masked_fill(~finite, torch.nan) for one in (total, worth))
         report = {name: value.float().cpu() for name, value in ({"reward": worth} | shown).items()}
         return RewardOutput(total, parts, report)
+
+    def ahead(self, images: Tensor, prompts: list[str], columns: dict[str, list[Any]] | None = None) -> None:
+        """Let rewards that work elsewhere begin with images that :meth:`forward` will get."""
+        images = at_least_float32(images.detach())
+        for reward in self.rewards.values():
+            reward.ahead(images, prompts, columns)
 
     def weighted(
         self,
@@ -175,8 +188,8 @@ class RewardBank(nn.Module):
 
 
 def at_least_float32(images: Tensor) -> Tensor:
-    """Images as rewards take them."""
-    return images.to(torch.promote_types(images.dtype, torch.float32))
+    """Images as rewards take them: sums are rounded otherwise where the channels lie innermost."""
+    return images.to(torch.promote_types(images.dtype, torch.float32)).contiguous()
 
 
 def _reward(name: str, given: object) -> Reward:

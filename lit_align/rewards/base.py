@@ -67,6 +67,12 @@ class Reward(nn.Module, ABC):
             (see :func:`lit_align.rewards.calling.as_scores`).
         """
 
+    def ahead(self, images: Tensor, prompts: list[str], columns: dict[str, list[Any]] | None) -> None:
+        """Begin to score images that :meth:`forward` will get soon, in the same order.
+
+        Only rewards that are computed elsewhere do: it is called after each chunk of images that is sampled.
+        """
+
     def shared_out(
         self,
         images: Tensor,

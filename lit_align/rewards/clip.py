@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lit_align.errors import ConfigError
-from lit_align.pretrained import load_whole, loading, processor_config, resolve
+from lit_align.pretrained import Dtype, load_whole, loading, processor_config, resolve, shared
 from lit_align.rewards.base import Reward, domain_of
 from lit_align.shapes import CLIP as SHAPES_CLIP
 from lit_align.shapes import PREFERENCE as SHAPES_PREFERENCE
@@ -36,6 +36,7 @@ class CLIPCosine(nn.Module):
         pretrained: ``"shapes"``, a folder with a transformers ``CLIPModel``, or a hub id. Safetensors only.
         processor: The same for the tokenizer and the pixel statistics; the model's own by default.
         shapes: The shipped folder that ``"shapes"`` stands for.
+        dtype: Precision of the weights.
 
     Raises:
         ConfigError: The model or the tokenizer cannot be loaded whole.
@@ -46,13 +47,17 @@ class CLIPCosine(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, pretrained: str, processor: str | None = None, shapes: Path = SHAPES_CLIP) -> None:
+    def __init__(
+        self,
+        pretrained: str,
+        processor: str | None = None,
+        shapes: Path = SHAPES_CLIP,
+        dtype: Dtype = "float32",
+    ) -> None:
         super().__init__()
         processor = pretrained if processor is None else processor
-        self.model: CLIPModel = load_whole(
-            CLIPModel.from_pretrained, pretrained, shapes, "CLIP model", "CLIPModel"
-        )
-        self.tokenizer = _load_tokenizer(processor, shapes)
+        self.model = self.load(pretrained, shapes, dtype)
+        self.tokenizer = load_tokenizer(processor, shapes)
         config: Any = self.model.config
         self.side: int = config.vision_config.image_size
         self.positions: int = config.text_config.max_position_embeddings
@@ -61,6 +66,13 @@ class CLIPCosine(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
+
+    def load(self, pretrained: str, shapes: Path, dtype: Dtype) -> CLIPModel:
+        """The model."""
+        model: CLIPModel = load_whole(
+            CLIPModel.from_pretrained, pretrained, shapes, "CLIP model", "CLIPModel", dtype
+        )
+        return model
 
     @property
     def logit_scale(self) -> float:
@@ -74,7 +86,10 @@ class CLIPCosine(nn.Module):
     def embed_images(self, images: Tensor) -> Tensor:
         """Unit embeddings ``(B, D)`` of ``(B, 3, H, W)`` images in [0, 1]."""
         chunks = [self.preprocess(chunk) for chunk in images.split(self.IMAGES_AT_ONCE)]
-        features = [_pooled(self.model.get_image_features(pixel_values=chunk)) for chunk in chunks]
+        features = [
+            _pooled(self.model.get_image_features(pixel_values=chunk.to(self.model.dtype)))
+            for chunk in chunks
+        ]
         return _unit(torch.cat(features))
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -142,7 +157,7 @@ class CLIPScore(Reward):
     def __init__(self, pretrained: str = CLIP_MODEL, scale: float = 1.0) -> None:
         super().__init__()
         self.domain = domain_of(pretrained)
-        self.clip = CLIPCosine(pretrained)
+        self.clip = shared(CLIPCosine, pretrained)
         self.scale = scale
         self.freeze()
 
@@ -166,6 +181,7 @@ class PickScore(Reward):
             fine-tuned on preferences between Shapes images. The published model by default.
         processor: The same for the tokenizer and the pixel statistics. By default those of ``pretrained``,
             and for the published model ``laion/CLIP-ViT-H-14-laion2B-s32B-b79K``, as its card says.
+        dtype: Precision of the weights.
 
     Raises:
         ConfigError: The model or the tokenizer cannot be loaded.
@@ -174,12 +190,14 @@ class PickScore(Reward):
     differentiable = True
     scope = "sample"
 
-    def __init__(self, pretrained: str = PICKSCORE, processor: str | None = None) -> None:
+    def __init__(
+        self, pretrained: str = PICKSCORE, processor: str | None = None, dtype: Dtype = "float32"
+    ) -> None:
         super().__init__()
         self.domain = domain_of(pretrained)
         if processor is None and pretrained == PICKSCORE:
             processor = PICKSCORE_PROCESSOR
-        self.clip = CLIPCosine(pretrained, processor, SHAPES_PREFERENCE)
+        self.clip = shared(CLIPCosine, pretrained, processor, SHAPES_PREFERENCE, dtype)
         self.scale = self.clip.logit_scale  # read once: in bfloat16 100 would become 98.9
         self.freeze()
 
@@ -195,10 +213,12 @@ class PickScore(Reward):
         return scores
 
 
-def _load_tokenizer(processor: str, shapes: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(processor: str, shapes: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer; where its files are missing transformers makes one without words: an error here."""
     with loading(processor):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(processor, shapes))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            resolve(processor, shapes), trust_remote_code=False
+        )
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(
             f"There is no tokenizer in {processor!r}; save one there with save_pretrained, "

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from lit_align.errors import ConfigError
-from lit_align.pretrained import SHAPES, load_whole, loading, resolve
+from lit_align.pretrained import SHAPES, load_whole, loading, resolve, shared
 from lit_align.rewards.base import Reward, Scope, domain_of, to_bytes
 from lit_align.rewards.clip import CLIP_MODEL, CLIPCosine
 from lit_align.shapes import CLASSIFIER as SHAPES_CLASSIFIER
@@ -188,7 +188,9 @@ class StatisticalParity(SetReward):
             "image classifier",
         )
         with loading(pretrained):
-            self.processor = AutoImageProcessor.from_pretrained(resolve(pretrained, SHAPES_CLASSIFIER))
+            self.processor = AutoImageProcessor.from_pretrained(
+                resolve(pretrained, SHAPES_CLASSIFIER), trust_remote_code=False
+            )
         if pretrained == SHAPES:
             self.processor.do_resize = True  # its own images need none; those of another model do
         names = cast(dict[int, str], self.model.config.id2label)
@@ -246,7 +248,7 @@ class PairwiseDiversity(SetReward):
     def __init__(self, pretrained: str = CLIP_MODEL, credit: Credit = "leave_one_out") -> None:
         super().__init__(credit)
         self.domain = domain_of(pretrained)
-        self.clip = CLIPCosine(pretrained)
+        self.clip = shared(CLIPCosine, pretrained)
         self.freeze()
 
     def features(self, images: Tensor) -> Tensor:

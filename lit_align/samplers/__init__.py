@@ -6,6 +6,7 @@ never writes it) and from what the user chooses: how many steps, how much noise.
 
 from lit_align.samplers.base import Sampler
 from lit_align.samplers.ddim import DDIM
+from lit_align.samplers.flow import FlowSchedule, FlowSDE
 from lit_align.samplers.schedule import DiffusionSchedule, NoiseSchedule
 
-__all__ = ["DDIM", "DiffusionSchedule", "NoiseSchedule", "Sampler"]
+__all__ = ["DDIM", "DiffusionSchedule", "FlowSDE", "FlowSchedule", "NoiseSchedule", "Sampler"]

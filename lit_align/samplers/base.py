@@ -1,6 +1,7 @@
 """What every sampler is: a schedule, the timesteps of its steps, and one step as a Gaussian."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -19,12 +20,25 @@ class Sampler(ABC):
         timesteps: ``(T,)``, on the CPU: the ``t`` of each ``k``, decreasing. Whole or real numbers.
         stochastic: ``(T,)`` bool, on the CPU: whether step ``k`` draws noise; only such steps have a
             log-probability.
+        noise_option: The argument that is 0 where no step draws noise.
+        published_noise: What it may be set to instead.
     """
+
+    noise_option: ClassVar[str] = "eta"
+    published_noise: ClassVar[str] = "1"
 
     schedule: NoiseSchedule
     num_steps: int
     timesteps: Tensor
     stochastic: Tensor
+
+    @property
+    def no_noise(self) -> str:
+        """What is told where a method needs noise and there is none, and the remedy."""
+        option = self.noise_option
+        return (
+            f"{option} is 0, which has no density; set sampler.init_args.{option} to {self.published_noise}"
+        )
 
     @abstractmethod
     def step(self, x: Tensor, prediction: Tensor, k: int | Tensor) -> GaussianStep:

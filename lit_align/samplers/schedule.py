@@ -6,10 +6,12 @@ follows: the training target is the row itself, and the clean state and the nois
 are the solution of the two equations.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
@@ -132,19 +134,59 @@ class DiffusionSchedule(NoiseSchedule):
         return timesteps
 
 
+KNOWN = (
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Schedulers that sample a model which was trained on a variance-preserving schedule of whole timesteps: the
+noise levels are those of their configs, and DDIM takes the place of their way of sampling."""
+
+OTHERS = {
+    "FlowMatch": "of a flow model; DDIM needs a diffusion model: set sampler.class_path to FlowSDE",
+    "EDM": "of a model that scales states and predictions in EDM's way, which DDIM does not",
+    "CosineDPM": "of a model that scales states and predictions in EDM's way, which DDIM does not",
+    "LCM": "of a consistency model, whose steps are not DDIM's; give the model that it was distilled from",
+    "TCD": "of a consistency model, whose steps are not DDIM's; give the model that it was distilled from",
+}
+"""What is said of schedulers whose names begin so."""
+
+
 def _check_config(config: Mapping[str, Any]) -> None:
-    family = str(config.get("_class_name", ""))
-    if family.startswith("FlowMatch"):
+    family = str(config.get("_class_name", "DDIMScheduler"))
+    if family not in KNOWN:
+        reason = next((told for name, told in OTHERS.items() if family.startswith(name)), None)
         raise ConfigError(
-            f"sampler: the pipeline's scheduler is {family}, of a flow model; DDIM needs a diffusion model."
+            f"sampler: the pipeline's scheduler is {family}, {reason or 'which DDIM cannot stand in for'}."
         )
-    # A config without these keys (PNDM, Euler) does neither; DDIMScheduler's own default of clipping must not
-    # stand in for it.
+    if config.get("use_flow_sigmas"):
+        raise ConfigError(
+            f"sampler: the pipeline's {family} has use_flow_sigmas, of a flow model; DDIM needs a diffusion "
+            "model."
+        )
+    # Cutting counts where the scheduler does it: PNDM and Euler carry the word without heeding it, and a
+    # config without it must not get the default of DDIMScheduler.
+    options = inspect.signature(getattr(diffusers, family)).parameters
     for key in ("clip_sample", "thresholding"):
-        if config.get(key, False):
+        if key in options and config.get(key, False):
             raise ConfigError(
                 f"sampler: {key} is true in the pipeline's scheduler config, but where predictions are cut "
-                f"there is no gradient. Set {key} to false in the pipeline's scheduler/scheduler_config.json."
+                f"there is no gradient. Set {key} to false in the pipeline's scheduler/scheduler_config.json "
+                f"or by backbone.scheduler: {{{key}: false}}."
             )
     known = ("epsilon", "v_prediction", "sample")
     if (prediction_type := config.get("prediction_type", "epsilon")) not in known:

@@ -1,11 +1,12 @@
-"""The weights of a small Stable Diffusion pipeline under the names of the original implementation, in one
-file."""
+"""The weights of a small pipeline of Stable Diffusion 1, 2 or XL under the names of the original
+implementations, in one file."""
 
 import re
 from pathlib import Path
 from typing import Any
 
-from diffusers import StableDiffusionPipeline
+import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,6 +28,8 @@ def unet_places(unet: Any) -> dict[str, str]:
         "time_embedding.linear_2": "time_embed.2",
         "conv_norm_out": "out.0",
         "conv_out": "out.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
         "mid_block.resnets.0": "middle_block.0",
         "mid_block.attentions.0": "middle_block.1",
         "mid_block.resnets.1": "middle_block.2",
@@ -80,11 +83,51 @@ def vae_name(name: str, levels: int) -> str:
     return f"first_stage_model.{name}"
 
 
-def save_original(folder: Path, file: Path) -> None:
-    """Write the pipeline of a folder as one file."""
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        folder, safety_checker=None, requires_safety_checker=False
-    )
+def clip(encoder: Any, prefix: str) -> dict[str, Tensor]:
+    """A text encoder as transformers names it."""
+    state = {name.removeprefix("text_model."): value for name, value in encoder.state_dict().items()}
+    return {f"{prefix}.transformer.text_model.{name}": value for name, value in state.items()}
+
+
+OPEN_CLIP = {
+    "encoder.layers": "transformer.resblocks",
+    "self_attn": "attn",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "final_layer_norm": "ln_final",
+    "embeddings.token_embedding": "token_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+}
+
+
+def open_clip(encoder: Any, prefix: str) -> dict[str, Tensor]:
+    """The same as open_clip names it, with one matrix for queries, keys and values."""
+    state = {name.removeprefix("text_model."): value for name, value in encoder.state_dict().items()}
+    if "text_projection.weight" in state:
+        state["text_projection"] = state.pop("text_projection.weight").T
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        for ours, theirs in OPEN_CLIP.items():
+            name = name.replace(ours, theirs)
+        found[name] = value
+    for name in [name for name in found if ".q_proj." in name]:
+        parts = [found.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
+        found[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    return {f"{prefix}.{name}": value for name, value in found.items()}
+
+
+def save_original(folder: Path, file: Path, second: bool = False, **extra: Tensor) -> None:
+    """Write the pipeline of a folder as one file.
+
+    Args:
+        folder: Its.
+        file: The file.
+        second: Whether the one text encoder is of open_clip, as that of Stable Diffusion 2.
+        extra: Further entries.
+    """
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder)
     places, levels = unet_places(pipeline.unet), len(pipeline.vae.decoder.up_blocks)
     weights: dict[str, Tensor] = {
         unet_name(name, places): value for name, value in pipeline.unet.state_dict().items()
@@ -92,6 +135,11 @@ def save_original(folder: Path, file: Path) -> None:
     for name, value in pipeline.vae.state_dict().items():
         convolution = "attentions" in name and name.endswith("weight") and value.ndim == 2
         weights[vae_name(name, levels)] = value[..., None, None] if convolution else value
-    for name, value in pipeline.text_encoder.state_dict().items():
-        weights[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = value
-    save_file({name: value.contiguous() for name, value in weights.items()}, file)
+    if hasattr(pipeline, "text_encoder_2"):
+        weights |= clip(pipeline.text_encoder, "conditioner.embedders.0")
+        weights |= open_clip(pipeline.text_encoder_2, "conditioner.embedders.1.model")
+    elif second:
+        weights |= open_clip(pipeline.text_encoder, "cond_stage_model.model")
+    else:
+        weights |= clip(pipeline.text_encoder, "cond_stage_model")
+    save_file({name: value.contiguous() for name, value in (weights | extra).items()}, file)

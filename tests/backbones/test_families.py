@@ -3,48 +3,32 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lit_align.backbones import POLICY, REFERENCE, Conditioning, DiffusersBackbone, LoRA
+from lit_align.backbones import POLICY, REFERENCE, Conditioning, LoRA
 from lit_align.backbones.prompt_cache import PromptCache
 from lit_align.errors import ConfigError
-from lit_align.rollout import rollout
-from lit_align.samplers import DDIM
-from tests.backbones.conftest import PROMPTS, Family, latents, perturb, predict, trained
+from tests.backbones.conftest import (
+    PROMPTS,
+    Family,
+    draw,
+    draw_in_diffusers,
+    latents,
+    perturb,
+    predict,
+    trained,
+)
 
 LORAS = pytest.mark.parametrize("lora", [LoRA(), None], ids=["adapter", "all weights"])
-
-
-def draw(backbone: DiffusersBackbone, guidance: float, weights: str = POLICY) -> Tensor:
-    """Images of four deterministic steps."""
-    sampler = backbone.make_sampler(partial(DDIM, num_steps=4, eta=0.0))
-    with torch.no_grad():
-        policy = backbone.policy(sampler, backbone.encode(PROMPTS), guidance, weights)
-        return backbone.decode(rollout(policy, latents(backbone), 4).states[-1])
-
-
-def draw_in_diffusers(pipeline: Any, backbone: DiffusersBackbone, guidance: float) -> Tensor:
-    height, width = backbone.size
-    images: Tensor = pipeline(
-        PROMPTS,
-        latents=latents(backbone),
-        num_inference_steps=4,
-        guidance_scale=guidance,
-        height=height,
-        width=width,
-        output_type="pt",
-    ).images
-    return images
 
 
 # ---- predictions
 
 
-@pytest.mark.parametrize(("size", "guidance"), [(None, 1.0), (None, 3.0), ((16, 40), 3.0)])
+@pytest.mark.parametrize(("size", "guidance"), [(None, 1.0), (None, 3.0), ((16, 48), 3.0)])
 def test_images_are_those_of_diffusers(family: Family, size: tuple[int, int] | None, guidance: float):
     backbone = family.backbone(str(family.folder), size=size)
     if size is not None:
@@ -58,8 +42,14 @@ def test_images_are_those_of_diffusers(family: Family, size: tuple[int, int] | N
 def test_guidance_is_the_line_through_both_halves(family: Family):
     backbone = family.make()
     x, cond = latents(backbone), backbone.encode(PROMPTS)
+    if cond.negative is None:  # the scale is an input of the network
+        with torch.no_grad():
+            weak, strong = (backbone.predict(x, 500, cond, guidance) for guidance in (1.0, 4.0))
+        assert not torch.equal(weak, strong)
+        return
     with torch.no_grad():
-        towards, away = backbone.predict(x, 500, cond), backbone.predict(x, 500, backbone.encode(["", ""]))
+        negative = {name: value.expand(2, *value.shape[1:]) for name, value in cond.negative.items()}
+        towards, away = (backbone.predict(x, 500, c) for c in (cond, Conditioning(negative, None)))
         guided = backbone.predict(x, 500, cond, guidance=4.0)
     torch.testing.assert_close(guided, away + 4 * (towards - away), atol=1e-5, rtol=1e-5)
     assert (towards - away).abs().max() > 1e-3
@@ -92,9 +82,9 @@ def test_each_prompt_is_encoded_once_and_independently_of_its_company(family: Fa
 def test_the_prompt_cache_keeps_what_was_used_last():
     encoded: list[str] = []
 
-    def embed(prompts: Sequence[str]) -> dict[str, Tensor]:
+    def embed(prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         encoded.extend(prompts)
-        return {"length": torch.tensor([len(prompt) for prompt in prompts])}
+        return [{"length": torch.tensor([len(prompt)])} for prompt in prompts]
 
     cache = PromptCache(embed, 2)
     rows, tensors = cache.get(["a", "bb", "ccc", "a"])
@@ -210,6 +200,7 @@ def test_checkpointing_recomputes_and_keeps_less(family: Family, checkpointing: 
 def test_an_adapter_is_saved_and_loaded_exactly(family: Family, tmp_path: Path, dtype: str):
     backbone = family.make(dtype=dtype, lora=LoRA(3, 6.0))
     backbone.weight_sets.save(tmp_path / "adapter")
+    backbone.weight_sets.train_only([])  # torch multiplies by a weight that is trained in another order
     fresh = family.backbone(str(family.folder), dtype=dtype)
     before = trained(fresh)
     fresh.weight_sets.load("folder", tmp_path / "adapter")
@@ -219,7 +210,8 @@ def test_an_adapter_is_saved_and_loaded_exactly(family: Family, tmp_path: Path, 
     for name in ("folder", "file"):
         loaded = fresh.weight_sets.parameters_of(name)
         assert all(p.dtype == torch.float32 for p in loaded)
-        assert all(torch.equal(*pair) for pair in zip(loaded, own, strict=True))
+        # The strength, alpha / rank = 2, is in the file's second factors, which are every other one.
+        assert all(torch.equal(a, (1 + i % 2) * b) for i, (a, b) in enumerate(zip(loaded, own, strict=True)))
         assert torch.equal(predict(fresh, name), predict(backbone))
     assert (predict(backbone) - predict(backbone, REFERENCE)).abs().max() > 1e-3
 
@@ -228,15 +220,20 @@ def test_an_adapter_is_saved_and_loaded_exactly(family: Family, tmp_path: Path, 
 def test_the_adapter_folder_loads_in_diffusers_and_draws_the_live_image(
     family: Family, tmp_path: Path, more: bool
 ):
-    lora = LoRA(rank=3, alpha=6.0)
-    lora.target_modules += family.adapted if more else ()
-    backbone = family.make(lora=lora)
+    network = getattr(family.pipeline(), family.backbone.denoiser)
+    layers = [*family.backbone.adapted(network), *family.adapted] if more else None
+    backbone = family.make(lora=LoRA(rank=3, alpha=6.0, target_modules=layers))
     backbone.weight_sets.save(tmp_path / "adapter")
-    live, pipeline = draw(backbone, 2.0), family.pipeline()
+    backbone.weight_sets.train_only([])  # torch multiplies by a weight that is trained in another order
+    live = draw_in_diffusers(family.pipeline(backbone), backbone, 2.0)
+    pipeline = family.pipeline()
     base = draw_in_diffusers(pipeline, backbone, 2.0)
     pipeline.load_lora_weights(tmp_path / "adapter")
-    torch.testing.assert_close(draw_in_diffusers(pipeline, backbone, 2.0), live, atol=1e-5, rtol=0)
+    getattr(pipeline, family.backbone.denoiser).requires_grad_(False)
+    assert torch.equal(draw_in_diffusers(pipeline, backbone, 2.0), live)
     assert (base - live).abs().max() > 1e-3
+    # Our sampler rounds otherwise, which the wild adapters of more layers amplify.
+    torch.testing.assert_close(draw(backbone, 2.0), live, atol=1e-3 if more else 1e-5, rtol=0)
 
 
 def test_all_weights_are_saved_as_a_pipeline(family: Family, tmp_path: Path):
@@ -259,6 +256,7 @@ def test_frozen_weights_are_half_and_trained_ones_are_not(family: Family, dtype:
         own = name.startswith("vae.") or (
             name.startswith("weight_sets.") and (lora is None or "lora_" in name)
         )
+        own |= dtype == "float16" and name.endswith("DenseReluDense.wo.weight")  # T5's, by transformers
         assert parameter.dtype == (torch.float32 if own else half), name
     prediction = predict(backbone, guidance=2.0)
     assert prediction.dtype == torch.float32

@@ -2,15 +2,19 @@
 
 import json
 import shutil
+import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from jsonargparse import ArgumentParser
 from safetensors.torch import load_file, save_file
 
-from lit_align.backbones import DiffusersBackbone, StableDiffusionBackbone
+from lit_align.backbones import DiffusersBackbone, StableDiffusionBackbone, StableDiffusionXLBackbone
 from lit_align.errors import ConfigError
+from lit_align.samplers import DDIM
 from tests.backbones.conftest import predict
 from tests.backbones.original_layout import save_original
 
@@ -47,6 +51,108 @@ def test_a_single_file_is_the_same_model(tiny: Path, single: Path):
     half = StableDiffusionBackbone(str(single), config=str(tiny), dtype="bfloat16")
     assert {p.dtype for p in half.text_encoder.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in half.vae.parameters()} == {torch.float32}
+
+
+def test_a_single_file_of_xl_is_the_same_model(tiny_xl: Path, single_xl: Path):
+    ours, folder = (
+        StableDiffusionXLBackbone(str(single_xl), config=str(tiny_xl)),
+        StableDiffusionXLBackbone(str(tiny_xl)),
+    )
+    assert torch.equal(predict(ours, guidance=2.0), predict(folder, guidance=2.0))
+    assert ours.autoencoder_hash() == folder.autoencoder_hash()
+
+
+def test_a_single_file_of_stable_diffusion_2_is_the_same_model(tiny_v: Path, tmp_path: Path):
+    save_original(tiny_v, tmp_path / "model.safetensors", second=True)
+    ours = StableDiffusionBackbone(str(tmp_path / "model.safetensors"), config=str(tiny_v))
+    assert torch.equal(predict(ours), predict(StableDiffusionBackbone(str(tiny_v))))
+    sampler = ours.make_sampler(partial(DDIM, num_steps=2))
+    assert sampler.schedule.prediction_type == "v_prediction"
+
+
+def test_a_single_file_may_say_how_it_was_trained(tiny_xl: Path, tmp_path: Path):
+    marked = tmp_path / "marked.safetensors"
+    save_original(tiny_xl, marked, v_pred=torch.empty(0), ztsnr=torch.empty(0))
+    backbone = StableDiffusionXLBackbone(str(marked), config=str(tiny_xl))
+    schedule = backbone.make_sampler(partial(DDIM, num_steps=2)).schedule
+    assert schedule.prediction_type == "v_prediction"
+    assert schedule.alpha(999) == 0
+    own = backbone.pipeline.scheduler.config
+    assert (own.prediction_type, own.rescale_betas_zero_snr) == ("v_prediction", True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "shape", "kind"),
+    [
+        ("model.diffusion_model.input_blocks.0.0.weight", (8, 9, 3, 3), "an inpainting model"),
+        ("conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias", (8,), "the refiner of"),
+        ("conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias", (8,), "Diffusion XL"),
+        ("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", (4, 8), "a LoRA, which belongs under"),
+    ],
+)
+def test_a_single_file_of_another_kind_is_refused_by_name(tiny: Path, tmp_path: Path, entry, shape, kind):
+    save_file({entry: torch.zeros(shape)}, tmp_path / "other.safetensors")
+    refused(tmp_path / "other.safetensors", f"is .*{kind}", config=str(tiny))
+
+
+def test_a_refiner_is_refused_by_name(tiny_xl: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(tiny_xl, tmp_path / "model"))
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / UNET).unlink()
+    config["projection_class_embeddings_input_dim"] -= 8  # five time ids
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+    with pytest.raises(ConfigError, match=r"no plain text-to-image model .* as a refiner"):
+        StableDiffusionXLBackbone(str(folder))
+    rename(folder, "StableDiffusionXLImg2ImgPipeline")
+    with pytest.raises(ConfigError, match=r"is a StableDiffusionXLImg2ImgPipeline"):
+        StableDiffusionXLBackbone(str(folder))
+
+
+def test_entries_of_the_schedule_can_be_replaced(tiny: Path):
+    plain = StableDiffusionBackbone(str(tiny)).make_sampler(partial(DDIM, num_steps=4))
+    given = {
+        "timestep_spacing": "trailing",
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+    }
+    backbone = StableDiffusionBackbone(str(tiny), scheduler=given)
+    sampler = backbone.make_sampler(partial(DDIM, num_steps=4))
+    assert plain.timesteps.tolist() == [751, 501, 251, 1]
+    assert sampler.timesteps.tolist() == [999, 749, 499, 249]
+    assert sampler.schedule.alpha(999) == 0
+    assert sampler.schedule.prediction_type == "v_prediction"
+    assert (sampler.schedule.alpha(500) - plain.schedule.alpha(500)).abs() > 1e-4
+    refused(tiny, "backbone.scheduler: the model's PNDMScheduler has no spacing", scheduler={"spacing": 1})
+
+
+def test_long_prompts_are_told_once_with_their_number(tiny_xl: Path, capfd):
+    backbone = StableDiffusionXLBackbone(str(tiny_xl))
+    long = [f"{count} red circles and " * 20 + "a star" for count in ("two", "three")]
+    with pytest.warns(UserWarning, match="2 of the first 3 prompts are longer than the") as told:
+        backbone.encode(["a star", *long])
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backbone.encode([long[0] + " and more"])
+    assert "truncated" not in capfd.readouterr().err
+
+
+def test_text_encoders_wait_on_the_cpu(tiny_xl: Path, monkeypatch):
+    plain = StableDiffusionXLBackbone(str(tiny_xl))
+    backbone = StableDiffusionXLBackbone(str(tiny_xl), offload_text_encoders=True)
+    assert not any(name.startswith("text_encoder") for name, _ in backbone.named_parameters())
+    assert {n for n, _ in backbone.fixed_parameters()} == {n for n, _ in plain.fixed_parameters()}
+    moved: list[torch.device | str] = []
+    encoder = backbone.pipeline.text_encoder_2
+    monkeypatch.setattr(
+        encoder, "to", lambda device: moved.append(device) or type(encoder).to(encoder, device)
+    )
+    assert torch.equal(predict(backbone), predict(plain))
+    assert moved == [backbone.device, "cpu"]
+    predict(backbone)
+    assert len(moved) == 2  # all prompts are known
+    backbone.double()
+    assert {p.dtype for p in encoder.parameters()} == {torch.float32}
 
 
 def test_a_single_file_without_its_configuration_says_what_to_do(single: Path, monkeypatch):

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_align.backbones import POLICY, REFERENCE, LoRA, StableDiffusionBackbone
+from lit_align.backbones import POLICY, REFERENCE, LoRA, StableDiffusionBackbone, StableDiffusionXLBackbone
 from lit_align.errors import ConfigError
 from lit_align.rollout import rollout
 from lit_align.samplers import DDIM
@@ -61,7 +63,7 @@ def backbone(tiny, saved) -> StableDiffusionBackbone:
 
 
 def merge(backbone: StableDiffusionBackbone, weights: dict[str, float]) -> None:
-    """Add sum of w alpha / rank B A to the layers' own weights, by hand."""
+    """Add sum of w B A to the layers' own weights, by hand; alpha / rank was in B when they were saved."""
     with torch.no_grad():
         for layer in backbone.unet.modules():
             if isinstance(layer, LoraLayer):
@@ -69,8 +71,7 @@ def merge(backbone: StableDiffusionBackbone, weights: dict[str, float]) -> None:
                 for name, share in weights.items():
                     if name in layer.lora_A:
                         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-                        scale = LORAS[name].alpha / LORAS[name].rank
-                        weight += share * scale * (b.flatten(1) @ a.flatten(1)).view_as(weight)
+                        weight += share * (b.flatten(1) @ a.flatten(1)).view_as(weight)
 
 
 def test_a_loaded_set_predicts_what_was_saved_and_all_else_stays(tiny, saved):
@@ -237,8 +238,139 @@ def test_what_cannot_be_loaded_is_named(tiny, saved, tmp_path):
         StableDiffusionBackbone(str(tiny), lora=None, adapters={str(saved[0]["a"]): 1.0})
 
 
-def test_the_saved_file_says_its_rank_and_scale(saved):
-    for name, folder in saved[0].items():
+def test_the_saved_file_has_its_strength_in_the_weights(saved, tiny):
+    """So that programs which read the factors alone apply all of it."""
+    for seed, (name, folder) in enumerate(saved[0].items()):
         with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
             config = json.loads(file.metadata()["lora_adapter_metadata"])
-        assert (config["unet.r"], config["unet.lora_alpha"]) == (LORAS[name].rank, LORAS[name].alpha)
+            layers = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        assert config["unet.r"] == config["unet.lora_alpha"] == LORAS[name].rank
+        backbone = StableDiffusionBackbone(str(tiny), lora=LORAS[name])
+        randomise(backbone, POLICY, seed)
+        strength = LORAS[name].alpha / LORAS[name].rank
+        factors = backbone.weight_sets.factors()
+        up = [value for key, value in layers.items() if "lora_B" in key or "up" in key.split("lora")[-1]]
+        trained = [p for n, p in backbone.named_parameters() if f"lora_B.{POLICY}" in n]
+        assert sum(float(value.square().sum()) for value in up) == pytest.approx(
+            strength**2 * sum(float(p.detach().square().sum()) for p in trained)
+        )
+        assert len(factors) == len(layers)
+
+
+# ---- files of other programs
+
+
+def in_peft(layers: dict[str, Tensor], folder: Path) -> Path:
+    """As PEFT's save_pretrained leaves it."""
+    folder.mkdir()
+    named = {f"base_model.model.{name}": value for name, value in layers.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    first = next(name for name in layers if ".lora_A" in name).removesuffix(".lora_A.weight")
+    settings = {"peft_type": "LORA", "r": 3, "lora_alpha": 6.0, "alpha_pattern": {first: 1.5}}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def in_kohya(layers: dict[str, Tensor], folder: Path) -> Path:
+    """As kohya's scripts leave it, each layer with an alpha."""
+    found: dict[str, Tensor] = {}
+    for number, (name, value) in enumerate(layers.items()):
+        layer, _, factor = name.removesuffix(".weight").rpartition(".")
+        place = f"lora_unet_{layer.replace('.', '_')}"
+        found[f"{place}.lora_{'down' if factor == 'lora_A' else 'up'}.weight"] = value
+        found[f"{place}.alpha"] = torch.tensor(1.5 if number < 2 else 6.0)
+    save_file(found, folder / "a lora.safetensors")
+    return folder / "a lora.safetensors"
+
+
+def in_sgm(layers: dict[str, Tensor], folder: Path) -> Path:
+    """As kohya's scripts name the layers of SDXL: those of the original implementation."""
+    blocks = {"down_blocks_1_attentions_0": "input_blocks_3_1", "mid_block_attentions_0": "middle_block_1"}
+    blocks |= {f"up_blocks_0_attentions_{i}": f"output_blocks_{i}_1" for i in range(2)}
+    with safe_open(in_kohya(layers, folder), "pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for ours, theirs in blocks.items():
+        found = {name.replace(ours, theirs): value for name, value in found.items()}
+    save_file(found, folder / "sgm.safetensors")
+    return folder / "sgm.safetensors"
+
+
+def as_processors(layers: dict[str, Tensor], folder: Path) -> Path:
+    """As save_attn_procs of old diffusers leaves it, without a strength."""
+    found = {}
+    for name, value in layers.items():
+        owner, _, rest = name.rpartition(".to_")
+        layer, _, factor = rest.removesuffix(".weight").rpartition(".")
+        kind = "down" if factor == "lora_A" else "up"
+        found[f"{owner}.processor.to_{layer.removesuffix('.0')}_lora.{kind}.weight"] = value
+    save_file(found, folder / "pytorch_lora.safetensors")
+    return folder
+
+
+def bare(layers: dict[str, Tensor], folder: Path) -> Path:
+    save_file(layers, folder / "bare.safetensors")
+    return folder / "bare.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("write", "first", "others"),
+    [
+        (in_peft, 0.5, 2.0),
+        (in_kohya, 0.5, 2.0),
+        (in_sgm, 0.5, 2.0),
+        (as_processors, 1.0, 1.0),
+        (bare, 1.0, 1.0),
+    ],
+)
+def test_adapters_of_other_programs_have_the_strength_that_they_say(
+    tiny_xl: Path, tmp_path: Path, write: Callable[..., Path], first: float, others: float
+):
+    backbone = StableDiffusionXLBackbone(str(tiny_xl), lora=LoRA(3))
+    randomise(backbone, POLICY, 1)
+    layers = {name: value.clone() for name, value in backbone.weight_sets.factors().items()}
+    path = write(layers, tmp_path / "peft" if write is in_peft else tmp_path)
+    given = StableDiffusionXLBackbone(str(tiny_xl), adapters={str(path): 1.0})
+    scales = [first] * 2 + [others] * len(layers)
+    with torch.no_grad():
+        for scale, name in zip(scales, layers, strict=False):
+            layer = backbone.unet.get_submodule(name.removesuffix(".weight").rpartition(".lora_")[0])
+            if ".lora_B" in name:
+                layer.lora_B[POLICY].weight.mul_(scale)
+    torch.testing.assert_close(predict(given), predict(backbone), atol=1e-6, rtol=1e-6)
+    assert (predict(given) - predict(given, REFERENCE)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("lora_unet_mid_block.hada_w1_a", "it is LoHa, and not LoRA"),
+        ("unet.mid_block.attentions.0.proj_in.lora_magnitude_vector", "it is DoRA"),
+        ("text_encoder.layers.0.mlp.fc1.lora_A.weight", "adapts more than the unet.*fuse_lora"),
+        ("unet.mid_block.attentions.0.proj_in.bias", "is no factor of LoRA"),
+        ("unet.mid_block.nothing.lora_A.weight", "does not fit"),
+    ],
+)
+def test_adapters_of_other_kinds_are_refused_by_name(tiny: Path, tmp_path: Path, entry: str, message: str):
+    rest = {"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.zeros(2, 16, 1, 1)}
+    rest["unet.mid_block.attentions.0.proj_in.lora_B.weight"] = torch.zeros(16, 2, 1, 1)
+    save_file(rest | {entry: torch.zeros(2, 16)}, tmp_path / "some.safetensors")
+    with pytest.raises(ConfigError, match=message):
+        StableDiffusionBackbone(str(tiny), adapters={str(tmp_path / "some.safetensors"): 1.0})
+    with pytest.raises(ConfigError, match="may run code"):
+        StableDiffusionBackbone(str(tiny), adapters={str(tmp_path / "some.bin"): 1.0})
+    (tmp_path / "peft").mkdir()
+    save_file(
+        {f"base_model.model.{name.removeprefix('unet.')}": value for name, value in rest.items()},
+        tmp_path / "peft" / "adapter_model.safetensors",
+    )
+    with pytest.raises(ConfigError, match=r"strength is in adapter_config.json, which is not there"):
+        StableDiffusionBackbone(str(tiny), adapters={str(tmp_path / "peft"): 1.0})
+
+
+def test_a_merged_pipeline_predicts_what_the_set_predicts(backbone, tiny, tmp_path):
+    backbone.weight_sets.mix("mixture", {"a": 0.3, "b": 0.5, "c": 0.2})
+    backbone.weight_sets.save_merged(tmp_path / "merged", "mixture")
+    merged = StableDiffusionBackbone(str(tmp_path / "merged"), lora=None)
+    torch.testing.assert_close(predict(merged), predict(backbone, "mixture"), atol=1e-5, rtol=1e-5)
+    assert (predict(merged) - predict(backbone, REFERENCE)).abs().max() > 1e-3
+    assert backbone.pipeline.unet is backbone.network

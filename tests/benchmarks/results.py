@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from lit_align.callbacks.files import write
 from lit_align.errors import ConfigError
+from lit_align.files import write
 from tests.benchmarks.harness.plan import ROOT, Cell, Plan, load_plan
 from tests.benchmarks.harness.plots import copy_images, plot_curves
 from tests.benchmarks.harness.record import images, stored

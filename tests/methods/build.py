@@ -5,6 +5,7 @@ eta=0.5, updates=2)`` finds ``optimisation``, ``sampling``, the sampler and the 
 belongs to none of these is the method's own.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,8 +16,9 @@ import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
+from lit_align import backbones
 from lit_align.advantages import GroupAdvantages
-from lit_align.backbones import POLICY, StableDiffusionBackbone
+from lit_align.backbones import POLICY
 from lit_align.callbacks import BatchCheckpoint
 from lit_align.data import (
     Batch,
@@ -33,6 +35,7 @@ from lit_align.methods import (
     DDPOModule,
     DPOModule,
     MSDDAModule,
+    NFTModule,
     PRDPModule,
     SFTModule,
     SPINModule,
@@ -47,14 +50,15 @@ from tests.methods.recorders import Recorder
 Method = TypeVar("Method", bound=AlignmentModule)
 
 OPTIMISATION = ("optimizer", "lr_scheduler", "clip_norm", "micro_batch")
-SAMPLING = ("guidance", "batch", "seed")
+SAMPLING = ("guidance", "batch", "seed", "store", "eval_sampler")
 SAMPLER = ("num_steps", "eta", "noisy_steps")
-BACKBONE = ("lora", "checkpointing", "adapters", "size", "dtype")
+BACKBONE = ("lora", "checkpointing", "adapters", "size", "dtype", "offload_text_encoders")
 
 OF_PAIRS: dict[str, Any] = {"num_steps": 3, "lr": 1e-2, "micro_batch": 3}
 
 OWN: dict[type[AlignmentModule], dict[str, Any]] = {
     DDPOModule: {"clip_range": 1e-2},
+    NFTModule: {},
     PRDPModule: {"beta": 1e-3, "clip_range": 1e-2},
     AlignPropModule: {"truncation": UniformWindow(), "coefficient": 1.0, "reward": Redness()},
     MSDDAModule: {
@@ -95,7 +99,7 @@ def make(
 
     Args:
         method: Its class.
-        folder: Of the fixture ``tiny`` or ``tiny_v``.
+        folder: Of a fixture, such as ``tiny`` or ``tiny_xl``.
         reward: What is trained on, in :func:`bank`.
         rewards: The whole bank instead.
         lr: Of AdamW without decay, if no ``optimizer`` is given.
@@ -121,15 +125,21 @@ def make(
             both_objectives() if method is MSDDAModule and reward is None else bank(reward or own_reward)
         )
         given["rewards"] = rewards or default
-        if method is DDPOModule:
+        if method in (DDPOModule, NFTModule):
             given.setdefault("advantages", GroupAdvantages())
     return method(
-        StableDiffusionBackbone(str(folder), **backbone),
+        backbone_of(folder)(str(folder), **backbone),
         sampler=sampler or partial(DDIM, **steps),
         optimisation=Optimisation(**{"optimizer": optimizer} | optimisation),
         sampling=Sampling(**sampling),
         **given,
     )
+
+
+def backbone_of(folder: Path) -> Any:
+    """The class for a pipeline's folder, which is named as the pipeline's."""
+    pipeline = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    return getattr(backbones, pipeline.replace("Pipeline", "Backbone"))
 
 
 def prompts(prompts: int = 4, images: int = 4, **options: Any) -> PromptDataModule:

@@ -25,11 +25,13 @@ from lit_align.methods import (
     DDPOModule,
     DPOModule,
     MSDDAModule,
+    NFTModule,
     PRDPModule,
     SFTModule,
     SPINModule,
 )
 from lit_align.methods.alignprop import UniformWindow
+from lit_align.methods.nft import AWM, OldPolicy
 from lit_align.methods.pretraining import Pretraining
 from lit_align.methods.tasks import Task
 from lit_align.rewards import Brightness
@@ -122,6 +124,24 @@ CASES = {
         items=12,
         updates=2,
     ),
+    "nft": Case(
+        NFTModule,
+        # The old policy is the policy after the first batch, and then falls behind it.
+        lambda: STEPS | {"old_policy": OldPolicy(0, 0.3, 0.5), "updates": 2, "lr_scheduler": SLOWER},
+        {"prompts": 4, "images": 2},
+        items=12,
+        updates=2,
+    ),
+    "awm": Case(
+        NFTModule,
+        lambda: (
+            STEPS
+            | {"objective": AWM(clip_range=0.1), "old_policy": OldPolicy(0, 0.3, 0.3), "inner_epochs": 2}
+        ),
+        {"prompts": 2, "images": 2},
+        items=12,
+        updates=2,
+    ),
     "prdp": Case(
         PRDPModule,
         lambda: STEPS | {"inner_epochs": 2, "lr_scheduler": SLOWER},
@@ -148,7 +168,14 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+LONG_CASES = ("awm",)
+"""Cases that share nearly all of their code with another one."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in LONG_CASES)) for name in CASES],
+)
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 

@@ -19,11 +19,13 @@ from lit_align.methods import (
     DDPOModule,
     DPOModule,
     MSDDAModule,
+    NFTModule,
     PRDPModule,
     SFTModule,
     SPINModule,
 )
 from lit_align.methods.alignprop import NoTruncation
+from lit_align.methods.nft import AWM
 from lit_align.methods.tasks import Task
 from lit_align.rewards import Brightness, Redness, RewardBank
 from tests.methods.build import (
@@ -48,6 +50,7 @@ from tests.methods.build import (
 METHODS: dict[str, type[AlignmentModule]] = {
     "ddpo": DDPOModule,
     "joint": DDPOModule,
+    "nft": NFTModule,
     "prdp": PRDPModule,
     "alignprop": AlignPropModule,
     "msdda": MSDDAModule,
@@ -55,7 +58,7 @@ METHODS: dict[str, type[AlignmentModule]] = {
     "dpo": DPOModule,
     "sft": SFTModule,
 }
-SCORED = ["ddpo", "joint", "prdp", "alignprop", "msdda"]
+SCORED = ["ddpo", "joint", "nft", "prdp", "alignprop", "msdda"]
 """Methods that learn from scores of their own images."""
 
 
@@ -99,8 +102,7 @@ def test_an_image_without_a_score_moves_nothing(name: str, tiny: Path, tmp_path:
         assert_close_gradients(found[0], found[2], 1e-2)
 
 
-# An image without a score still holds MSDDA's experts at the reference, by the KL in their objective.
-@pytest.mark.parametrize("name", [name for name in SCORED if name != "msdda"])
+@pytest.mark.parametrize("name", SCORED)
 def test_without_any_score_the_weights_stay(name: str, tiny: Path, tmp_path: Path) -> None:
     module = half_scored(name, tiny)
     banks = module.banks if name == "joint" else [module.rewards]
@@ -206,6 +208,9 @@ class Learner:
     The last two of the four steps draw no noise. Their std is nearly 0, so that their part of a policy's
     gradient is large and says nothing: with them two batches of 64 images agree on no direction (cosine 0),
     without them they do (.6).
+
+    Methods on the forward process ask for a denoiser. One of random weights that predicts the noise is none:
+    the clean state that it implies is mostly the weight of its error; so theirs predicts v.
     """
 
     method: type[AlignmentModule]
@@ -213,6 +218,7 @@ class Learner:
     data: dict[str, int]
     batches: int = 4
     gain: float = 0.5
+    predicts_v: bool = False
 
 
 WEIGHTS = {"lora": LoRA(8, 8.0), "lr": 2e-2}
@@ -221,6 +227,10 @@ MANY = {"prompts": 8, "images": 8}
 LEARNERS = {
     "ddpo": Learner(DDPOModule, WEIGHTS, MANY),
     "ddpo, all weights": Learner(DDPOModule, ALL_WEIGHTS, MANY),
+    "nft": Learner(NFTModule, WEIGHTS, {"prompts": 8, "images": 4}, 6, predicts_v=True),
+    "awm": Learner(
+        NFTModule, WEIGHTS | {"objective": AWM(0.1)}, {"prompts": 8, "images": 4}, 6, predicts_v=True
+    ),
     "prdp": Learner(PRDPModule, WEIGHTS | {"beta": 1e-4}, MANY),
     "prdp, all weights": Learner(
         PRDPModule, ALL_WEIGHTS | {"beta": 1e-4, "convention": "equations", "clip_range": 2.0}, MANY
@@ -232,9 +242,10 @@ the files of these methods; a joint run's updates are DDPO's (see test_joint.py)
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-def test_learns_a_reward_past_a_threshold(name: str, tiny: Path, tmp_path: Path) -> None:
+def test_learns_a_reward_past_a_threshold(name: str, tiny: Path, tiny_v: Path, tmp_path: Path) -> None:
     learner = LEARNERS[name]
-    module = make(learner.method, tiny, noisy_steps=2, micro_batch=128, batch=64, **learner.options)
+    folder = tiny_v if learner.predicts_v else tiny
+    module = make(learner.method, folder, noisy_steps=2, micro_batch=128, batch=64, **learner.options)
     fit(module, tmp_path, learner.batches, data=prompts(**learner.data), limit_val_batches=None)
     before, after = module.baseline, module.latest
     assert after["reward"].mean() > before["reward"].mean() + learner.gain * before["reward"].std()

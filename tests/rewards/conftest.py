@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, YolosConfig, YolosForObjectDetection
 
+from tests.rewards import published
+
 WORDS = ["a", "red", "blue", "circle", "square", "and", "on", "the"]
 MEAN, STD = [0.3, 0.4, 0.5], [0.2, 0.25, 0.3]
 
@@ -86,3 +88,13 @@ def detector_folder(clip_folder: Path) -> Path:
     statistics = {"image_mean": MEAN, "image_std": STD}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor | statistics))
     return folder
+
+
+@pytest.fixture(scope="session")
+def published_folders(clip_folder: Path) -> Path:
+    """Checkpoints in the formats of published scorers, beside the CLIP folder."""
+    published.hps(clip_folder.with_name("hps"))
+    published.hpsv3(clip_folder.with_name("hpsv3"))
+    published.image_reward(clip_folder.with_name("image_reward"))
+    published.qwen_vl(clip_folder.with_name("qwen"))
+    return clip_folder.parent

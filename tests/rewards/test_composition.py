@@ -38,7 +38,7 @@ from transformers.utils.import_utils import BACKENDS_MAPPING
 
 from lit_align.errors import ConfigError
 from lit_align.rewards import ObjectPresence
-from lit_align.rewards.composition import BLANK, Detector
+from lit_align.rewards.detectors import BLANK, Detector
 from lit_align.shapes import CLIP
 from lit_align.shapes.recipe.quality import draw
 from lit_align.shapes.world import SHAPES, parse
@@ -202,6 +202,9 @@ class Said(Detector):
     def forward(self, images: Any, objects: Any) -> list[Tensor]:
         sure = {"circle": 0.5, "star": 1.0, "heart": 0.25}
         return [torch.tensor([sure[name] for name in names]) for names in objects]
+
+    def boxes(self, images: Any, objects: Any, threshold: float) -> Any:
+        raise NotImplementedError
 
 
 def test_the_mean_over_distinct_objects(detector_folder: Path, images: Tensor) -> None:

@@ -1,19 +1,65 @@
 """What every reward class declares is true; classes are found by a walk, so none is forgotten."""
 
 import inspect
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_align import rewards
 from lit_align.rewards import PickScore, Reward, RewardBank
+from tests.rewards.servers import answering, serving
 
 
 def redness(images: Tensor, prompts: list[str]) -> Tensor:
     return images[:, 0].mean(dim=(1, 2))
+
+
+class Asks(rewards.GenEval):
+    """With the data's column, which the calls of these tests do not have."""
+
+    def forward(self, images, prompts, groups=None, columns=None):  # type: ignore[no-untyped-def]
+        asked = [{"class": "circle", "count": 5}, {"class": "square", "count": 5}]
+        return super().forward(images, prompts, groups, {"include": [asked] * len(images)})
+
+
+class Small(rewards.HPSv3):
+    """With small images: as published one takes a second of a CPU."""
+
+    PIXELS = 4 * 28 * 28
+
+
+class Brightness(nn.Module):
+    """Answers with the brightness of the image."""
+
+    def answers(self, images: Tensor, texts: list[str], max_new_tokens: int) -> list[str]:
+        return [f"Final Score: {level}" for level in images.double().mean(dim=(1, 2, 3)).tolist()]
+
+
+class Writes(rewards.UnifiedReward):
+    """With answers that hold a number, which a model with random weights does not write."""
+
+    def __init__(self, pretrained: str, dtype: Any) -> None:
+        super().__init__(pretrained, dtype=dtype)
+        self.model = Brightness()  # type: ignore[assignment]
+
+
+class Reads(rewards.OCR):
+    """With a reader that sees more letters in brighter images; the real one takes half a second an image."""
+
+    def __init__(self) -> None:
+        pass
+
+    def reader(self, image: Any) -> Any:
+        return SimpleNamespace(txts=("a" * int(100 * (image / 255).mean()),))
+
+    def score(self, image: Any, prompt: str) -> float | None:
+        return super().score(image, f'{prompt} "{"a" * 100}"')
 
 
 MAKE: dict[str, Callable[[Path], Reward]] = {
@@ -26,19 +72,31 @@ MAKE: dict[str, Callable[[Path], Reward]] = {
     "CLIPScore": lambda folder: rewards.CLIPScore(str(folder)),
     "ColourFraction": lambda folder: rewards.ColourFraction("teal"),
     "FunctionReward": lambda folder: rewards.FunctionReward(redness, differentiable=True),
+    "GenEval": lambda folder: Asks("shapes", "shapes", threshold=0.05),
+    "HPSv2": lambda folder: rewards.HPSv2(str(folder.with_name("hps"))),
+    "HPSv3": lambda folder: Small(*[str(folder.with_name("hpsv3"))] * 2, dtype="float32"),
+    "ImageReward": lambda folder: rewards.ImageReward(str(folder.with_name("image_reward"))),
     "JPEGCompressibility": lambda folder: rewards.JPEGCompressibility(),
     "JPEGIncompressibility": lambda folder: rewards.JPEGIncompressibility(),
+    "OCR": lambda folder: Reads(),
     "ObjectCount": lambda folder: rewards.ObjectCount(str(folder.with_name("detector"))),
     "ObjectPresence": lambda folder: rewards.ObjectPresence("shapes"),
     "PairwiseDiversity": lambda folder: rewards.PairwiseDiversity(str(folder), credit="shared"),
     "PickScore": lambda folder: PickScore(str(folder)),
     "Redness": lambda folder: rewards.Redness(),
     "ShapesTruth": lambda folder: rewards.ShapesTruth(),
+    "RemoteReward": lambda folder: rewards.RemoteReward(SERVED["bank"], batch=4),
     "SoftJPEGCompressibility": lambda folder: rewards.SoftJPEGCompressibility(),
     "SoftJPEGIncompressibility": lambda folder: rewards.SoftJPEGIncompressibility(),
     "StatisticalParity": lambda folder: rewards.StatisticalParity("shapes", min_confidence=0),
+    "UnifiedReward": lambda folder: Writes(str(folder.with_name("qwen")), dtype="float32"),
+    "VLMJudge": lambda folder: rewards.VLMJudge(SERVED["judge"], "judge"),
+    "VQAScore": lambda folder: rewards.VQAScore(str(folder.with_name("qwen")), dtype="float32"),
 }
 """One way to make each reward; a new class without a line here fails by name."""
+
+SERVED: dict[str, str] = {}
+"""Addresses of the servers of these tests."""
 
 PROMPTS = ["a red circle", "two blue squares", "a red circle", "a circle and a square"]
 
@@ -55,9 +113,27 @@ def names() -> list[str]:
     return sorted({cls.__name__ for cls in concrete(Reward)})
 
 
+def says(path: str, body: Any) -> Any:
+    """An OpenAI-compatible server that says "Yes" with a probability of its own for each file."""
+    (image, _) = body["messages"][0]["content"]
+    likely = {"token": "Yes", "logprob": -zlib.crc32(image["image_url"]["url"].encode()) / 2**32}
+    return {"choices": [{"logprobs": {"content": [likely]}}]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _servers() -> Iterator[None]:
+    bank = RewardBank({"red": rewards.Redness()}, {"red": 1.0})
+    with serving(bank) as SERVED["bank"], answering(says) as SERVED["judge"]:
+        yield
+
+
 @pytest.fixture(params=names())
 def reward(
-    request: pytest.FixtureRequest, clip_folder: Path, head_file: Path, detector_folder: Path
+    request: pytest.FixtureRequest,
+    clip_folder: Path,
+    head_file: Path,
+    detector_folder: Path,
+    published_folders: Path,
 ) -> Reward:
     assert request.param in MAKE, f"tell tests/rewards/test_declared.py how to make {request.param}"
     return MAKE[request.param](clip_folder)

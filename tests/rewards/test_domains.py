@@ -16,12 +16,28 @@ from lit_align.rewards.clip import PICKSCORE, PICKSCORE_PROCESSOR, CLIPCosine
 PUBLISHED = {
     "BatchPairwiseDiversity": "openai/clip-vit-large-patch14",
     "CLIPScore": "openai/clip-vit-large-patch14",
+    "GenEval": "hustvl/yolos-base",
+    "HPSv2": "xswu/HPSv2",
+    "HPSv3": "MizzenAI/HPSv3",
+    "ImageReward": "zai-org/ImageReward",
     "ObjectCount": "hustvl/yolos-tiny",
     "ObjectPresence": "google/owlv2-base-patch16-ensemble",
     "PairwiseDiversity": "openai/clip-vit-large-patch14",
     "PickScore": "yuvalkirstain/PickScore_v1",
+    "UnifiedReward": "CodeGoat24/UnifiedReward-qwen-7b",
+    "VQAScore": "Qwen/Qwen2.5-VL-7B-Instruct",
 }
 """What a reward without arguments is, by class."""
+
+FILES = {
+    "HPSv2": "HPS_v2.1_compressed.pt",
+    "HPSv3": "HPSv3.safetensors",
+    "ImageReward": "ImageReward.pt",
+}
+"""Of those that are one file, its name."""
+
+NEVER_OF_SHAPES = (*FILES, "UnifiedReward", "VQAScore")
+"""Rewards without a bundled model."""
 
 EXPLICIT = {"AestheticScore": {}, "StatisticalParity": {}, "BatchStatisticalParity": {}}
 """Those that need an argument: a file to download, a classifier that nobody published."""
@@ -57,8 +73,9 @@ def test_without_a_network_the_default_says_what_to_download(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         getattr(rewards, name)()
     said = str(caught.value)
-    assert f"cannot load '{PUBLISHED[name]}'" in said
-    assert f"hf download {PUBLISHED[name]} --local-dir FOLDER" in said
+    file = f"{FILES[name]} " if name in FILES else ""
+    assert f"cannot load {file and file + 'of '}'{PUBLISHED[name]}'" in said
+    assert f"hf download {PUBLISHED[name]} {file}--local-dir FOLDER" in said
     assert "\n" not in said
 
 
@@ -87,15 +104,15 @@ def test_pickscore_reads_its_prompts_as_its_card_says(clip_folder: Path, monkeyp
     assert asked == [(PICKSCORE, PICKSCORE_PROCESSOR), (str(clip_folder), None)]
 
 
-@pytest.mark.parametrize("name", with_a_model())
+@pytest.mark.parametrize("name", [name for name in with_a_model() if name not in NEVER_OF_SHAPES])
 def test_the_bundled_model_is_of_shapes_and_another_is_not(
     name: str, clip_folder: Path, head_file: Path, detector_folder: Path
 ) -> None:
     cls = getattr(rewards, name)
     assert cls(pretrained="shapes").domain == "shapes"
     assert cls.domain is None
-    folders = {"AestheticScore": {"head": str(head_file)}}
-    folder = detector_folder if name.startswith("Object") else clip_folder
+    folders = {"AestheticScore": {"head": str(head_file)}, "GenEval": {"colours": str(clip_folder)}}
+    folder = detector_folder if name.startswith(("Object", "GenEval")) else clip_folder
     if "Parity" not in name:
         assert cls(pretrained=str(folder), **folders.get(name, {})).domain is None
 

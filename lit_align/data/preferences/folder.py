@@ -3,20 +3,20 @@
 import hashlib
 import math
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from lit_align.data.images import UnreadableImage
+from lit_align.data.images import UnreadableImage, read_inside
 from lit_align.data.preferences.source import PairSource
 from lit_align.data.prompts import CSVPrompts, JSONLPrompts
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, user_path
 
 
 class FolderPairs(PairSource):
     """A CSV or JSON lines file that names pairs of images, beside their files.
 
     A row holds a prompt, two file names relative to the table's folder, and the label of the first image:
-    1 where it is preferred, 0 where the other one is, 0.5 or nothing for a tie.
+    1 where it is preferred, 0 where the other one is, 0.5 or nothing for a tie. The files lie in that folder
+    or below it, and so do the targets of links.
 
     Args:
         path: The table, ``*.csv`` with a header line or ``*.jsonl``.
@@ -38,7 +38,7 @@ class FolderPairs(PairSource):
         second: str = "image_1",
         label: str = "label_0",
     ) -> None:
-        file = Path(path).expanduser()
+        file = user_path(path)
         if file.suffix not in (".csv", ".jsonl"):
             raise ConfigError(f"{path} ends in '{file.suffix}': give a table *.csv or *.jsonl")
         self.path, self.folder = path, file.parent
@@ -78,16 +78,12 @@ class FolderPairs(PairSource):
         return self._labels[row]
 
     def image(self, row: int, side: int) -> bytes:
-        name = self._names[row][side]
-        try:
-            return (self.folder / name).read_bytes()
-        except OSError as error:
-            raise UnreadableImage(f"'{name}' cannot be read ({error.strerror})") from error
+        return read_inside([self.folder], self._names[row][side])
 
     def images_are(self) -> str:
         digest = hashlib.sha256()
         for name in (name for names in self._names for name in names):
-            with suppress(OSError):  # it will be reported when its turn comes
+            with suppress(OSError, ValueError):  # it will be reported when its turn comes
                 state = (self.folder / name).stat()
                 digest.update(f"{name} {state.st_size} {state.st_mtime_ns}\n".encode())
         return digest.hexdigest()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_align.data.batch import PairBatch
-from lit_align.data.images import UnreadableImage, decode
+from lit_align.data.images import UnreadableImage, decode, height_and_width
 from lit_align.data.loading import Rank, check_resumed
 from lit_align.data.preferences.source import PairSource
 from lit_align.data.splits import Permutation
@@ -101,7 +101,7 @@ class PairLoader:
         view: "winners", or "pairs" for the losers too.
         pairs_per_batch: Over all ranks.
         batches_per_epoch: Length of the loader.
-        resolution: Height and width of the images, in pixels.
+        resolution: Height and width of the images in pixels, or one number for both.
         seed: Seed of the order.
         rank: This process.
         workers: Threads that decode.
@@ -115,7 +115,7 @@ class PairLoader:
         view: View,
         pairs_per_batch: int,
         batches_per_epoch: int,
-        resolution: int,
+        resolution: int | Sequence[int],
         seed: int = 0,
         rank: Rank = Rank(),
         workers: int = 4,
@@ -198,7 +198,7 @@ class PairLoader:
 
     def _image(self, row: int, place: int, side: int) -> Tensor:
         if self.known is not None and self.known(row, place):
-            return torch.full((), math.nan).expand(3, self.resolution, self.resolution)
+            return torch.full((), math.nan).expand(3, *height_and_width(self.resolution))
         return decode(self.source.image(row, side), self.resolution)
 
     def _report(self, found: Found) -> Found:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_align.data.images import height_and_width
 from lit_align.data.loading import Rank
 from lit_align.data.module import AlignmentDataModule
 from lit_align.data.preferences.loader import PairLoader, View
@@ -33,7 +34,7 @@ class PickaPicDataModule(AlignmentDataModule):
         source: The pairs; the shipped sample of Shapes-Pick if not given.
         view: "winners" (finetuning on them, SPIN), or "pairs" for the losers too (Diffusion-DPO).
         pairs_per_batch: Pairs of one training batch, over all ranks; the number of ranks must divide it.
-        resolution: Height and width of the images, in pixels: that of the model.
+        resolution: Height and width of the images in pixels, ``512`` or ``[512, 768]``: those of the model.
         validation_source: Validate on these prompts; training and the test split skip them. If not given,
             those that come with the source (the shipped set for Shapes-Pick), or ``validation_fraction``.
         test_source: The same for the test. (Of more than 10,000 distinct prompts, only those in use are
@@ -55,7 +56,7 @@ class PickaPicDataModule(AlignmentDataModule):
     source: PairSource | None = None
     view: View = "winners"
     pairs_per_batch: int = 32
-    resolution: int = 64
+    resolution: int | tuple[int, int] = 64
     validation_source: PromptSource | None = None
     test_source: PromptSource | None = None
     predict_source: PromptSource | None = None
@@ -73,7 +74,8 @@ class PickaPicDataModule(AlignmentDataModule):
             **self.shared(),
         )
         self._train_loader: PairLoader | None = None
-        self.check_positive("pairs_per_batch", "resolution", "workers")
+        self.check_positive("pairs_per_batch", "workers")
+        height_and_width(self.resolution)
         if self.view not in ("winners", "pairs"):
             raise ConfigError(f"data.view is '{self.view}': give winners (SPIN, finetuning) or pairs (DPO)")
 

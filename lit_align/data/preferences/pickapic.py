@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import dataset, fs
 
-from lit_align.data.files import first_line
+from lit_align.data.files import check_lengths, first_line
 from lit_align.data.images import UnreadableImage
 from lit_align.data.preferences.source import HeldOut, PairSource
 from lit_align.data.prompts import PromptSource, ShapesPromptSet
@@ -63,6 +63,7 @@ class PickaPicFiles(PairSource):
             light = pa.concat_tables(pool.map(_read_light, files)).combine_chunks()
         if not len(light):
             raise ConfigError(f"{path} has no rows: give files with at least one pair")
+        check_lengths(light["caption"], path)
         self._captions, self._labels = light["caption"], _labels(light, path)
         self._groups = [
             group for file in files for group in file.split_by_row_group() if group.row_groups[0].num_rows

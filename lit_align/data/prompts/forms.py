@@ -10,7 +10,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from lit_align.data.files import find_files, fingerprint, first_line, read_utf8, unreadable
+from lit_align.data.files import (
+    check_content,
+    find_files,
+    fingerprint,
+    first_line,
+    read_utf8,
+    unreadable,
+)
 from lit_align.errors import ConfigError
 
 LARGE = 16 * 2**20
@@ -47,6 +54,8 @@ class FileForm:
         import datasets  # .3 s: only those who need it should wait for it
 
         files = find_files(path, self.ending)
+        for file in files if self.text else ():
+            check_content(file, self.name, self.ending == ".jsonl")
         large = sum(file.stat().st_size for file in files) > LARGE
         with _quiet(bars=large and sys.stderr.isatty()):
             try:

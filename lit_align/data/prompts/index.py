@@ -73,13 +73,24 @@ def index(source: PromptSource) -> Index:
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "lit_align"
     name = hashlib.blake2b(fingerprint.encode(), digest_size=12).hexdigest()
     file = cache / f"prompts-{FORMAT}-{name}.arrow"
+    if found := _known(file, len(source)):
+        return found
     try:
-        if not file.exists():
-            _write(_make(source), file)
+        _write(_make(source), file)
     except OSError as error:
         what = f"cannot write the index of {source} into {cache} ({error})"
         raise ConfigError(f"{what}: make room there, or set HF_DATASETS_CACHE") from error
     return _read(file)
+
+
+def _known(file: Path, rows: int) -> Index | None:
+    """The index in a file, if it is there and whole, of a source with so many rows."""
+    try:
+        found = _read(file)
+        inside = found.rows.min() >= 0 and found.rows.max() < rows and len(found.keys) == len(found.rows)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException):
+        return None  # none, damaged, or of something else: it is made anew
+    return found if inside else None
 
 
 def read_keys(source: PromptSource) -> Keys:
@@ -89,7 +100,13 @@ def read_keys(source: PromptSource) -> Keys:
     starts = range(0, len(keys), CHUNK)
     for start in track(starts, f"Indexing {source}", console=Console(stderr=True), disable=quiet):
         rows = range(start, min(start + CHUNK, len(keys)))
-        keys[start : rows.stop] = prompt_keys([prompt.strip() for prompt in source.prompts(rows)])
+        try:
+            keys[start : rows.stop] = prompt_keys([prompt.strip() for prompt in source.prompts(rows)])
+        except UnicodeError as error:
+            raise ConfigError(
+                f"a prompt in rows {rows.start} to {rows.stop - 1} of {source} is no Unicode text ({error}): "
+                "save the file as UTF-8"
+            ) from error
     return keys
 
 

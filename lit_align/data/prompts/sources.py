@@ -25,6 +25,7 @@ from pyarrow import parquet
 
 from lit_align.data.files import (
     check_columns,
+    check_lengths,
     find_files,
     fingerprint,
     first_line,
@@ -113,6 +114,7 @@ class TablePrompts(PromptSource):
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise ConfigError(f"column '{column}' of {name} holds {kind}, not text: name the prompts' column")
         self._prompts = table.column(column)
+        check_lengths(self._prompts, name)
         others = names if keep is None else keep
         self._others = {other: table.column(other) for other in others if other != column}
         self._fingerprint = files and f"{files}:{column}"

@@ -120,8 +120,7 @@ class AlignPropModule(AlignmentModule):
             raise ConfigError(f"kl_weight: {kl_weight} must not be negative")
         if kl_weight and not self.sampler.stochastic.any():
             raise ConfigError(
-                "kl_weight: steps without noise have no KL, and sampler.init_args.eta is 0; "
-                "set eta to 1, or kl_weight to 0"
+                f"kl_weight: steps without noise have no KL, and {self.sampler.no_noise}, or kl_weight to 0"
             )
         truncation.attached(self.sampler.num_steps, generator(self.seed, "truncation"))  # refuses bad sizes
         self.truncation = truncation
@@ -129,6 +128,7 @@ class AlignPropModule(AlignmentModule):
         self.ceiling = ceiling
         self.coefficient = coefficient
         self.kl_weight = kl_weight
+        self._scored = 0  # images of the update that have a score
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Sample, score and differentiate in micro-batches, then update once."""
@@ -145,6 +145,7 @@ class AlignPropModule(AlignmentModule):
         graphs = [work.attached[:, rows].any(1) for rows in parts]
         if self.device_mesh is not None:  # ranks that share weights must differentiate the same steps
             graphs = [torch.stack(those).any(0) for those in zip(*self.gather(graphs), strict=True)]
+        self._scored = 0
         measured = self.update([partial(self._loss, work, *part) for part in zip(parts, graphs, strict=True)])
         places = order.argsort()
         names = [name for name in measured if name == "reward" or name.startswith("reward/")]
@@ -166,16 +167,25 @@ class AlignPropModule(AlignmentModule):
         output = self.rewards(images, scored.prompts, scored.groups, scored.columns)
         metrics = {name: score[: len(batch)] for name, score in output.report.items()}
         work.sampling += time.perf_counter() - started
+        self.remember(batch.index, batch.prompts, {name: metrics[name].cpu() for name in output.report})
         # An image without a score has no gradient; unlike a mask, the choice of rows keeps its NaN out.
-        rewards = output.total[output.total.isfinite()]
+        scored = output.total.isfinite()
+        rewards = output.total[scored]
+        self._scored += len(rewards)
         loss = self.coefficient * reward_loss(rewards, self.target, self.ceiling)
         metrics["loss"] = loss.detach()
         total = loss.sum() / ends
         if self.kl_weight:
             penalty = kl / latents[0].numel()
             metrics["kl_penalty"] = penalty.detach()
-            total = total + self.kl_weight * penalty.sum()
+            total = total + self.kl_weight * penalty[scored[: len(batch)]].sum()
         return total / len(work.batch), metrics
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """As every method; without a score on any rank there is no step, not even with momentum."""
+        if not any(self.gather(self._scored)):
+            optimizer.zero_grad()
+        super().on_before_optimizer_step(optimizer)
 
     def differentiable_sample(
         self, batch: Batch, cond: Conditioning, attached: Tensor, graphs: Tensor | None = None

@@ -44,6 +44,13 @@ def centred(rewards: Tensor, groups: Tensor) -> Tensor:
     return torch.where(others > 0, difference, 0.0)
 
 
+def comparable(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Which images have a score, and another image of their prompt that has one, ``(B,)`` bool."""
+    scored = rewards.isfinite()
+    same = (groups[:, None] == groups[None, :]) & scored[:, None] & scored[None, :]
+    return scored & (same.sum(1) > 1)
+
+
 def step_loss(log_ratio: Tensor, kl: Tensor, advantages: Tensor, beta: float, max_ratio: float) -> Tensor:
     r"""The step-level objective on samples of the reference: ``-w A + beta KL``, with ``w`` at most so large.
 
@@ -71,10 +78,13 @@ class Lesson(Replay):
     Attributes:
         name: Of the expert.
         advantages: ``(B,)``, on the device.
+        compared: ``(B,)`` bool, on the device: images with a score, and another one of their prompt to
+            compare it with. The KL of the others has no part either: ``beta`` would be larger than it is.
     """
 
     name: str
     advantages: Tensor
+    compared: Tensor
 
 
 class ExpertModule(AlignmentModule):
@@ -172,7 +182,7 @@ class ExpertModule(AlignmentModule):
                 "train it with DDPOModule, give the adapter/ folder of that run, and take it out of joint"
             )
         if not len(self.stochastic_steps):
-            raise ConfigError("sampler: fit needs noise in the steps; set sampler.init_args.eta to 1")
+            raise ConfigError(f"sampler: fit needs noise in the steps, and {self.sampler.no_noise}")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, PromptDataModule):
             return
@@ -194,12 +204,21 @@ class ExpertModule(AlignmentModule):
         samples = self.sample(self.policy(batch, cond, REFERENCE), batch, "rollout")
         scores = self.score(samples.images, batch)
         sampled = time.perf_counter()
+        self.remember(batch.index, batch.prompts, scores.report)
         parts = {name: part.float().cpu() for name, part in scores.parts.items()}
-        lessons = []
+        chains = samples.trajectory.tamed()
+        lessons, missing = [], torch.ones(len(batch), dtype=torch.bool)
         for name, objective in self.objectives.items():
-            advantages = centred(self.weighted_reward(parts, objective), batch.groups).to(self.device)
-            lessons.append(Lesson(self.expert(name, cond), samples.trajectory, name, advantages))
-        metrics = self._learn(lessons, batch)
+            rewards = self.weighted_reward(parts, objective)
+            compared, missing = (
+                comparable(rewards, batch.groups).to(self.device),
+                missing & ~rewards.isfinite(),
+            )
+            advantages = centred(rewards, batch.groups).to(self.device)
+            lessons.append(Lesson(self.expert(name, cond), chains, name, advantages, compared))
+        useful = any(self.gather(any(bool(lesson.compared.any()) for lesson in lessons)))
+        metrics = self._learn(lessons, batch) if useful else {}
+        metrics["unscored"] = missing.float()
         self.log_rollout_batch(scores.report, metrics, sampled - started, time.perf_counter() - started)
 
     def _learn(self, lessons: Sequence[Lesson], batch: Batch) -> Metrics:
@@ -224,6 +243,7 @@ class ExpertModule(AlignmentModule):
             kl, advantages = now.kl(then), lesson.advantages[pairs.rows.to(self.device)]
             beta = self.expert_betas[lesson.name]
             loss = step_loss(now.log_ratio(then, drawn), kl, advantages, beta, self.max_ratio)
+            loss = torch.where(lesson.compared[pairs.rows.to(self.device)], loss, 0.0)
             own = {"loss": loss.detach(), "kl": kl.detach()}
             measured += [own, {f"{metric}/{lesson.name}": values for metric, values in own.items()}]
             total = total + loss.sum() / size

@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_align.backbones import POLICY, REFERENCE, Conditioning, DenoisingPolicy, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
-from lit_align.errors import ConfigError, check_positive
+from lit_align.errors import ConfigError, check_positive, user_path
 from lit_align.gaussian import fuse
 from lit_align.methods.msdda.fusion import (
     FusedPolicy,
@@ -142,12 +142,17 @@ class MSDDAModule(SweepModule):
         for name, own in self.samplers.items():
             if not torch.equal(own.timesteps, self.sampler.timesteps):
                 raise ConfigError(f"samplers: that of {name} has other steps; give all the same num_steps")
+        if self.samplers and sampling.eval_sampler is not None:
+            raise ConfigError(
+                "sampling.eval_sampler: experts have samplers of their own, which are those of evaluation; "
+                "take one of the two out"
+            )
         if self.samplers and self.one_expert_per_step:
             raise ConfigError("one_expert_per_step: it follows one sampler; take samplers out")
         self.joint = mixed
         for name, folder in experts.items():
             if folder is not None:
-                backbone.weight_sets.load(name, Path(folder).expanduser())
+                backbone.weight_sets.load(name, user_path(folder))
         self.sweep = sweep
         self.front = None
         self._swept = {}

@@ -68,14 +68,19 @@ class SweepModule(ExpertModule):
     def stds(self, exponents: Mapping[str, float]) -> Sequence[Tensor] | None:
         """Stds of the steps of a product of kernels; None where they are the sampler's."""
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """The fused policy and the reference on the same noise, then the sweep."""
         images = super().test_step(batch, batch_idx)
-        if self.sweep is None:
-            return images
+        if self.sweep is not None:
+            with self.evaluating():
+                self._measure_points(batch, self.sweep.images)
+        return images
+
+    def _measure_points(self, batch: Batch, count: int) -> None:
+        """Sample and score the batch at all points; keep images of the first ``count`` prompts."""
         # The first image of each of the first prompts is shown.
         first = torch.cat([torch.tensor([True]), batch.groups[1:] != batch.groups[:-1]])
-        rows = (first & (batch.groups < self.sweep.images)).nonzero().flatten()
+        rows = (first & (batch.groups < count)).nonzero().flatten()
         self._shown += [(int(batch.groups[row]), batch.prompts[row]) for row in rows.tolist()]
         points, _ = self._points()
         cond = self.backbone.encode(batch.prompts)
@@ -94,10 +99,10 @@ class SweepModule(ExpertModule):
                     self.sampler.stochastic,
                     self.sampling.batch,
                     stds,
+                    self.device,
                 ).cpu()
             metrics["images"] = samples.images[rows.to(samples.images.device)].cpu()
             self._swept.setdefault(point, []).append(metrics)
-        return images
 
     def _points(self) -> tuple[dict[Point, PolicyFactory], dict[str, list[Weights]]]:
         """All policies of the sweep, in order; and of each method where it is an expert, sampled as such."""

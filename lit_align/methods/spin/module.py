@@ -142,8 +142,7 @@ class SPINModule(OpponentModule[tuple[Noised, Noised] | Chains]):
         self.iteration, self.done = 0, 0
         if exact and not self.sampler.stochastic.any():
             raise ConfigError(
-                "exact: steps without noise have no density, and sampler.init_args.eta is 0; set eta to 1, "
-                "or exact to false"
+                f"exact: it needs the density of steps, and {self.sampler.no_noise}, or exact to false"
             )
         self.exact = exact
         self.shared_noise = shared_noise

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_align.backbones import whole
+from lit_align.errors import ConfigError
 from lit_align.folder import run_folder
 from lit_align.methods.pairs import PairModule
 from lit_align.pool import Pool
@@ -108,7 +109,11 @@ class OpponentModule(PairModule[Prepared], ABC):
             self._add_to_pool(missing, prompts, [])
         trainer.strategy.barrier("pool")
         self.pool.refresh()
-        assert not self.pool.missing(own), "the pool lacks images: do all ranks see the run's folder?"
+        if missing := self.pool.missing(own):
+            raise ConfigError(
+                f"{folder} lacks {len(missing)} of {len(own)} images that were written there; all processes "
+                "must see the run's folder, and none may delete files there"
+            )
 
     def _add_to_pool(self, share: list[int], prompts: dict[int, str], padding: list[int]) -> None:
         """Draw and store ``share``; ``padding`` is drawn only, as all ranks call a sharded model together."""

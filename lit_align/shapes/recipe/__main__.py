@@ -192,7 +192,8 @@ class Recipe:
         """Train a denoiser on captions of which a share is wrong, and write its pipeline."""
         tokenizer = CLIPTokenizer.from_pretrained(self.found("tokenizer"))
         unet.set_attn_processor(AttnProcessor())
-        latents, images = torch.load(self.found("latents.pt")), Images(self.found("images"), self.seed)
+        latents = torch.load(self.found("latents.pt"), weights_only=True)
+        images = Images(self.found("images"), self.seed)
         captions, rng = images.captions[: len(latents)], images.rng("lies")
         if share:
             captions = [confuse(caption, share, rng) for caption in captions]

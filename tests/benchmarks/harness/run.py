@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lit_align.callbacks.files import write
+from lit_align.files import write
 from lit_align.shapes import WEIGHTS_HASH
 from tests.benchmarks.harness.plan import ROOT, Cell
 from tests.benchmarks.harness.record import keep_images, record, result_path, stored

@@ -1,0 +1,63 @@
+"""FLUX.1."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor
+
+from lit_align.backbones.transformer import TransformerBackbone, grid, pack, unpack
+
+
+class FluxBackbone(TransformerBackbone):
+    """A ``FluxPipeline``: guidance-distilled as FLUX.1-dev, or not, as FLUX.1-schnell.
+
+    A distilled model is told the scale of guidance; others are guided by two predictions, as by the
+    pipeline's ``true_cfg_scale``, unless the scale is 1.
+    """
+
+    pipeline_class = FluxPipeline
+    without: ClassVar[dict[str, Any]] = {"image_encoder": None, "feature_extractor": None}
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the scale of guidance is an input."""
+        config: Any = self.pipeline.transformer.config
+        return bool(config.guidance_embeds)
+
+    @property
+    def input_channels(self) -> int:
+        return 4 * self.latent_shape[0]
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """T5's; CLIP's, which reads 77 tokens, only makes the pooled prompt."""
+        return [self.pipeline.tokenizer_2]
+
+    def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        states, pooled, _ = self.pipeline.encode_prompt(list(prompts), None, self.device)
+        return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+    def negative(self, empty: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        return None if self.distilled else empty
+
+    def denoise(self, network: Any, x: Tensor, t: Tensor, cond: dict[str, Tensor], guidance: float) -> Tensor:
+        image = grid(x)
+        velocity: Tensor = network(
+            pack(x),
+            timestep=t / 1000,
+            guidance=torch.full((len(x),), guidance, device=x.device) if self.distilled else None,
+            txt_ids=image.new_zeros(cond["encoder_hidden_states"].shape[1], 3),
+            img_ids=torch.cat([torch.zeros_like(image[:, :1]), image], dim=1),
+            return_dict=False,
+            **cond,
+        )[0]
+        return unpack(velocity, x)
+
+    @classmethod
+    def adapted(cls, network: Any) -> list[str]:
+        # Attention and feed-forward layers of both streams, as in diffusers' train_dreambooth_lora_flux.py.
+        of_prompt = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+        forward = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+        return [*super().adapted(network), *of_prompt, *forward]

@@ -1,0 +1,39 @@
+"""Stable Diffusion 3 and 3.5."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+
+from lit_align.backbones.transformer import TransformerBackbone
+
+
+class StableDiffusion3Backbone(TransformerBackbone):
+    """A ``StableDiffusion3Pipeline``, with T5 (``text_encoder_3``) or without, as its folder has it."""
+
+    pipeline_class = StableDiffusion3Pipeline
+    without: ClassVar[dict[str, Any]] = {"image_encoder": None, "feature_extractor": None}
+    optional: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """T5's, where it is there: it reads 256 tokens of the prompt, and the others 77."""
+        return [self.pipeline.tokenizer_3 or self.pipeline.tokenizer]
+
+    def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        states, _, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), None, None, self.device, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+    def denoise(self, network: Any, x: Tensor, t: Tensor, cond: dict[str, Tensor], guidance: float) -> Tensor:
+        del guidance  # this family is guided by two predictions
+        velocity: Tensor = network(x, timestep=t, return_dict=False, **cond)[0]
+        return velocity
+
+    @classmethod
+    def adapted(cls, network: Any) -> list[str]:
+        # Of the image's attention and the prompt's, as in diffusers' train_dreambooth_lora_sd3.py.
+        of_prompt = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+        return [*super().adapted(network), *of_prompt]

@@ -1,0 +1,88 @@
+"""``python -m lit_align doctor --config ...``: what would go wrong in a fit, found before it."""
+
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lit_align.callbacks.console import show
+from lit_align.cli.align import AlignCLI, check_trainer_options
+from lit_align.cli.loggers import runs_of
+from lit_align.doctor import Asked, Finding, Trial, judge, look
+from lit_align.doctor.trial import BATCHES
+from lit_align.errors import ConfigError
+
+
+class DoctorCLI(AlignCLI):
+    """Builds what ``fit`` would build, looks at it, and tries it in small. Nothing is written.
+
+    The process ends with status 1 where something was found.
+    """
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config["fit"]
+        trainer = config.trainer
+        check_trainer_options(trainer)
+        self.asked = Asked(
+            trainer.max_epochs,
+            trainer.max_steps,
+            trainer.limit_train_batches,
+            trainer.limit_val_batches,
+            trainer.check_val_every_n_epoch,
+            runs_of(config),
+        )
+        self.trial, self._temporary = Trial(), TemporaryDirectory()
+        self.folder.path = Path(self._temporary.name)
+        trainer.max_epochs, trainer.max_steps, trainer.min_epochs = 1, -1, None
+        trainer.limit_train_batches, trainer.limit_val_batches = BATCHES, 0
+        trainer.devices, trainer.num_nodes, trainer.strategy = 1, 1, "auto"
+        trainer.logger, trainer.enable_checkpointing, trainer.callbacks = False, False, None
+        trainer.enable_progress_bar = False
+        config.weights_only = True
+        self.trainer_defaults["callbacks"] = [self.folder, self.trial]
+
+    def after_instantiate_classes(self) -> None:
+        """Nothing: what a run needs of its folder, this one does not."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        findings = list(look(self.model, self.datamodule, self.asked))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                self.trainer.fit(self.model, datamodule=self.datamodule)
+            except ConfigError as error:
+                findings.append(Finding("refused", "fit", str(error), "change it"))
+            else:
+                findings += judge(self.model, self.trial.seen)
+        findings += [_warned(str(one.message)) for one in told if _is_ours(one)]
+        self._temporary.cleanup()
+        for finding in dict.fromkeys(findings):
+            show(str(finding))
+        seen = self.trial.seen
+        if sum(seen.images):
+            each = sum(seen.seconds) / sum(seen.images)
+            show(f"in small, an image takes {each:.3g} s, updates included")
+        if findings:
+            raise SystemExit(1)
+        show("nothing was found that would make this run fail")
+
+
+def _is_ours(warning: Any) -> bool:
+    """Whether it was raised in this package, and says what a user can act on."""
+    return "lit_align" in Path(warning.filename).parts
+
+
+def _warned(text: str) -> Finding:
+    """A warning of the package as a finding."""
+    if text.startswith("rewards:"):
+        return Finding("reward_domain", "model.rewards", *_halves(text.removeprefix("rewards: ")))
+    if "never taught" in text or "was not taught" in text:
+        return Finding("untaught_words", "data.source", *_halves(text))
+    if "advantages are 0" in text:
+        return Finding("no_signal", "model.advantages", *_halves(text))
+    return Finding("warning", "fit", *_halves(text))
+
+
+def _halves(text: str) -> tuple[str, str]:
+    what, _, remedy = text.partition("; ")
+    return what, remedy or "see the documentation"

@@ -1,0 +1,74 @@
+"""``python -m lit_align export``: what a run has trained, for other programs."""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_align.callbacks.console import show
+from lit_align.errors import ConfigError, tell
+from lit_align.export import FORMS, export, mixture_of, read_run
+from lit_align.export.card import card
+from lit_align.files import write
+
+ROUNDING = 1 / 255
+"""A larger difference of a pixel is told: a screen shows it."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    made = argparse.ArgumentParser(
+        prog="python -m lit_align export",
+        description="Write what runs have trained for diffusers, for A1111 and ComfyUI, or as a whole model, "
+        "with a model card; each is loaded again and compared with the live model.",
+        allow_abbrev=False,
+    )
+    made.add_argument(
+        "run", nargs="+", type=Path, help="folder of a run, or its adapter/, or a checkpoint of it"
+    )
+    made.add_argument("--weights", nargs="+", type=float, help="of several runs, in their mixture")
+    made.add_argument(
+        "--form", nargs="+", choices=FORMS, help="adapter and kohya if not given, for all weights pipeline"
+    )
+    made.add_argument("--out", type=Path, help="folder; export/ in that of the first run if not given")
+    made.add_argument("--name", help="of the model; the method and the number of the run if not given")
+    made.add_argument("--device", default="cpu", help="where images are drawn for the comparison: cpu, cuda")
+    made.add_argument("--steps", type=int, default=4, help="of those images")
+    return made
+
+
+def export_command(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        ConfigError: Something that was given cannot work.
+    """
+    options = parser().parse_args(arguments)
+    runs = [read_run(path) for path in options.run]
+    weights = options.weights or [1.0] * len(runs)
+    if len(weights) != len(runs) or (len(runs) > 1 and not options.weights):
+        raise ConfigError(f"export: {len(runs)} runs need --weights with a number for each")
+    live = mixture_of(runs, weights, options.device)
+    first = runs[0].folder
+    name = options.name or f"{first.parent.name}_{first.name}"
+    forms = options.form or (["pipeline"] if live.whole else ["adapter", "kohya"])
+    folder = options.out or first / "export"
+    made = export(live, forms, folder, name, options.steps)
+    grids = sorted((first / "images").glob("validation_*.png"))[-1:]
+    for grid in grids:
+        shutil.copyfile(grid, folder / grid.name)
+    write(folder / "README.md", card(live, made, name, [grid.name for grid in grids]))
+    for one in made:
+        show(f"{one.form:<12} {one.path}")
+        show(f"             largest pixel difference to the live model: {one.difference:.3g}")
+        if one.difference > ROUNDING:
+            tell(f"{one.path} draws other images than the model that was trained")
+    show(f"{'model card':<12} {folder / 'README.md'}")
+    _tell_of_best(runs[0].folder, options.run[0])
+
+
+def _tell_of_best(folder: Path, given: Path) -> None:
+    """Say that the newest weights were taken, and not the best."""
+    best = folder / "checkpoints" / "best.ckpt"
+    if given.suffix != ".ckpt" and best.exists():
+        tell(f"these are the newest weights; the best by validation are in {best}, which can be given too")

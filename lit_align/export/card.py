@@ -1,0 +1,147 @@
+"""The model card: what a model is, how it was trained, what it scored, and how it is used."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_align.callbacks.summary import read_report
+from lit_align.export.forms import Exported
+from lit_align.export.live import Live, Run
+
+USES = {
+    "adapter": """```python
+import torch
+from diffusers import {pipeline}
+
+pipeline = {pipeline}.from_pretrained("{base}", torch_dtype=torch.float16).to("cuda")
+pipeline.load_lora_weights("adapter")
+image = pipeline("{prompt}", guidance_scale={guidance}).images[0]
+```""",
+    "pipeline": """```python
+import torch
+from diffusers import {pipeline}
+
+pipeline = {pipeline}.from_pretrained("pipeline", torch_dtype=torch.float16).to("cuda")
+image = pipeline("{prompt}", guidance_scale={guidance}).images[0]
+```""",
+    "kohya": "`{file}` goes into the LoRA folder of A1111, Forge or ComfyUI, at strength 1.",
+}
+"""How each form is used."""
+
+
+def card(live: Live, made: Sequence[Exported], title: str, images: Sequence[str]) -> str:
+    """The text of ``README.md``.
+
+    Args:
+        live: The model.
+        made: Its exports.
+        title: The model's name.
+        images: Files beside it to show.
+    """
+    runs = [run for run, _ in live.runs]
+    base = str(runs[0].backbone["pretrained"])
+    parts = [f"---\n{yaml.safe_dump(_front(runs, base, live.whole), sort_keys=False)}---\n\n# {title}"]
+    parts.append(f"Trained from `{base}` with lit_align.")
+    if len(runs) > 1:
+        shares = ", ".join(f"{weight:g} x {run.folder.name}" for run, weight in live.runs)
+        parts.append(f"A mixture of adapters, linear in their updates: {shares}.")
+    for run in runs:
+        parts.append(_training(run))
+        parts.append(_figures(run))
+    parts += [f"![held-out images]({name})" for name in images]
+    parts.append("## Use\n\n" + "\n\n".join(_use(one, live, base) for one in made))
+    rows = "\n".join(f"| {one.form} | `{one.path.name}` | {one.difference:.3g} |" for one in made)
+    parts.append(
+        "Each was loaded in diffusers and compared with the model that was trained: largest difference of a "
+        f"pixel, of a range of 1.\n\n| form | file | difference |\n|---|---|---|\n{rows}"
+    )
+    parts.append(f"The licence of `{base}` applies to what is derived from it.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front(runs: Sequence[Run], base: str, whole: bool) -> dict[str, Any]:
+    methods = sorted(
+        {_last(run.config["model"]["class_path"]).removesuffix("Module").lower() for run in runs}
+    )
+    tags = ["text-to-image", "diffusers", "lit_align", *methods, *([] if whole else ["lora"])]
+    return {"library_name": "diffusers", "pipeline_tag": "text-to-image", "base_model": base, "tags": tags}
+
+
+def _last(class_path: str) -> str:
+    return class_path.rpartition(".")[2]
+
+
+def _training(run: Run) -> str:
+    """Method, rewards, prompts and sampling of a run, as a table."""
+    model, data = run.model, run.config.get("data", {}).get("init_args", {})
+    rows = {
+        "method": _last(run.config["model"]["class_path"]),
+        "images": run.facts.get("images"),
+        "rewards": ", ".join(_rewards(model)) or None,
+        "prompts": _described(data.get("source") or data.get("tasks")),
+        "sampler": _described(model.get("sampler")),
+        "guidance": model.get("sampling", {}).get("guidance"),
+        "size": run.backbone.get("size") or "the model's own",
+        "adapter": _described({"class_path": "LoRA", "init_args": run.backbone["lora"]})
+        if run.backbone.get("lora")
+        else "none: all weights were trained",
+        "optimizer": _described(model.get("optimisation", {}).get("optimizer")),
+        "seed": run.config.get("seed_everything"),
+    }
+    lines = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
+    return f"## Training\n\n| | |\n|---|---|\n{lines}"
+
+
+def _rewards(model: Mapping[str, Any]) -> list[str]:
+    banks = [model.get("rewards")] + [task.get("rewards") for task in (model.get("tasks") or {}).values()]
+    found = []
+    for bank in banks:
+        options = (bank or {}).get("init_args", {})
+        for name, reward in (options.get("rewards") or {}).items():
+            weight = (options.get("weights") or {}).get(name)
+            told = f"weight {weight:g}" if weight is not None else "monitored"
+            found.append(f"{name} ({_last(reward['class_path'])}, {told})")
+    return found
+
+
+def _described(value: Any) -> str | None:
+    """A class and its options, on a line."""
+    if not isinstance(value, Mapping):
+        return None
+    if "class_path" not in value:
+        return ", ".join(filter(None, (_described(one) for one in value.values()))) or None
+    options = {n: v for n, v in (value.get("init_args") or {}).items() if v is not None}
+    inner = ", ".join(f"{name} {_described(v) or v}" for name, v in options.items())
+    return _last(value["class_path"]) + (f" ({inner})" if inner else "")
+
+
+def _figures(run: Run) -> str:
+    """What the newest validation and the tests measured, before and after."""
+    tables = []
+    for file in sorted({*run.folder.glob("validation.json"), *run.folder.glob("test*.json")}):
+        report = read_report(file)
+        metrics = report.get("metrics", {})
+        lines = [
+            f"| {name} | {found['before']:.4f} | {found['after']:.4f} | {found['difference']:+.4f} |"
+            for name, found in metrics.items()
+            if None not in (found.get("before"), found.get("after"), found.get("difference"))
+        ]
+        if lines:
+            pairs = max(found.get("num_pairs") or 0 for found in metrics.values())
+            head = f"{report['split']}, {report['images']} images trained on, {pairs} pairs of images"
+            tables.append(
+                f"{head}\n\n| metric | before | after | change |\n|---|---|---|---|\n" + "\n".join(lines)
+            )
+    return "## Figures\n\n" + "\n\n".join(tables) if tables else ""
+
+
+def _use(one: Exported, live: Live, base: str) -> str:
+    return USES[one.form].format(
+        pipeline=type(live.backbone).pipeline_class.__name__,
+        base=base,
+        prompt="a photograph of an astronaut riding a horse",
+        guidance=live.runs[0][0].model.get("sampling", {}).get("guidance", 1.0),
+        file=Path(one.path).name,
+    )

@@ -1,0 +1,142 @@
+"""The forms in which a model is handed on; each is read again by diffusers alone and compared."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lit_align.backbones.adapter_files import to_kohya
+from lit_align.backbones.loading import load_pipeline
+from lit_align.backbones.options import with_entries
+from lit_align.errors import ConfigError
+from lit_align.export.live import Live
+from lit_align.files import follow_umask
+from lit_align.identity import ADAPTER, stamp
+
+FORMS = ("adapter", "kohya", "pipeline")
+"""``adapter``: diffusers' folder. ``kohya``: one file for A1111, Forge and ComfyUI. ``pipeline``: a whole
+model."""
+
+PROMPTS = ("a photograph of an astronaut riding a horse", "a red star and two blue circles")
+"""What is drawn for the comparison."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One export.
+
+    Attributes:
+        form: One of :data:`FORMS`.
+        path: The folder or file.
+        difference: Largest difference of a pixel to the live model's images, of a range of 1.
+    """
+
+    form: str
+    path: Path
+    difference: float
+
+
+def export(live: Live, forms: Sequence[str], folder: Path, name: str, steps: int) -> list[Exported]:
+    """Write a model in some forms, load each in diffusers and compare its images with those of the live one.
+
+    Args:
+        live: The model.
+        forms: Of :data:`FORMS`.
+        folder: Where.
+        name: Of kohya's file, which programs show.
+        steps: Of the comparison's images.
+
+    Raises:
+        ConfigError: A form cannot hold this model.
+    """
+    if live.whole and (wrong := [form for form in forms if form != "pipeline"]):
+        raise ConfigError(
+            f"export: all weights were trained, so there is no {wrong[0]}; give --form pipeline"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    expected = draw(_pipeline(live, "live"), live, steps)
+    made = []
+    for form in forms:
+        path = _write(live, form, folder, name)
+        images = draw(_pipeline(live, form, path), live, steps)
+        made.append(Exported(form, path, float((images - expected).abs().max())))
+    return made
+
+
+def _write(live: Live, form: str, folder: Path, name: str) -> Path:
+    sets, path = live.backbone.weight_sets, folder / (f"{name}.safetensors" if form == "kohya" else form)
+    draft = folder / f".{path.name}.draft"
+    for leftover in (draft, path):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    if form == "adapter":
+        sets.save(draft, live.name)
+        stamp(draft / ADAPTER, facts(live))
+    elif form == "kohya":
+        factors = to_kohya(sets.factors(live.name), live.backbone.denoiser)
+        rank = max(int(value) for key, value in factors.items() if key.endswith(".alpha"))
+        said = {"ss_network_module": "networks.lora", "ss_output_name": name}
+        said |= {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
+        save_file({key: value.detach().cpu() for key, value in factors.items()}, draft, said)
+    else:
+        sets.save_merged(draft, live.name)
+    follow_umask(draft)
+    draft.rename(path)
+    return path
+
+
+def facts(live: Live) -> dict[str, Any]:
+    """What an export says of where it comes from."""
+    if len(live.runs) == 1:
+        return live.runs[0][0].facts
+    return {"mixture": [{"weight": weight} | run.facts for run, weight in live.runs]}
+
+
+def _pipeline(live: Live, form: str, path: Path | None = None) -> Any:
+    """A pipeline of diffusers: with the live denoiser, or with what was exported."""
+    kind, own = type(live.backbone), live.runs[0][0].backbone
+    if form == "pipeline":
+        pipeline = kind.pipeline_class.from_pretrained(path, dtype=torch.float32, **kind.without)
+    else:
+        weights = live.runs[0][0].weights
+        copied = live.whole and weights.is_dir()  # a whole model, in the place of the base
+        source = str(weights) if copied else own["pretrained"]
+        config, variant = (None if copied else own.get(option) for option in ("config", "variant"))
+        dtypes = {"default": torch.float32}
+        pipeline = load_pipeline(
+            kind.pipeline_class, source, kind.without, dtypes, config, variant, kind.optional
+        )
+        if own.get("scheduler"):
+            pipeline.scheduler = with_entries(pipeline.scheduler, own["scheduler"])
+    if form == "adapter":
+        pipeline.load_lora_weights(path)
+    elif form == "kohya":
+        assert path is not None
+        pipeline.load_lora_weights(path.parent, weight_name=path.name)
+    elif form == "live":
+        setattr(pipeline, kind.denoiser, live.backbone.weight_sets.choose(live.name))
+    if not type(pipeline.scheduler).__name__.startswith("FlowMatch"):
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(live.backbone.device)
+
+
+def draw(pipeline: Any, live: Live, steps: int) -> Tensor:
+    """Images of :data:`PROMPTS` by a pipeline's own loop, without noise in the steps, ``(B, 3, H, W)``."""
+    height, width = live.backbone.size
+    guidance = live.runs[0][0].model.get("sampling", {}).get("guidance", 1.0)
+    images: Tensor = pipeline(
+        prompt=list(PROMPTS),
+        generator=[torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        height=height,
+        width=width,
+        output_type="pt",
+    ).images
+    return images.float().cpu()

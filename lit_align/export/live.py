@@ -1,0 +1,158 @@
+"""The model of a run as it was trained, from the run's folder."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+
+from lit_align.backbones import POLICY, DiffusersBackbone
+from lit_align.errors import ConfigError
+from lit_align.identity import read_stamp
+
+SET = "exported"
+"""The weight set that is exported."""
+
+IN_FLOAT32 = {"dtype": "float32", "compile": False, "checkpointing": "none", "offload_text_encoders": False}
+"""Options under which a model is compared: half precision would hide what an export loses."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder says.
+
+    Attributes:
+        folder: The run's.
+        weights: Its ``adapter/``, a folder within, or a checkpoint.
+        config: Its newest configuration.
+    """
+
+    folder: Path
+    weights: Path
+    config: dict[str, Any]
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The options of its method."""
+        settings: dict[str, Any] = self.config["model"]["init_args"]
+        return settings
+
+    @property
+    def backbone(self) -> dict[str, Any]:
+        """The options of its backbone."""
+        settings: dict[str, Any] = self.model["backbone"]["init_args"]
+        return settings
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its files say of it: the base model's hash, the number of images and the like."""
+        return read_stamp(self.weights) or read_stamp(self.folder / "adapter") or {}
+
+
+@dataclass(frozen=True)
+class Live:
+    """A model in memory, ready to be exported.
+
+    Attributes:
+        backbone: With the weight set :attr:`name`.
+        runs: Where it comes from, and the weight of each.
+        name: The weight set.
+        whole: Whether all weights were trained, and no adapter.
+    """
+
+    backbone: DiffusersBackbone
+    runs: Sequence[tuple[Run, float]]
+    name: str
+    whole: bool
+
+
+def read_run(path: Path) -> Run:
+    """The run that a path belongs to.
+
+    Args:
+        path: A run's folder, its ``adapter/`` or a folder within, or a checkpoint of it.
+
+    Raises:
+        ConfigError: There is no such run, or it was not started from the command line.
+    """
+    if not path.exists():
+        raise ConfigError(f"export: there is no {path}; give the folder of a run")
+    folder = next((one for one in (path, *path.parents) if (one / "config.yaml").is_file()), None)
+    if folder is None:
+        raise ConfigError(
+            f"export: {path} is in no folder with a config.yaml, by which a run says what its model is; from "
+            "Python use backbone.weight_sets.save and save_merged"
+        )
+    weights = path / "adapter" if path == folder else path
+    if not weights.exists():
+        raise ConfigError(f"export: {folder} has no adapter/ yet; give a checkpoint of it")
+    numbers = {
+        int(found[1] or 1): file
+        for file in folder.glob("config*.yaml")
+        if (found := re.fullmatch(r"config(?:-(\d+))?\.yaml", file.name))
+    }
+    config = yaml.safe_load(numbers[max(numbers)].read_text())
+    return Run(folder, weights, config)
+
+
+def mixture_of(runs: Sequence[Run], weights: Sequence[float], device: str = "cpu") -> Live:
+    """The model of one run, or the mixture of several, linear in the updates.
+
+    Raises:
+        ConfigError: They have different base models, or one cannot be mixed.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        if run.backbone["pretrained"] != first.backbone["pretrained"]:
+            raise ConfigError(
+                f"export: {run.folder} has the base model {run.backbone['pretrained']}, and {first.folder} "
+                f"has {first.backbone['pretrained']}; mix adapters of one model"
+            )
+    whole = any(run.backbone.get("lora") is None for run in runs)
+    if whole and len(runs) > 1:
+        raise ConfigError("export: a run that trained all weights is a whole model; mixtures are of adapters")
+    sources = list(zip(runs, weights, strict=True))
+    if first.weights.suffix == ".ckpt":
+        if len(runs) > 1:
+            raise ConfigError("export: mixtures are made of the adapter/ folders of runs, not of checkpoints")
+        backbone = _build(first, {}).to(device)
+        _take(backbone, first.weights)
+        return Live(backbone, sources, POLICY, whole)
+    if whole:
+        backbone = _build(first, {"pretrained": str(first.weights), "config": None, "variant": None})
+        return Live(backbone.to(device), sources, POLICY, whole)
+    backbone = _build(first, {"adapters": None})
+    for number, run in enumerate(runs):
+        backbone.weight_sets.load(f"run{number}", run.weights)
+    backbone.weight_sets.mix(SET, {f"run{number}": weight for number, weight in enumerate(weights)})
+    return Live(backbone.to(device), sources, SET, whole)
+
+
+def _build(run: Run, changes: Mapping[str, Any]) -> Any:
+    options = run.backbone | {k: v for k, v in IN_FLOAT32.items() if k in run.backbone} | dict(changes)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(DiffusersBackbone, "backbone")
+    given = {"class_path": run.model["backbone"]["class_path"], "init_args": options}
+    return parser.instantiate(parser.parse_object({"backbone": given})).backbone
+
+
+def _take(backbone: DiffusersBackbone, checkpoint: Path) -> None:
+    """Give the policy the weights of a checkpoint."""
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception:  # torch raises whatever the bytes lead to
+        raise ConfigError(f"export: {checkpoint} is no checkpoint of lit_align, or not whole") from None
+    own = set(backbone.weight_sets.parameters_of(POLICY))
+    for name, parameter in backbone.named_parameters():
+        if parameter in own:
+            saved = state.get(f"backbone.{name}")
+            if saved is None or saved.shape != parameter.shape:
+                raise ConfigError(
+                    f"export: {checkpoint} does not hold the policy's {name}; export the adapter/ of its "
+                    "run, or that of an expert in there"
+                )
+            parameter.data.copy_(saved)

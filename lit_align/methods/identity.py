@@ -1,0 +1,165 @@
+"""What a run of a method is, and whether it may take what another run wrote."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_align.backbones import DiffusionBackbone
+from lit_align.data import MultiTaskDataModule, PairSource, PickaPicDataModule, PromptDataModule, PromptSource
+from lit_align.errors import ConfigError, tell
+from lit_align.identity import differences, text_hash, versions, weights_hash
+from lit_align.methods.sampling import SamplingModule
+from lit_align.rewards import RewardBank
+from lit_align.samplers import Sampler
+
+READ = 4096
+"""Rows of a source that its fingerprint reads: all of a small one, else evenly spaced; and it counts them."""
+
+BASE = ("base", "others", "files")
+"""The facts about frozen weights."""
+
+MEASURED = ("sampler", "guidance", "size", "rewards")
+"""The facts that decide what is measured of held-out images, besides the weights and the data."""
+
+
+def identity_of(module: SamplingModule, rewards: RewardBank, data: Any) -> dict[str, Any]:
+    """The facts of a run, as numbers, texts and mappings.
+
+    ``base`` is the hash of the pretrained denoiser, ``others`` that of text encoders and autoencoder, and
+    ``files`` those of adapters and models that were loaded besides: all by
+    :func:`~lit_align.identity.weights_hash`, which reads evenly spaced values of every tensor.
+    """
+    return {
+        "method": type(module).__name__,
+        **_weights(module.backbone),
+        "sampler": _sampler(module.sampler),
+        "guidance": float(module.sampling.guidance),
+        "size": list(module.backbone.size),
+        "rewards": _rewards(rewards),
+        "data": _data(data),
+        "versions": versions(),
+    }
+
+
+def _weights(backbone: DiffusionBackbone) -> dict[str, Any]:
+    sets = backbone.weight_sets
+    return {
+        "model": sets.model,
+        "base": sets.base_hash,
+        "others": weights_hash(backbone.fixed_parameters()),
+        "files": dict(sets.file_hashes),
+    }
+
+
+def _sampler(sampler: Sampler) -> dict[str, Any]:
+    """Its class, its steps, and a hash of how each moves a state and a prediction, and of its noise."""
+    zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    chain = [str(sampler.timesteps.tolist())]
+    for k in range(sampler.num_steps):
+        steps = [sampler.step(x, prediction, k) for x, prediction in ((one, zero), (zero, one))]
+        chain += [f"{step.mean.item()} {step.std.item()}" for step in steps]
+    return {"class": type(sampler).__name__, "steps": sampler.num_steps, "chain": text_hash(chain)}
+
+
+def _rewards(bank: RewardBank) -> dict[str, str]:
+    """Class and weight of each reward by name; a monitored one has no weight."""
+    weights = {name: f" x {weight:g}" for name, weight in bank.weights.items()}
+    return {name: type(reward).__name__ + weights.get(name, "") for name, reward in bank.rewards.items()}
+
+
+def _data(data: Any) -> dict[str, str]:
+    """Fingerprints of what is trained and validated on; of foreign data modules nothing is known."""
+    if isinstance(data, PickaPicDataModule):
+        return {"pairs": _fingerprint(data.pairs)} | _given(data)
+    if isinstance(data, PromptDataModule):
+        return {"prompts": _fingerprint(data.source)} | _given(data)
+    if isinstance(data, MultiTaskDataModule):
+        parts = {task: _data(one) for task, one in data.modules.items()}
+        return {f"{task} {name}": value for task, own in parts.items() for name, value in own.items()}
+    return {}
+
+
+def _given(data: PickaPicDataModule | PromptDataModule) -> dict[str, str]:
+    source = data.validation_source
+    return {} if source is None else {"validation prompts": _fingerprint(source)}
+
+
+def _fingerprint(source: PromptSource | PairSource) -> str:
+    count = len(source)
+    rows = sorted({row * (count - 1) // max(1, READ - 1) for row in range(READ)}) if count else []
+    texts = [source.prompt(row) for row in rows]
+    if isinstance(source, PairSource):
+        texts += [str(source.label(row)) for row in rows]
+    return f"{count} rows {text_hash(texts)}"
+
+
+def check_files(stamps: Mapping[str, Mapping[str, Any]], now: Mapping[str, Any], accepted: bool) -> None:
+    """Refuse adapters and models that were trained over other weights; tell how others were sampled.
+
+    Args:
+        stamps: What the files say, by path.
+        now: The facts of this run.
+        accepted: Take them in any case.
+
+    Raises:
+        ConfigError: One was trained over another base.
+    """
+    for path, facts in stamps.items():
+        if facts.get("base") not in (None, now["base"]):
+            said = f"{path} was trained over other weights ({facts['base']}) than this model ({now['base']})"
+            if not accepted:
+                raise ConfigError(
+                    f"{said}; give one of this model, or --accept_other_base true to take it in any case"
+                )
+            rank_zero_warn(f"{said}, and is taken in any case")
+        kept = {name: facts[name] for name in ("sampler", "guidance", "size") if name in facts}
+        if changed := differences(kept, now):
+            tell(f"{path} was trained with another {_told(changed)}")
+
+
+def check_checkpoint(
+    saved: Mapping[str, Any], now: Mapping[str, Any], fit: bool, other_base: bool, other_data: bool
+) -> set[str]:
+    """Refuse a checkpoint of another run, or say what changes where the user accepts that.
+
+    Args:
+        saved: The facts in the checkpoint.
+        now: Those of this run.
+        fit: Whether its run goes on, and is not only measured or drawn from.
+        other_base: Accept other frozen weights.
+        other_data: Accept other prompts or pairs.
+
+    Returns:
+        The names of the facts that decide what is measured and that are now others.
+
+    Raises:
+        ConfigError: It is of another method, model or data set.
+    """
+    changed = differences(saved, now)
+    if fit and "method" in changed:
+        raise ConfigError(
+            f"ckpt_path: the checkpoint is of {saved['method']}, and {now['method']} counts and optimises "
+            "otherwise; go on with its own method, or start from its adapter/ folder (backbone.adapters)"
+        )
+    kinds: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
+        ("another model", "base", BASE, other_base),
+        ("other data", "data", ("data",) if fit else (), other_data),
+    )
+    for what, option, names, accepted in kinds:
+        if found := {name: changed[name] for name in names if name in changed}:
+            said = f"ckpt_path: the checkpoint was made with {what} ({_told(found)})"
+            if not accepted:
+                raise ConfigError(
+                    f"{said}; give that of its run, or --accept_other_{option} true to go on in any case"
+                )
+            rank_zero_warn(said)
+    if "versions" in changed:
+        old, new = saved["versions"], now["versions"]
+        tell(f"the checkpoint was written with {_told(differences(old, new))}")
+    return {name for name in (*BASE, "data", *MEASURED) if name in changed} if fit else set()
+
+
+def _told(changed: Mapping[str, str]) -> str:
+    return ", ".join(values if name == "data" else f"{name} {values}" for name, values in changed.items())

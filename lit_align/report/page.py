@@ -1,0 +1,209 @@
+"""One self-contained page about one run, or several side by side."""
+
+import base64
+import math
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from lit_align.report.chart import chart
+from lit_align.report.curves import against, at, first_at
+from lit_align.report.run import DISTANCES, Run, Shown
+
+CURVES = ("val/reward", "val/truth", "val/kl", "val/drift", "val/diversity", "val/unscored")
+"""Curves that stand first; the single rewards follow."""
+
+NOTICEABLE = 0.05
+"""Share by which a metric of images must change for the page to speak of it."""
+
+SIGNS = {
+    "diversity": (-1, "images of one prompt have become more alike: the run may collapse"),
+    "saturation": (1, "colours are more saturated: often the first sign of an exploited reward"),
+    "high_frequency": (1, "fine texture has grown: often the sign of an exploited reward"),
+    "unscored": (1, "more images have no score"),
+}
+"""Metrics whose change warns, the direction, and what it may mean."""
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page as HTML.
+
+    Args:
+        runs: At least one. The images are those of the first run that has some.
+    """
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(
+        files("lit_align.report").joinpath("page.html").read_text()
+    )
+    shown = next((run.shown for run in runs if run.shown), [])
+    return template.render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        runs=[_about(run) for run in runs],
+        columns=_columns(runs),
+        equal=_equal(runs),
+        charts=[one for one in _charts(runs) if one],
+        shown=[_picture(one) for one in shown],
+        names=list(shown[0].scores) if shown else [],
+    )
+
+
+def verdict(run: Run) -> list[str]:
+    """What the comparison says, in sentences: the reward, the truth, and what warns."""
+    metrics, said = run.metrics, []
+    for name in ("reward", "truth"):
+        if (found := metrics.get(name)) and "difference" in found:
+            said.append(f"{name} {_change(found)}, {_significance(found)}")
+    for name, (direction, meaning) in SIGNS.items():
+        found = metrics.get(name, {})
+        before, difference, error = (found.get(key) for key in ("before", "difference", "standard_error"))
+        if before is None or difference is None or not direction * difference > NOTICEABLE * abs(before):
+            continue
+        if error is None or abs(difference) > 2 * error:
+            said.append(f"{name} {_change(found)}: {meaning}")
+    reward, truth = (metrics.get(name, {}) for name in ("reward", "truth"))
+    if _clear(reward) > 0 > _clear(truth):
+        said.append("the reward rises while the truth falls: it is being exploited")
+    return said
+
+
+def table(run: Run) -> list[dict[str, Any]]:
+    """A row for each metric that has a value."""
+    rows = []
+    for name, found in run.metrics.items():
+        after = found.get("after", found.get("mean"))
+        if after is None or (name == "reward/truth" and "truth" in run.metrics):
+            continue
+        distance = name in DISTANCES
+        rows.append(
+            {
+                "name": name,
+                "before": "" if distance else _number(found.get("before")),
+                "after": _number(after),
+                "change": "" if distance else _change(found),
+                "wins": "" if distance else _wins(name, found),
+                "style": "" if distance else _style(name, found),
+            }
+        )
+    return rows
+
+
+def _about(run: Run) -> dict[str, Any]:
+    config = run.folder / "config.yaml"
+    commands = [f"python -m lit_align fit --config {config}"] if run.text else []
+    if run.text and run.split == "test":
+        commands.append(f"python -m lit_align test --config {config} --ckpt_path {run.folder}")
+    count = max((metric.get("num_pairs") or metric.get("num_images") or 0) for metric in run.metrics.values())
+    return {
+        "name": run.name,
+        "method": run.method,
+        "folder": str(run.folder),
+        "images": run.images,
+        "split": run.split,
+        "count": int(count),
+        "verdict": verdict(run),
+        "table": table(run),
+        "compared": run.compared,
+        "config": run.text,
+        "commands": commands,
+    }
+
+
+def _columns(runs: Sequence[Run]) -> list[str]:
+    """Metrics that any of the runs has, in order."""
+    return list(dict.fromkeys(name for run in runs for name in run.metrics))
+
+
+def _equal(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Held-out curves of several runs at equal numbers of images and at equal distance."""
+    if len(runs) < 2:
+        return []
+    names = [name for name in CURVES[:2] if all(name in run.curves for run in runs)]
+    rows = []
+    images = min((run.curves[names[0]][-1][0] for run in runs), default=0) if names else 0
+    if images:
+        values = [[_number(at(run.curves[name], images)) for run in runs] for name in names]
+        rows.append({"at": f"{images:g} images", "names": names, "values": values})
+    for distance in DISTANCES:
+        paths = [[against(run.curves, f"val/{distance}", name) for run in runs] for name in names]
+        if not paths or not all(path for of_name in paths for path in of_name):
+            continue
+        reached = min(max(x for x, _ in path) for path in paths[0])
+        values = [[_number(first_at(path, reached)) for path in of_name] for of_name in paths]
+        rows.append({"at": f"{distance} {reached:.3g}", "names": names, "values": values})
+    return rows
+
+
+def _charts(runs: Sequence[Run]) -> list[str]:
+    tags = dict.fromkeys(tag for run in runs for tag in run.curves if tag.startswith("val/reward/"))
+    charts = [
+        chart(tag, {run.name: run.curves[tag] for run in runs if tag in run.curves})
+        for tag in (*CURVES, *tags)
+        if tag != "val/reward/truth"
+    ]
+    paths = (("val/truth", "val/reward"), ("val/kl", "val/reward"), ("val/kl", "val/truth"))
+    for across, up in paths:
+        lines = {run.name: against(run.curves, across, up) for run in runs}
+        charts.append(chart(f"{up} against {across}", lines, across))
+    return charts
+
+
+def _picture(shown: Shown) -> dict[str, Any]:
+    def embedded(path: Any) -> str:
+        kind = "jpeg" if path.suffix == ".jpg" else "png"
+        return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+    before, after = shown.scores.get("reward", (None, None))
+    gain = None if before is None or after is None else after - before
+    scores = {name: f"{_number(pair[0])} → {_number(pair[1])}" for name, pair in shown.scores.items()}
+    return {
+        "prompt": shown.prompt,
+        "before": embedded(shown.before),
+        "after": embedded(shown.after),
+        "gain": gain,
+        "scores": {name: text for name, text in scores.items() if _is_score(name)},
+    }
+
+
+def _is_score(name: str) -> bool:
+    return name in ("reward", "truth") or (name.startswith("reward/") and name != "reward/truth")
+
+
+def _clear(found: dict[str, float | None]) -> int:
+    """The sign of a change of more than two standard errors; else 0."""
+    difference, error = found.get("difference"), found.get("standard_error")
+    if difference is None or error is None or abs(difference) <= 2 * error:
+        return 0
+    return 1 if difference > 0 else -1
+
+
+def _style(name: str, found: dict[str, float | None]) -> str:
+    """How a change is shown: better and worse are known of rewards alone."""
+    clear = _clear(found)
+    if not clear:
+        return ""
+    return ("up" if clear > 0 else "down") if _is_score(name) else "clear"
+
+
+def _significance(found: dict[str, float | None]) -> str:
+    wins = found.get("win_rate")
+    share = "" if wins is None else f"better in {wins:.0%} of the images"
+    return share if _clear(found) else f"{share}; within two standard errors, so inconclusive"
+
+
+def _change(found: dict[str, float | None]) -> str:
+    difference, error = found.get("difference"), found.get("standard_error")
+    if difference is None:
+        return ""
+    return f"{difference:+.4f}" + ("" if error is None or not math.isfinite(error) else f" ± {error:.4f}")
+
+
+def _wins(name: str, found: dict[str, float | None]) -> str:
+    rate, error = found.get("win_rate"), found.get("win_rate_error")
+    if rate is None or not (name == "truth" or name.startswith("reward")):
+        return ""
+    return f"{rate:.0%}" + ("" if error is None else f" ± {error:.0%}")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

@@ -1,0 +1,268 @@
+"""The doctor names what is wrong with a configuration, and is silent where nothing is."""
+
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_align.cli import main
+from lit_align.cli.doctor import _warned
+from lit_align.doctor import Asked, Trial, judge, look
+from lit_align.doctor.trial import BATCHES, Seen
+from lit_align.methods import AlignmentModule, DDPOModule, NFTModule, PRDPModule
+from lit_align.rewards import Brightness, Redness, Reward, RewardBank
+from tests.methods.build import make, prompts, trainer
+
+ROOT = Path(__file__).parents[2]
+ASKED = Asked(3, -1, 8, None, 1, Path("logs"))
+CLIP = 1.6 / (4 * 8 * 8)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lit_align"])
+
+
+def healthy(tiny: Path, method: type[AlignmentModule] = DDPOModule, **options: Any) -> AlignmentModule:
+    own: dict[str, Any] = {} if method is NFTModule else {"clip_range": CLIP}
+    return make(method, tiny, **{"num_steps": 3, "noisy_steps": 2, "lr": 1e-4} | own | options)
+
+
+def data(**options: Any) -> Any:
+    sizes = {"prompts": 8, "images": 4, "validation_prompts": 64, "validation_images_per_prompt": 1}
+    return prompts(**sizes | options)
+
+
+# ---- at a look
+
+
+def test_a_healthy_configuration_is_left_alone(tiny):
+    for method in (DDPOModule, PRDPModule, NFTModule):
+        assert list(look(healthy(tiny, method), data(), ASKED)) == []
+
+
+def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=5)
+
+
+LOOKS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "a clip range for larger latents": (
+        "clip_range",
+        lambda tiny: (healthy(tiny, clip_range=1e-5), data(), ASKED),
+    ),
+    "a clip range that never binds": (
+        "clip_range",
+        lambda tiny: (healthy(tiny, clip_range=1.0), data(), ASKED),
+    ),
+    "PRDP's clip range in nats": (
+        "clip_range",
+        lambda tiny: (healthy(tiny, PRDPModule, convention="equations", clip_range=1e-4), data(), ASKED),
+    ),
+    "two images of a prompt": ("few_images_of_a_prompt", lambda tiny: (healthy(tiny), data(images=2), ASKED)),
+    "many updates on few images": (
+        "few_images_in_an_update",
+        lambda tiny: (healthy(tiny, updates=4), data(), ASKED),
+    ),
+    "no validation": (
+        "no_validation",
+        lambda tiny: (healthy(tiny), data(), replace(ASKED, val_batches=0)),
+    ),
+    "validation by no epoch": (
+        "no_validation",
+        lambda tiny: (healthy(tiny), data(), replace(ASKED, val_every=None)),
+    ),
+    "few held-out images": (
+        "few_held_out",
+        lambda tiny: (healthy(tiny), data(validation_prompts=8), ASKED),
+    ),
+    "nothing monitored": (
+        "nothing_monitored",
+        lambda tiny: (
+            healthy(tiny, rewards=RewardBank({"red": Redness()}, {"red": 1.0})),
+            data(),
+            ASKED,
+        ),
+    ),
+    "no end": ("no_end", lambda tiny: (healthy(tiny), data(), replace(ASKED, max_epochs=None))),
+    "a schedule that ends early": (
+        "schedule_ends",
+        lambda tiny: (healthy(tiny, lr_scheduler=schedule), data(), ASKED),
+    ),
+    "guidance beside NFT": (
+        "guidance_is_learnt",
+        lambda tiny: (healthy(tiny, NFTModule, guidance=3.0), data(), ASKED),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOOKS)
+def test_what_can_be_seen_is_named(case: str, tiny: Path):
+    name, built = LOOKS[case]
+    assert [finding.name for finding in look(*built(tiny))] == [name]
+
+
+def test_a_full_disk_and_a_closed_folder_are_named(tiny, tmp_path, monkeypatch):
+    module = healthy(tiny)
+    full = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    assert [finding.name for finding in look(module, data(), ASKED)] == ["disk_full"]
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert [finding.name for finding in look(module, data(), ASKED)] == ["cannot_write"]
+
+
+# ---- by a trial
+
+
+class Constant(Reward):
+    def forward(self, images: Tensor, prompts: list[str], groups=None, columns=None) -> Tensor:
+        return torch.full((len(images),), 0.5)
+
+
+class OfPrompt(Reward):
+    """The same for all images of a prompt."""
+
+    def forward(self, images: Tensor, prompts: list[str], groups=None, columns=None) -> Tensor:
+        return torch.tensor([float(len(prompt)) for prompt in prompts])
+
+
+class Half(Reward):
+    """No score for every other image."""
+
+    def forward(self, images: Tensor, prompts: list[str], groups=None, columns=None) -> Tensor:
+        scores = images.mean((1, 2, 3)).cpu()
+        scores[::2] = torch.nan
+        return scores
+
+
+def trained(*rewards: Reward, weights: tuple[float, ...] = (1.0, 1.0)) -> RewardBank:
+    bank = {f"r{i}": reward for i, reward in enumerate(rewards)}
+    return RewardBank(bank | {"other": Redness()}, dict(zip(bank, weights, strict=False)))
+
+
+def tried(module: AlignmentModule, folder: Path, **options: Any) -> list[str]:
+    trial = Trial()
+    running = trainer(folder, BATCHES, trial, **options)
+    with warnings.catch_warnings(record=True):
+        running.fit(module, data())
+    assert trial.seen.images == [8, 8]
+    return [finding.name for finding in judge(module, trial.seen)]
+
+
+def test_a_healthy_run_is_left_alone(tiny, tmp_path):
+    assert tried(healthy(tiny), tmp_path) == []
+
+
+def frozen_start(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+
+
+TRIALS: dict[str, tuple[set[str], dict[str, Any]]] = {
+    "a constant reward": ({"reward_constant", "no_gradient"}, {"rewards": trained(Constant())}),
+    "a reward of the prompt alone": ({"no_signal", "no_gradient"}, {"rewards": trained(OfPrompt())}),
+    "half of the images unscored": ({"reward_unscored"}, {"rewards": trained(Half())}),
+    "a reward that does not count": (
+        {"reward_dwarfed"},
+        {"rewards": trained(Brightness(), Redness(), weights=(1000.0, 0.001))},
+    ),
+    "a schedule that begins at 0": ({"weights_fixed"}, {"lr_scheduler": frozen_start}),
+    "a rate that breaks the policy": ({"step_too_large"}, {"lr": 10.0, "clip_range": None}),
+    "a rate that does nothing": ({"step_too_small"}, {"lr": 1e-12}),
+}
+
+
+@pytest.mark.parametrize("case", TRIALS)
+def test_what_a_trial_shows_is_named(case: str, tiny: Path, tmp_path: Path):
+    names, options = TRIALS[case]
+    assert set(tried(healthy(tiny, **options), tmp_path)) == names
+
+
+def test_weights_out_of_reach_and_ratios_that_are_not_1_are_named(tiny, tmp_path):
+    module = healthy(tiny)
+    spare = torch.nn.Parameter(torch.ones(3))
+    module.register_parameter("spare", spare)
+    assert tried(module, tmp_path) == ["gradient_missing"]
+    rough = Seen(metrics=[{"train/ratio_deviation": 0.1 * CLIP + 1e-6}], reached={"a"}, moved={"a"})
+    assert [finding.name for finding in judge(module, rough)] == ["ratio_is_not_1"]
+
+
+def test_gradients_of_frozen_weights_and_those_that_are_not_finite_are_named(tiny, tmp_path):
+    module = healthy(tiny)
+    frozen = module.backbone.unet.conv_out.weight
+
+    def switch_on(batch: Any, batch_idx: int) -> None:
+        frozen.requires_grad_(True)
+
+    module.on_train_batch_start = switch_on  # type: ignore[method-assign]
+    assert "gradient_elsewhere" in tried(module, tmp_path)
+    broken = healthy(tiny)
+    for parameter in broken.backbone.weight_sets.parameters_of("policy"):
+        parameter.register_hook(lambda gradient: gradient * torch.nan)
+    assert "gradient_not_finite" in tried(broken, tmp_path)
+
+
+def test_warnings_of_the_package_are_findings():
+    said = "rewards: the models of 'clip' were trained on Shapes images, and so on; leave out y"
+    assert (_warned(said).name, _warned(said).remedy) == ("reward_domain", "leave out y")
+    assert _warned("3 of 4 prompts have words that the model was never taught; take others").name == (
+        "untaught_words"
+    )
+    assert _warned("rollout batch: all advantages are 0, so there is nothing").name == "no_signal"
+
+
+# ---- as a command
+
+
+def arguments(tiny: Path, *more: str) -> list[str]:
+    bank = "{brightness: {class_path: Brightness}, redness: {class_path: Redness}}"
+    return [
+        "--config",
+        str(ROOT / "configs" / "ddpo.yaml"),
+        "--trainer.accelerator=cpu",
+        f"--model.backbone.pretrained={tiny}",
+        "--model.sampler.num_steps=3",
+        "--model.sampler.noisy_steps=2",
+        f"--model.clip_range={CLIP}",
+        f"--model.rewards.rewards={bank}",
+        "--model.rewards.weights={brightness: 1.0}",
+        *more,
+    ]
+
+
+def test_the_command_finds_nothing_in_a_healthy_configuration_and_writes_nothing(tiny, tmp_path, capsys):
+    main(["doctor", *arguments(tiny)])
+    assert "nothing was found" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_ends_with_1_and_a_line_for_each_finding(tiny, tmp_path, capsys):
+    wrong = ["--model.clip_range=1", "--data.validation_prompts=4", "--data.validation_images_per_prompt=1"]
+    with pytest.raises(SystemExit) as exited:
+        main(["doctor", *arguments(tiny, *wrong)])
+    assert exited.value.code == 1
+    told = capsys.readouterr().out
+    assert "clip_range: model.clip_range: 1 is 256 nats" in told.replace("\n", " ")
+    assert "few_held_out: data.validation_prompts" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_fit_refuses_is_a_finding(tiny, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main(["doctor", *arguments(tiny, "--model.updates=3")])
+    assert exited.value.code == 1
+    assert "refused: fit: updates: the 16 prompts" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.stem)
+def test_it_is_silent_on_what_ships(config: Path, capsys):
+    main(["doctor", "--config", str(config), "--trainer.accelerator=cpu"])
+    assert "nothing was found" in capsys.readouterr().out

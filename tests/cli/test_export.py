@@ -1,0 +1,210 @@
+"""What is exported draws the images of the model that was trained."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lit_align.cli import main
+from lit_align.export import export, mixture_of, read_run
+from lit_align.export.card import card
+from lit_align.identity import read_stamp
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=1",
+    "--trainer.accelerator=cpu",
+    "--data.images_per_prompt=2",
+    "--data.prompts_per_batch=2",
+    "--data.validation_prompts=2",
+    "--data.validation_images_per_prompt=2",
+    "--data.test_prompts=2",
+    "--data.test_images_per_prompt=2",
+    "--data.eval_batch=4",
+    "--model.updates=1",
+    "--model.backbone.dtype=float32",
+    "--model.sampler.num_steps=2",
+    "--model.optimisation.optimizer.lr=0.1",
+    "--model.rewards.rewards={brightness: {class_path: Brightness}, redness: {class_path: Redness}}",
+    "--model.rewards.weights={brightness: 1.0}",
+]
+
+
+def fit(model: Path, *options: str) -> None:
+    config = [
+        "--config",
+        str(ROOT / "configs/ddpo.yaml"),
+        "--config",
+        str(ROOT / "configs/backbone/sdxl.yaml"),
+    ]
+    (Path.cwd() / "prompts.txt").write_text("\n".join(f"a star number {i}" for i in range(200)))
+    main(["fit", *config, *SMALL, f"--model.backbone.pretrained={model}", *options])
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``version_0``: an adapter whose alpha is not its rank; ``version_1``: another."""
+    folder, here, arguments = tmp_path_factory.mktemp("runs"), Path.cwd(), sys.argv
+    os.chdir(folder)
+    sys.argv = ["lit_align"]
+    fit(
+        tiny_xl,
+        "--model.backbone.lora.alpha=8",
+        "--model.backbone.lora.rank=2",
+        "--model.backbone.size=[16,24]",
+    )
+    fit(tiny_xl, "--model.backbone.lora.rank=3", "--model.backbone.size=[16,24]")
+    os.chdir(here)
+    sys.argv = arguments
+    return folder / "logs" / "ddpo"
+
+
+def test_every_form_draws_what_the_live_model_draws(runs: Path, tiny_xl: Path, tmp_path: Path, capsys: Any):
+    run = runs / "version_0"
+    main(
+        ["export", str(run), "--form", "adapter", "kohya", "pipeline", "--out", str(tmp_path), "--steps", "2"]
+    )
+    said = capsys.readouterr().out
+    assert said.count("largest pixel difference to the live model: 0\n") == 2  # factors are copied exactly
+    differences = [float(line.rpartition(" ")[2]) for line in said.splitlines() if "largest" in line]
+    assert len(differences) == 3
+    assert max(differences) < 1e-4  # the merged weights are rounded
+    factors = load_file(tmp_path / "ddpo_version_0.safetensors")
+    assert all(name.startswith("lora_unet_") for name in factors)
+    assert {float(value) for name, value in factors.items() if name.endswith(".alpha")} == {2.0}
+    with safe_open(tmp_path / "ddpo_version_0.safetensors", "pt") as file:
+        assert file.metadata()["ss_network_alpha"] == "2"
+    assert read_stamp(tmp_path / "adapter") == read_stamp(run / "adapter")
+    text = (tmp_path / "README.md").read_text()
+    for told in (
+        f"base_model: {tiny_xl}",
+        "brightness (Brightness, weight 1), redness (Redness, monitored)",
+        "TextPrompts (path prompts.txt",
+        "| reward |",
+        "DDIM (num_steps 2, eta 1.0)",
+        "![held-out images](validation_",
+        "StableDiffusionXLPipeline",
+        "LoRA (rank 2, alpha 8",
+    ):
+        assert told in text, told
+    assert list(tmp_path.glob("validation_*.png"))
+
+
+def test_a_mixture_and_a_checkpoint_are_exported_without_a_fit(runs: Path, tmp_path: Path, tiny_xl: Path):
+    both = [read_run(runs / f"version_{number}") for number in range(2)]
+    live = mixture_of(both, [0.3, 0.7])
+    made = export(live, ["adapter", "kohya"], tmp_path / "mixture", "soup", 2)
+    assert max(one.difference for one in made) < 1e-5
+    assert "0.3 x version_0, 0.7 x version_1" in card(live, made, "soup", [])
+    saved = read_run(runs / "version_0" / "checkpoints" / "last.ckpt")
+    (one,) = export(mixture_of([saved], [1.0]), ["adapter"], tmp_path / "checkpoint", "last", 2)
+    assert one.difference == 0
+    newest = load_file(runs / "version_0" / "adapter" / "pytorch_lora_weights.safetensors")
+    again = load_file(one.path / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in newest.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "there is no nowhere; give the folder of a run"),
+        (["{runs}"], "is in no folder with a config.yaml"),
+        (["{runs}/version_0", "{runs}/version_1"], "2 runs need --weights with a number for each"),
+    ],
+)
+def test_what_cannot_be_exported_is_named(runs: Path, capsys: Any, arguments: list[str], message: str):
+    with pytest.raises(SystemExit):
+        main(["export", *(argument.format(runs=runs) for argument in arguments)])
+    assert message in capsys.readouterr().err
+
+
+def test_the_snippet_of_the_readme_draws_an_image_of_predict_again(
+    runs: Path, tiny: Path, tiny_xl: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """For SDXL with an adapter, and for Stable Diffusion 1 without, where the last step draws no noise."""
+    page = (ROOT / "lit_align" / "backbones" / "README.md").read_text()
+    (snippet,) = re.findall(r"^```python\n(# again.py.*?)^```", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(runs.parents[1])
+    monkeypatch.setattr(sys, "argv", ["lit_align"])
+    run = runs / "version_0"
+    main(["predict", f"--config={run / 'config.yaml'}", f"--ckpt_path={run}", "--trainer.accelerator=cpu"])
+    xl = again(
+        snippet,
+        run,
+        {
+            "stabilityai/stable-diffusion-xl-base-1.0": str(tiny_xl),
+            "50, 1.0, 50, 5.0, (1024, 1024)": "2, 1.0, 2, 5.0, (16, 24)",
+            "logs/ddpo/version_0/adapter": str(run / "adapter"),
+        },
+    )
+    assert xl < 2
+    pretrained = [f"--model.backbone.pretrained={tiny}", "--model.sampler.noisy_steps=1"]
+    config = str(ROOT / "configs/ddpo.yaml")
+    main(
+        [
+            "predict",
+            "--config",
+            config,
+            *SMALL,
+            *pretrained,
+        ]
+    )
+    (run,) = Path("logs/ddpo").glob("version_2")
+    one = again(
+        snippet,
+        run,
+        {
+            "stabilityai/stable-diffusion-xl-base-1.0": str(tiny),
+            "50, 1.0, 50, 5.0, (1024, 1024)": "2, 1.0, 1, 1.0, (16, 16)",
+            "StableDiffusionXLPipeline": "StableDiffusionPipeline",
+            "add_watermarker=False": "safety_checker=None",
+            'pipeline.load_lora_weights("logs/ddpo/version_0/adapter")\n': "",
+        },
+    )
+    assert one < 2
+
+
+def again(snippet: str, run: Path, replaced: dict[str, str]) -> int:
+    """Largest difference of the snippet's image to the last one of ``predict``, of 255."""
+    (folder,) = run.glob("predictions*")
+    row = json.loads((folder / "metadata.jsonl").read_text().splitlines()[-1])
+    assert row["index"] > 0
+    shown = {name: row[name] for name in ("prompt", "seed", "index")}
+    replaced = {'{"prompt": "a red star", "seed": 0, "index": 0}': repr(shown)} | replaced
+    for old, new in replaced.items():
+        assert old in snippet
+        snippet = snippet.replace(old, new)
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "again.py", "exec"), names)  # the documentation's own
+    drawn, expected = (
+        np.asarray(image).astype(int) for image in (names["image"], Image.open(folder / row["file_name"]))
+    )
+    return int(np.abs(drawn - expected).max())
+
+
+@pytest.mark.slow
+def test_a_run_of_all_weights_is_exported_as_a_pipeline(
+    tiny_xl: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lit_align"])
+    fit(tiny_xl, f"--config={ROOT}/configs/backbone/full.yaml", "--model.optimisation.optimizer.lr=1e-3")
+    for given in ("", "checkpoints/last.ckpt"):
+        main(["export", f"logs/ddpo/version_0/{given}", "--out", "out", "--steps", "2"])
+        assert "difference to the live model: 0\n" in capsys.readouterr().out
+    pipeline = StableDiffusionXLPipeline.from_pretrained("out/pipeline")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    with pytest.raises(SystemExit):
+        main(["export", "logs/ddpo/version_0", "--form", "kohya"])
+    assert "all weights were trained, so there is no kohya" in capsys.readouterr().err

@@ -1,0 +1,87 @@
+"""The overlays of flow models train one batch, with every method that they go on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_align.cli import main
+from tests.test_cli import ROOT, scalars
+
+MODELS = {"sd35": "sd3", "flux": "flux", "flux2": "klein"}
+SMALL = {
+    "trainer.accelerator": "cpu",
+    "trainer.max_epochs": 1,
+    "trainer.limit_train_batches": 1,
+    "trainer.limit_val_batches": 1,
+    "trainer.enable_progress_bar": "false",
+    "trainer.enable_model_summary": "false",
+    "data.images_per_prompt": 2,
+    "data.prompts_per_batch": 2,
+    "data.validation_prompts": 2,
+    "data.validation_images_per_prompt": 1,
+    "model.sampler.num_steps": 3,
+    "model.sampler.noisy_steps": 2,
+    "model.optimisation.micro_batch": 4,
+}
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lit_align"])
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a star number {i}" for i in range(200)))
+    return tmp_path
+
+
+def train(method: str, overlays: list[str], model: Path, **options: object) -> dict[str, float]:
+    """What one batch logs, by name."""
+    files = [f"configs/{method}.yaml", *(f"configs/{overlay}.yaml" for overlay in overlays)]
+    given = SMALL | {"model.backbone.pretrained": model, "data.source.path": "prompts.txt"} | options
+    main(
+        ["fit", *(f"--config={ROOT / file}" for file in files), *(f"--{n}={v}" for n, v in given.items())],
+    )
+    (run,) = Path("logs").glob("*/version_0")
+    found = scalars(run)
+    saved = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["sampler"]
+    assert saved["class_path"].endswith("FlowSDE")
+    assert set(saved["init_args"]) == {"num_steps", "rule", "noise_level", "noisy_steps"}
+    return {name: found.Scalars(name)[-1].value for name in found.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize(
+    ("overlay", "size", "more"),
+    [
+        ("sd35", 64, []),
+        pytest.param("flux", "[32,48]", ["variant/flow_grpo"], marks=pytest.mark.slow),
+        pytest.param("flux2", 64, [], marks=pytest.mark.slow),
+        pytest.param("flux2", 32, ["variant/flow_grpo"], marks=pytest.mark.slow),
+        pytest.param("sd35", "[32,48]", ["variant/flow_grpo"], marks=pytest.mark.slow),
+    ],
+)
+def test_the_overlays_go_on_ddpo_with_any_reward(
+    overlay: str, size: object, more: list[str], work: Path, flow_folder: Callable[[str], Path]
+) -> None:
+    overlays = [f"backbone/{overlay}", *more, "variant/compressibility"]
+    logged = train("ddpo", overlays, flow_folder(MODELS[overlay]), **{"model.backbone.size": size})
+    assert {"train/reward/jpeg", "val/reward/jpeg", "val/kl"} <= set(logged)
+    assert logged["train/kl"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", MODELS)
+@pytest.mark.parametrize("method", ["prdp", "nft", "alignprop"])
+def test_the_overlays_go_on_the_other_methods_on_prompts(
+    method: str, overlay: str, work: Path, flow_folder: Callable[[str], Path]
+) -> None:
+    variant = ["variant/alignprop_compressibility"] if method == "alignprop" else ["variant/compressibility"]
+    logged = train(
+        method,
+        [f"backbone/{overlay}", *variant],
+        flow_folder(MODELS[overlay]),
+        # AlignProp's windows have up to 5 steps, and DiffusionNFT takes 4 timesteps.
+        **{"model.backbone.size": 32, "model.sampler.num_steps": 6, "model.sampler.noisy_steps": 5},
+    )
+    assert logged["train/loss"] == logged["train/loss"]
+    assert "val/reward" in logged
