@@ -14,6 +14,7 @@ commands:
   test        compare a checkpoint with the pretrained model, on prompts that were never used
   predict     draw images of a checkpoint, with their prompts and rewards
   export      write what a run has trained for other programs, with a model card: export RUN
+  pairs       make preference data of the images of predict and a bank of rewards: pairs FOLDER
   report      one page about a tested run, or about several side by side: report RUN [RUN ...]
   doctor      find what would make a fit fail, in under a minute: doctor --config CONFIG
   serve       serve rewards to the runs of other processes and machines: serve --rewards bank.yaml

@@ -71,7 +71,8 @@ def user_path(path: str) -> Path:
         place.exists()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a null character, no such user
         shown = path if len(path) <= LONGEST else f"{path[:LONGEST]} ..."
-        raise ConfigError(f"{shown!r} cannot be the path of a file ({error}): check the path") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{shown!r} cannot be the path of a file ({reason}): check the path") from error
     return place
 
 

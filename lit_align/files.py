@@ -6,6 +6,7 @@ Nothing that was written is lost by what comes after it: a killed process, a ful
 import errno
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +108,19 @@ def replace_file(path: Path, fill: Callable[[Path], object]) -> None:
     """
     with _draft(path, fill) as draft:
         draft.replace(path)
+
+
+def replace_folder(folder: Path, draft: Path) -> None:
+    """Put the files of ``draft`` in place of those of ``folder``, each at once: no moment is without them."""
+    files = sorted(path.relative_to(draft) for path in draft.rglob("*") if path.is_file())
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        sync(draft / name)
+        (draft / name).replace(folder / name)
+    for old in [path for path in folder.rglob("*") if path.is_file()]:
+        if old.relative_to(folder) not in files:
+            old.unlink()
+    shutil.rmtree(draft)
 
 
 def write(path: Path, content: str | bytes) -> None:

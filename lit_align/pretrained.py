@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, TypeVar
 from weakref import WeakValueDictionary
 
@@ -167,3 +168,24 @@ def not_finite(tensors: Mapping[str, Any]) -> str | None:
     """The name of the first tensor with a number that is not finite, or None."""
     real = {name: t for name, t in tensors.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
     return next((name for name, tensor in real.items() if not bool(tensor.isfinite().all())), None)
+
+
+def unsound(tensors: Mapping[str, Any]) -> str | None:
+    """Why the tensors of a file cannot be used, or None.
+
+    A pickled tensor may claim any shape over a storage of a few bytes, and take the memory when it is copied.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            return f"{name} is no tensor"
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            return f"{name} is larger than what the file holds"
+    broken = not_finite(tensors)
+    return f"{broken} holds numbers that are not finite" if broken else None
+
+
+def why_not_read(error: BaseException) -> str:
+    """The first line of what was raised on a file of tensors; torch's proposes to run what is in it."""
+    if isinstance(error, UnpicklingError):
+        return "it holds more than tensors"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -27,6 +27,7 @@ ELSEWHERE = (
     "python -m lit_align.shapes.recipe",
     "python -m lit_align report",
     "python -m lit_align doctor",
+    "python -m lit_align serve",
     "hf download",
 )
 """Run by CI, by the tests of these programs, and by tests/shapes; and downloads."""

@@ -169,6 +169,23 @@ def test_log_prob_and_kl_are_those_of_the_step() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_steps_with_the_right_prediction_keep_the_forward_process_or_say_that_they_do_not(rule: Rule) -> None:
+    """The weights of the clean state and the noise, after a step, and the noise that it draws."""
+    sampler, one = FlowSDE(SD3, 6, rule), torch.ones(1, 1, dtype=torch.float64)
+    schedule, sigmas, exact = sampler.schedule, levels(sampler), []
+    for k, t in enumerate(sampler.timesteps):
+        (clean, std), (noise, _) = (
+            (step.mean.item(), step.std.item())
+            for x0, eps in ((one, 0 * one), (0 * one, one))
+            for step in [sampler.step(schedule.add_noise(x0, eps, t), schedule.target(x0, eps, t), k)]
+        )
+        assert clean == pytest.approx(1 - sigmas[k + 1], rel=1e-9)
+        exact.append(math.sqrt(noise**2 + std**2) == pytest.approx(sigmas[k + 1], rel=1e-9, abs=1e-9))
+    assert all(exact) == sampler.keeps_forward_process
+    assert FlowSDE(SD3, 6, rule, 0.0).keeps_forward_process
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_every_number_of_steps_is_finite(rule: Rule) -> None:
     for steps in (1, 2, 3, 28, 1000):
         sampler = FlowSDE(SD3, steps, rule)

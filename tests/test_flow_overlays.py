@@ -9,7 +9,7 @@ import yaml
 from lit_align.cli import main
 from tests.test_cli import ROOT, scalars
 
-MODELS = {"sd35": "sd3", "flux": "flux", "flux2": "klein"}
+MODELS = {"sd35": "sd3", "flux": "flux", "flux2": "klein", "z_image": "z_image"}
 SMALL = {
     "trainer.accelerator": "cpu",
     "trainer.max_epochs": 1,
@@ -57,6 +57,7 @@ def train(method: str, overlays: list[str], model: Path, **options: object) -> d
         pytest.param("flux", "[32,48]", ["variant/flow_grpo"], marks=pytest.mark.slow),
         pytest.param("flux2", 64, [], marks=pytest.mark.slow),
         pytest.param("flux2", 32, ["variant/flow_grpo"], marks=pytest.mark.slow),
+        pytest.param("z_image", "[32,48]", ["variant/flow_grpo"], marks=pytest.mark.slow),
         pytest.param("sd35", "[32,48]", ["variant/flow_grpo"], marks=pytest.mark.slow),
     ],
 )
@@ -67,6 +68,20 @@ def test_the_overlays_go_on_ddpo_with_any_reward(
     logged = train("ddpo", overlays, flow_folder(MODELS[overlay]), **{"model.backbone.size": size})
     assert {"train/reward/jpeg", "val/reward/jpeg", "val/kl"} <= set(logged)
     assert logged["train/kl"] > 0
+
+
+@pytest.mark.slow
+def test_a_run_is_exported_as_an_adapter_and_as_a_pipeline(
+    work: Path, flow_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    overlays = ["backbone/sd35", "variant/compressibility"]
+    train("ddpo", overlays, flow_folder("sd3_without_t5"), **{"model.backbone.size": 32})
+    (run,) = Path("logs").glob("*/version_0")
+    main(["export", str(run), "--out", "one"])
+    assert "largest pixel difference to the live model: 0\n" in capsys.readouterr().out
+    assert not list(Path("one").glob("*.safetensors"))  # kohya's names are for UNets
+    main(["export", str(run), "--form", "pipeline", "--out", "other"])
+    assert "largest pixel difference" in capsys.readouterr().out
 
 
 @pytest.mark.slow

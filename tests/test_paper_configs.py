@@ -68,6 +68,7 @@ SIZES: dict[str, Any] = {
     "eval_batch": 4,
     "micro_batch": 4,
     "shared_timesteps": 2,
+    "timesteps": 2,
     "batch": 4,
     "size": 32,
 }

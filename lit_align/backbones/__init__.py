@@ -9,6 +9,7 @@ from lit_align.backbones.sd3 import StableDiffusion3Backbone
 from lit_align.backbones.sdxl import StableDiffusionXLBackbone
 from lit_align.backbones.stable_diffusion import StableDiffusionBackbone
 from lit_align.backbones.weight_sets import POLICY, REFERENCE, WeightSets
+from lit_align.backbones.z_image import ZImageBackbone
 
 __all__ = [
     "POLICY",
@@ -24,5 +25,6 @@ __all__ = [
     "StableDiffusionBackbone",
     "StableDiffusionXLBackbone",
     "WeightSets",
+    "ZImageBackbone",
     "whole",
 ]

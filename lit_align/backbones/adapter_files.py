@@ -203,6 +203,8 @@ def check_contents(layers: Mapping[str, Any], metadata: Mapping[str, Any] | None
             raise ValueError(f"its metadata say {name}: {value}")
         if name.endswith((".r", ".rank_pattern")) and max(numbers, default=1) > largest:
             raise ValueError(f"its metadata say {name}: {value}, and no tensor has so many rows")
+        if name.endswith(".r") and not isinstance(value, int):
+            raise ValueError(f"its metadata say {name}: {value!r}")
         if name.endswith(".use_dora") and value:
             raise ValueError("it is a DoRA, whose updates do not add up")
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors import SafetensorError, safe_open
@@ -42,6 +43,10 @@ MARKS: dict[str, tuple[str, Any]] = {
 """Empty entries of single files, by which programs know how they were trained."""
 
 
+LIBRARIES = ("diffusers", "transformers")
+"""Whose classes the parts of a pipeline are."""
+
+
 def load_pipeline(
     pipeline_class: Any,
     pretrained: str,
@@ -78,6 +83,7 @@ def load_pipeline(
         parts = [name for name, found in index.items() if isinstance(found, list) and found[0]]
         for part in parts:
             if part not in without:
+                _check_code(pretrained, part, index[part])
                 _check_weights(pretrained, Path(source) / part, variant)
         pipeline = pipeline_class.from_pretrained(
             source, dtype=dict(dtypes), use_safetensors=True, variant=variant, **without
@@ -107,6 +113,16 @@ def _check_class(pipeline_class: Any, index: Mapping[str, Any], place: str) -> N
         raise ConfigError(
             f"{place} is a {found}, and this backbone takes a {pipeline_class.__name__}; give such a model, "
             "or the backbone of its family (lit_align/backbones/README.md)"
+        )
+
+
+def _check_code(pretrained: str, part: str, found: list[Any]) -> None:
+    """Refuse a part of a pipeline whose class is of a module that comes with the model, or from elsewhere."""
+    library = str(found[0])
+    if library not in LIBRARIES and not hasattr(diffusers.pipelines, library):
+        raise ConfigError(
+            f"pretrained: the {part} of {pretrained!r} is a class of {library}, and only those of "
+            f"{' and '.join(LIBRARIES)} are loaded: code of a model is never run; give one without"
         )
 
 

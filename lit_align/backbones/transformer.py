@@ -1,6 +1,7 @@
 """What the flow models share whose denoiser is a transformer over patches of latents."""
 
 from collections.abc import Mapping
+from functools import cache, wraps
 from typing import Any, ClassVar
 
 import torch
@@ -39,10 +40,9 @@ class TransformerBackbone(DiffusersBackbone):
     def attend(self, network: Any, plain: bool) -> None:
         for module in network.modules():
             processor = getattr(module, "processor", None)
-            if isinstance(processor, PlainAttention) and not plain:
-                module.set_processor(processor.own)
-            elif plain and processor is not None:
-                module.set_processor(PlainAttention(processor))
+            if processor is not None:
+                own: Any = getattr(type(processor), "fused", type(processor))
+                processor.__class__ = plainly(own) if plain else own
 
     def mu(self, num_steps: int) -> float:
         """The shift of the noise levels for images of this size, where it is dynamic.
@@ -62,15 +62,19 @@ class TransformerBackbone(DiffusersBackbone):
         return factory({**config, "mu": self.mu})
 
 
-class PlainAttention:
-    """A layer's own attention with torch's fused kernels switched off: two products and a softmax."""
+@cache
+def plainly(fused: Any) -> Any:
+    """A class of attention processors with torch's fused kernels switched off: two products and a softmax.
 
-    def __init__(self, own: Any) -> None:
-        self.own = own
+    It has the signature of the other: diffusers drops arguments that a processor does not name.
+    """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    @wraps(fused.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         with sdpa_kernel(SDPBackend.MATH):
-            return self.own(*args, **kwargs)
+            return fused.__call__(self, *args, **kwargs)
+
+    return type(f"Plain{fused.__name__}", (fused,), {"__call__": call, "fused": fused})
 
 
 def pack(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
-from lit_align.files import follow_umask, sync, write, writing
+from lit_align.files import follow_umask, replace_folder, write, writing
 from lit_align.folder import run_folder
 from lit_align.identity import ADAPTER, STAMP, read_stamp, stamp
 from lit_align.methods import AlignmentModule
@@ -44,20 +44,7 @@ class AdapterExport(Callback):
             if (draft / "model_index.json").exists():
                 write(draft / STAMP, json.dumps(facts, indent=2))
             follow_umask(draft)
-            _replace(folder, draft)
-
-
-def _replace(folder: Path, draft: Path) -> None:
-    """Put the files of ``draft`` in place of the old ones, each at once: no moment is without an adapter."""
-    files = sorted(path.relative_to(draft) for path in draft.rglob("*") if path.is_file())
-    for name in files:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        sync(draft / name)
-        (draft / name).replace(folder / name)
-    for old in [path for path in folder.rglob("*") if path.is_file()]:
-        if old.relative_to(folder) not in files:
-            old.unlink()
-    shutil.rmtree(draft)
+            replace_folder(folder, draft)
 
 
 def images_of(folder: Path) -> int | None:

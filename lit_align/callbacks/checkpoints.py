@@ -109,8 +109,8 @@ class BatchCheckpoint(Checkpoint):
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        _make_again(trainer)
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        _make_again(trainer)  # before anything is logged of the batch: TensorBoard's writer would end
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.state.fn == "fit":

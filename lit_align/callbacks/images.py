@@ -131,7 +131,10 @@ def _change(values: list[float]) -> str:
 
 
 class ImageWriter(Callback):
-    """``predict`` writes PNG files, and ``metadata.jsonl`` with each one's prompt, seed and rewards."""
+    """``predict`` writes PNG files, and ``metadata.jsonl`` with each one's prompt, seed, rewards and columns.
+
+    The columns of the data, which scorers such as GenEval's need, stand under their own names.
+    """
 
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._folder = run_folder(trainer) / "predictions"
@@ -161,12 +164,13 @@ class ImageWriter(Callback):
             place = self._folder / str(row["file_name"])
             with writing(place):  # what has no line in metadata.jsonl does not count: it need not be whole
                 place.write_bytes(png(Image.fromarray(pixels(image))))
-            rows.append(row | finite({name: float(values[i]) for name, values in scores.items()}))
+            row |= finite({name: float(values[i]) for name, values in scores.items()})
+            rows.append({name: values[i] for name, values in batch.columns.items()} | row)
         ranks = pl_module.gather(rows)
         if trainer.is_global_zero:
             path = self._folder / "metadata.jsonl"
             with writing(path), path.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for rank in ranks for row in rank)
+                file.writelines(json.dumps(row, default=str) + "\n" for rank in ranks for row in rank)
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:

@@ -7,6 +7,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_align.cli.config_files import read
 from lit_align.cli.errors import Given, explain
+from lit_align.cli.functions import with_functions
 from lit_align.errors import ConfigError, built
 from lit_align.rewards import Reward, RewardBank
 
@@ -30,7 +31,7 @@ def read_bank(path: str) -> RewardBank:
     parser.add_argument("--rewards", type=RewardBank)
     parser.add_instantiator(built, Reward, subclasses=True)
     try:
-        config = parser.parse_object({"rewards": _bank(yaml.safe_load(file.text), path)})
+        config = parser.parse_object({"rewards": _bank(with_functions(yaml.safe_load(file.text)), path)})
         bank: RewardBank = parser.instantiate_classes(config).rewards
     except ArgumentError as error:
         raise ConfigError(explain(error, given)) from None

@@ -9,7 +9,7 @@ import torch
 
 from lit_align.callbacks.checkpoints import check_whole
 from lit_align.cli.settings import NO_RESULT, changes, told
-from lit_align.errors import ConfigError, tell
+from lit_align.errors import ConfigError, tell, user_path
 
 AUTO = "auto"
 """The value of ``--ckpt_path`` by which the same command begins a run and goes on with it."""
@@ -60,7 +60,7 @@ def find(ckpt_path: str, runs: Path) -> Saved:
 
 
 def _find(ckpt_path: str, runs: Path) -> Saved:
-    path = Path(ckpt_path)
+    path = user_path(ckpt_path)
     if ckpt_path == "last":
         return _last(runs)
     if not path.exists():
@@ -69,6 +69,8 @@ def _find(ckpt_path: str, runs: Path) -> Saved:
         )
     if path.is_file():
         return read(path)
+    if not path.is_dir():
+        raise ConfigError(f"ckpt_path: {ckpt_path} is a pipe or a device; give a checkpoint, which is a file")
     if not (path / "checkpoints").is_dir():
         raise ConfigError(
             f"ckpt_path: {ckpt_path} is a folder, and not that of a run; give a checkpoint, which is one "
@@ -90,12 +92,14 @@ def read(path: Path) -> Saved:
         epoch = content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         ended = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
         images, steps = content["progress"]["images"], content["global_step"]
+        if not all(isinstance(number, int) for number in (images, steps, epoch)):
+            raise TypeError("counters that are no numbers")
+        settings = content.get("callbacks", {}).get("RunConfig", {}).get("settings")
+        measured = bool(content["progress"].get("latest"))
     except Exception:  # torch raises whatever the bytes lead to
         raise ConfigError(
             f"ckpt_path: {path} cannot be read: it is not a checkpoint of lit_align, or not whole"
         ) from None
-    settings = content.get("callbacks", {}).get("RunConfig", {}).get("settings")
-    measured = bool(content["progress"].get("latest"))
     return Saved(path, images, steps, epoch + bool(ended), settings, measured)
 
 
@@ -122,12 +126,16 @@ def find_equal(runs: Path, settings: Mapping[str, Any]) -> Saved | None:
     Args:
         runs: Where the runs of this configuration are.
         settings: Those of this command, by dotted name.
+
+    Raises:
+        ConfigError: It is damaged.
     """
     others = []
     for folder in _runs(runs):
         saved = newest(folder)
         if saved is not None and saved.settings is not None:
             if not (names := _different(saved.settings, settings)):
+                check_whole(saved.path)
                 return saved
             others.append(f"{folder} has other settings ({told(names, saved.settings, settings)})")
     tell(f"{others[0] if others else f'no run in {runs} has a checkpoint'}, so a new run begins")

@@ -1,6 +1,7 @@
 """The configuration files of a command, read beforehand: what is wrong in them is told with its line."""
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,12 @@ from typing import Any
 import yaml
 
 from lit_align.errors import ConfigError
+
+LARGEST = 2**20
+"""Bytes of a configuration; the largest here has some thousands."""
+
+MOST = 100_000
+"""Values of a configuration, those of its aliases each time that they are used."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +98,27 @@ def read(path: str, option: str = "--config") -> ConfigFile:
     Raises:
         ConfigError: It is not there, is not YAML, or says something twice.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         inside = sorted(file.name for file in Path(path).glob("*.yaml"))
         raise ConfigError(
             f"{option} {path}: this is a folder; give a file of it: {', '.join(inside) or 'none'}"
         )
     try:
+        if Path(path).exists() and not Path(path).is_file():  # reading it may never end
+            raise ConfigError(f"{option} {path}: this is a pipe or a device; give a file")
+        if Path(path).stat().st_size > LARGEST:
+            raise ConfigError(f"{option} {path}: it has more than {LARGEST >> 20} MiB; give a configuration")
         text = Path(path).read_text()
     except FileNotFoundError:
         raise ConfigError(f"{option} {path}: there is no such file{_near_files(path)}") from None
-    except UnicodeDecodeError:
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        if not isinstance(error, UnicodeDecodeError):  # no permission, a name too long, a link to itself
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(
+                f"{option} {path[:200]}: this cannot be read ({reason}); check the path"
+            ) from None
         raise ConfigError(f"{option} {path}: this is not a text file") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -109,10 +127,13 @@ def read(path: str, option: str = "--config") -> ConfigFile:
         raise ConfigError(f"{path}, line {mark.line + 1 if mark else '?'}: {_syntax(text, error)}") from None
     except yaml.YAMLError:
         raise ConfigError(f"{option} {path}: this is not a text file") from None
+    except RecursionError:
+        raise ConfigError(f"{option} {path}: it is nested too deeply; look at its brackets") from None
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(
             f"{option} {path}: a configuration has the sections trainer, model and data; this file has none"
         )
+    _values(path, root, {})
     _refuse_twice(path, root)
     return ConfigFile(path, text, root)
 
@@ -177,6 +198,31 @@ def _paths(node: yaml.Node, before: tuple[str, ...] = ()) -> list[list[str]]:
         if key.value != "class_path" and path:
             found += [list(path), *_paths(value, path)]
     return found
+
+
+def _values(path: str, node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for with its aliases, of which a few can stand for billions.
+
+    Raises:
+        ConfigError: They are more than :data:`MOST`, an alias is inside of what it stands for, or one has a
+            tag, by which other readers make objects.
+    """
+    if (count := known.get(id(node))) is not None:
+        if not count:
+            raise ConfigError(f"--config {path}: an alias (*) stands for something that it is inside of")
+        return count
+    known[id(node)] = 0
+    if ":python/" in node.tag or not node.tag.startswith("tag:yaml.org,2002:"):
+        line, tag = node.start_mark.line + 1, node.tag.rpartition(":")[2]
+        raise ConfigError(f"{path}, line {line}: the tag !{tag.lstrip('!')} is not known; take it out")
+    parts = node.value if isinstance(node, yaml.CollectionNode) else []
+    if isinstance(node, yaml.MappingNode):
+        parts = [one for entry in node.value for one in entry]
+    count = 1 + sum(_values(path, part, known) for part in parts)
+    if count > MOST:
+        raise ConfigError(f"--config {path}: its aliases (*) stand for more than {MOST} values")
+    known[id(node)] = count
+    return count
 
 
 def _refuse_twice(path: str, node: yaml.Node) -> None:

@@ -28,7 +28,10 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--weights", nargs="+", type=float, help="of several runs, in their mixture")
     made.add_argument(
-        "--form", nargs="+", choices=FORMS, help="adapter and kohya if not given, for all weights pipeline"
+        "--form",
+        nargs="+",
+        choices=FORMS,
+        help="adapter and (of UNets) kohya if not given, for all weights pipeline",
     )
     made.add_argument("--out", type=Path, help="folder; export/ in that of the first run if not given")
     made.add_argument("--name", help="of the model; the method and the number of the run if not given")
@@ -51,7 +54,8 @@ def export_command(arguments: Sequence[str]) -> None:
     live = mixture_of(runs, weights, options.device)
     first = runs[0].folder
     name = options.name or f"{first.parent.name}_{first.name}"
-    forms = options.form or (["pipeline"] if live.whole else ["adapter", "kohya"])
+    of_adapter = ["adapter", "kohya"] if live.backbone.denoiser == "unet" else ["adapter"]
+    forms = options.form or (["pipeline"] if live.whole else of_adapter)
     folder = options.out or first / "export"
     made = export(live, forms, folder, name, options.steps)
     grids = sorted((first / "images").glob("validation_*.png"))[-1:]

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lit_align.callbacks import BatchCheckpoint
 from lit_align.cli.checkpoint import Saved
 from lit_align.cli.signals import GRACE, SIGNALS, exit_code
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, chain
 from lit_align.folder import run_folder
 
 LOST = re.compile(
@@ -171,14 +171,12 @@ def say(text: str) -> None:
 
 def lost_process(error: BaseException) -> str | None:
     """What to say of an error that means that another process is gone; None if it means something else."""
-    inner: BaseException | None = error
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    while inner is not None:
+    for inner in chain(error):
         if isinstance(inner, torch.distributed.DistError) or (
             together and isinstance(inner, RuntimeError) and LOST.search(str(inner))
         ):
             silent = re.search("[Tt]imed out|timeout", str(inner))
             ended = "did not answer within the time limit" if silent else "ended"
             return f"{SIGNALS.lost or f'another process of this run {ended}'}, so this one ends too"
-        inner = inner.__cause__ or inner.__context__
     return None

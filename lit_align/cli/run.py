@@ -1,5 +1,6 @@
 """The command line: ``python -m lit_align {fit,validate,test,predict} --config configs/<method>.yaml``."""
 
+import os
 import sys
 import time
 from typing import Any
@@ -15,7 +16,9 @@ from lit_align.cli.config_files import check_order, given_files, read
 from lit_align.cli.doctor import DoctorCLI
 from lit_align.cli.errors import Given, explain
 from lit_align.cli.export import export_command
+from lit_align.cli.functions import arguments_with_functions, with_functions
 from lit_align.cli.method import model_argument, use_method
+from lit_align.cli.pairs import pairs_command
 from lit_align.cli.preemption import Command, lost_process, say
 from lit_align.cli.quiet import quiet
 from lit_align.cli.renamed import translated, translated_arguments
@@ -32,7 +35,7 @@ SECOND = 3.0
 """Seconds that another process than the first waits before it tells of an error; torchrun and SLURM look at
 their processes every 0.1 to 1."""
 
-TOOLS = {"export": export_command, "report": report, "serve": serve_command}
+TOOLS = {"export": export_command, "pairs": pairs_command, "report": report, "serve": serve_command}
 """Commands beside those of a Trainer."""
 
 
@@ -52,7 +55,7 @@ def _run(command: Command, cli: type[AlignCLI] = AlignCLI) -> None:
         """YAML as the parser reads it, with the names of today, and the method that was asked for."""
         value = LOAD_YAML(text)
         if isinstance(value, dict) and {"model", "data", "trainer"} & value.keys():
-            value = translated(value)
+            value = with_functions(translated(value))
             if method and isinstance(value.get("model"), dict) and "class_path" in value["model"]:
                 value["model"]["class_path"] = method
         return value
@@ -75,7 +78,7 @@ def _run(command: Command, cli: type[AlignCLI] = AlignCLI) -> None:
                 "prog": "python -m lit_align",
                 "description": "Align text-to-image diffusion models with rewards and preferences.",
             },
-            args=translated_arguments(arguments),
+            args=arguments_with_functions(translated_arguments(arguments)),
         )
     except ArgumentError as error:
         raise ConfigError(explain(error, given)) from None
@@ -93,7 +96,7 @@ def _sentence(error: BaseException) -> str | None:
     if isinstance(error, OSError):  # where it is of the machine, not of the program
         curves = "tfevents" in str(error.filename)  # TensorBoard's, whatever it meets
         if curves or error.errno in (*FULL, *CLOSED):
-            return unwritable(error.filename or "a file of the run", error)
+            return unwritable(os.fsdecode(error.filename or "a file of the run"), error)
     return None
 
 

@@ -1,6 +1,7 @@
 """``python -m lit_align serve``: a bank of rewards for the runs of other processes and machines."""
 
 import argparse
+import socket
 from collections.abc import Sequence
 
 import torch
@@ -42,17 +43,19 @@ def serve_command(arguments: Sequence[str]) -> None:
         raise ConfigError(
             f"serve needs the package uvicorn ({error}); install it with pip install 'lit_align[serve]'."
         ) from error
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    bank = read_bank(options.rewards)
-    app = application(bank, device)
-    server = uvicorn.Server(
-        uvicorn.Config(app, options.host, options.port, log_level="warning", access_log=False)
-    )
-    tell(
-        f"serving {', '.join(bank.names)} on http://{options.host}:{options.port} ({device}); end with Ctrl-C"
-    )
-    server.run()
-    if not server.started:
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:  # before the models are loaded
+        listening = socket.create_server((options.host, options.port), family=family)
+    except (OSError, OverflowError) as error:
         raise ConfigError(
-            f"--port: cannot listen on {options.host}:{options.port}; give another, or end what does"
-        )
+            f"--port: cannot listen on {options.host}, port {options.port} ({error}); give another, or end "
+            "what listens there"
+        ) from error
+    with listening:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        bank = read_bank(options.rewards)
+        app = application(bank, device)
+        place = f"http://{options.host}:{listening.getsockname()[1]}"
+        tell(f"serving {', '.join(bank.names)} on {place} ({device}); end with Ctrl-C")
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        server.run(sockets=[listening])

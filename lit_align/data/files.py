@@ -35,6 +35,9 @@ PACKED = (
 """How files begin that gzip, bzip2, xz, zip, zstd, lz4 and 7z write. ``datasets`` would unpack them into its
 cache whatever their names are, a thousand times as large."""
 
+SPLIT = re.compile(r"(?:^|[_-])(train|val|valid|validation|test|dev)(?:$|[_.-])")
+"""How names of files say of which split they are."""
+
 MAX_DEPTH = 500
 """Brackets inside of brackets in a line of JSON; at some thousands the reader of pyarrow ends the process."""
 
@@ -54,6 +57,7 @@ def find_files(path: str, ending: str) -> list[Path]:
     place = user_path(path)
     if place.is_dir():
         files = [file for file in place.rglob(f"*{ending}") if file.is_file()]
+        _check_splits(path, files)
         remedy = f"give the path of a file, or a folder with files whose names end in {ending}"
         missing = f"{path} is a folder without {ending} files: {remedy}"
     elif place.is_file():
@@ -74,6 +78,22 @@ def find_files(path: str, ending: str) -> list[Path]:
     return sorted(files)
 
 
+def _check_splits(path: str, files: list[Path]) -> None:
+    """Refuse a folder with the files of several splits, which would be read as one.
+
+    Raises:
+        ConfigError: Its files are called ``train.txt`` and ``test.txt``, or ``color_train.txt`` and
+            ``color_val.txt``.
+    """
+    splits = {found[1]: file for file in files if (found := SPLIT.search(file.stem.lower()))}
+    if len(splits) > 1:
+        named = " and ".join(file.name for file in list(splits.values())[:2])
+        raise ConfigError(
+            f"{path} holds the files of several splits, such as {named}: give one of them, or a pattern such "
+            f"as {Path(path) / '*train*'}{files[0].suffix}, and others under validation_source, test_source"
+        )
+
+
 def load_hub(name: str, split: str) -> Any:
     """A split of a dataset of the Hugging Face hub, or of a folder that ``datasets`` reads.
 
@@ -84,7 +104,7 @@ def load_hub(name: str, split: str) -> Any:
 
     try:
         return datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # its builders raise whatever the files lead them to
         raise ConfigError(
             f"cannot load split '{split}' of dataset '{name}' ({first_line(error)}): "
             "check the name, or download it and give a local file or folder"

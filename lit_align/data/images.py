@@ -53,7 +53,7 @@ def read_inside(folders: Sequence[Path], name: str) -> bytes:
             raise UnreadableImage(f"'{name[:200]}' is no regular file")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # a link to itself is the last
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UnreadableImage(f"'{name[:200]}' cannot be read ({reason})") from error
     _check_bytes(len(data))

@@ -16,7 +16,7 @@ from lit_align.backbones.loading import load_pipeline
 from lit_align.backbones.options import with_entries
 from lit_align.errors import ConfigError
 from lit_align.export.live import Live
-from lit_align.files import follow_umask
+from lit_align.files import follow_umask, replace_file, replace_folder, writing
 from lit_align.identity import ADAPTER, stamp
 
 FORMS = ("adapter", "kohya", "pipeline")
@@ -59,7 +59,8 @@ def export(live: Live, forms: Sequence[str], folder: Path, name: str, steps: int
         raise ConfigError(
             f"export: all weights were trained, so there is no {wrong[0]}; give --form pipeline"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     expected = draw(_pipeline(live, "live"), live, steps)
     made = []
     for form in forms:
@@ -71,22 +72,29 @@ def export(live: Live, forms: Sequence[str], folder: Path, name: str, steps: int
 
 def _write(live: Live, form: str, folder: Path, name: str) -> Path:
     sets, path = live.backbone.weight_sets, folder / (f"{name}.safetensors" if form == "kohya" else form)
-    draft = folder / f".{path.name}.draft"
-    for leftover in (draft, path):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-    if form == "adapter":
-        sets.save(draft, live.name)
-        stamp(draft / ADAPTER, facts(live))
-    elif form == "kohya":
+    if form == "kohya":
         factors = to_kohya(sets.factors(live.name), live.backbone.denoiser)
         rank = max(int(value) for key, value in factors.items() if key.endswith(".alpha"))
         said = {"ss_network_module": "networks.lora", "ss_output_name": name}
         said |= {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
-        save_file({key: value.detach().cpu() for key, value in factors.items()}, draft, said)
-    else:
-        sets.save_merged(draft, live.name)
-    follow_umask(draft)
-    draft.rename(path)
+        values = {key: value.detach().cpu() for key, value in factors.items()}
+
+        def fill(draft: Path) -> None:
+            save_file(values, draft, said)
+            stamp(draft, facts(live))
+
+        replace_file(path, fill)
+        return path
+    draft = folder / f".{path.name}.draft"
+    with writing(path):
+        shutil.rmtree(draft, ignore_errors=True)
+        if form == "adapter":
+            sets.save(draft, live.name)
+            stamp(draft / ADAPTER, facts(live))
+        else:
+            sets.save_merged(draft, live.name)
+        follow_umask(draft)
+        replace_folder(path, draft)
     return path
 
 
@@ -99,15 +107,16 @@ def facts(live: Live) -> dict[str, Any]:
 
 def _pipeline(live: Live, form: str, path: Path | None = None) -> Any:
     """A pipeline of diffusers: with the live denoiser, or with what was exported."""
-    kind, own = type(live.backbone), live.runs[0][0].backbone
+    kind, own, dtypes = type(live.backbone), live.runs[0][0].backbone, {"default": torch.float32}
     if form == "pipeline":
-        pipeline = kind.pipeline_class.from_pretrained(path, dtype=torch.float32, **kind.without)
+        pipeline = load_pipeline(
+            kind.pipeline_class, str(path), kind.without, dtypes, None, None, kind.optional
+        )
     else:
         weights = live.runs[0][0].weights
         copied = live.whole and weights.is_dir()  # a whole model, in the place of the base
         source = str(weights) if copied else own["pretrained"]
         config, variant = (None if copied else own.get(option) for option in ("config", "variant"))
-        dtypes = {"default": torch.float32}
         pipeline = load_pipeline(
             kind.pipeline_class, source, kind.without, dtypes, config, variant, kind.optional
         )

@@ -122,6 +122,18 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         """What this run is, for its checkpoints and adapters; known after :meth:`setup`."""
         return self._facts
 
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: a checkpoint holds no constructor's arguments, and Lightning unpickles one from a URL.
+
+        Raises:
+            ConfigError: Always, with what to do instead.
+        """
+        raise ConfigError(
+            f"{cls.__name__}.load_from_checkpoint: a checkpoint holds what is trained, and no models or "
+            "settings; build the module, and give trainer.test or trainer.predict the checkpoint as ckpt_path"
+        )
+
     @property
     def reward_banks(self) -> list[RewardBank]:
         """All banks; several tasks have one each."""

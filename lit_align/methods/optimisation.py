@@ -72,7 +72,13 @@ class OptimisedModule(GuardedModule):
         Raises:
             ConfigError: They cannot be stepped once per update.
         """
-        optimizer = self.make_optimizer([{"params": group} for group in self.parameter_groups()])
+        groups = [{"params": group} for group in self.parameter_groups()]
+        try:
+            optimizer = self.make_optimizer(groups)
+        except ConfigError:
+            raise
+        except (ValueError, TypeError) as error:  # what torch says of a rate or a decay that cannot work
+            raise ConfigError(f"optimisation.optimizer: {error}; give other settings") from error
         for rate in (group["lr"] for group in optimizer.param_groups):
             if isinstance(rate, float) and not math.isfinite(rate):
                 raise ConfigError(f"optimisation.optimizer: lr is {rate}; give a finite number")

@@ -1,7 +1,6 @@
 """LAION's aesthetic predictors: a linear head on the CLIP embedding of an image, whatever its prompt."""
 
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_align.errors import ConfigError, user_path
-from lit_align.pretrained import SHAPES, not_finite, shared
+from lit_align.pretrained import SHAPES, shared, unsound, why_not_read
 from lit_align.rewards.base import Reward, domain_of
 from lit_align.rewards.clip import CLIP_MODEL, CLIPCosine
 from lit_align.shapes import AESTHETIC as SHAPES_AESTHETIC
@@ -97,29 +96,13 @@ def _load_head(head: str | None) -> nn.Sequential:
 
 
 def _check_tensors(state: dict[str, Tensor], names: tuple[str, ...], head: str) -> None:
-    """Refuse what is no chain of linear layers of finite numbers.
-
-    A pickled tensor may claim any shape over a storage of a few bytes, and take the memory when it is copied.
-    """
-    given = list(state.values())
-    fault = None
-    if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in given):
-        fault = "not all of it are tensors of real numbers"
-    elif any(t.numel() * t.element_size() > t.untyped_storage().nbytes() for t in given):
-        fault = "a tensor is larger than what the file holds"
-    elif broken := not_finite(state):
-        fault = f"{broken} holds numbers that are not finite"
-    else:
-        outputs, reads = [], []
-        for name in names:
-            weight, bias = state[f"{name}weight"], state[f"{name}bias"]
-            if weight.ndim != 2 or bias.shape != weight.shape[:1]:
-                fault = f"{name}weight and {name}bias are no linear layer"
-                break
-            outputs.append(len(weight))
-            reads.append(weight.shape[1])
-        if fault is None and outputs != [*reads[1:], 1]:
-            fault = f"its layers read {reads} numbers and give {outputs}"
+    """Refuse what is no chain of linear layers of finite numbers, from an embedding to one score."""
+    fault = unsound(state)
+    shapes = [] if fault else [(state[f"{n}weight"].shape, state[f"{n}bias"].shape) for n in names]
+    if any(len(weight) != 2 or bias != weight[:1] for weight, bias in shapes):
+        fault = "its weights and biases are no linear layers"
+    elif not fault and [weight[0] for weight, _ in shapes] != [*(weight[1] for weight, _ in shapes[1:]), 1]:
+        fault = "its layers do not fit each other"
     if fault:
         raise ConfigError(f"AestheticScore: head: {head!r} cannot be used: {fault}; download it again.")
 
@@ -138,9 +121,7 @@ def _read(file: Path, head: str) -> dict[str, Tensor]:
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}")
     except Exception as error:  # what the unpickler raises has no common base
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if isinstance(error, UnpicklingError):  # torch proposes to run it
-            reason = "it holds more than tensors"
+        reason = why_not_read(error)
         raise ConfigError(
             f"AestheticScore: head: cannot read {head!r} ({reason}); "
             "download it again; it must be a state dict, not a pickled module."

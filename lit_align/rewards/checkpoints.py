@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_align.errors import ConfigError
-from lit_align.pretrained import Dtype, loading
+from lit_align.pretrained import Dtype, loading, unsound, why_not_read
 
 ENDINGS = (".safetensors", ".pt", ".pth")
 
@@ -75,7 +75,7 @@ def read(file: Path, name: str) -> dict[str, Tensor]:
             else torch.load(file, map_location="cpu", weights_only=True)
         )
     except Exception as error:  # what the unpickler raises has no common base
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = why_not_read(error)
         raise ConfigError(
             f"{name}: cannot read {str(file)!r} ({reason}); download it again; it must be a state dict."
         ) from error
@@ -84,6 +84,8 @@ def read(file: Path, name: str) -> dict[str, Tensor]:
             held = held[key]
     if not isinstance(held, Mapping) or not all(isinstance(value, Tensor) for value in held.values()):
         raise ConfigError(f"{name}: {str(file)!r} holds no state dict; give the published checkpoint.")
+    if fault := unsound(held):
+        raise ConfigError(f"{name}: {str(file)!r} cannot be used: {fault}; download it again.")
     return {str(key).removeprefix("module."): value for key, value in held.items()}
 
 

@@ -48,6 +48,7 @@ class HPSv3(Reward):
     """
 
     IMAGES_AT_ONCE = 8
+    TEMPLATE = HPSV3
     PIXELS = 256 * 28 * 28
     """Every image is scaled to about so many (the authors' code)."""
 
@@ -83,7 +84,7 @@ class HPSv3(Reward):
         scores = torch.full((len(images),), torch.nan, device=images.device)
         for rows in whole.nonzero().flatten().split(self.IMAGES_AT_ONCE):
             chosen = [Image.fromarray(pixels[row]) for row in rows.tolist()]
-            asked = [HPSV3.replace("{}", prompts[row]) for row in rows.tolist()]
+            asked = [self.TEMPLATE.replace("{}", prompts[row]) for row in rows.tolist()]
             size = {"shortest_edge": self.PIXELS, "longest_edge": self.PIXELS}  # the processor's names
             inputs = prepare(self.processor, chosen, asked, size=size).to(self.model.device, self.model.dtype)
             states = self.model(**inputs).last_hidden_state

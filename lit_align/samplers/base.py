@@ -20,6 +20,8 @@ class Sampler(ABC):
         timesteps: ``(T,)``, on the CPU: the ``t`` of each ``k``, decreasing. Whole or real numbers.
         stochastic: ``(T,)`` bool, on the CPU: whether step ``k`` draws noise; only such steps have a
             log-probability.
+        keeps_forward_process: Whether a step with the *right* prediction draws from the posterior of the
+            forward process, so that the states of a chain made of such steps have its marginals.
         noise_option: The argument that is 0 where no step draws noise.
         published_noise: What it may be set to instead.
     """
@@ -31,6 +33,7 @@ class Sampler(ABC):
     num_steps: int
     timesteps: Tensor
     stochastic: Tensor
+    keeps_forward_process: bool = True
 
     @property
     def no_noise(self) -> str:

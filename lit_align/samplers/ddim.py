@@ -80,7 +80,8 @@ class DDIM(Sampler):
         noise_weights = torch.stack(schedule.noise_weights(self.timesteps))
         self._step_weights = after.sqrt() * x0_weights + rest.clamp(min=0).sqrt() * noise_weights
         self._std = variance.sqrt()
-        self.stochastic = self._std > 0
+        # Steps are float32: where the variance is 0 in it, there is noise perhaps, but no density.
+        self.stochastic = self._std.float().square() > 0
 
     def step(self, x: Tensor, prediction: Tensor, k: int | Tensor) -> GaussianStep:
         """See :meth:`Sampler.step`; the std is ``(1, 1, ...)``, or ``(B, 1, ...)`` for a tensor ``k``."""

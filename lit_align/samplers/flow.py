@@ -161,11 +161,13 @@ class FlowSDE(Sampler):
         noisy = torch.zeros(num_steps, dtype=torch.bool)
         noisy[_window(noisy_steps, num_steps)] = level > 0
         self._std = torch.where(noisy, _std(rule, level, before, after), 0.0)
-        self.stochastic = self._std > 0
+        self.stochastic = self._std.float().square() > 0  # a density in float32
         # Two rows: the weight of the state, the weight of the prediction.
         x0 = torch.stack(schedule.x0_weights(self.timesteps))
         noise = torch.stack(schedule.noise_weights(self.timesteps))
         euler = torch.stack([torch.ones_like(before), after - before])
+        # A step of the SDE is the first order of it, and its noise may stay after the last step.
+        self.keeps_forward_process = rule in ("cps", "precise") or not bool(self.stochastic.any())
         if rule in ("flow-sde", "dance"):
             self._step_weights = euler - self._std.square() / (2 * before) * noise
         else:

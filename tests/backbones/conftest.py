@@ -19,6 +19,7 @@ from lit_align.backbones import (
     StableDiffusion3Backbone,
     StableDiffusionBackbone,
     StableDiffusionXLBackbone,
+    ZImageBackbone,
 )
 from lit_align.backbones.transformer import TransformerBackbone
 from lit_align.rollout import rollout
@@ -73,6 +74,13 @@ class SmallKlein(Flux2KleinBackbone):
         super().__init__(pretrained, size=32 if size is None else size, **options)
 
 
+class SmallZImage(ZImageBackbone):
+    """Its pipeline says no size."""
+
+    def __init__(self, pretrained: str, size: Any = None, **options: Any) -> None:
+        super().__init__(pretrained, size=32 if size is None else size, **options)
+
+
 FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj")
 
 FAMILIES: dict[str, tuple[type[DiffusersBackbone], str, tuple[str, ...]]] = {
@@ -89,6 +97,7 @@ FAMILIES: dict[str, tuple[type[DiffusersBackbone], str, tuple[str, ...]]] = {
     "stable diffusion 3": (StableDiffusion3Backbone, "sd3", (*FORWARD, "norm1.linear", "proj_out")),
     "flux": (SmallFlux, "flux", ("norm1.linear", "proj_mlp", "proj_out")),
     "schnell": (SmallFlux, "schnell", ("norm1.linear", "proj_mlp", "proj_out")),
+    "z-image": (SmallZImage, "z_image", ("feed_forward.w1", "feed_forward.w2")),
     "klein": (SmallKlein, "klein", ("ff.linear_in", "ff_context.linear_out")),
 }
 """Backbone, fixture of the folder, further layers for adapters."""
@@ -136,11 +145,13 @@ def draw_in_diffusers(pipeline: Any, backbone: DiffusersBackbone, guidance: floa
         told["latents"] = FluxPipeline._pack_latents(x, *x.shape)
         if not backbone.distilled:
             told |= {"true_cfg_scale": guidance, "negative_prompt": [""] * len(PROMPTS)}
+    if isinstance(backbone, ZImageBackbone):
+        told["guidance_scale"] = guidance - 1  # 0 is none there
     if isinstance(backbone, Flux2KleinBackbone):
         told["latents"] = Flux2KleinPipeline._patchify_latents(x)
         told["text_encoder_out_layers"] = (0, 1, 2)  # the tiny encoder has no more
     images: Tensor = pipeline(
-        prompt=PROMPTS, num_inference_steps=4, height=height, width=width, output_type="pt", **told
+        prompt=[*PROMPTS], num_inference_steps=4, height=height, width=width, output_type="pt", **told
     ).images
     return images
 

@@ -16,6 +16,8 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -26,6 +28,7 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -167,13 +170,12 @@ def schnell() -> FluxPipeline:
     return flux(distilled=False)
 
 
-def klein(distilled: bool = False) -> Flux2KleinPipeline:
-    torch.manual_seed(0)
+def qwen() -> tuple[Qwen2Tokenizer, Qwen3Config]:
     letters = sorted(ByteLevel.alphabet())
     words = [*letters, "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
     tokenizer.chat_template = CHAT
-    text = Qwen3Config(
+    config = Qwen3Config(
         vocab_size=len(words),
         hidden_size=16,
         intermediate_size=32,
@@ -182,6 +184,12 @@ def klein(distilled: bool = False) -> Flux2KleinPipeline:
         num_key_value_heads=2,
         head_dim=8,
     )
+    return tokenizer, config
+
+
+def klein(distilled: bool = False) -> Flux2KleinPipeline:
+    torch.manual_seed(0)
+    tokenizer, text = qwen()
     transformer = Flux2Transformer2DModel(
         in_channels=128,
         num_layers=1,
@@ -209,6 +217,37 @@ def klein_distilled() -> Flux2KleinPipeline:
     return klein(distilled=True)
 
 
+def z_image() -> ZImagePipeline:
+    torch.manual_seed(0)
+    tokenizer, text = qwen()
+    transformer = ZImageTransformer2DModel(
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[1024, 32, 32],
+    )
+    for padding in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(padding)  # made empty
+    return ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(
+            AutoencoderKL,
+            16,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=Qwen3Model(text),
+        tokenizer=tokenizer,
+    )
+
+
 MODELS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd3": sd3,
     "sd3_without_t5": sd3_without_t5,
@@ -216,4 +255,5 @@ MODELS: dict[str, Callable[[], DiffusionPipeline]] = {
     "schnell": schnell,
     "klein": klein,
     "klein_distilled": klein_distilled,
+    "z_image": z_image,
 }

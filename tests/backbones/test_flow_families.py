@@ -20,6 +20,7 @@ from lit_align.backbones import (
     LoRA,
     StableDiffusion3Backbone,
     StableDiffusionBackbone,
+    ZImageBackbone,
 )
 from lit_align.backbones.transformer import TransformerBackbone, pack, unpack
 from lit_align.errors import ConfigError
@@ -33,6 +34,7 @@ CLASSES: dict[str, type[TransformerBackbone]] = {
     "schnell": FluxBackbone,
     "klein": Flux2KleinBackbone,
     "klein_distilled": Flux2KleinBackbone,
+    "z_image": ZImageBackbone,
 }
 Folder = Callable[[str], Path]
 
@@ -62,6 +64,7 @@ def chain(backbone: DiffusersBackbone, folder: Path, guidance: float) -> list[Te
         ("schnell", 3.0),
         ("klein", 3.0),
         ("klein_distilled", 1.0),
+        ("z_image", 3.0),
     ],
 )
 def test_policy_means_are_the_states_of_the_pipelines_own_loop(

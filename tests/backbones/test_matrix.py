@@ -33,7 +33,7 @@ TRAINED = {"adapter": LoRA(2, 4.0), "all weights": None}
 SIZE = (16, 24)
 """Height and width: no side is taken for the other."""
 
-DEFAULT = {("Stable Diffusion XL", "ddpo", "adapter"), ("Stable Diffusion XL", "dpo", "all weights")}
+DEFAULT = {("Stable Diffusion XL", "ddpo", "adapter")}
 """Cells of the default suite."""
 
 CELLS = [
@@ -140,7 +140,8 @@ def table() -> str:
         for model in MODELS:
             kinds = [cell.values[2] for cell in CELLS if cell.values[:2] == (model, method)]
             cells.append(", ".join(kinds))
-        lines.append(f"| {CASES[method].method.__name__} | " + " | ".join(cells) + " |")
+        name = CASES[method].method.__name__ + (" with AWM" if method == "awm" else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -20,7 +20,6 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
 from lit_align.callbacks import RunFolder, run_folder
-from lit_align.callbacks.adapter import _replace
 from lit_align.callbacks.checkpoints import WholeCheckpoints, check_whole, write_whole
 from lit_align.callbacks.images import png
 from lit_align.cli.loggers import KeptTable
@@ -31,6 +30,7 @@ from lit_align.files import (
     new_folder,
     rename_new,
     replace_file,
+    replace_folder,
     unused,
     unwritable,
     write,
@@ -148,7 +148,7 @@ def test_an_adapter_is_there_at_every_moment(tmp_path, monkeypatch):
     folder, draft = tmp_path / "adapter", tmp_path / ".adapter.draft"
     for name in ("weights", "old/weights"):
         write(draft / name, "old")
-    _replace(folder, draft)
+    replace_folder(folder, draft)
     for name in ("weights", "red/weights"):
         write(draft / name, "new")
     replace, seen = Path.replace, []
@@ -158,7 +158,7 @@ def test_an_adapter_is_there_at_every_moment(tmp_path, monkeypatch):
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", watched)
-    _replace(folder, draft)
+    replace_folder(folder, draft)
     assert seen == ["old", "old"]
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert names == {"weights", "red/weights"}

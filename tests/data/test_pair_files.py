@@ -134,7 +134,7 @@ def test_a_pass_reads_each_row_group_once_and_holds_a_few(
     assert light == {"caption", "label_0", "has_label"}
     reads.clear()
     for _ in data.train_dataloader():
-        assert source._group.cache_info().currsize <= row_groups
+        assert source._rows.group.cache_info().currsize <= row_groups
     assert len(reads) == len(set(reads)) == SHARDS * GROUPS
     assert {columns for _, _, columns in reads} == {("jpg_0", "jpg_1")}
 

@@ -7,18 +7,24 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import torch
 
 from lit_align.data import (
     Animals,
     CSVPrompts,
+    JSONLPrompts,
     JSONPrompts,
     ParquetPrompts,
     PromptDataModule,
     PromptSource,
+    TextPrompts,
     TSVPrompts,
 )
 from lit_align.data.prompts.index import index
 from lit_align.errors import ConfigError
+from lit_align.methods import DDPOModule
+from lit_align.rewards import FunctionReward, RewardBank
+from tests.methods.build import fit, make, trained
 
 
 def prompts(source: PromptSource) -> list[str]:
@@ -147,3 +153,131 @@ def test_all_animals_can_be_trained_on() -> None:
     data = PromptDataModule(Animals(), prompts_per_batch=45, validation_fraction=0.0, test_fraction=0.0)
     data.setup("fit")
     assert len(set(next(iter(data.train_dataloader())).prompts)) == 45
+
+
+# Folders of prompts for reinforcement learning
+
+
+def test_flow_grpo_folders_are_read_file_by_file(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text('a sign that says "Hello"\na cat\n')
+    (tmp_path / "test.txt").write_text("a dog\n")
+    data = PromptDataModule(
+        TextPrompts(str(tmp_path / "train.txt")),
+        test_source=TextPrompts(str(tmp_path / "test.txt")),
+        validation_source=TextPrompts(str(tmp_path / "test.txt")),
+        prompts_per_batch=2,
+        images_per_prompt=1,
+    )
+    data.setup("fit")
+    assert set(next(iter(data.train_dataloader())).prompts) == {'a sign that says "Hello"', "a cat"}
+    assert next(iter(data.test_dataloader())).prompts[0] == "a dog"
+    with pytest.raises(ConfigError, match=r"several splits, such as .* and .*: give one of them"):
+        TextPrompts(str(tmp_path))
+
+
+def test_geneval_metadata_keeps_what_is_asked_for(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+        {
+            "tag": "position",
+            "include": [
+                {"class": "dog", "count": 1},
+                {"class": "chair", "count": 1, "position": ["left of", 0]},
+            ],
+            "prompt": "a photo of a chair left of a dog",
+        },
+        {
+            "tag": "counting",
+            "include": [{"class": "clock", "count": 3}],
+            "exclude": [{"class": "clock", "count": 4}],
+            "prompt": "a photo of three clocks",
+        },
+        {
+            "tag": "color_attr",
+            "include": [{"class": "cup", "count": 1, "color": "red"}],
+            "prompt": "a photo of a red cup",
+        },
+    ]
+    (tmp_path / "train_metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = JSONLPrompts(str(tmp_path / "train_metadata.jsonl"))
+    assert prompts(source) == [row["prompt"] for row in rows]
+    for number, row in enumerate(rows):
+        columns = source.columns(number)
+        given = [
+            {name: value for name, value in one.items() if value is not None} for one in columns["include"]
+        ]
+        assert (columns["tag"], given) == (row["tag"], row["include"])
+
+
+def test_geneval_2_keeps_its_questions(tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": "two dogs on a bench",
+            "atom_count": 3,
+            "vqa_list": [["How many dogs are there?", "two"], ["Is there a bench?", "Yes"]],
+            "skills": ["count", "object"],
+        },
+        {"prompt": "a cat", "atom_count": 1, "vqa_list": [["Is there a cat?", "Yes"]], "skills": ["object"]},
+    ]
+    (tmp_path / "geneval2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = JSONLPrompts(str(tmp_path / "geneval2.jsonl"))
+    assert [source.columns(n)["vqa_list"] for n in range(2)] == [row["vqa_list"] for row in rows]
+
+
+def test_t2i_compbench_has_a_file_for_each_skill_and_split(tmp_path: Path) -> None:
+    for skill in ("color", "3d_spatial"):
+        (tmp_path / f"{skill}_train.txt").write_text(f"a {skill} prompt\nanother {skill} prompt\n")
+        (tmp_path / f"{skill}_val.txt").write_text(f"a held-out {skill} prompt\n")
+    assert len(TextPrompts(str(tmp_path / "*_train.txt"))) == 4
+    with pytest.raises(ConfigError, match="several splits"):
+        TextPrompts(str(tmp_path))
+
+
+def test_flow_factory_rows_may_lack_a_key(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(
+        '{"prompt": "a cat", "negative_prompt": "blurry"}\n{"prompt": "a dog"}\n'
+    )
+    source = JSONLPrompts(str(tmp_path / "prompts.jsonl"))
+    assert [source.columns(n)["negative_prompt"] for n in range(2)] == ["blurry", None]
+
+
+def test_a_folder_of_one_split_is_read_whole(tmp_path: Path) -> None:
+    for name in ("animals.txt", "testimony.txt", "training.txt"):
+        (tmp_path / name).write_text(f"{name}\n")
+    assert len(TextPrompts(str(tmp_path))) == 3
+
+
+def counted(images: Any, prompts: Any, **columns: Any) -> Any:
+    """Reads the data's columns, as GenEval does."""
+    asked = columns.get("include") or columns.get("vqa_list") or [[""]] * len(prompts)
+    return images.mean((1, 2, 3)) + torch.tensor([float(len(entries)) for entries in asked])
+
+
+SETS: dict[str, tuple[str, Any]] = {
+    "ocr/train.txt": ('a sign "HI {n}"\n', TextPrompts),
+    "geneval/train_metadata.jsonl": (
+        '{{"tag": "position", "include": [{{"class": "dog", "count": 1}}, '
+        '{{"class": "cat", "count": 1, "position": ["above", 0]}}], "prompt": "a cat above {n} dogs"}}\n',
+        JSONLPrompts,
+    ),
+    "geneval2.jsonl": (
+        '{{"prompt": "{n} cats", "atom_count": 2, "vqa_list": [["How many?", "{n}"]], "skills": ["x"]}}\n',
+        JSONLPrompts,
+    ),
+    "color_train.txt": ("a red book and {n} yellow vases\n", TextPrompts),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if "geneval/" in name else pytest.param(name, marks=pytest.mark.slow) for name in SETS]
+)
+def test_each_set_trains_a_method_for_a_batch(name: str, tiny: Path, tmp_path: Path) -> None:
+    line, source = SETS[name]
+    (file := tmp_path / name).parent.mkdir(exist_ok=True)
+    file.write_text("".join(line.format(n=n) for n in range(24)))
+    options: dict[str, Any] = {"validation_fraction": 0.2, "test_fraction": 0.2, "prompts_per_batch": 4}
+    data = PromptDataModule(source(str(file)), images_per_prompt=2, **options)
+    policy = make(DDPOModule, tiny, rewards=RewardBank({"it": FunctionReward(counted)}, {"it": 1.0}))
+    before = trained(policy)
+    fit(policy, tmp_path / "run", data=data)
+    assert not all(torch.equal(one, other) for one, other in zip(before, trained(policy), strict=True))

@@ -25,7 +25,7 @@ from lit_align.samplers import DDIM, FlowSDE
 from tests.methods.build import assert_close_gradients, assert_same, data_for, fit, make, randomise, trained
 from tests.methods.recorders import Killed, Recorder
 
-MODELS = ("sd3", "sd3_without_t5", "flux", "schnell", "klein")
+MODELS = ("sd3", "sd3_without_t5", "flux", "schnell", "klein", "z_image")
 METHODS = (
     DDPOModule,
     NFTModule,
@@ -131,6 +131,18 @@ def test_evaluation_may_have_a_sampler_of_its_own(flow_folder: Callable[[str], P
 def test_experts_with_samplers_of_their_own_are_not_given_another(flow_folder: Callable[[str], Path]) -> None:
     with pytest.raises(ConfigError, match=r"eval_sampler"):
         flow(MSDDAModule, "sd3", flow_folder, samplers={"red": SAMPLER}, eval_sampler=SAMPLER)
+
+
+def test_exact_chains_of_images_need_a_rule_that_keeps_the_forward_process(
+    flow_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"set sampler\.init_args\.rule to precise, or exact to false"):
+        flow(SPINModule, "sd3", flow_folder, exact=True)
+    module = flow(
+        SPINModule, "sd3", flow_folder, exact=True, sampler=partial(FlowSDE, num_steps=3, rule="precise")
+    )
+    recorder = fit(module, tmp_path, 1, data=data(module))
+    assert recorder.logged[0]["train/loss"] > 0
 
 
 def test_a_method_that_needs_noise_says_which_option_gives_it(flow_folder: Callable[[str], Path]) -> None:

@@ -39,6 +39,11 @@ SCORED: dict[str, type[AlignmentModule]] = {
 SMALL: dict[str, Any] = {"prompts": 2, "images": 2}
 
 
+def slowly(*values: Any) -> list[Any]:
+    """Values that only the slow tests try."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 class Given(Reward):
     """The brightness, and in its place a value for the images of some places."""
 
@@ -64,9 +69,7 @@ def with_reward(name: str, folder: Path, given: Reward, **options: Any) -> Align
 
 
 @pytest.mark.parametrize("name", SCORED)
-@pytest.mark.parametrize(
-    "value", [math.inf, 3e38, *(pytest.param(x, marks=pytest.mark.slow) for x in (-math.inf, math.nan, 1e30))]
-)
+@pytest.mark.parametrize("value", [math.inf, *slowly(-math.inf, math.nan, 3e38, 1e30)])
 def test_whatever_a_reward_says_the_weights_stay_finite(name: str, value: float, tiny: Path, tmp_path: Path):
     module = with_reward(name, tiny, Given(value))
     recorder = fit(module, tmp_path, data=prompts(**SMALL))
@@ -123,7 +126,7 @@ def test_updates_without_a_finite_gradient_end_the_run_and_good_checkpoints_stay
     assert again.images == 8
 
 
-@pytest.mark.parametrize("method", [DDPOModule, SPINModule, DPOModule])
+@pytest.mark.parametrize("method", [DDPOModule, *slowly(SPINModule, DPOModule)])
 def test_gradients_that_are_not_finite_are_skipped_with_their_losses(
     method, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -153,7 +156,7 @@ def test_gradients_that_are_not_finite_are_skipped_with_their_losses(
     assert {"image", "prompt"} <= set(told["skipped"][0]["rows"][0])
 
 
-@pytest.mark.parametrize("name", [name for name in SCORED if name != "alignprop"])
+@pytest.mark.parametrize("name", ["ddpo", "msdda", *slowly("nft", "prdp")])
 def test_a_chain_that_is_not_finite_costs_its_own_image_alone(name: str, tiny: Path, tmp_path: Path):
     module = with_reward(name, tiny, Brightness())
     randomise(module, 0.1)
@@ -171,7 +174,7 @@ def test_a_chain_that_is_not_finite_costs_its_own_image_alone(name: str, tiny: P
     assert not torch.equal(flat(before), flat(recorder.weights))
 
 
-@pytest.mark.parametrize("name", ["ddpo", "nft", "alignprop", "msdda"])
+@pytest.mark.parametrize("name", ["msdda", *slowly("ddpo", "nft", "alignprop")])
 def test_a_penalty_does_not_pull_at_images_without_a_score(name: str, tiny: Path, tmp_path: Path):
     """With one scored image of two, all pull is at that one: the gradient does not see the other's noise."""
     own = {

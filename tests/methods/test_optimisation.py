@@ -51,3 +51,8 @@ def test_a_loss_without_metrics_is_told(tiny: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(module, "_loss", lambda *_: torch.zeros((), requires_grad=True))
     with pytest.raises(TypeError, match="returns \\(loss, metrics\\)"):
         fit(module, tmp_path, data=prompts(prompts=2, images=2))
+
+
+def test_load_from_checkpoint_says_what_to_do_instead():
+    with pytest.raises(ConfigError, match="build the module"):
+        DDPOModule.load_from_checkpoint("https://example.org/last.ckpt")

@@ -29,8 +29,9 @@ class Asks(rewards.GenEval):
 
 
 class Small(rewards.HPSv3):
-    """With small images: as published one takes a second of a CPU."""
+    """With small images and a short text: as published one image takes a second of a CPU."""
 
+    TEMPLATE = "{} <|Reward|>"
     PIXELS = 4 * 28 * 28
 
 

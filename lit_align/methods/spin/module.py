@@ -144,6 +144,12 @@ class SPINModule(OpponentModule[tuple[Noised, Noised] | Chains]):
             raise ConfigError(
                 f"exact: it needs the density of steps, and {self.sampler.no_noise}, or exact to false"
             )
+        if exact and not self.sampler.keeps_forward_process:
+            raise ConfigError(
+                "exact: the chains of dataset images need steps that keep the forward process, which those "
+                "of this rule do in first order only; set sampler.init_args.rule to precise, or exact to "
+                "false"
+            )
         self.exact = exact
         self.shared_noise = shared_noise
         self.opponent_guidance = sampling.guidance if opponent_guidance is None else opponent_guidance

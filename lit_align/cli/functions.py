@@ -1,0 +1,58 @@
+"""Rewards that are plain functions: their import path is enough, in files and on the command line."""
+
+import importlib
+import re
+from collections.abc import Sequence
+from types import FunctionType
+from typing import Any
+
+
+def with_functions(value: Any) -> Any:
+    """A configuration in which each reward that is the path of a function is a ``FunctionReward`` of it."""
+    if isinstance(value, list):
+        return [with_functions(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    found = {name: with_functions(part) for name, part in value.items()}
+    if isinstance(found.get("rewards"), dict):
+        found["rewards"] = {name: _reward(part) for name, part in found["rewards"].items()}
+    return found
+
+
+def arguments_with_functions(arguments: Sequence[str]) -> list[str]:
+    """The same for options such as ``--model.rewards.rewards.mine my_rewards.mine``."""
+    found: list[str] = []
+    last = ""
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        given = value if equals else argument
+        name = option if equals else last
+        if re.search(r"\.rewards\.\w[\w-]*(\.class_path)?$", name) and is_function(given):
+            name = name.removesuffix(".class_path")
+            if not equals:
+                found.pop()
+            found += [name, "FunctionReward", f"{name}.function", given]
+        else:
+            found.append(argument)
+        last = argument
+    return found
+
+
+def is_function(path: Any) -> bool:
+    """Whether a text is the import path of a function."""
+    if not isinstance(path, str) or not re.fullmatch(r"\w+(\.\w+)+", path):
+        return False
+    module, _, name = path.rpartition(".")
+    try:
+        return isinstance(getattr(importlib.import_module(module), name, None), FunctionType)
+    except Exception:  # whatever a module of the user raises: the parser will say so
+        return False
+
+
+def _reward(given: Any) -> Any:
+    """What stands for a reward."""
+    path = given.get("class_path") if isinstance(given, dict) else given
+    if not is_function(path):
+        return given
+    options = given.get("init_args") or {} if isinstance(given, dict) else {}
+    return {"class_path": "FunctionReward", "init_args": options | {"function": path}}

@@ -1,0 +1,55 @@
+"""The counting of memory: closed forms, and that checkpointing and adapters need less."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.benchmarks import memory_table
+from tests.benchmarks.memory_table import METHODS, Live, counted, estimate, total
+
+
+def test_live_storages_are_added_and_freed():
+    with FakeTensorMode(), Live() as live:
+        a = torch.zeros(1000)
+        b = (a + 1).view(10, 100)  # a view takes nothing
+        del a
+        c = b * 2
+        assert live.now == 8000
+        assert live.peak == 8000
+        del b, c
+        d = torch.zeros(500)
+    assert live.now == d.numel() * 4
+    assert live.peak == 8000
+
+
+def test_an_estimate_is_the_sum_of_its_parts():
+    parts: dict[str, Any] = {"parameters": 1000, "trained": 1000, "activations": 7, "lora": False}
+    assert estimate(parts, 2, 8, copies=1) == 1000 * (4 + 4 + 8) + 4 * 1000 + 7
+    adapter = parts | {"trained": 10, "lora": True}
+    assert estimate(adapter, 2, 2) == 990 * 2 + 10 * (4 + 4 + 2) + 7
+    spin, dpo = (total("sd15", METHODS[name], parts, 8) for name in ("SPIN", "DPO, SFT"))
+    assert spin - dpo == 4 * 1000  # the opponent
+    assert total("sd15", METHODS["SPIN"], adapter, 8) == total("sd15", METHODS["DPO, SFT"], adapter, 8)
+
+
+@pytest.mark.slow
+def test_checkpointing_and_adapters_need_less_and_rows_add_up():
+    none, blocks = (counted("small", True, kind, half=False)["activations"] for kind in (False, True))
+    assert blocks < 0.6 * none
+    assert none < counted("small", False, False, half=False)["activations"]
+    four = counted("small", True, False, half=False, rows=4)["activations"]
+    assert four == pytest.approx(2 * none, rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_counting_is_near_a_measured_peak():
+    parts = counted("middle", False, False, half=False, rows=4)
+    (seen,) = memory_table.each_alone([Measured()])
+    assert estimate(parts, 4, 8) == pytest.approx(seen["peak"], rel=0.3)
+
+
+class Measured:
+    def __call__(self) -> dict[str, Any]:
+        return memory_table.measured("middle", False, False, 4)

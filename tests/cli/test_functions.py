@@ -1,0 +1,63 @@
+"""A reward that is a plain function is named by its import path, in every place where a reward is named."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lit_align.cli.bank import read_bank
+from lit_align.cli.functions import arguments_with_functions, with_functions
+from lit_align.rewards import FunctionReward
+
+MINE = f"{__name__}.mine"
+
+
+def mine(images: Any, prompts: Any) -> Any:
+    return images.mean((1, 2, 3))
+
+
+MADE = {"class_path": "FunctionReward", "init_args": {"function": MINE}}
+
+
+@pytest.mark.parametrize("given", [MINE, {"class_path": MINE}, MADE])
+def test_a_function_in_a_file(given: Any, tmp_path: Path) -> None:
+    root = {"rewards": {"it": given, "red": {"class_path": "Redness"}}, "weights": {"it": 1.0}}
+    whole = {"model": {"init_args": {"rewards": {"class_path": "RewardBank", "init_args": root}}}}
+    bank = with_functions(whole)["model"]["init_args"]["rewards"]["init_args"]
+    assert bank["rewards"] == {"it": MADE, "red": {"class_path": "Redness"}}
+    (tmp_path / "bank.yaml").write_text(yaml.safe_dump(whole))
+    reward = read_bank(str(tmp_path / "bank.yaml")).rewards["it"]
+    assert isinstance(reward, FunctionReward)
+    assert reward.function.__name__ == "mine"
+
+
+def test_options_of_a_function() -> None:
+    given = {"rewards": {"it": {"class_path": MINE, "init_args": {"differentiable": True}}}}
+    made = {"differentiable": True, "function": MINE}
+    assert with_functions(given)["rewards"]["it"]["init_args"] == made
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model.rewards.rewards.it", MINE],
+        [f"--model.rewards.rewards.it={MINE}"],
+        ["--model.init_args.rewards.init_args.rewards.it.class_path", MINE],
+        ["--model.tasks.a.rewards.rewards.it", MINE],
+    ],
+)
+def test_a_function_on_the_command_line(arguments: list[str]) -> None:
+    option = arguments[0].partition("=")[0].removesuffix(".class_path")
+    made = [option, "FunctionReward", f"{option}.function", MINE]
+    assert arguments_with_functions(["fit", *arguments, "--x", "1"]) == ["fit", *made, "--x", "1"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["Redness", "lit_align.rewards.Redness", "no_module.at_all", f"{__name__}.nothing", 3, None, "os.path"],
+)
+def test_what_is_no_function_stays(given: Any) -> None:
+    assert with_functions({"rewards": {"it": given}}) == {"rewards": {"it": given}}
+    assert arguments_with_functions(["--model.rewards.rewards.it", str(given)])[1] == str(given)
+    assert arguments_with_functions(["--model.sampler", MINE]) == ["--model.sampler", MINE]
