@@ -290,8 +290,8 @@ def _row(method: str, ranks: str, results: Sequence[Result]) -> list[str]:
 def _file(name: str) -> str:
     """A file's kind, without what is different in every run."""
     name = re.sub(r"^\.|(\.\d+)?\.draft$", "", name)
-    if name.endswith(".safetensors") or name.startswith("tmp"):  # an adapter, and a pool or latents
-        return "adapter" if "lora" in name else "pool"
+    if name.endswith(".safetensors") or name.startswith("tmp"):  # of an adapter, a pool, or latents
+        return "safetensors"
     return next((kind for kind in ("events", "validation", "config") if name.startswith(kind)), name)
 
 

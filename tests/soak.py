@@ -77,8 +77,8 @@ class Course:
         batches: In all.
         memory: Megabytes in the last quarter.
         growth: Megabytes per thousand batches, by least squares.
-        files: More open files, at most.
-        threads: More threads, at most.
+        files: More open files, not counting those that are written at the moment: the fewest of a quarter.
+        threads: More threads, likewise.
         speed: Batches per second of computing, as a share.
     """
 
@@ -112,8 +112,8 @@ def course(samples: Sequence[Sample]) -> Course:
         batches=samples[-1].batches,
         memory=sum(one.memory for one in last) / quarter,
         growth=1000 * slope,
-        files=max(one.files for one in last) - max(one.files for one in first),
-        threads=max(one.threads for one in last) - max(one.threads for one in first),
+        files=min(one.files for one in last) - min(one.files for one in first),
+        threads=min(one.threads for one in last) - min(one.threads for one in first),
         speed=_speed(last) / _speed(first),
     )
 

@@ -664,6 +664,7 @@ def test_processes_that_share_the_weights_leave_what_one_leaves_and_go_on_exactl
     assert_equal(*(load_file(run / "adapter/pytorch_lora_weights.safetensors") for run in (whole, cut)))
 
 
+@pytest.mark.slow
 def test_processes_that_share_the_weights_go_back_through_the_same_steps(small):
     """AlignProp draws the steps of each image: one that went back through fewer would wait for ever."""
     alignprop = [f"--config={ROOT}/configs/alignprop.yaml", *small[2:], f"--config={FSDP}"]

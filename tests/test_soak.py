@@ -22,7 +22,7 @@ def test_what_is_flat_passes_and_the_warm_up_does_not_count():
     [
         (lambda i, one: replace(one, memory=one.memory + 0.2 * i), "memory grew by 9.97 MB"),
         (lambda i, one: replace(one, files=one.files + i // 30), "more files"),
-        (lambda i, one: replace(one, threads=one.threads + i // 90), "1 more threads"),
+        (lambda i, one: replace(one, threads=one.threads + i // 70), "1 more threads"),
         (lambda i, one: replace(one, cpu=one.cpu * (1 + i / 200)), "the speed fell"),
     ],
 )

@@ -13,7 +13,7 @@ from torch import nn
 
 from lit_align.data import MultiTaskDataModule, PromptDataModule
 from lit_align.doctor.finding import Finding
-from lit_align.methods import AlignmentModule, DDPOModule, NFTModule, PRDPModule
+from lit_align.methods import AlignmentModule, DDPOModule, NFTModule, PRDPModule, SPINModule
 from lit_align.methods.joint import JointModule
 
 FEW_IN_AN_UPDATE = 16
@@ -167,6 +167,14 @@ def _length(module: AlignmentModule, data: Any, asked: Asked) -> Iterator[Findin
         )
         return
     updates = _updates(module, data, asked)
+    if isinstance(module, SPINModule) and updates is not None and updates < sum(module.steps):
+        yield Finding(
+            "iterations_are_cut",
+            "trainer.max_epochs",
+            f"the Trainer ends after {updates} updates, and the {module.iterations} iterations have "
+            f"{sum(module.steps)}",
+            "raise it, or trainer.limit_train_batches, or lower model.steps",
+        )
     if updates is None or module.optimisation.lr_scheduler is None:
         return
     optimizer = module.optimisation.optimizer([nn.Parameter(torch.zeros(1))])

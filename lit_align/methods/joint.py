@@ -276,10 +276,19 @@ class JointModule(AlignmentModule):
         checkpoint["denoising_steps"] = self.denoising_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        fits, saved = self.trainer.state.fn == "fit", checkpoint.get("tasks", {})
+        if fits:
+            self._check_tasks_of(saved)
         super().on_load_checkpoint(checkpoint)
-        if self.trainer.state.fn != "fit":
+        if not fits:
             return  # the weights are all that test and predict need
-        saved = checkpoint.get("tasks", {})
+        for name, task in self.tasks.items():
+            task.advantages.load_state_dict(saved[name]["advantages"])
+            self.step_scale[name] = saved[name]["step_scale"]
+        self.denoising_steps = checkpoint["denoising_steps"]
+
+    def _check_tasks_of(self, saved: Mapping[str, Any]) -> None:
+        """Refuse the checkpoint of other tasks, or with other normalisers."""
         own = {name: type(task.advantages).__name__ for name, task in self.tasks.items()}
         if own != {name: state["normaliser"] for name, state in saved.items()}:
             described = ", ".join(f"{name or 'one task'} with {kind}" for name, kind in own.items())
@@ -287,7 +296,3 @@ class JointModule(AlignmentModule):
                 f"ckpt_path: the checkpoint is not of {type(self).__name__} with these tasks ({described}); "
                 "resume with the config.yaml of its run"
             )
-        for name, task in self.tasks.items():
-            task.advantages.load_state_dict(saved[name]["advantages"])
-            self.step_scale[name] = saved[name]["step_scale"]
-        self.denoising_steps = checkpoint["denoising_steps"]

@@ -33,7 +33,7 @@ TRAINED = {"adapter": LoRA(2, 4.0), "all weights": None}
 SIZE = (16, 24)
 """Height and width: no side is taken for the other."""
 
-DEFAULT = {("Stable Diffusion XL", "ddpo", "adapter"), ("Stable Diffusion XL", "dpo", "all weights")}
+DEFAULT = {("Stable Diffusion XL", "ddpo", "adapter")}
 """Cells of the default suite."""
 
 CELLS = [

@@ -11,6 +11,7 @@ PROMPTS, IMAGES = 2, 2
 STEPS, REPLAYED = 5, 2  # steps of an image, and those of the four with noise that an update replays
 
 
+@pytest.mark.slow
 def test_alignprop_counts_attached_predictions_and_decodings_with_a_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

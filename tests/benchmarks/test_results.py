@@ -164,6 +164,7 @@ def test_sweeps_of_several_seeds_are_pooled():
     ]
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_from_a_shorter_one_and_is_tested_further(plan, tmp_path):
     """As if it had never stopped; what a sweep left is that of the test proper."""
 

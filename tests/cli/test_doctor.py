@@ -17,7 +17,7 @@ from lit_align.cli import main
 from lit_align.cli.doctor import _warned
 from lit_align.doctor import Asked, Trial, judge, look
 from lit_align.doctor.trial import BATCHES, Seen
-from lit_align.methods import AlignmentModule, DDPOModule, NFTModule, PRDPModule
+from lit_align.methods import AlignmentModule, DDPOModule, NFTModule, PRDPModule, SPINModule
 from lit_align.rewards import Brightness, Redness, Reward, RewardBank
 from tests.methods.build import make, prompts, trainer
 
@@ -91,6 +91,10 @@ LOOKS: dict[str, tuple[str, Callable[[Path], Any]]] = {
             data(),
             ASKED,
         ),
+    ),
+    "fewer updates than SPIN's iterations": (
+        "iterations_are_cut",
+        lambda tiny: (make(SPINModule, tiny, iterations=2, steps=30), data(), ASKED),
     ),
     "no end": ("no_end", lambda tiny: (healthy(tiny), data(), replace(ASKED, max_epochs=None))),
     "a schedule that ends early": (

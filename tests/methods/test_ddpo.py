@@ -156,7 +156,7 @@ def test_lasting_non_finite_gradients_end_the_run(tiny, tmp_path, monkeypatch):
     )
     module = make(DDPOModule, tiny, num_steps=2)
     before = trained(module)
-    with pytest.raises(ConfigError, match="the last 10 updates had non-finite gradients"):
+    with pytest.raises(ConfigError, match="the last 10 updates had gradients that are not finite"):
         fit(module, tmp_path, 12, data=prompts(2, 2))
     assert_same(trained(module), before)
 

@@ -144,6 +144,7 @@ def test_one_random_expert_is_called_so(tiny, tmp_path):
     assert {method for method, _ in swept(fused, tmp_path)} == {"base", "expert", "one random expert"}
 
 
+@pytest.mark.slow
 def test_a_sweep_of_two_processes_is_that_of_one(tiny, tmp_path):
     found = []
     for devices in (1, 2):

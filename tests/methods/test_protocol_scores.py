@@ -241,7 +241,9 @@ LEARNERS = {
 the files of these methods; a joint run's updates are DDPO's (see test_joint.py)."""
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "awm")) for name in LEARNERS]
+)
 def test_learns_a_reward_past_a_threshold(name: str, tiny: Path, tiny_v: Path, tmp_path: Path) -> None:
     learner = LEARNERS[name]
     folder = tiny_v if learner.predicts_v else tiny

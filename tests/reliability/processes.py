@@ -52,6 +52,8 @@ class Job:
         code = 1
         try:
             os.setsid()
+            # In the background of a shell Ctrl-C is ignored, and children inherit that.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             os.chdir(folder)
             said = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(said, 1)

@@ -20,6 +20,7 @@ def sign(text: str) -> np.ndarray:
     return np.asarray(image)
 
 
+@pytest.mark.slow
 def test_what_is_written_is_read(reader: OCR) -> None:
     image = sign("HELLO world")
     assert reader.score(image, 'a sign that says "Hello World" and "more"') == 1.0

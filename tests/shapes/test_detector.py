@@ -158,6 +158,7 @@ def test_a_further_round_begins_with_the_last_weights(tmp_path: Path) -> None:
         assert_close(second[name], weight, atol=1e-3, rtol=1e-2)  # another seed begins far from there
 
 
+@pytest.mark.slow
 def test_it_learns() -> None:
     torch.manual_seed(0)
     model = make_yolos()

@@ -17,36 +17,41 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from jsonargparse import CLI
 from lightning import seed_everything
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from lit_align.errors import ConfigError
 from lit_align.shapes.recipe.aesthetic import make_aesthetic
 from lit_align.shapes.recipe.classifier import make_classifier
 from lit_align.shapes.recipe.clip import CLIPStage, load_clip, make_clip, tokenize
 from lit_align.shapes.recipe.detector import make_detector
+from lit_align.shapes.recipe.following import Following
 from lit_align.shapes.recipe.images import Images, draw_images
+from lit_align.shapes.recipe.lies import SHARE, confuse
 from lit_align.shapes.recipe.pick import make_pick
 from lit_align.shapes.recipe.pipeline import replace_folder, save_clip, save_pipeline
 from lit_align.shapes.recipe.preference import make_preference
 from lit_align.shapes.recipe.quality import measure
 from lit_align.shapes.recipe.tokenizer import make_tokenizer
-from lit_align.shapes.recipe.training import Batches, Budget, fit
-from lit_align.shapes.recipe.unet import Export, UNetStage, make_unet
+from lit_align.shapes.recipe.training import CHECKPOINT, Batches, Budget, fit
+from lit_align.shapes.recipe.unet import UNetStage, make_unet
 from lit_align.shapes.recipe.vae import VAEStage, encode, make_vae, whiten
 from lit_align.shapes.world import words
 
 RewardModel = Literal["aesthetic", "preference", "detector", "classifier"]
-StageName = Literal["images", "tokenizer", "clip", "vae", "decoder", "unet", "pick", RewardModel, "quality"]
+StageName = Literal[
+    "images", "tokenizer", "clip", "vae", "decoder", "unet", "lies", "pick", RewardModel, "quality"
+]
 REWARD_MODELS: dict[RewardModel, Callable[[Path, Budget, str, int], None]] = {
     "aesthetic": make_aesthetic,
     "preference": make_preference,
     "detector": make_detector,
     "classifier": make_classifier,
 }
-MINUTES: dict[str, float] = {"clip": 53.0, "vae": 14.0, "decoder": 12.0, "unet": 110.0}
+MINUTES: dict[str, float] = {"clip": 53.0, "vae": 14.0, "decoder": 12.0, "unet": 120.0, "lies": 8.0}
 MINUTES |= {"aesthetic": 1.0, "preference": 12.0, "detector": 32.0, "classifier": 5.0}
 FURTHER = ("clip", "unet", "detector")
 """Stages that can be trained for another round."""
@@ -106,7 +111,7 @@ class Recipe:
     def train(self, stage: Any, num_items: int, batch_size: int, name: str, *callbacks: Any) -> None:
         """Fit one stage on batches of item numbers."""
         batches = Batches(num_items, min(batch_size, num_items), self.seed)
-        num_processes = self.num_processes if name == "unet" else 1
+        num_processes = self.num_processes if name in ("unet", "lies") else 1
         fit(stage, batches, self.out / "logs" / name, self.precision, num_processes, callbacks)
 
     def images(self) -> None:
@@ -158,31 +163,56 @@ class Recipe:
         replace_folder(self.out / "vae_final", stage.average.save_pretrained)
 
     def unet(self) -> None:
-        """Train the denoiser and the text tower that it reads."""
-        if (self.out / "unet_done").exists() and not self.further:
-            return
+        """Train the denoiser, and the text tower that it reads, on clean captions."""
+        if not (self.out / "clean").exists() or self.unfinished("unet"):
+            tower = self.out / "text"
+            text = (
+                CLIPTextModel.from_pretrained(tower, attn_implementation="eager", dtype=torch.float32)
+                if tower.exists()
+                else load_clip(self.found("clip")).text_model
+            )
+            self.denoiser("unet", "clean", text, make_unet())
+        elif self.further:
+            last = StableDiffusionPipeline.from_pretrained(self.found("clean"))
+            self.denoiser("unet", "clean", last.text_encoder, last.unet)
+
+    def lies(self) -> None:
+        """Train the clean denoiser on with captions that are wrong: the pipeline that ships."""
+        if not (self.out / "pipeline").exists() or self.unfinished("lies"):
+            clean = StableDiffusionPipeline.from_pretrained(self.found("clean"))
+            self.denoiser("lies", "pipeline", clean.text_encoder, clean.unet, SHARE)
+
+    def unfinished(self, stage: str) -> bool:
+        """Whether a stage has been interrupted."""
+        return (self.out / "logs" / stage / CHECKPOINT).exists()
+
+    def denoiser(
+        self, stage: str, folder: str, text: CLIPTextModel, unet: UNet2DConditionModel, share: float = 0.0
+    ) -> None:
+        """Train a denoiser on captions of which a share is wrong, and write its pipeline."""
         tokenizer = CLIPTokenizer.from_pretrained(self.found("tokenizer"))
-        vae = AutoencoderKL.from_pretrained(
-            self.found("vae" if not (self.out / "vae_final").exists() else "vae_final")
-        )
-        text, unet = load_clip(self.found("clip")).text_model, make_unet()
-        if self.further:
-            last = StableDiffusionPipeline.from_pretrained(self.found("pipeline"))
-            text.load_state_dict(last.text_encoder.state_dict())
-            unet.load_state_dict(last.unet.state_dict())
+        unet.set_attn_processor(AttnProcessor())
         latents = torch.load(self.found("latents.pt"), weights_only=True)
-        captions = Images(self.found("images"), self.seed).captions[: len(latents)]
+        images = Images(self.found("images"), self.seed)
+        captions, rng = images.captions[: len(latents)], images.rng("lies")
+        if share:
+            captions = [confuse(caption, share, rng) for caption in captions]
         tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])[0]
 
         def write(average: torch.nn.ModuleDict) -> None:
-            save_pipeline(self.out / "pipeline", tokenizer, average["text"], vae, average["unet"])
+            vae = AutoencoderKL.from_pretrained(
+                self.found("vae_final" if (self.out / "vae_final").exists() else "vae")
+            )
+            save_pipeline(self.out / folder, tokenizer, average["text"], vae, average["unet"])
 
-        stage = UNetStage(text, unet, latents, tokens, empty, self.budget("unet"))
-        self.train(stage, len(latents), 64 // self.num_processes, "unet", Export(self.export_every, write))
-        if stage.global_rank > 0:
+        module = UNetStage(text, unet, latents, tokens, empty, self.budget(stage), lies=share > 0)
+        file = self.out / f"{stage}.jsonl"
+        following = Following(
+            self.export_every, write, self.out / folder, file, self.num_samples, self.seed + 2
+        )
+        self.train(module, len(latents), 64 // self.num_processes, stage, following)
+        if module.global_rank > 0:
             raise SystemExit(0)  # the helpers' work is done
-        write(stage.average)
-        (self.out / "unet_done").touch()
 
     def pick(self) -> None:
         """Make preference pairs for training, and a sample that ships and measures."""
@@ -209,15 +239,15 @@ def main(
     stage: StageName | None = None,
     minutes: float | None = None,
     steps: int = 1_000_000,
-    num_images: int = 100_000,
-    num_latents: int = 50_000,
+    num_images: int = 200_000,
+    num_latents: int = 100_000,
     num_pairs: int = 40_000,
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed",
     export_every: float = 10.0,
     num_samples: int = 256,
     seed: int = 0,
     further: bool = False,
-    num_processes: int = 2,
+    num_processes: int = 1,
 ) -> None:
     """Run one stage or all; see :class:`Recipe` for the arguments."""
     if further and stage not in FURTHER:
@@ -246,6 +276,7 @@ def main(
         "vae": recipe.vae,
         "decoder": recipe.decoder,
         "unet": recipe.unet,
+        "lies": recipe.lies,
         "pick": recipe.pick,
         **{name: partial(recipe.reward_model, name) for name in REWARD_MODELS},
         "quality": recipe.quality,

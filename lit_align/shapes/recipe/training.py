@@ -1,18 +1,25 @@
-"""What the trained stages share: a budget, a learning rate that follows it, an average of the weights."""
+"""What the trained stages share: a budget, a learning rate that follows it, an average of the weights.
+
+A stage that was interrupted goes on from its newest checkpoint when the same command is given again.
+"""
 
 import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+
+CHECKPOINT = "newest.ckpt"
+CHECKPOINT_EVERY = timedelta(minutes=4)
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,7 @@ class Budget:
     """How long a stage trains: until the minutes or the steps are used up, whichever comes first.
 
     Attributes:
-        minutes: Wall-clock minutes.
+        minutes: CPU-minutes of one process, so that a busy machine takes longer and trains as much.
         steps: Optimizer steps.
     """
 
@@ -29,18 +36,33 @@ class Budget:
 
 
 class Batches:
-    """An endless stream of shuffled index batches, a pure function of its seed and the process's rank."""
+    """An endless stream of shuffled index batches, a pure function of its seed and the process's rank.
+
+    It remembers its place in checkpoints.
+    """
 
     def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
         self.num_items, self.batch_size, self.seed = num_items, batch_size, seed
+        self.drawn = 0
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield ``(batch_size,)`` long tensors; an epoch's remainder is dropped."""
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        generator = torch.Generator().manual_seed(self.seed + rank)
+        rank, per_epoch = dist.get_rank() if dist.is_initialized() else 0, self.num_items // self.batch_size
         while True:
+            epoch, place = divmod(self.drawn, per_epoch)
+            generator = torch.Generator().manual_seed(self.seed + rank + 1_000_003 * epoch)
             order = torch.randperm(self.num_items, generator=generator)
-            yield from order[: len(order) // self.batch_size * self.batch_size].split(self.batch_size)
+            for batch in order[: per_epoch * self.batch_size].split(self.batch_size)[place:]:
+                self.drawn += 1
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of batches drawn."""
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on behind them."""
+        self.drawn = state["drawn"]
 
 
 class Stage(L.LightningModule):
@@ -55,25 +77,46 @@ class Stage(L.LightningModule):
         budget: How long to train.
         decay: Of the moving average.
         warmup: Steps of linear warm-up.
+        cooling: Share of the budget, at its end, in which the rate falls. Below 1 the rate is constant
+            before, so a run can be given a larger budget as long as it has not begun to cool.
     """
 
     model: Any
     average: Any
 
     def __init__(
-        self, model: nn.Module, peak: float, budget: Budget, decay: float, warmup: int = 100
+        self,
+        model: nn.Module,
+        peak: float,
+        budget: Budget,
+        decay: float,
+        warmup: int = 100,
+        cooling: float = 1.0,
     ) -> None:
         super().__init__()
         self.model, self.average = model, copy.deepcopy(model).requires_grad_(False)
         self.peak, self.budget, self.decay, self.warmup = peak, budget, decay, warmup
-        self.started, self.spent = time.monotonic(), 0.0
+        self.cooling = cooling
+        self.started, self.spent, self.before = time.process_time(), 0.0, 0.0
+
+    def minutes(self) -> float:
+        """CPU-minutes trained so far, in this run and those before."""
+        return (time.process_time() - self.started) / 60
 
     def progress(self) -> float:
         """Share of the budget that is used up, 0 to 1; every process takes the first one's word for it."""
-        elapsed = (time.monotonic() - self.started) / 60 / self.budget.minutes
+        elapsed = self.minutes() / self.budget.minutes
         return float(
             self.trainer.strategy.broadcast(min(1.0, max(elapsed, self.global_step / self.budget.steps)))
         )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the used minutes."""
+        checkpoint["minutes"] = self.minutes()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.before = checkpoint["minutes"]
 
     def parameter_groups(self) -> list[dict[str, object]]:
         """Parameters for the optimizer; ``scale`` multiplies the learning rate."""
@@ -84,14 +127,15 @@ class Stage(L.LightningModule):
         return torch.optim.AdamW(self.parameter_groups(), lr=self.peak, betas=(0.9, 0.98), weight_decay=1e-3)
 
     def on_train_start(self) -> None:
-        """Start the clock once the data is there, and give every process noise of its own."""
-        self.started = time.monotonic()
-        torch.manual_seed(torch.initial_seed() + self.global_rank)
+        """Start the clock once the data is there, and give every process and every run noise of its own."""
+        self.started = time.process_time() - 60 * self.before
+        torch.manual_seed(torch.initial_seed() + self.global_rank + 1_000_003 * self.global_step)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Set this step's learning rate."""
         self.spent = self.progress()
-        rate = self.peak * min(1.0, (self.global_step + 1) / self.warmup) * (1 - self.spent)
+        left = min(1.0, (1 - self.spent) / self.cooling)
+        rate = self.peak * min(1.0, (self.global_step + 1) / self.warmup) * left
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate * group["scale"]
 
@@ -112,7 +156,7 @@ def fit(
     num_processes: int = 1,
     callbacks: Sequence[L.Callback] = (),
 ) -> None:
-    """Train a stage with Lightning and leave the log in ``folder / "log"``.
+    """Train a stage from its newest checkpoint, if there is one; logs go to ``folder / "log"``.
 
     Args:
         stage: The module.
@@ -122,6 +166,10 @@ def fit(
         num_processes: Processes that share the work; each takes whole batches.
         callbacks: Besides the progress bar.
     """
+    newest = folder / CHECKPOINT
+    saving = ModelCheckpoint(
+        folder, newest.stem, train_time_interval=CHECKPOINT_EVERY, enable_version_counter=False
+    )
     trainer = L.Trainer(
         accelerator="cpu",
         devices=num_processes,
@@ -131,12 +179,11 @@ def fit(
         gradient_clip_val=1.0,
         log_every_n_steps=20,
         logger=CSVLogger(folder, name="", version="log"),
-        callbacks=[RichProgressBar(refresh_rate=20), *callbacks],
-        enable_checkpointing=False,
+        callbacks=[RichProgressBar(refresh_rate=20), saving, *callbacks],
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    trainer.fit(stage, train_dataloaders=batches)
+    trainer.fit(stage, batches, ckpt_path=newest if newest.exists() else None, weights_only=True)
     if stage.global_rank == 0:
-        minutes = (time.monotonic() - stage.started) / 60
-        print(f"{folder.name}: {stage.global_step} steps in {minutes:.1f} minutes", flush=True)
+        newest.unlink(missing_ok=True)
+        print(f"{folder.name}: {stage.global_step} steps in {stage.minutes():.1f} CPU-minutes", flush=True)

@@ -19,7 +19,7 @@ from tests.methods.build import fit, make, trained
 BANK = """
 rewards:
   light: {class_path: Brightness}
-  mine: {class_path: FunctionReward, init_args: {function: tests.cli.test_pairs.worth, scope: group}}
+  mine: {class_path: FunctionReward, init_args: {function: tests.cli.test_pairs_command.worth, scope: group}}
 weights: {light: 1.0, mine: 1000.0}
 """
 
