@@ -109,7 +109,7 @@ class Method:
 
     Attributes:
         sets: Trained weight sets.
-        frozen: Copies of a whole UNet that is trained: the reference, an opponent.
+        frozen: Copies of a whole UNet that is trained: the reference, an opponent, the policy beside experts.
     """
 
     sets: int = 1
@@ -119,7 +119,7 @@ class Method:
 METHODS = {
     "DDPO, PRDP": Method(),
     "AlignProp": Method(),  # one prediction at a time, with checkpointing: prediction
-    "MSDDA, two experts": Method(sets=2),
+    "MSDDA, two experts": Method(sets=2, frozen=2),
     "DPO, SFT": Method(),
     "SPIN": Method(frozen=2),
 }
@@ -219,11 +219,11 @@ def forget_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def estimate(parts: dict[str, float], frozen_bytes: int, moments: float, copies: int = 0) -> float:
-    """Bytes of one training step: weights, gradients, moments, copies, activations."""
+def estimate(parts: dict[str, float], frozen_bytes: int, moments: float) -> float:
+    """Bytes of one training step: weights, gradients, moments, activations."""
     fixed = parts["parameters"] - parts["trained"]
     trained = parts["trained"] * (4 + 4 + moments)
-    return fixed * frozen_bytes + trained + copies * parts["parameters"] * 4 + parts["activations"]
+    return fixed * frozen_bytes + trained + parts["activations"]
 
 
 def measured(name: str, lora: bool, checkpointing: bool, rows: int) -> dict[str, Any]:
@@ -260,10 +260,11 @@ def check(rows: int = 2) -> list[dict[str, Any]]:
 
 def total(model: str, method: Method, parts: dict[str, Any], moments: float) -> float:
     """Bytes of a training step of a model by a method, as the page says."""
-    sets = method.sets if parts["lora"] else 1
-    copies = 0 if parts["lora"] else method.frozen + method.sets - 1
-    own = {**parts, "trained": parts["trained"] * sets}
-    return estimate(own, 2, moments, copies) + 4 * OTHERS[model][1]
+    copies = 0 if parts["lora"] else method.frozen
+    more = parts["trained"] * (method.sets - 1)
+    own = {**parts, "parameters": parts["parameters"] + more, "trained": parts["trained"] + more}
+    own["activations"] += 4 * copies * parts["parameters"]
+    return estimate(own, 2, moments) + 4 * OTHERS[model][1]
 
 
 def tables(cells: Sequence[dict[str, Any]], checked: Sequence[dict[str, Any]]) -> str:

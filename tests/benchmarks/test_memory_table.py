@@ -33,11 +33,13 @@ def test_live_storages_are_added_and_freed():
 
 def test_an_estimate_is_the_sum_of_its_parts():
     parts: dict[str, Any] = {"parameters": 1000, "trained": 1000, "activations": 7, "lora": False}
-    assert estimate(parts, 2, 8, copies=1) == 1000 * (4 + 4 + 8) + 4 * 1000 + 7
+    assert estimate(parts, 2, 8) == 1000 * (4 + 4 + 8) + 7
     adapter = parts | {"trained": 10, "lora": True}
     assert estimate(adapter, 2, 2) == 990 * 2 + 10 * (4 + 4 + 2) + 7
     spin, dpo = (total("sd15", METHODS[name], parts, 8) for name in ("SPIN", "DPO, SFT"))
     assert spin - dpo == 4 * 1000  # the opponent
+    experts = total("sd15", METHODS["MSDDA, two experts"], parts, 8)
+    assert experts - dpo == 1000 * (4 + 4 + 8) + 4 * 1000
     assert total("sd15", METHODS["SPIN"], adapter, 8) == total("sd15", METHODS["DPO, SFT"], adapter, 8)
 
 
