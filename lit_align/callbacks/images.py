@@ -67,9 +67,9 @@ class ImageGrids(Callback):
     ) -> None:
         if not writes(trainer):
             return
-        groups, now = batch.groups.tolist(), self._now
-        for i in range(len(batch)):
-            if (i == 0 or groups[i] != groups[i - 1]) and now.tasks.count(batch.task) < self.count:
+        now = self._now
+        for i in batch.firsts.nonzero().flatten().tolist():
+            if now.tasks.count(batch.task) < self.count:
                 now.index.append(int(batch.index[i]))
                 now.tasks.append(batch.task)
                 now.prompts.append(batch.prompts[i])

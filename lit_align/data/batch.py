@@ -36,6 +36,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @property
+    def firsts(self) -> Tensor:
+        """Which images are the first of their prompt, ``(B,)`` bool; those of a prompt stand together."""
+        return torch.cat([torch.ones(1, dtype=torch.bool), self.groups[1:] != self.groups[:-1]])[: len(self)]
+
     def __getitem__(self, rows: Tensor) -> "Batch":
         """Some images, by their places ``(N,)`` long."""
         chosen = rows.tolist()

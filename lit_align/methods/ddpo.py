@@ -216,11 +216,10 @@ class DDPOModule(JointModule):
         # On each prompt's first image: the same pairs whatever micro-batch and ranks, and little work where a
         # prompt has several.
         batch = rollouts.batch
-        first = torch.cat([torch.tensor([True]), batch.groups[1:] != batch.groups[:-1]])
         drawn = draw_pairs(
             batch.index, self.stochastic_steps, self.steps_per_image, self.seed, self.inner_epochs
         )
-        chosen = first[drawn.rows]
+        chosen = batch.firsts[drawn.rows]
         some = Pairs(drawn.rows[chosen], drawn.steps[chosen])
         ranks = self.gather(
             (rollouts.moved(some, self.optimisation.micro_batch), bool(rollouts.advantages.any()))

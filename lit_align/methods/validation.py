@@ -162,6 +162,10 @@ class ValidatedModule(SamplingModule, GuardedModule):
         """What the rewards say of images, without gradient."""
         return self.bank_of(batch)(images, batch.prompts, batch.groups, batch.columns)
 
+    def evaluate(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """What :func:`measure` reports of images that it scores."""
+        return measure(images, self.score(images, batch), batch)
+
     def score_ahead(self, images: Tensor, batch: Batch) -> None:
         self.bank_of(batch).ahead(images, batch.prompts, batch.columns)
 
@@ -195,7 +199,7 @@ class ValidatedModule(SamplingModule, GuardedModule):
             with self.trainer.precision_plugin.forward_context(), self.evaluating():
                 cond = self.backbone.encode(batch.prompts)
                 samples = self.sample(self.policy(batch, cond, REFERENCE), batch, "validation")
-                measured = measure(samples.images, self.score(samples.images, batch), batch)
+                measured = self.evaluate(samples.images, batch)
             distance = "kl" if self.eval_sampler.stochastic.any() else "drift"
             self._evaluated.append(measured | {distance: torch.zeros(len(batch))})  # from itself
         parts = [part for rank in self.gather(self._evaluated) for part in rank]
@@ -207,8 +211,7 @@ class ValidatedModule(SamplingModule, GuardedModule):
         with self.evaluating():
             samples = self.sample(self.policy(batch, cond), batch, "validation")
             distance = self.distance(batch, cond, samples.trajectory)
-        measured = measure(samples.images, self.score(samples.images, batch), batch)
-        self._evaluated.append(measured | distance)
+        self._evaluated.append(self.evaluate(samples.images, batch) | distance)
         return samples.images
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -220,9 +223,9 @@ class ValidatedModule(SamplingModule, GuardedModule):
                 for weights in (POLICY, REFERENCE)
             )
             distance = self.distance(batch, cond, samples.trajectory)
-        base = measure(before.images, self.score(before.images, batch), batch)
+        base = self.evaluate(before.images, batch)
         base |= {name: torch.zeros_like(values) for name, values in distance.items()}
-        measured = measure(samples.images, self.score(samples.images, batch), batch)
+        measured = self.evaluate(samples.images, batch)
         self._evaluated.append(base_metrics(base) | measured | distance)
         return {POLICY: samples.images, REFERENCE: before.images}
 

@@ -25,7 +25,7 @@ from lit_align.methods.msdda.sweep import (
     Weights,
 )
 from lit_align.methods.sampling import BatchPolicy
-from lit_align.methods.validation import kl_to_reference, measure
+from lit_align.methods.validation import kl_to_reference
 from lit_align.samplers import Sampler
 
 PolicyFactory = Callable[[Batch, Conditioning], BatchPolicy]
@@ -79,8 +79,7 @@ class SweepModule(ExpertModule):
     def _measure_points(self, batch: Batch, count: int) -> None:
         """Sample and score the batch at all points; keep images of the first ``count`` prompts."""
         # The first image of each of the first prompts is shown.
-        first = torch.cat([torch.tensor([True]), batch.groups[1:] != batch.groups[:-1]])
-        rows = (first & (batch.groups < count)).nonzero().flatten()
+        rows = (batch.firsts & (batch.groups < count)).nonzero().flatten()
         self._shown += [(int(batch.groups[row]), batch.prompts[row]) for row in rows.tolist()]
         points, _ = self._points()
         cond = self.backbone.encode(batch.prompts)
@@ -89,7 +88,7 @@ class SweepModule(ExpertModule):
             samples = self.sample(policy(batch, cond), batch, "test")
             samples.images.sum().item()  # a GPU has then done its work
             seconds = (time.perf_counter() - started) / len(batch)
-            metrics = measure(samples.images, self.score(samples.images, batch), batch)
+            metrics = self.evaluate(samples.images, batch)
             metrics["seconds"] = torch.full((len(batch),), seconds)
             if self._has_kl(point):
                 stds = self.stds(exponents) if (exponents := self._exponents_at(point)) else None
