@@ -1,6 +1,7 @@
 """What a run can go on from: ``checkpoints/last.ckpt`` and ``checkpoints/best.ckpt``."""
 
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +63,22 @@ def check_whole(path: Path) -> None:
     Raises:
         ConfigError: They differ, or the file is none of torch's.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            fault = archive.testzip()
-    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError) as error:
-        fault = str(error)
+    state = path.stat() if path.exists() else None
+    fault = _fault(path, state and (state.st_ino, state.st_size, state.st_mtime_ns))
     if fault is not None:
         others = [other.name for other in sorted(path.parent.glob("*.ckpt")) if other.name != path.name]
         remedy = f"take another one ({', '.join(others)})" if others else "restore it from a copy"
         raise ConfigError(f"ckpt_path: {path} is damaged ({fault}); {remedy}")
+
+
+@cache
+def _fault(path: Path, state: tuple[int, ...] | None) -> str | None:
+    """What is wrong with a file of torch's; it may be large, and is read once while its ``state`` stays."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError) as error:
+        return str(error)
 
 
 def write_whole(trainer: Trainer) -> None:
