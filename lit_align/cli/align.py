@@ -149,12 +149,16 @@ class AlignCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         SIGNALS.launcher = self.trainer.strategy.launcher
-        config = self.config[self.subcommand]
-        self.model.accept_other_base = config.accept_other_base
-        self.model.accept_other_data = config.accept_other_data
+        self._accept()
         write_whole(self.trainer)
         goes_on = self.saved if self.subcommand == "fit" else None
         keep_metrics(self.trainer, goes_on.images if goes_on else None)
+
+    def _accept(self) -> None:
+        """Tell the method what its user accepts."""
+        config = self.config[self.subcommand]
+        self.model.accept_other_base = config.accept_other_base
+        self.model.accept_other_data = config.accept_other_data
 
     def _clean_up(self) -> None:
         """Leave nothing of a start that failed before anything was computed."""

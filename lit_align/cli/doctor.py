@@ -10,7 +10,7 @@ from lit_align.cli.align import AlignCLI, check_trainer_options
 from lit_align.cli.loggers import runs_of
 from lit_align.doctor import Asked, Finding, Trial, judge, look
 from lit_align.doctor.trial import BATCHES
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, tell
 
 
 class DoctorCLI(AlignCLI):
@@ -31,6 +31,8 @@ class DoctorCLI(AlignCLI):
             trainer.check_val_every_n_epoch,
             runs_of(config),
         )
+        if self.saved is not None or self.auto:
+            tell("doctor tries the run from its beginning: ckpt_path is not used")
         self.trial, self._temporary = Trial(), TemporaryDirectory()
         self.folder.path = Path(self._temporary.name)
         trainer.max_epochs, trainer.max_steps, trainer.min_epochs = 1, -1, None
@@ -42,7 +44,8 @@ class DoctorCLI(AlignCLI):
         self.trainer_defaults["callbacks"] = [self.folder, self.trial]
 
     def after_instantiate_classes(self) -> None:
-        """Nothing: what a run needs of its folder, this one does not."""
+        """Not what a run needs of its folder, which this one has not."""
+        self._accept()
 
     def _run_subcommand(self, subcommand: str) -> None:
         findings = list(look(self.model, self.datamodule, self.asked))
