@@ -3,7 +3,9 @@
 Nothing that was written is lost by what comes after it: a killed process, a full disk, a second process.
 """
 
+import csv
 import errno
+import io
 import os
 import re
 import shutil
@@ -184,6 +186,12 @@ def rename_new(draft: Path, path: Path) -> Path:
             except OSError as error:  # another process was faster
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, without the part of a line that a killed process may leave; none of no file."""
+    text = path.read_text() if path.exists() else ""
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
 
 
 def _put(path: Path, content: str | bytes) -> None:

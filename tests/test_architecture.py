@@ -46,7 +46,7 @@ ALLOWED = {
         "data",
         "shapes",
     },
-    "report": {"errors"},
+    "report": {"errors", "files"},
     "doctor": {"data", "methods", "rewards"},
     "callbacks": {
         "backbones",

@@ -13,6 +13,8 @@ from lit_align.backbones import POLICY, REFERENCE
 from lit_align.callbacks.console import show
 from lit_align.callbacks.files import writes
 from lit_align.callbacks.grid import pixels, shrink, uint8
+from lit_align.callbacks.images import png
+from lit_align.callbacks.summary import tested_split
 from lit_align.data import Batch
 from lit_align.files import write
 from lit_align.folder import run_folder
@@ -54,25 +56,26 @@ class TestReport(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         after, before = outputs[POLICY], outputs[REFERENCE]
-        groups = batch.groups.tolist()
-        for i in range(len(batch)):
-            if (i == 0 or groups[i] != groups[i - 1]) and len(self._kept) < self.count:
+        if tested_split(trainer) != "test":
+            return
+        for i in batch.firsts.nonzero().flatten().tolist():
+            if len(self._kept) < self.count:
                 files = [self._file(image) for image in (before[i], after[i])]
                 self._kept.append((int(batch.index[i]), batch.prompts[i], files[0][0], *files[1]))
 
     def _file(self, image: Tensor) -> tuple[bytes, str]:
         """An image as the bytes of a file, and its ending."""
-        small, stream = shrink(uint8(image), self.side), io.BytesIO()
-        lossless = max(small.shape[1:]) <= PIXELATED
-        options = {"format": "PNG"} if lossless else {"format": "JPEG", "quality": 88}
-        Image.fromarray(pixels(small)).save(stream, **options)
-        return stream.getvalue(), "png" if lossless else "jpg"
+        small = Image.fromarray(pixels(shrink(uint8(image), self.side)))
+        if max(small.size) <= PIXELATED:
+            return png(small), "png"
+        stream = io.BytesIO()
+        small.save(stream, "jpeg", quality=88)
+        return stream.getvalue(), "jpg"
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         ranks = pl_module.gather(self._kept)
         self._kept = []
-        seen = getattr(trainer.datamodule, "test_split", "test") == "train"  # type: ignore[attr-defined]
-        if not writes(trainer) or seen or not pl_module.latest:
+        if not writes(trainer) or tested_split(trainer) != "test" or not pl_module.latest:
             return
         folder = run_folder(trainer)
         result = result_of(folder)

@@ -69,10 +69,14 @@ class RunSummary(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         if writes(trainer) and pl_module.latest:
-            # Not the file of the test proper, whose prompts were never used.
-            seen = getattr(trainer.datamodule, "test_split", "test") == "train"  # type: ignore[attr-defined]
-            split = "test_train" if seen else "test"
+            split = tested_split(trainer)
             _report(run_folder(trainer) / f"{split}.json", pl_module, split)
+
+
+def tested_split(trainer: Trainer) -> str:
+    """How the files of a test are called: another name for prompts that were used in training."""
+    seen = getattr(trainer.datamodule, "test_split", "test") == "train"  # type: ignore[attr-defined]
+    return "test_train" if seen else "test"
 
 
 def _report(path: Path, module: AlignmentModule, split: str, **more: bool) -> None:

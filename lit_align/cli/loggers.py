@@ -14,7 +14,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_align.errors import ConfigError
-from lit_align.files import write, writing
+from lit_align.files import read_rows, write, writing
 from lit_align.folder import claim
 
 NUMBERING = ("TensorBoardLogger", "CSVLogger")
@@ -101,7 +101,7 @@ class KeptTable(ExperimentWriter):
         if not self._begun:
             kept = self._earlier()
         elif not self._path.exists() or set().union(*self.metrics) - set(self.metrics_keys):
-            kept = _rows(self._path)
+            kept = read_rows(self._path)
         else:
             self._append()
             return
@@ -126,15 +126,9 @@ class KeptTable(ExperimentWriter):
 
     def _earlier(self) -> list[dict[str, Any]]:
         """The rows that are kept of what was there before this process."""
-        rows = _rows(self._path)
+        rows = read_rows(self._path)
         self.metrics_keys = list(rows[0]) if rows else []
         return [row for row in rows if self._images is None or float(row["step"] or 0) <= self._images]
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table, without the part of a line that a killed process may leave."""
-    text = path.read_text() if path.exists() else ""
-    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
 
 
 def keep_metrics(trainer: Trainer, images: int | None) -> None:

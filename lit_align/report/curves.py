@@ -1,12 +1,13 @@
 """Curves of a run, from TensorBoard's event files or a CSV logger's table."""
 
-import csv
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+from lit_align.files import read_rows
 
 Curves = dict[str, list[tuple[float, float]]]
 """By tag: the number of images and the value, in order."""
@@ -20,9 +21,8 @@ def read_curves(folder: Path) -> Curves:
         events.Reload()
         for tag in events.Tags()["scalars"]:
             points[tag] = {float(event.step): event.value for event in events.Scalars(tag)}
-    table = folder / "metrics.csv"
-    if not points and table.is_file():
-        for row in csv.DictReader(table.open(newline="")):
+    if not points:
+        for row in read_rows(folder / "metrics.csv"):
             for tag, value in row.items():
                 if tag not in ("step", "epoch") and value and row.get("step"):
                     points.setdefault(tag, {})[float(row["step"])] = float(value)

@@ -40,11 +40,9 @@ def render(runs: Sequence[Run]) -> str:
     return template.render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         runs=[_about(run) for run in runs],
-        columns=_columns(runs),
         equal=_equal(runs),
         charts=[one for one in _charts(runs) if one],
         shown=[_picture(one) for one in shown],
-        names=list(shown[0].scores) if shown else [],
     )
 
 
@@ -107,11 +105,6 @@ def _about(run: Run) -> dict[str, Any]:
         "config": run.text,
         "commands": commands,
     }
-
-
-def _columns(runs: Sequence[Run]) -> list[str]:
-    """Metrics that any of the runs has, in order."""
-    return list(dict.fromkeys(name for run in runs for name in run.metrics))
 
 
 def _equal(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """What the folder of a run says: its settings, its newest test, its images and its curves."""
 
-import csv
 import json
 import re
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from lit_align.errors import ConfigError
+from lit_align.files import read_rows
 from lit_align.report.curves import Curves, read_curves
 
 DISTANCES = ("kl", "drift")
@@ -136,8 +136,7 @@ def _shown(result: Path) -> list[Shown]:
     if not (folder / "metadata.jsonl").is_file():
         return []
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    table = result.with_suffix(".csv")
-    scores = list(csv.DictReader(table.open(newline=""))) if table.is_file() else []
+    scores = read_rows(result.with_suffix(".csv"))
     shown = []
     for row in rows:
         measured = scores[row["index"]] if row["index"] < len(scores) else {}
