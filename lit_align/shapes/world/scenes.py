@@ -8,7 +8,7 @@ import numpy.typing as npt
 from lit_align.shapes.world.grammar import COLOURS, RADII, RELATIONS, Caption
 
 IMAGE_SIDE = 64  # pixels a side
-RADIUS_JITTER = 0.4  # radii are uniform within this distance of those in RADII
+PITCH = 8  # pixels between the places where an object's centre can be, as between those of the latent
 FAVOURITE, FAVOURITE_SHARE = "red", 0.7  # bias of the data: an unnamed colour is mostly this one
 MARGIN, BORDER = 3.0, 1.0  # least distance between two objects, and from the border of the image, in pixels
 
@@ -39,8 +39,7 @@ def sample_scene(caption: Caption, rng: np.random.Generator) -> Scene:
 
     Sizes are uniform; the background is uniform over the colours that no object is said to have; an unsaid
     colour is ``FAVOURITE`` with probability ``FAVOURITE_SHARE``, else uniform over the others (a wanted
-    bias of the data; never the background's colour). The objects of a group share what is drawn, but for a
-    jitter of the radius.
+    bias of the data; never the background's colour). The objects of a group share what is drawn.
     """
     said = {group.colour for group in caption.groups}
     free = [name for name in COLOURS if name not in said]
@@ -49,7 +48,7 @@ def sample_scene(caption: Caption, rng: np.random.Generator) -> Scene:
     for group in caption.groups:
         colour = group.colour or _sample_colour(background, rng)
         radius = RADII[group.size or list(RADII)[rng.integers(len(RADII))]]
-        radii += list(radius + rng.uniform(-RADIUS_JITTER, RADIUS_JITTER, group.count))
+        radii += [radius] * group.count
         looks += [(colour, group.shape)] * group.count
     places = _place(radii, caption.relation, rng)
     objects = [Item(x, y, r, *look) for (x, y), r, look in zip(places, radii, looks, strict=True)]
@@ -64,10 +63,14 @@ def _sample_colour(background: str, rng: np.random.Generator) -> str:
 
 
 def _place(radii: list[float], relation: str | None, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Centres drawn in turn, each uniform over the room that is left; begun anew when none is left."""
+    """Centres drawn in turn, each uniform over the places that are left; begun anew when none is left.
+
+    The places are ``PITCH`` apart. A small denoiser learns shapes that stand anywhere slowly: after half an
+    hour on one core it had every colour and no outline.
+    """
+    xs, ys = np.meshgrid(*[np.arange(PITCH, IMAGE_SIDE, PITCH, dtype=np.float32)] * 2)
     while True:
         places: list[tuple[float, float]] = []
-        xs, ys = _grid(rng)
         for radius in radii:
             low, high = radius + BORDER, IMAGE_SIDE - radius - BORDER
             room = (xs >= low) & (xs <= high) & (ys >= low) & (ys <= high)
@@ -79,16 +82,10 @@ def _place(radii: list[float], relation: str | None, rng: np.random.Generator) -
             spots = np.flatnonzero(room)
             if not len(spots):
                 break
-            row, column = divmod(int(spots[rng.integers(len(spots))]), IMAGE_SIDE)
-            places.append((float(xs[0, column]), float(ys[row, 0])))
+            spot = spots[rng.integers(len(spots))]
+            places.append((float(xs.flat[spot]), float(ys.flat[spot])))
         if len(places) == len(radii):
             return places
-
-
-def _grid(rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Candidate centres, a pixel apart and shifted by part of one: x (1, 64) and y (64, 1)."""
-    steps, shift = np.arange(IMAGE_SIDE, dtype=np.float32), rng.random(2, dtype=np.float32)
-    return (steps + shift[0])[None, :], (steps + shift[1])[:, None]
 
 
 def lies(relation: str, dx: Floats, dy: Floats, slope: float) -> npt.NDArray[np.bool_]:
