@@ -56,7 +56,8 @@ class NFTModule(JointModule):
 
         Args:
             backbone: The diffusion model.
-            sampler: How it is sampled; any. The paper: a first-order ODE, 10 steps, 25 with several rewards.
+            sampler: How it is sampled; any. Released: 10 steps of an ODE, 25 with several rewards, by a solver
+                of second order.
             rewards: What is maximised and what is monitored; null with ``tasks``.
             advantages: How rewards become advantages. The paper: differences from the mean of the prompt's
                 images, over the std of all, clipped at 5 (``GroupAdvantages`` with ``divide_by: batch``).
@@ -64,7 +65,7 @@ class NFTModule(JointModule):
             objective: ``NFT`` (if not given) or ``AWM``.
             old_policy: How the old policy follows the policy.
             reference_weight: Weight of the squared distance of predictions to the reference's, in the
-                network's own space: 1e-4; AWM: 1e-3 to 3e-3. The paper's is one of velocities.
+                network's own space: 1e-4; AWM: 1e-4 to 3e-3. The paper's is one of velocities.
             timesteps: How many of the sampler's timesteps each image is noised to, at random and with noise
                 of its own; all of them if not given, as in the paper (AWM: 6).
             updates: Optimizer steps per pass over a rollout batch; each takes whole prompts. 1; 2 for OCR.

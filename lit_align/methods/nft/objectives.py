@@ -168,8 +168,8 @@ class AWM(ForwardObjective):
     Args:
         clip_range: Of the ratio. The default is DDPO's, whose ratios are of means over elements too.
         power: See :func:`awm_log_prob`; .25 in the released configuration.
-        old_weight: Weight of the squared distance to the moving average of the weights, which the released
-            configuration has beside that to the reference. Without it training may collapse.
+        old_weight: Weight of the squared distance to the moving average of the weights, beside that to the
+            reference; 1 in the released configuration. Without it training may collapse.
 
     Raises:
         ConfigError: A value is not positive, or ``old_weight`` negative.
@@ -207,7 +207,8 @@ class OldPolicy:
     ``rate`` a batch up to ``hold``.
 
     Args:
-        flat: 0 in DiffusionNFT's configurations for GenEval and PickScore, 75 for OCR.
+        flat: 0 in DiffusionNFT's configurations for GenEval and PickScore, 75 for OCR: updates there, of
+            which that one makes two a rollout batch.
         rate: .001; .0075 for OCR.
         hold: .5; .999 for OCR. AWM: .3. Below 1.
 
