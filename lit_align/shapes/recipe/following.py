@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from lit_align.shapes.recipe.quality import Sampling, draw, rates, sample
@@ -59,7 +59,7 @@ class Following(L.Callback):
         """Write, measure, and leave the random numbers of the training as they were."""
         self.write(stage.average)
         with torch.random.fork_rng():
-            pipeline = StableDiffusionPipeline.from_pretrained(self.pipeline)
+            pipeline = DiffusionPipeline.from_pretrained(self.pipeline)
             pipeline.set_progress_bar_config(disable=True)
             captions, _ = draw(self.num_samples, self.seed, "following")
             shares = rates(sample(pipeline, captions, WAY, self.seed), captions)

@@ -8,10 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import AttnProcessor2_0
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from lit_align.shapes.recipe.flow import make_flow_scheduler
 from lit_align.shapes.recipe.images import MEAN, STD
 from lit_align.shapes.recipe.unet import make_scheduler
 from lit_align.shapes.world import IMAGE_SIDE
@@ -57,11 +65,40 @@ def save_pipeline(
         feature_extractor=None,  # type: ignore[arg-type]
         requires_safety_checker=False,
     )
+    _save(folder, pipeline)
 
+
+def save_flow_pipeline(
+    folder: Path,
+    tokenizer: CLIPTokenizer,
+    text: CLIPTextModelWithProjection,
+    vae: AutoencoderKL,
+    transformer: SD3Transformer2DModel,
+) -> None:
+    """Write a ``StableDiffusion3Pipeline`` in float16, without T5; the models given stay as they are.
+
+    Both of its CLIPs are the text tower.
+    """
+    text = half(text)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=half(transformer),
+        scheduler=make_flow_scheduler(),
+        vae=half(vae),
+        text_encoder=text,
+        tokenizer=tokenizer,
+        text_encoder_2=text,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,  # type: ignore[arg-type]
+        tokenizer_3=None,  # type: ignore[arg-type]
+    )
+    _save(folder, pipeline)
+
+
+def _save(folder: Path, pipeline: DiffusionPipeline) -> None:
     def write(fresh: Path) -> None:
         pipeline.save_pretrained(fresh)
-        for part in ("text_encoder", "vae", "unet"):
-            tidy(fresh / part / "config.json")
+        for config in fresh.glob("*/config.json"):
+            tidy(config)
 
     replace_folder(folder, write)
 

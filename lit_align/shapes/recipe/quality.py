@@ -9,10 +9,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline
 from jsonargparse import CLI
 from torch import Tensor
 from transformers import CLIPTokenizer
@@ -54,6 +55,11 @@ CELLS = (
     *(Sampling(steps, 1.0, 3.0) for steps in (5, 20)),
 )
 RECOMMENDED = Sampling(10, 1.0, 3.0)
+FLOW_CELLS = (
+    *(Sampling(10, 0.0, guidance) for guidance in (1.0, 2.0, 3.0, 5.0)),
+    *(Sampling(steps, 0.0, 3.0) for steps in (5, 20)),
+)
+FLOW_RECOMMENDED = Sampling(10, 0.0, 3.0)
 FRESH = 1000
 """Fresh renders on which CLIP and the reward models are measured."""
 
@@ -120,20 +126,28 @@ def clip_quality(folder: Path, num: int, seed: int) -> dict[str, float]:
 
 
 def sample(
-    pipeline: StableDiffusionPipeline, prompts: Sequence[str], way: Sampling, seed: int, batch_size: int = 64
+    pipeline: DiffusionPipeline, prompts: Sequence[str], way: Sampling, seed: int, batch_size: int = 64
 ) -> Tensor:
-    """Images ``(N, 3, 64, 64)`` in [0, 1]; the first noise of image i is the same whatever the way."""
+    """Images ``(N, 3, 64, 64)`` in [0, 1]; the first noise of image i is the same whatever the way.
+
+    A flow model draws no other noise: ``way.eta`` is not for it.
+    """
+    model: Any = pipeline
+    options: dict[str, Any] = {"eta": way.eta}
+    if isinstance(pipeline, StableDiffusion3Pipeline):
+        # Equal steps, of which the last is no shorter; and no tokens in place of T5's.
+        options = {"sigmas": np.linspace(1, 1 / way.steps, way.steps).tolist(), "max_sequence_length": 0}
     images = []
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + start + i) for i in range(len(part))]
-        result = pipeline(
+        result = model(
             part,
             num_inference_steps=way.steps,
             guidance_scale=way.guidance,
-            eta=way.eta,
             generator=generators,
             output_type="pt",
+            **options,
         )
         images.append(result.images)
     return torch.cat(images).float()
@@ -153,18 +167,23 @@ def open_prompts(num: int, seed: int) -> list[str]:
 
 
 def measure_samples(
-    pipeline: StableDiffusionPipeline, captions: Sequence[str], seed: int
+    pipeline: DiffusionPipeline,
+    captions: Sequence[str],
+    seed: int,
+    ways: Sequence[Sampling],
+    recommended: Sampling,
 ) -> tuple[list[dict[str, float]], Tensor]:
     """One row of shares per way of sampling, and the images of the recommended way."""
-    sample(pipeline, captions[:8], RECOMMENDED, seed)  # the first call is slower
+    pipeline.set_progress_bar_config(disable=True)
+    sample(pipeline, captions[:8], recommended, seed)  # the first call is slower
     cells = []
-    for way in CELLS:
+    for way in ways:
         start = time.process_time()
         images = sample(pipeline, captions, way, seed)
         seconds = (time.process_time() - start) * 64 / len(captions)
         cells.append({**asdict(way), **rates(images, captions), "CPU-seconds of 64": seconds})
         print({name: round(value, 3) for name, value in cells[-1].items()}, flush=True)
-        if way == RECOMMENDED:
+        if way == recommended:
             shown = images
     return cells, shown
 
@@ -183,19 +202,20 @@ def measure_reward_models(
 
 
 def measure(weights: Path, pairs: Sequence[Path], folder: Path, num_samples: int, seed: int) -> None:
-    """Measure everything; leave ``quality.json``, ``quality.md`` and ``samples.png`` in ``folder``.
+    """Measure everything; leave ``quality.json``, ``quality.md`` and two grids in ``folder``.
 
     Args:
-        weights: Folder with ``pipeline``, ``clip`` and the reward models.
+        weights: Folder with ``pipeline``, ``flow``, ``clip`` and the reward models.
         pairs: Parquet files of preference pairs that no model was trained on.
         folder: For the report.
         num_samples: Captions per way of sampling.
         seed: Of captions, scenes and noise.
     """
-    pipeline = StableDiffusionPipeline.from_pretrained(weights / "pipeline")
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = DiffusionPipeline.from_pretrained(weights / "pipeline")
     captions, _ = draw(num_samples, seed, "samples")
-    cells, shown = measure_samples(pipeline, captions, seed)
+    cells, shown = measure_samples(pipeline, captions, seed, CELLS, RECOMMENDED)
+    flow = DiffusionPipeline.from_pretrained(weights / "flow")
+    flow_cells, flow_shown = measure_samples(flow, captions, seed, FLOW_CELLS, FLOW_RECOMMENDED)
     prompts = open_prompts(num_samples, seed)
     report = {
         "vae": vae_quality(pipeline.vae, num_samples, seed),
@@ -204,11 +224,13 @@ def measure(weights: Path, pairs: Sequence[Path], folder: Path, num_samples: int
         "red in open prompts": open_bias(sample(pipeline, prompts, RECOMMENDED, seed)),
         "captions": num_samples,
         "samples": cells,
+        "flow samples": flow_cells,
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
     write_table(folder / "quality.md", report)
     write_grid(folder / "samples.png", shown, captions)
+    write_grid(folder / "flow.png", flow_shown, captions)
 
 
 def main(
@@ -218,7 +240,7 @@ def main(
 
     Args:
         out: Folder for the report.
-        weights: Folder with ``pipeline``, ``clip`` and the reward models.
+        weights: Folder with ``pipeline``, ``flow``, ``clip`` and the reward models.
         pairs: Parquet file of preference pairs that no model was trained on.
         num_samples: Captions per way of sampling.
         seed: Of captions, scenes and noise.

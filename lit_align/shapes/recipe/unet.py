@@ -36,7 +36,7 @@ DROP = 0.1
 
 def make_unet() -> UNet2DConditionModel:
     """An untrained denoiser in Stable Diffusion's format, on 64 positions."""
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=8,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
@@ -48,8 +48,6 @@ def make_unet() -> UNet2DConditionModel:
         attention_head_dim=(2, 4),  # the numbers of heads, in the configs of Stable Diffusion 1
         norm_num_groups=16,
     )
-    unet.set_attn_processor(AttnProcessor())  # the fastest backward pass in bfloat16 on a CPU
-    return unet
 
 
 def make_scheduler() -> DDIMScheduler:
@@ -88,6 +86,7 @@ class UNetStage(Stage):
         budget: Budget,
         lies: bool = False,
     ) -> None:
+        unet.set_attn_processor(AttnProcessor())  # the fastest backward pass in bfloat16 on a CPU
         model = nn.ModuleDict({"unet": unet, "text": copy.deepcopy(text).requires_grad_(not lies).train()})
         peak, decay = (4e-4, 0.99) if lies else (1.2e-3, 0.999)
         super().__init__(model, peak=peak, budget=budget, decay=decay, warmup=100, cooling=COOLING)

@@ -1,0 +1,135 @@
+"""The flow model, with the text tower that it reads: a small transformer in Stable Diffusion 3's format.
+
+It sees the same latents and captions as the denoiser of :mod:`~lit_align.shapes.recipe.unet`, and is trained
+in the same two stages, on clean captions and then on wrong ones.
+"""
+
+import copy
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from lit_align.shapes.recipe.clip import WIDTH
+from lit_align.shapes.recipe.training import Budget, Stage
+from lit_align.shapes.recipe.unet import COOLING, DROP
+from lit_align.shapes.recipe.vae import CHANNELS
+
+PATCH = 2
+LAYERS = 4
+HEADS, HEAD = 3, 64
+
+POSITIONS = 16
+"""Tokens a caption is padded or cut to: as many as the world's longest has. Each costs as much as a patch."""
+
+
+def make_transformer() -> SD3Transformer2DModel:
+    """An untrained flow model in Stable Diffusion 3's format, on 16 patches of 2 x 2 positions."""
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=PATCH,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=LAYERS,
+        attention_head_dim=HEAD,
+        num_attention_heads=HEADS,
+        joint_attention_dim=2 * WIDTH,  # two text towers, side by side
+        caption_projection_dim=HEADS * HEAD,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=8 // PATCH,
+        qk_norm="rms_norm",  # Stable Diffusion 3.5's: attention stays in range in half precision
+    )
+
+
+def make_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """The noise schedule, without a shift: latents of 64 positions need none."""
+    return FlowMatchEulerDiscreteScheduler(shift=1.0)
+
+
+def with_projection(tower: CLIPTextModel, projection: nn.Linear) -> CLIPTextModelWithProjection:
+    """A text tower with CLIP's projection of the whole text, in the class that Stable Diffusion 3 takes."""
+    config = CLIPTextConfig(**tower.config.to_dict())
+    config._attn_implementation = "eager"  # the fastest backward pass in bfloat16 on a CPU
+    text = CLIPTextModelWithProjection(config)
+    text.text_model.load_state_dict(tower.state_dict())
+    text.text_projection.load_state_dict(projection.state_dict())
+    return text
+
+
+def embed(text: CLIPTextModelWithProjection, tokens: Tensor) -> dict[str, Tensor]:
+    """What ``StableDiffusion3Pipeline`` gives its transformer where both of its CLIPs are this tower.
+
+    Args:
+        text: The tower.
+        tokens: ``(B, POSITIONS)`` token ids.
+    """
+    output = text(input_ids=tokens, output_hidden_states=True)
+    states, pooled = output.hidden_states[-2], output.text_embeds
+    return {
+        "encoder_hidden_states": torch.cat([states, states], dim=-1),
+        "pooled_projections": torch.cat([pooled, pooled], dim=-1),
+    }
+
+
+class FlowStage(Stage):
+    """Flow model and text tower, trained together on the error of the velocity.
+
+    Args:
+        text: The text tower to begin with; a copy is trained on.
+        transformer: The flow model.
+        latents: ``(N, C, 8, 8)`` float16.
+        tokens: ``(N, POSITIONS)`` token ids of the captions.
+        empty: ``(POSITIONS,)`` token ids of the empty prompt.
+        budget: How long to train.
+        lies: The captions are wrong: train the flow model alone, at a lower rate.
+    """
+
+    def __init__(
+        self,
+        text: CLIPTextModelWithProjection,
+        transformer: SD3Transformer2DModel,
+        latents: Tensor,
+        tokens: Tensor,
+        empty: Tensor,
+        budget: Budget,
+        lies: bool = False,
+    ) -> None:
+        text = copy.deepcopy(text).requires_grad_(not lies).train()
+        model = nn.ModuleDict({"transformer": transformer, "text": text})
+        peak, decay = (4e-4, 0.99) if lies else (1.2e-3, 0.999)
+        super().__init__(model, peak=peak, budget=budget, decay=decay, warmup=100, cooling=COOLING)
+        self.latents, self.tokens, self.empty = latents, tokens, empty
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        """The text tower has been trained before: it moves at a third of the rate."""
+        transformer, text = self.model["transformer"], self.model["text"]
+        groups: list[dict[str, object]] = [{"params": list(transformer.parameters()), "scale": 1.0}]
+        trained = [weight for weight in text.parameters() if weight.requires_grad]
+        return groups + ([{"params": trained, "scale": 0.3}] if trained else [])
+
+    def errors(self, batch: Tensor) -> Tensor:
+        """Squared errors ``(B,)`` of the velocities of the images with these numbers ``(B,)``."""
+        latents, tokens = self.latents[batch].float(), self.tokens[batch]
+        tokens = torch.where(torch.rand(len(batch), 1) < DROP, self.empty, tokens)
+        # One level from each of B equal ranges: the loss of a batch varies less than with independent draws.
+        places = (torch.randperm(len(batch)) + torch.rand(len(batch))) / len(batch)
+        sigmas = self.levels(places)
+        noise, level = torch.randn_like(latents), sigmas[:, None, None, None]
+        noisy = (1 - level) * latents + level * noise
+        with sdpa_kernel(SDPBackend.MATH):  # the faster backward pass in bfloat16 on a CPU
+            given = embed(self.model["text"], tokens)
+            prediction = self.model["transformer"](noisy, timestep=1000 * sigmas, **given).sample
+        return (prediction.float() - (noise - latents)).square().mean((1, 2, 3))
+
+    @staticmethod
+    def levels(places: Tensor) -> Tensor:
+        """Noise levels at these places of their distribution: logit-normal, as in Stable Diffusion 3."""
+        return torch.special.ndtri(places.clamp(1e-6, 1 - 1e-6)).sigmoid()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """One batch of image numbers ``(B,)``."""
+        loss = self.errors(batch).mean()
+        self.log("loss", loss, prog_bar=True)
+        return loss
