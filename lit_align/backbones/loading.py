@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import diffusers
 import torch
@@ -13,7 +13,6 @@ from torch import nn
 from lit_align.backbones.options import with_entries
 from lit_align.errors import ConfigError, tell, user_path
 from lit_align.pretrained import loading, resolve
-from lit_align.shapes import PIPELINE
 
 KINDS = {
     "inpainting": "an inpainting model",
@@ -47,39 +46,56 @@ LIBRARIES = ("diffusers", "transformers")
 """Whose classes the parts of a pipeline are."""
 
 
+class Family(Protocol):
+    """What a class of backbones says of its pipelines; see ``DiffusersBackbone``."""
+
+    @property
+    def pipeline_class(self) -> Any:
+        """The pipeline's class in diffusers."""
+
+    @property
+    def bundled(self) -> Path:
+        """Folder of the bundled model."""
+
+    @property
+    def without(self) -> Mapping[str, Any]:
+        """Components and settings of the pipeline that are given instead of loaded."""
+
+    @property
+    def optional(self) -> Sequence[str]:
+        """Components that a folder may lack."""
+
+
 def load_pipeline(
-    pipeline_class: Any,
+    family: Family,
     pretrained: str,
-    without: Mapping[str, Any],
     dtypes: Mapping[str, torch.dtype],
     config: str | None,
     variant: str | None,
-    optional: Sequence[str] = (),
 ) -> Any:
     """Load a pipeline's models from safetensors.
 
     Args:
-        pipeline_class: Of the family.
+        family: A class of backbones.
         pretrained: What the user wrote: ``shapes``, a folder, a hub id, or a .safetensors file.
-        without: Components and settings that are given instead of loaded.
         dtypes: Of components by name; of all others under ``default``.
         config: Folder or hub id with the configuration of a single file.
         variant: Of the weight files, such as ``fp16``.
-        optional: Components that the model may do without.
 
     Raises:
         ConfigError: There is no such model, it cannot be read, or it is of another family.
     """
+    pipeline_class, without = family.pipeline_class, family.without
     file = user_path(pretrained)
     if file.suffix in (".safetensors", ".ckpt") and not file.is_dir():
         return _load_file(pipeline_class, file, without, dtypes, config)
     if config is not None:
         raise ConfigError(f"config: {config!r} is for a single file; take it out, or give one as pretrained")
     with loading(pretrained):
-        source = resolve(pretrained, PIPELINE)
+        source = resolve(pretrained, family.bundled)
         index = pipeline_class.load_config(source)
         _check_class(pipeline_class, index, f"pretrained: {pretrained!r}")
-        without = {**without, **{part: None for part in optional if _is_absent(index, source, part)}}
+        without = {**without, **{part: None for part in family.optional if _is_absent(index, source, part)}}
         parts = [name for name, found in index.items() if isinstance(found, list) and found[0]]
         for part in parts:
             if part not in without:

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -32,26 +33,27 @@ from lit_align.backbones.text import TextEncoding
 from lit_align.backbones.weight_sets import POLICY, WeightSets
 from lit_align.errors import ConfigError, check_positive
 from lit_align.samplers import Sampler
+from lit_align.shapes import PIPELINE
 
 
 class DiffusersBackbone(DiffusionBackbone):
     """A diffusers pipeline with named weight sets of its denoiser.
 
-    A family says which pipeline it takes, what its denoiser is called, and what stands under "what a family
-    says", of which three functions have no default; see ``README.md``.
+    A family says what stands in the attributes and under "what a family says"; see ``README.md``.
 
     Attributes:
         pipeline_class: The pipeline's class in diffusers.
         denoiser: The denoiser's name in it, ``unet`` or ``transformer``.
+        bundled: Folder of the bundled model.
         without: Components and settings of the pipeline that are given instead of loaded.
         optional: Components that a folder may lack.
-        no_input_for: Entries of the denoiser's configuration that ask for an input that :meth:`denoise` does
-            not give: a model that has one is refused.
+        no_input_for: Entries of the denoiser's configuration that ask for what :meth:`denoise` does not give.
         patch: Side of the patches of latent pixels that the denoiser reads; sizes are multiples of it.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     denoiser: ClassVar[str]
+    bundled: ClassVar[Path] = PIPELINE
     without: ClassVar[dict[str, Any]] = {}
     optional: ClassVar[tuple[str, ...]] = ()
     no_input_for: ClassVar[tuple[str, ...]] = ()
@@ -113,9 +115,7 @@ class DiffusersBackbone(DiffusionBackbone):
         dtypes = {"default": frozen, "vae": torch.float32}
         if lora is None:
             dtypes[self.denoiser] = torch.float32
-        self.pipeline = load_pipeline(
-            self.pipeline_class, pretrained, self.without, dtypes, config, variant, self.optional
-        )
+        self.pipeline = load_pipeline(type(self), pretrained, dtypes, config, variant)
         if scheduler:
             self.pipeline.scheduler = with_entries(self.pipeline.scheduler, scheduler)
         self.pipeline.set_progress_bar_config(disable=True)

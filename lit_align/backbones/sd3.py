@@ -1,20 +1,33 @@
-"""Stable Diffusion 3 and 3.5."""
+"""Stable Diffusion 3 and 3.5, and the bundled flow model in their format."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from lit_align.backbones.transformer import TransformerBackbone
+from lit_align.shapes import FLOW_PIPELINE
+from lit_align.shapes.world import is_shapes_vocabulary
 
 
 class StableDiffusion3Backbone(TransformerBackbone):
     """A ``StableDiffusion3Pipeline``, with T5 (``text_encoder_3``) or without, as its folder has it."""
 
     pipeline_class = StableDiffusion3Pipeline
+    bundled = FLOW_PIPELINE
     without: ClassVar[dict[str, Any]] = {"image_encoder": None, "feature_extractor": None}
     optional: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
+
+    @property
+    def is_shapes(self) -> bool:
+        return is_shapes_vocabulary(self.pipeline.tokenizer.get_vocab())
+
+    @cached_property
+    def length(self) -> int:
+        """Tokens of T5, or of zeros in its place: the pipeline's default; none for the bundled model."""
+        return 0 if self.is_shapes else 256
 
     @property
     def tokenizers(self) -> list[Any]:
@@ -23,7 +36,12 @@ class StableDiffusion3Backbone(TransformerBackbone):
 
     def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         states, _, pooled, _ = self.pipeline.encode_prompt(
-            list(prompts), None, None, self.device, do_classifier_free_guidance=False
+            list(prompts),
+            None,
+            None,
+            self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.length,
         )
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
 

@@ -14,7 +14,7 @@ from lit_align.backbones.adapters import Adapters, LoRA, whole
 from lit_align.errors import ConfigError, user_path
 from lit_align.identity import read_stamp, weights_hash
 from lit_align.pretrained import loading
-from lit_align.shapes import PIPELINE, WEIGHTS_HASH
+from lit_align.shapes import FLOW_PIPELINE, PIPELINE, WEIGHTS_HASH
 
 POLICY = "policy"
 """The weight set that is trained."""
@@ -26,7 +26,7 @@ REFERENCE = "reference"
 def _name(config: Mapping[str, Any]) -> str:
     """What a pipeline's model is called: the id on the hub, or the name of its folder."""
     place = str(config.get("_name_or_path") or "")
-    if place == str(PIPELINE):
+    if place in (str(PIPELINE), str(FLOW_PIPELINE)):
         return f"shapes {WEIGHTS_HASH}"
     return Path(place).name if Path(place).exists() else place
 

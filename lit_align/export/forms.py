@@ -109,17 +109,13 @@ def _pipeline(live: Live, form: str, path: Path | None = None) -> Any:
     """A pipeline of diffusers: with the live denoiser, or with what was exported."""
     kind, own, dtypes = type(live.backbone), live.runs[0][0].backbone, {"default": torch.float32}
     if form == "pipeline":
-        pipeline = load_pipeline(
-            kind.pipeline_class, str(path), kind.without, dtypes, None, None, kind.optional
-        )
+        pipeline = load_pipeline(kind, str(path), dtypes, None, None)
     else:
         weights = live.runs[0][0].weights
         copied = live.whole and weights.is_dir()  # a whole model, in the place of the base
         source = str(weights) if copied else own["pretrained"]
         config, variant = (None if copied else own.get(option) for option in ("config", "variant"))
-        pipeline = load_pipeline(
-            kind.pipeline_class, source, kind.without, dtypes, config, variant, kind.optional
-        )
+        pipeline = load_pipeline(kind, source, dtypes, config, variant)
         if own.get("scheduler"):
             pipeline.scheduler = with_entries(pipeline.scheduler, own["scheduler"])
     if form == "adapter":

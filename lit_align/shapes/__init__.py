@@ -8,6 +8,9 @@ WEIGHTS = Path(__file__).parent / "weights"
 PIPELINE = WEIGHTS / "pipeline"
 """Folder of the shipped text-to-image pipeline, in the ordinary diffusers format."""
 
+FLOW_PIPELINE = WEIGHTS / "flow"
+"""Folder of the shipped flow model, a text-to-image pipeline in Stable Diffusion 3's format."""
+
 CLIP = WEIGHTS / "clip"
 """Folder of the shipped CLIP model and its tokenizer, in the ordinary transformers format."""
 
