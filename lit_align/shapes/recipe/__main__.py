@@ -36,6 +36,7 @@ def main(
     seed: int = 0,
     further: bool = False,
     num_processes: int = 1,
+    compile: bool = False,
 ) -> None:
     """Run one stage or all; see :class:`Recipe` for the arguments."""
     if further and stage not in FURTHER:
@@ -56,6 +57,7 @@ def main(
         seed,
         further,
         num_processes,
+        compile,
     )
     stages: dict[str, Callable[[], None]] = {
         "images": recipe.images,

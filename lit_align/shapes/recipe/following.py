@@ -6,9 +6,9 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
+from lit_align.shapes.recipe.pipeline import load_pipeline
 from lit_align.shapes.recipe.quality import Sampling, draw, rates, sample
 from lit_align.shapes.recipe.training import Stage
 
@@ -59,8 +59,7 @@ class Following(L.Callback):
         """Write, measure, and leave the random numbers of the training as they were."""
         self.write(stage.average)
         with torch.random.fork_rng():
-            pipeline = DiffusionPipeline.from_pretrained(self.pipeline)
-            pipeline.set_progress_bar_config(disable=True)
+            pipeline = load_pipeline(self.pipeline)
             captions, _ = draw(self.num_samples, self.seed, "following")
             shares = rates(sample(pipeline, captions, WAY, self.seed), captions)
         line = {"minutes": stage.minutes(), "steps": stage.global_step, **shares}

@@ -94,6 +94,14 @@ def save_flow_pipeline(
     _save(folder, pipeline)
 
 
+def load_pipeline(folder: Path) -> Any:
+    """A pipeline that was saved here, in float32; diffusers must be told that the flow model's has no T5."""
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if (folder / "transformer").exists() else {}
+    pipeline = DiffusionPipeline.from_pretrained(folder, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def _save(folder: Path, pipeline: DiffusionPipeline) -> None:
     def write(fresh: Path) -> None:
         pipeline.save_pretrained(fresh)

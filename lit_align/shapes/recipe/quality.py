@@ -24,6 +24,7 @@ from lit_align.shapes.recipe.classifier import classifier_quality
 from lit_align.shapes.recipe.clip import embed_images, embed_texts, load_clip, tokenize
 from lit_align.shapes.recipe.detector import detector_quality
 from lit_align.shapes.recipe.images import as_images, mutate, numpy_rng
+from lit_align.shapes.recipe.pipeline import load_pipeline
 from lit_align.shapes.recipe.preference import preference_quality
 from lit_align.shapes.recipe.report import write_grid, write_table
 from lit_align.shapes.world import (
@@ -174,7 +175,6 @@ def measure_samples(
     recommended: Sampling,
 ) -> tuple[list[dict[str, float]], Tensor]:
     """One row of shares per way of sampling, and the images of the recommended way."""
-    pipeline.set_progress_bar_config(disable=True)
     sample(pipeline, captions[:8], recommended, seed)  # the first call is slower
     cells = []
     for way in ways:
@@ -211,10 +211,10 @@ def measure(weights: Path, pairs: Sequence[Path], folder: Path, num_samples: int
         num_samples: Captions per way of sampling.
         seed: Of captions, scenes and noise.
     """
-    pipeline = DiffusionPipeline.from_pretrained(weights / "pipeline")
+    pipeline = load_pipeline(weights / "pipeline")
     captions, _ = draw(num_samples, seed, "samples")
     cells, shown = measure_samples(pipeline, captions, seed, CELLS, RECOMMENDED)
-    flow = DiffusionPipeline.from_pretrained(weights / "flow")
+    flow = load_pipeline(weights / "flow")
     flow_cells, flow_shown = measure_samples(flow, captions, seed, FLOW_CELLS, FLOW_RECOMMENDED)
     prompts = open_prompts(num_samples, seed)
     report = {

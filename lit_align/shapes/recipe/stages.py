@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lit_align.errors import ConfigError
@@ -20,7 +20,13 @@ from lit_align.shapes.recipe.following import Following
 from lit_align.shapes.recipe.images import Images, draw_images
 from lit_align.shapes.recipe.lies import SHARE, confuse
 from lit_align.shapes.recipe.pick import make_pick
-from lit_align.shapes.recipe.pipeline import replace_folder, save_clip, save_flow_pipeline, save_pipeline
+from lit_align.shapes.recipe.pipeline import (
+    load_pipeline,
+    replace_folder,
+    save_clip,
+    save_flow_pipeline,
+    save_pipeline,
+)
 from lit_align.shapes.recipe.preference import make_preference
 from lit_align.shapes.recipe.quality import measure
 from lit_align.shapes.recipe.tokenizer import POSITIONS, make_tokenizer
@@ -99,6 +105,7 @@ class Recipe:
         seed: Of everything.
         further: Train what the stage made (one of ``FURTHER``) for another round.
         num_processes: Processes that train the denoiser, one thread each (set OMP_NUM_THREADS=1).
+        compile: Compile the flow model: a fifth faster, after some minutes; needs a C++ compiler.
     """
 
     out: Path
@@ -113,6 +120,7 @@ class Recipe:
     seed: int
     further: bool
     num_processes: int
+    compile: bool
 
     def budget(self, stage: str) -> Budget:
         """The budget of a trained stage."""
@@ -190,13 +198,13 @@ class Recipe:
         if not (self.out / "clean").exists() or self.unfinished("unet"):
             self.denoiser("unet", "clean", UNET, self.text_tower(), make_unet())
         elif self.further:
-            last = StableDiffusionPipeline.from_pretrained(self.found("clean"))
+            last = load_pipeline(self.found("clean"))
             self.denoiser("unet", "clean", UNET, last.text_encoder, last.unet)
 
     def lies(self) -> None:
         """Train the clean denoiser on with captions that are wrong: the pipeline that ships."""
         if not (self.out / "pipeline").exists() or self.unfinished("lies"):
-            clean = StableDiffusionPipeline.from_pretrained(self.found("clean"))
+            clean = load_pipeline(self.found("clean"))
             self.denoiser("lies", "pipeline", UNET, clean.text_encoder, clean.unet, SHARE)
 
     def flow(self) -> None:
@@ -204,16 +212,23 @@ class Recipe:
         if not (self.out / "flow_clean").exists() or self.unfinished("flow"):
             projection = load_clip(self.found("clip")).text_projection
             text = with_projection(self.text_tower(), projection)
-            self.denoiser("flow", "flow_clean", FLOW, text, make_transformer())
+            self.denoiser("flow", "flow_clean", FLOW, text, self.compiled(make_transformer()))
         elif self.further:
-            last = StableDiffusion3Pipeline.from_pretrained(self.found("flow_clean"))
-            self.denoiser("flow", "flow_clean", FLOW, last.text_encoder, last.transformer)
+            last = load_pipeline(self.found("flow_clean"))
+            self.denoiser("flow", "flow_clean", FLOW, last.text_encoder, self.compiled(last.transformer))
 
     def flow_lies(self) -> None:
         """Train the clean flow model on with captions that are wrong: the flow pipeline that ships."""
         if not (self.out / "flow").exists() or self.unfinished("flow_lies"):
-            clean = StableDiffusion3Pipeline.from_pretrained(self.found("flow_clean"))
-            self.denoiser("flow_lies", "flow", FLOW, clean.text_encoder, clean.transformer, SHARE)
+            clean = load_pipeline(self.found("flow_clean"))
+            transformer = self.compiled(clean.transformer)
+            self.denoiser("flow_lies", "flow", FLOW, clean.text_encoder, transformer, SHARE)
+
+    def compiled(self, transformer: Any) -> Any:
+        """The flow model, its blocks compiled if that is wanted."""
+        for block in transformer.transformer_blocks if self.compile else ():
+            block.compile(dynamic=False)
+        return transformer
 
     def text_tower(self) -> CLIPTextModel:
         """The text tower that a denoiser begins with: CLIP's, or one that is in the folder."""

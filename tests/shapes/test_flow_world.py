@@ -1,0 +1,137 @@
+"""The flow model of Shapes: how it is made, and the one that ships."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from lit_align.backbones import StableDiffusion3Backbone
+from lit_align.samplers.flow import FlowSDE
+from lit_align.shapes import CLIP, FLOW_PIPELINE, PIPELINE
+from lit_align.shapes.recipe import flow
+from lit_align.shapes.recipe.clip import load_clip, tokenize
+from lit_align.shapes.recipe.flow import FlowStage, embed, make_transformer, with_projection
+from lit_align.shapes.recipe.images import numpy_rng
+from lit_align.shapes.recipe.pipeline import load_pipeline, save_flow_pipeline
+from lit_align.shapes.recipe.quality import Sampling, draw, rates, sample
+from lit_align.shapes.recipe.training import Budget
+from lit_align.shapes.recipe.vae import make_vae
+from lit_align.shapes.world import PromptSpace
+
+PROMPTS = ["two red stars and a blue circle on a white background", "a star"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(PIPELINE / "tokenizer", model_max_length=flow.POSITIONS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) -> Path:
+    """An untrained pipeline as the recipe writes it, but of one block, and with a velocity that is not 0."""
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "LAYERS", 1)
+        transformer = make_transformer()
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    clip = load_clip(CLIP)
+    text = with_projection(clip.text_model, clip.text_projection)
+    place = tmp_path_factory.mktemp("flow") / "flow"
+    save_flow_pipeline(place, tokenizer, text, make_vae(), transformer)
+    return place
+
+
+def test_no_caption_is_cut(tokenizer: CLIPTokenizer) -> None:
+    rng = numpy_rng(0, "length")
+    space = PromptSpace(["pair", "relation"])
+    prompts = [space[int(i)] for i in rng.integers(len(space), size=2000)]
+    longest = max(len(ids) for ids in tokenizer(prompts).input_ids)
+    assert longest == flow.POSITIONS
+
+
+def test_the_transformer_begins_with_a_velocity_of_0() -> None:
+    tower = CLIPTextModel(CLIPTextConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=4))
+    text = with_projection(tower, torch.nn.Linear(128, tower.config.projection_dim, bias=False))
+    latents, tokens = torch.randn(256, 16, 8, 8).half(), torch.zeros(256, flow.POSITIONS, dtype=torch.long)
+    stage = FlowStage(text, make_transformer(), latents, tokens, tokens[0], Budget(1.0))
+    with torch.no_grad():
+        errors = stage.errors(torch.arange(64))
+    assert errors.mean() == pytest.approx(2.0, abs=0.1)  # noise - image: two variances of 1
+
+
+def test_levels_are_logit_normal() -> None:
+    logits = FlowStage.levels(torch.linspace(0, 1, 1001)[1:-1]).logit()
+    assert logits.mean().abs() < 1e-3
+    assert logits.std() == pytest.approx(1.0, abs=0.02)
+
+
+def test_the_text_is_embedded_as_in_the_pipeline(folder: Path, tokenizer: CLIPTokenizer) -> None:
+    pipeline = load_pipeline(folder)
+    states, _, pooled, _ = pipeline.encode_prompt(
+        PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=0
+    )
+    with torch.no_grad():
+        given = embed(pipeline.text_encoder, tokenize(tokenizer, PROMPTS))
+    assert states.shape == (2, flow.POSITIONS, 256)
+    assert torch.equal(given["encoder_hidden_states"], states)
+    assert torch.equal(given["pooled_projections"], pooled)
+
+
+def test_the_backbone_draws_what_the_pipeline_draws(folder: Path) -> None:
+    pipeline = load_pipeline(folder)
+    expected = sample(pipeline, PROMPTS, Sampling(3, 0.0, 2.0), 0)
+    backbone = StableDiffusion3Backbone(str(folder))
+    assert backbone.is_shapes
+    sampler = backbone.make_sampler(partial(FlowSDE, num_steps=3, noise_level=0.0))
+    policy = backbone.policy(sampler, backbone.encode(PROMPTS), guidance=2.0)
+    x = torch.cat([torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+    with torch.no_grad():
+        for k in range(3):
+            x = policy(x, k).mean
+        images = backbone.decode(x)
+    assert (images - expected).abs().max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusion3Pipeline:
+    return load_pipeline(FLOW_PIPELINE)
+
+
+def test_the_flow_pipeline_loads_in_float32_as_it_is(pipeline: StableDiffusion3Pipeline) -> None:
+    parts = (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
+    assert {weight.dtype for part in parts for weight in part.parameters()} == {torch.float32}
+    assert pipeline.text_encoder_3 is None
+    assert pipeline.tokenizer.model_max_length == flow.POSITIONS
+    assert pipeline.scheduler.config.shift == 1.0
+
+
+def test_it_has_the_autoencoder_of_the_other_pipeline(pipeline: StableDiffusion3Pipeline) -> None:
+    other = AutoencoderKL.from_pretrained(PIPELINE, subfolder="vae").state_dict()
+    own = pipeline.vae.state_dict()
+    assert own.keys() == other.keys()
+    assert all(torch.equal(own[name], value) for name, value in other.items())
+
+
+def test_flow_samples_follow_their_prompts(pipeline: StableDiffusion3Pipeline) -> None:
+    captions, _ = draw(64, 3, "samples")
+    shares = rates(sample(pipeline, captions, Sampling(10, 0.0, 3.0), 3), captions)
+    assert shares["background"] > 0.8
+    assert shares["colours"] > 0.6
+    assert shares["score"] > 0.5
+
+
+def test_zeros_in_the_place_of_t5_do_no_harm(pipeline: StableDiffusion3Pipeline) -> None:
+    captions, _ = draw(16, 3, "samples")
+    without = rates(sample(pipeline, captions, Sampling(5, 0.0, 3.0), 3), captions)
+    images = pipeline(
+        captions,
+        num_inference_steps=5,
+        sigmas=[1.0, 0.8, 0.6, 0.4, 0.2],
+        guidance_scale=3.0,
+        generator=[torch.Generator().manual_seed(3 * 1_000_003 + i) for i in range(16)],
+        output_type="pt",
+    ).images
+    assert rates(images, captions)["score"] > without["score"] - 0.1
