@@ -138,7 +138,7 @@ class FlowStage(Stage):
         sigmas = self.levels(places)
         noise, level = torch.randn_like(latents), sigmas[:, None, None, None]
         noisy = (1 - level) * latents + level * noise
-        # One size of batch is worth compiling. The plain attention has the faster backward pass in bfloat16 on
+        # One size of batch is worth compiling. Plain attention has the faster backward pass in bfloat16 on
         # a CPU.
         with set_stance("force_eager" if zeros else "default"), sdpa_kernel(SDPBackend.MATH):
             given = embed(self.model["text"], tokens)
