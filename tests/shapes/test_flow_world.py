@@ -62,12 +62,6 @@ def test_the_transformer_begins_with_a_velocity_of_0() -> None:
     assert errors.mean() == pytest.approx(2.0, abs=0.1)  # noise - image: two variances of 1
 
 
-def test_levels_are_logit_normal() -> None:
-    logits = FlowStage.levels(torch.linspace(0, 1, 1001)[1:-1]).logit()
-    assert logits.mean().abs() < 1e-3
-    assert logits.std() == pytest.approx(1.0, abs=0.02)
-
-
 def test_the_text_is_embedded_as_in_the_pipeline(folder: Path, tokenizer: CLIPTokenizer) -> None:
     pipeline = load_pipeline(folder)
     states, _, pooled, _ = pipeline.encode_prompt(

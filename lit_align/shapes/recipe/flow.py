@@ -91,7 +91,7 @@ def embed(text: CLIPTextModelWithProjection, tokens: Tensor) -> dict[str, Tensor
 
 
 class FlowStage(Stage):
-    """Flow model and text tower, trained together on the error of the velocity.
+    """Flow model and text tower, trained together on the error of the velocity, at uniform noise levels.
 
     Args:
         text: The text tower to begin with; a copy is trained on.
@@ -115,7 +115,7 @@ class FlowStage(Stage):
     ) -> None:
         text = copy.deepcopy(text).requires_grad_(not lies).train()
         model = nn.ModuleDict({"transformer": transformer, "text": text})
-        peak, decay = (4e-4, 0.99) if lies else (1.2e-3, 0.999)
+        peak, decay = (4e-4, 0.99) if lies else (1.5e-3, 0.999)
         super().__init__(model, peak=peak, budget=budget, decay=decay, warmup=100, cooling=COOLING)
         self.latents, self.tokens, self.empty = latents, tokens, empty
 
@@ -134,8 +134,7 @@ class FlowStage(Stage):
         latents, tokens = self.latents[batch].float(), self.tokens[batch]
         tokens = torch.where(torch.rand(len(batch), 1) < DROP, self.empty, tokens)
         # One level from each of B equal ranges: the loss of a batch varies less than with independent draws.
-        places = (torch.randperm(len(batch)) + torch.rand(len(batch))) / len(batch)
-        sigmas = self.levels(places)
+        sigmas = (torch.randperm(len(batch)) + torch.rand(len(batch))) / len(batch)
         noise, level = torch.randn_like(latents), sigmas[:, None, None, None]
         noisy = (1 - level) * latents + level * noise
         # One size of batch is worth compiling. Plain attention has the faster backward pass in bfloat16 on
@@ -146,11 +145,6 @@ class FlowStage(Stage):
                 given["encoder_hidden_states"] = pad(given["encoder_hidden_states"], (0, 0, 0, ZEROS))
             prediction = self.model["transformer"](noisy, timestep=1000 * sigmas, **given).sample
         return (prediction.float() - (noise - latents)).square().mean((1, 2, 3))
-
-    @staticmethod
-    def levels(places: Tensor) -> Tensor:
-        """Noise levels at these places of their distribution: logit-normal, as in Stable Diffusion 3."""
-        return torch.special.ndtri(places.clamp(1e-6, 1 - 1e-6)).sigmoid()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """One batch of image numbers ``(B,)``."""
