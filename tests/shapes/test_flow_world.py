@@ -53,7 +53,9 @@ def test_no_caption_is_cut(tokenizer: CLIPTokenizer) -> None:
 
 
 def test_the_transformer_begins_with_a_velocity_of_0() -> None:
-    tower = CLIPTextModel(CLIPTextConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=4))
+    tower = CLIPTextModel(
+        CLIPTextConfig(hidden_size=128, projection_dim=128, num_hidden_layers=2, num_attention_heads=4)
+    )
     text = with_projection(tower, torch.nn.Linear(128, tower.config.projection_dim, bias=False))
     latents, tokens = torch.randn(256, 16, 8, 8).half(), torch.zeros(256, flow.POSITIONS, dtype=torch.long)
     stage = FlowStage(text, make_transformer(), latents, tokens, tokens[0], Budget(1.0))

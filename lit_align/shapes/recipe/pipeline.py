@@ -79,11 +79,12 @@ def save_flow_pipeline(
 
     Both of its CLIPs are the text tower.
     """
-    text = half(text)
+    text, vae, transformer = (half(model) for model in (text, vae, transformer))
+    vae.register_to_config(shift_factor=0.0)  # this pipeline adds it
     pipeline = StableDiffusion3Pipeline(
-        transformer=half(transformer),
+        transformer=transformer,
         scheduler=make_flow_scheduler(),
-        vae=half(vae),
+        vae=vae,
         text_encoder=text,
         tokenizer=tokenizer,
         text_encoder_2=text,
