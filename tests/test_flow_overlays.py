@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from lit_align.cli import main
-from tests.test_cli import ROOT, scalars
+from tests.test_cli import METHODS, ON_PAIRS, OWN, ROOT, SMALL_PAIRS, scalars
+from tests.test_cli import SMALL as SMALL_PROMPTS
 
 MODELS = {"sd35": "sd3", "flux": "flux", "flux2": "klein", "z_image": "z_image"}
 SMALL = {
@@ -100,3 +101,25 @@ def test_the_overlays_go_on_the_other_methods_on_prompts(
     )
     assert logged["train/loss"] == logged["train/loss"]
     assert "val/reward" in logged
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(path.stem, marks=[] if path.stem == "ddpo" else pytest.mark.slow, id=path.stem)
+        for path in METHODS
+    ],
+)
+def test_the_bundled_flow_model_goes_on_every_method(method: str, work: Path) -> None:
+    # The loss of Flow-GRPO is DDPO's, and changes nothing that the overlay sets.
+    more = ["variant/flow_grpo"] if method == "ddpo" else []
+    files = [f"configs/{name}.yaml" for name in (method, "backbone/shapes_flow", *more)]
+    small = SMALL_PAIRS if method in ON_PAIRS else SMALL_PROMPTS
+    main(["fit", *(f"--config={ROOT / file}" for file in files), *small, *OWN.get(method, [])])
+    (run,) = Path("logs").glob("*/version_0")
+    found = scalars(run)
+    assert {"train/loss", "val/truth"} <= set(found.Tags()["scalars"])
+    assert found.Scalars("val/kl")[-1].value > 0
+    saved = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]
+    assert saved["backbone"]["class_path"].endswith("StableDiffusion3Backbone")
+    assert saved["backbone"]["init_args"]["pretrained"] == "shapes"
