@@ -1,10 +1,8 @@
-"""The flow model, with the text tower that it reads: a small transformer in Stable Diffusion 3's format.
+"""The flow model: a small transformer in Stable Diffusion 3's format.
 
 It sees the same latents and captions as the denoiser of :mod:`~lit_align.shapes.recipe.unet`, and is trained
 in the same two stages, on clean captions and then on wrong ones.
 """
-
-import copy
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
@@ -91,16 +89,16 @@ def embed(text: CLIPTextModelWithProjection, tokens: Tensor) -> dict[str, Tensor
 
 
 class FlowStage(Stage):
-    """Flow model and text tower, trained together on the error of the velocity, at uniform noise levels.
+    """The flow model, trained on the error of the velocity at uniform noise levels.
 
     Args:
-        text: The text tower to begin with; a copy is trained on.
+        text: The text tower, which stays as it is; the transformer has layers for text.
         transformer: The flow model.
         latents: ``(N, C, 8, 8)`` float16.
         tokens: ``(N, POSITIONS)`` token ids of the captions.
         empty: ``(POSITIONS,)`` token ids of the empty prompt.
         budget: How long to train.
-        lies: The captions are wrong: train the flow model alone, at a lower rate.
+        lies: The captions are wrong: train at a lower rate.
     """
 
     def __init__(
@@ -113,18 +111,14 @@ class FlowStage(Stage):
         budget: Budget,
         lies: bool = False,
     ) -> None:
-        text = copy.deepcopy(text).requires_grad_(not lies).train()
-        model = nn.ModuleDict({"transformer": transformer, "text": text})
+        model = nn.ModuleDict({"transformer": transformer, "text": text.requires_grad_(False)})
         peak, decay = (4e-4, 0.99) if lies else (1.5e-3, 0.999)
         super().__init__(model, peak=peak, budget=budget, decay=decay, warmup=100, cooling=COOLING)
         self.latents, self.tokens, self.empty = latents, tokens, empty
 
     def parameter_groups(self) -> list[dict[str, object]]:
-        """The text tower has been trained before: it moves at a third of the rate."""
-        transformer, text = self.model["transformer"], self.model["text"]
-        groups: list[dict[str, object]] = [{"params": list(transformer.parameters()), "scale": 1.0}]
-        trained = [weight for weight in text.parameters() if weight.requires_grad]
-        return groups + ([{"params": trained, "scale": 0.3}] if trained else [])
+        """The flow model's."""
+        return [{"params": list(self.model["transformer"].parameters()), "scale": 1.0}]
 
     def errors(self, batch: Tensor) -> Tensor:
         """Squared errors ``(B,)`` of the velocities of the images with these numbers ``(B,)``."""
@@ -140,7 +134,8 @@ class FlowStage(Stage):
         # One size of batch is worth compiling. Plain attention has the faster backward pass in bfloat16 on
         # a CPU.
         with set_stance("force_eager" if zeros else "default"), sdpa_kernel(SDPBackend.MATH):
-            given = embed(self.model["text"], tokens)
+            with torch.no_grad():
+                given = embed(self.model["text"], tokens)
             if zeros:
                 given["encoder_hidden_states"] = pad(given["encoder_hidden_states"], (0, 0, 0, ZEROS))
             prediction = self.model["transformer"](noisy, timestep=1000 * sigmas, **given).sample

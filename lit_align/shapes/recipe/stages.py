@@ -208,7 +208,7 @@ class Recipe:
             self.denoiser("lies", "pipeline", UNET, clean.text_encoder, clean.unet, SHARE)
 
     def flow(self) -> None:
-        """Train the flow model, and a text tower of its own, on clean captions."""
+        """Train the flow model on clean captions."""
         if not (self.out / "flow_clean").exists() or self.unfinished("flow"):
             projection = load_clip(self.found("clip")).text_projection
             text = with_projection(self.text_tower(), projection)
