@@ -103,13 +103,8 @@ def test_the_overlays_go_on_the_other_methods_on_prompts(
     assert "val/reward" in logged
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(path.stem, marks=[] if path.stem == "ddpo" else pytest.mark.slow, id=path.stem)
-        for path in METHODS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [path.stem for path in METHODS])
 def test_the_bundled_flow_model_goes_on_every_method(method: str, work: Path) -> None:
     # The loss of Flow-GRPO is DDPO's, and changes nothing that the overlay sets.
     more = ["variant/flow_grpo"] if method == "ddpo" else []
