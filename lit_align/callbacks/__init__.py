@@ -4,6 +4,7 @@ from lightning import Callback
 
 from lit_align.callbacks.adapter import AdapterExport
 from lit_align.callbacks.checkpoints import BatchCheckpoint, BestCheckpoint, checkpoint_callbacks
+from lit_align.callbacks.distance import ImageDistance
 from lit_align.callbacks.grid import image_grid
 from lit_align.callbacks.guard import SkippedUpdates
 from lit_align.callbacks.histograms import RewardHistograms
@@ -20,6 +21,7 @@ __all__ = [
     "AdapterExport",
     "BatchCheckpoint",
     "BestCheckpoint",
+    "ImageDistance",
     "ImageGrids",
     "ImageWriter",
     "NewSettings",

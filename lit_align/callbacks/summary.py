@@ -113,7 +113,7 @@ def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Pat
         "shapes_weights": WEIGHTS_HASH,
         "images": module.images,
         "reward_queries": module.reward_queries,
-        "metrics": metrics,
+        "metrics": metrics | (module.set_metrics if split.startswith("test") else {}),
     }
     rows = _rows({"prompt": module.prompt_groups} | module.latest)
     if split == "validation":

@@ -34,7 +34,7 @@ class DoctorCLI(AlignCLI):
             runs_of(config),
             _processes(trainer),
         )
-        self.sharded = not isinstance(trainer.strategy, str)
+        self.sharded = not isinstance(trainer.strategy, str) or "fsdp" in trainer.strategy
         if self.saved is not None or self.auto:
             tell("doctor tries the run from its beginning: ckpt_path is not used")
         self.trial, self._temporary = Trial(), TemporaryDirectory()

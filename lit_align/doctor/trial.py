@@ -76,7 +76,9 @@ class Trial(Callback):
         trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         self.seen.trained = list(trained)
         self._before = {name: _some(parameter) for name, parameter in trained.items()}
-        self.seen.memory = count(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.seen.memory = count(pl_module)  # at the end: nothing of it can reach what is trained
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._started = time.perf_counter()

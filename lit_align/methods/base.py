@@ -85,6 +85,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         self.collected: dict[str, Tensor] = {}
         self.baseline, self.latest, self.prompt_groups = {}, {}, torch.zeros(0)
         self.gradient_norm, self.lr = torch.zeros(()), None
+        self.set_metrics = {}
         self._evaluated, self._skipped, self._unscored = [], 0, 0
         self._losses, self._rows, self._recent = [], [], deque(maxlen=LIMIT)
         self._facts: dict[str, Any] = {}

@@ -149,12 +149,15 @@ class ValidatedModule(SamplingModule, GuardedModule):
         baseline: What was measured of the pretrained model, by name, ``(N,)`` each.
         latest: The same of the policy, in the newest validation or test.
         prompt_groups: ``(N,)``, the prompt of each image.
+        set_metrics: What callbacks measured of all images of a test together, by name: ``before`` and
+            ``after``.
     """
 
     rewards: RewardBank
     baseline: dict[str, Tensor]
     latest: dict[str, Tensor]
     prompt_groups: Tensor
+    set_metrics: dict[str, dict[str, float]]
     _evaluated: list[dict[str, Tensor]]
 
     @torch.no_grad()
@@ -259,6 +262,9 @@ class ValidatedModule(SamplingModule, GuardedModule):
         self.latest = self._report("val")
         if not self.images:
             self.baseline = self.latest
+
+    def on_test_start(self) -> None:
+        self.set_metrics = {}
 
     def on_test_epoch_end(self) -> None:
         self.latest = self._report("test")
