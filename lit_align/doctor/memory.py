@@ -114,14 +114,14 @@ def state_bytes(module: AlignmentModule) -> float:
 def activations(module: AlignmentModule) -> int:
     """Bytes of a micro-batch's forward pass; 0 of a network that cannot be followed without data."""
     backbone, guidance = module.backbone, module.sampling.guidance
-    cond = backbone.encode(["a"] * ITEMS)
+    cond, t = backbone.encode(["a"] * ITEMS), float(module.sampler.timesteps[0])
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     there = [fake.from_tensor(tensor) for tensor in [*module.parameters(), *module.buffers()]]
     live = Live(there)
     try:
         with fake, live, torch.enable_grad(), module.trainer.precision_plugin.forward_context():
             x = torch.randn(ITEMS, *backbone.latent_shape, device=module.device)
-            prediction = backbone.predict(x, float(module.sampler.timesteps[0]), cond, guidance)
+            prediction = backbone.predict(x, t, cond, guidance)
             del prediction
     except RuntimeError:  # what FakeTensorMode raises where values decide what is computed
         return 0
