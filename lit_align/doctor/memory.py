@@ -103,8 +103,8 @@ def capacity(device: torch.device) -> int | None:
 
 def state_bytes(module: AlignmentModule) -> float:
     """Bytes that the optimizer keeps for a trained value, by a step on a weight of its own."""
-    weight = nn.Parameter(torch.zeros(SHAPE))
-    weight.grad = torch.ones(SHAPE)
+    weight = nn.Parameter(torch.zeros(SHAPE, device=module.device))
+    weight.grad = torch.ones_like(weight)
     optimizer = module.optimisation.optimizer([{"params": [weight]}])
     optimizer.step()
     state = [value for value in optimizer.state[weight].values() if isinstance(value, Tensor)]
