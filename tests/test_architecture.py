@@ -83,7 +83,7 @@ ALLOWED = {
 
 ROOMS = {
     "base",
-    "guard",
+    "skipped",
     "identity",
     "joint",
     "metrics",

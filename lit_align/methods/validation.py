@@ -12,8 +12,8 @@ from lit_align.backbones import POLICY, REFERENCE, Conditioning
 from lit_align.comparison import diversity, high_frequency, saturation
 from lit_align.data import Batch, MultiTaskDataModule, PickaPicDataModule, PromptDataModule
 from lit_align.gaussian import GaussianStep
-from lit_align.methods.guard import GuardedModule
 from lit_align.methods.sampling import BatchPolicy, SamplingModule
+from lit_align.methods.skipped import SkippingModule
 from lit_align.rewards import RewardBank, RewardOutput
 from lit_align.rollout import Trajectory
 from lit_align.samplers import Sampler
@@ -142,20 +142,27 @@ def held_out_prompts(data: Any, stage: str) -> list[str]:
     return list(prompts)[:CHECKED_PROMPTS]
 
 
-class ValidatedModule(SamplingModule, GuardedModule):
+class ValidatedModule(SamplingModule, SkippingModule):
     """A module whose policy is compared with the pretrained model on held-out prompts and the same noise.
 
     Attributes:
         baseline: What was measured of the pretrained model, by name, ``(N,)`` each.
         latest: The same of the policy, in the newest validation or test.
         prompt_groups: ``(N,)``, the prompt of each image.
+        given_up: Whether the weights that the newest validation measured were replaced by earlier ones.
     """
 
     rewards: RewardBank
     baseline: dict[str, Tensor]
     latest: dict[str, Tensor]
     prompt_groups: Tensor
+    given_up: bool = False
     _evaluated: list[dict[str, Tensor]]
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """The rewards that nothing is trained on, by the names under which they are measured."""
+        return tuple(f"reward/{name}" for name in self.rewards.monitored)
 
     @torch.no_grad()
     def score(self, images: Tensor, batch: Batch) -> RewardOutput:
@@ -256,7 +263,7 @@ class ValidatedModule(SamplingModule, GuardedModule):
         if self.trainer.sanity_checking:  # some batches only, and measured again before the first update
             self._evaluated = []
             return
-        self.latest = self._report("val")
+        self.latest, self.given_up = self._report("val"), False
         if not self.images:
             self.baseline = self.latest
 
