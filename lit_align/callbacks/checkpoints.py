@@ -191,7 +191,7 @@ class BestCheckpoint(ModelCheckpoint):
         """
         flush(trainer)
         reward = trainer.callback_metrics.get("val/reward")
-        if not pl_module.given_up and (reward is None or bool(reward.isfinite())):
+        if not pl_module.taken_back and (reward is None or bool(reward.isfinite())):
             super().on_validation_end(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -141,9 +141,7 @@ class Guard(Callback):
             rank_zero_warn("guard: this run was stopped; another action, or no guard, lets it go on")
         there = trainer.strategy.broadcast(self._file(trainer).exists())
         if self._best and not there and self.action == "rollback":
-            rank_zero_warn(
-                f"guard: there is no {self._file(trainer)}, so the best validation is anew the next"
-            )
+            rank_zero_warn(f"guard: {self._file(trainer)} is gone; the next validation counts as the best")
             self._best = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -230,18 +228,16 @@ class Guard(Callback):
             [{name: value for name, value in group.items() if name != "params"} for group in one.param_groups]
             for one in trainer.optimizers
         ]
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # tensors of a validation cannot be trained
+        # Tensors that are made in a validation could not be trained.
+        with torch.inference_mode(False), torch.no_grad():
             content = trainer.strategy.load_checkpoint(self._file(trainer), weights_only=True)
             trainer.strategy.load_model_state_dict(content, strict=False)
             trainer.strategy.load_optimizer_state_dict(content)
         for optimizer, groups in zip(trainer.optimizers, settings, strict=True):
             for group, kept in zip(optimizer.param_groups, groups, strict=True):
                 group.update(kept)
-        # What was measured of these weights, so that no file says of them what was measured of others.
-        module.latest, module.given_up, self._acted = dict(self._best), True, {}
+        # So that no file says of these weights what was measured of others.
+        module.taken_back, self._acted = self._best, {}
 
     def _log(self, trainer: Trainer, module: AlignmentModule, changes: list[Change], acts: bool) -> None:
         logged = {f"guard/change/{one.name}": one.difference for one in changes}

@@ -86,7 +86,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         self.images = 0
         self.reward_queries = 0
         self.collected: dict[str, Tensor] = {}
-        self.baseline, self.latest, self.prompt_groups = {}, {}, torch.zeros(0)
+        self.baseline, self.latest, self.taken_back, self.prompt_groups = {}, {}, {}, torch.zeros(0)
         self.gradient_norm, self.lr, self.rate_factor = torch.zeros(()), None, 1.0
         self._evaluated, self._skipped, self._unscored = [], 0, 0
         self._losses, self._rows, self._recent = [], [], deque(maxlen=LIMIT)
@@ -240,7 +240,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             "unscored": self._unscored,
             "rate_factor": self.rate_factor,
             "baseline": self.baseline,
-            "latest": self.latest,
+            "latest": self.standing,
             "prompt_groups": self.prompt_groups,
             "trained": {name: list(p.shape) for name, p in kept.items()},
         }

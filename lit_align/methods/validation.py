@@ -149,20 +149,25 @@ class ValidatedModule(SamplingModule, SkippingModule):
         baseline: What was measured of the pretrained model, by name, ``(N,)`` each.
         latest: The same of the policy, in the newest validation or test.
         prompt_groups: ``(N,)``, the prompt of each image.
-        given_up: Whether the weights that the newest validation measured were replaced by earlier ones.
+        taken_back: What an earlier validation measured, if its weights have replaced those of the newest one.
     """
 
     rewards: RewardBank
     baseline: dict[str, Tensor]
     latest: dict[str, Tensor]
     prompt_groups: Tensor
-    given_up: bool = False
+    taken_back: dict[str, Tensor]
     _evaluated: list[dict[str, Tensor]]
 
     @property
     def held_out(self) -> tuple[str, ...]:
         """The rewards that nothing is trained on, by the names under which they are measured."""
         return tuple(f"reward/{name}" for name in self.rewards.monitored)
+
+    @property
+    def standing(self) -> dict[str, Tensor]:
+        """What was measured of the weights as they are."""
+        return self.taken_back or self.latest
 
     @torch.no_grad()
     def score(self, images: Tensor, batch: Batch) -> RewardOutput:
@@ -182,7 +187,7 @@ class ValidatedModule(SamplingModule, SkippingModule):
 
     def forget_baseline(self) -> None:
         """Drop what was measured before: the pretrained model is measured anew when training starts."""
-        self.baseline, self.latest = {}, {}
+        self.baseline, self.latest, self.taken_back = {}, {}, {}
 
     def on_train_start(self) -> None:
         """Measure the pretrained model where that was not done: every curve has a point at 0 images."""
@@ -263,7 +268,7 @@ class ValidatedModule(SamplingModule, SkippingModule):
         if self.trainer.sanity_checking:  # some batches only, and measured again before the first update
             self._evaluated = []
             return
-        self.latest, self.given_up = self._report("val"), False
+        self.latest, self.taken_back = self._report("val"), {}
         if not self.images:
             self.baseline = self.latest
 

@@ -33,7 +33,10 @@ from tests.benchmarks.harness.run import CellFailed, Launch, Subprocesses, alone
 FALL = 0.05
 """Share of the best truth by which it may have fallen when the guard acts."""
 
-WATCHED = ("configs/variant/guard.yaml", "--trainer.callbacks={class_path: Guard, init_args: {action: stop}}")
+WATCHED = (
+    "configs/variant/guard.yaml",
+    "--trainer.callbacks=[{class_path: Guard, init_args: {action: stop}}]",
+)
 
 PREFERENCE = (
     "--model.init_args.rewards.init_args.rewards="
@@ -164,8 +167,8 @@ def report(results: Sequence[Result]) -> str:
         "# The guard",
         "",
         "Made by `python -m tests.benchmarks.guard`: every run stops where the guard acts. Where the reward",
-        f"is exploited that must be before the truth is {FALL:.0%} below its best; a healthy run comes to its",
-        "end.",
+        f"is exploited, that must be before the truth is {FALL:.0%} below its best; a healthy run comes to",
+        "its end.",
         "",
         *table(header, rows),
         "",
