@@ -84,7 +84,7 @@ ALLOWED = {
 
 ROOMS = {
     "base",
-    "guard",
+    "skipped",
     "identity",
     "joint",
     "metrics",
