@@ -89,9 +89,9 @@ class DDPOModule(JointModule):
                 elements. Exact, where DPOK's code drops the factor of the schedule.
             kl_target: KL by which one rollout batch should move the policy, in nats per step; the learning
                 rate is scaled towards it. It falls with the square of a task's weight, and of what a schedule
-                has left of the rate. Interleaved tasks are measured together. Own addition, after the
-                adaptive penalty of PPO (Schulman et al. 2017, section 4): the useful range of learning rates
-                is narrow and moves during a run.
+                or a guard has left of the rate. Interleaved tasks are measured together. Own addition, after
+                the adaptive penalty of PPO (Schulman et al. 2017, section 4): the useful range of learning
+                rates is narrow and moves during a run.
             tasks: Instead of ``rewards`` and ``advantages``: several tasks by name, each with the prompts of
                 the same name in ``MultiTaskDataModule``. As in Zhang et al., one iteration takes each in
                 turn, and no two rewards are added up.
@@ -237,8 +237,8 @@ class DDPOModule(JointModule):
         """The factor on the learning rate with which the next rollout batch should move by ``target``."""
         group = self.trainer.optimizers[0].param_groups[0]
         initial = group.get("initial_lr", group["lr"])
-        # What a weight and a schedule make of the step stays: the scale must not undo it.
-        wished = self.tasks[task].weight * (group["lr"] / initial if initial else 1.0)
+        # What a weight, a schedule and a guard make of the step stays: the scale must not undo it.
+        wished = self.tasks[task].weight * (group["lr"] / initial if initial else 1.0) * self.rate_factor
         # KL grows with the square of the step; bounded, since it is measured on few pairs.
         wanted = (wished**2 * target / kl.clamp(min=1e-12)).sqrt().clamp(0.5, 1.5).item()
         self.step_scale[task] = min(max(self.step_scale[task] * wanted, 1e-3), 1e3)
