@@ -14,7 +14,7 @@ from lit_align.rewards.clip import CLIPCosine
 from lit_align.shapes import CLIP, PICK, PIPELINE, PREFERENCE, PROMPTS, WEIGHTS, WEIGHTS_HASH
 from lit_align.shapes.recipe.__main__ import main
 from lit_align.shapes.recipe.images import mutate, numpy_rng
-from lit_align.shapes.recipe.pipeline import digest
+from lit_align.shapes.recipe.pipeline import digest, load_pipeline
 from lit_align.shapes.recipe.preference import preference_quality
 from lit_align.shapes.recipe.preferences import SCHEMA
 from lit_align.shapes.recipe.quality import Sampling, clip_quality, draw, rates, sample, vae_quality
@@ -133,7 +133,8 @@ def test_the_whole_recipe_runs(tmp_path: Path) -> None:
     sizes = "--num_images 64 --num_latents 64 --num_samples 2 --num_pairs 24"
     budget = "--steps 2 --minutes 5 --num_processes 1"
     CLI(main, as_positional=False, args=["--out", str(tmp_path), *sizes.split(), *budget.split()])
-    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
-    pipeline.set_progress_bar_config(disable=True)
-    assert sample(pipeline, ["a red circle"], Sampling(2, 1.0, 1.0), 0).shape == (1, 3, 64, 64)
-    assert (tmp_path / "quality" / "samples.png").exists()
+    for name in ("pipeline", "flow"):
+        drawn = sample(load_pipeline(tmp_path / name), ["a red circle"], Sampling(2, 1.0, 1.0), 0)
+        assert drawn.shape == (1, 3, 64, 64)
+    assert "| flow | 10 |" in (tmp_path / "quality" / "quality.md").read_text()
+    assert {file.name for file in (tmp_path / "quality").glob("*.png")} == {"samples.png", "flow.png"}
