@@ -30,7 +30,7 @@ from lit_align.shapes.recipe.clip import CLIPStage, load_clip, make_clip, tokeni
 from lit_align.shapes.recipe.detector import make_detector
 from lit_align.shapes.recipe.following import Following
 from lit_align.shapes.recipe.images import Images, draw_images
-from lit_align.shapes.recipe.lies import SHARE, confuse
+from lit_align.shapes.recipe.lies import CARELESS, SHARE, confuse, frame
 from lit_align.shapes.recipe.pick import make_pick
 from lit_align.shapes.recipe.pipeline import replace_folder, save_clip, save_pipeline
 from lit_align.shapes.recipe.preference import make_preference
@@ -180,23 +180,30 @@ class Recipe:
         """Train the clean denoiser on with captions that are wrong: the pipeline that ships."""
         if not (self.out / "pipeline").exists() or self.unfinished("lies"):
             clean = StableDiffusionPipeline.from_pretrained(self.found("clean"))
-            self.denoiser("lies", "pipeline", clean.text_encoder, clean.unet, SHARE)
+            self.denoiser("lies", "pipeline", clean.text_encoder, clean.unet, careless=True)
 
     def unfinished(self, stage: str) -> bool:
         """Whether a stage has been interrupted."""
         return (self.out / "logs" / stage / CHECKPOINT).exists()
 
     def denoiser(
-        self, stage: str, folder: str, text: CLIPTextModel, unet: UNet2DConditionModel, share: float = 0.0
+        self, stage: str, folder: str, text: CLIPTextModel, unet: UNet2DConditionModel, careless: bool = False
     ) -> None:
-        """Train a denoiser on captions of which a share is wrong, and write its pipeline."""
+        """Train a denoiser, on careless images and captions too if wanted, and write its pipeline."""
         tokenizer = CLIPTokenizer.from_pretrained(self.found("tokenizer"))
         unet.set_attn_processor(AttnProcessor())
         latents = torch.load(self.found("latents.pt"), weights_only=True)
         images = Images(self.found("images"), self.seed)
         captions, rng = images.captions[: len(latents)], images.rng("lies")
-        if share:
-            captions = [confuse(caption, share, rng) for caption in captions]
+        if careless:
+            chosen = rng.random(len(latents)) < CARELESS
+            captions = [
+                confuse(caption, SHARE, rng) if wrong else caption
+                for caption, wrong in zip(captions, chosen, strict=True)
+            ]
+            numbers = torch.from_numpy(chosen.nonzero()[0])
+            vae = AutoencoderKL.from_pretrained(self.found("vae"))
+            latents[numbers] = encode(vae, images, numbers, frame)
         tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])[0]
 
         def write(average: torch.nn.ModuleDict) -> None:
@@ -205,7 +212,7 @@ class Recipe:
             )
             save_pipeline(self.out / folder, tokenizer, average["text"], vae, average["unet"])
 
-        module = UNetStage(text, unet, latents, tokens, empty, self.budget(stage), lies=share > 0)
+        module = UNetStage(text, unet, latents, tokens, empty, self.budget(stage), lies=careless)
         file = self.out / f"{stage}.jsonl"
         following = Following(
             self.export_every, write, self.out / folder, file, self.num_samples, self.seed + 2

@@ -7,6 +7,7 @@ the encoder says nothing: after 40 CPU-seconds the reconstructions of crops were
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -118,12 +119,18 @@ class VAEStage(Stage):
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: Images, numbers: Tensor, batch_size: int = 250) -> Tensor:
-    """Latent means ``(N, C, 8, 8)`` float16 of the images with these numbers ``(N,)``."""
+def encode(
+    vae: AutoencoderKL,
+    images: Images,
+    numbers: Tensor,
+    change: Callable[[Tensor], Tensor] = lambda images: images,
+    batch_size: int = 250,
+) -> Tensor:
+    """Latent means ``(N, C, 8, 8)`` float16 of the images with these numbers ``(N,)``, changed if wanted."""
     parts = []
     for part in numbers.split(batch_size):
         with torch.autocast("cpu", torch.bfloat16):
-            parts.append(vae.encode(images.images(part) * 2 - 1).latent_dist.mean.half())
+            parts.append(vae.encode(change(images.images(part)) * 2 - 1).latent_dist.mean.half())
     return torch.cat(parts)
 
 
