@@ -27,7 +27,7 @@ from lit_align.methods.pretraining import OTHER_SIZE, Pretraining, denoising_los
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.tasks import Task, check_task, data_of_tasks, joint_scores, of_task
 from lit_align.randomness import generator
-from lit_align.replay import Replay
+from lit_align.replay import Replay, Yardstick
 from lit_align.rewards import RewardBank, RewardOutput
 
 TaskOrder = Literal["sequence", "interleaved"]
@@ -47,6 +47,7 @@ class Rollouts(Replay):
         metrics: What was measured while sampling and scoring.
         sampled_at: Optimizer steps that had been made when the images were sampled.
         seconds: For sampling and scoring.
+        yardstick: Of the coming updates, for a method that measures how far they move the policy.
     """
 
     reference: DenoisingPolicy
@@ -58,6 +59,7 @@ class Rollouts(Replay):
     metrics: Metrics
     sampled_at: int
     seconds: float
+    yardstick: Yardstick | None = None
 
 
 class JointModule(AlignmentModule):
