@@ -47,7 +47,7 @@ ALLOWED = {
         "shapes",
     },
     "report": {"errors", "files"},
-    "doctor": {"data", "methods", "rewards"},
+    "doctor": {"data", "errors", "methods", "rewards"},
     "callbacks": {
         "backbones",
         "errors",
@@ -58,6 +58,7 @@ ALLOWED = {
         "methods",
         "data",
         "report",
+        "rewards",
         "shapes",
     },
     "export": {"errors", "backbones", "callbacks", "files", "identity"},
@@ -83,7 +84,7 @@ ALLOWED = {
 
 ROOMS = {
     "base",
-    "guard",
+    "skipped",
     "identity",
     "joint",
     "metrics",

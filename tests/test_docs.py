@@ -112,6 +112,8 @@ def work(
     ]
     more = [f"{one} and {other}" for one in looks for other in counts]
     (tmp_path / "prompts.txt").write_text("\n".join(looks + counts + more))
+    rows = "".join(f"{look}\tPeople\tBasic\t\n" for look in looks)
+    (tmp_path / "PartiPrompts.tsv").write_text(f"Prompt\tCategory\tChallenge\tNote\n{rows}")
     for name, text in named_blocks().items():
         (tmp_path / name).write_text(text)
     (tmp_path / "FOLDER").symlink_to(tiny)

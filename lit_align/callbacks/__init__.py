@@ -1,17 +1,19 @@
-"""What a run leaves behind and says: checkpoints, adapters, images, predictions, curves, summaries."""
+"""What a run leaves behind and says: checkpoints, adapters, images, predictions, curves; and its guard."""
 
 from lightning import Callback
 
 from lit_align.callbacks.adapter import AdapterExport
 from lit_align.callbacks.checkpoints import BatchCheckpoint, BestCheckpoint, checkpoint_callbacks
+from lit_align.callbacks.distance import ImageDistance
 from lit_align.callbacks.grid import image_grid
-from lit_align.callbacks.guard import SkippedUpdates
+from lit_align.callbacks.guard import Guard
 from lit_align.callbacks.histograms import RewardHistograms
 from lit_align.callbacks.images import ImageGrids, ImageWriter
 from lit_align.callbacks.new_settings import NewSettings
 from lit_align.callbacks.progress import ProgressBar, ProgressLines
 from lit_align.callbacks.report import TestReport
 from lit_align.callbacks.run_config import RunConfig
+from lit_align.callbacks.skipped import SkippedUpdates
 from lit_align.callbacks.summary import RunSummary
 from lit_align.callbacks.sweep import SweepReport
 from lit_align.folder import RunFolder, run_folder
@@ -20,6 +22,8 @@ __all__ = [
     "AdapterExport",
     "BatchCheckpoint",
     "BestCheckpoint",
+    "Guard",
+    "ImageDistance",
     "ImageGrids",
     "ImageWriter",
     "NewSettings",

@@ -185,10 +185,13 @@ class BestCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Pass over a validation without any score, which would be the best if it is the first."""
+        """Pass over a validation without any score, which would be the best if it is the first.
+
+        One whose weights were given up is passed over too: they are no longer there to be saved.
+        """
         flush(trainer)
         reward = trainer.callback_metrics.get("val/reward")
-        if reward is None or bool(reward.isfinite()):
+        if not pl_module.taken_back and (reward is None or bool(reward.isfinite())):
             super().on_validation_end(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

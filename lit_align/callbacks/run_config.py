@@ -65,7 +65,7 @@ class RunConfig(Callback):
             writer.add_text("config", "    " + self.text.replace("\n", "\n    "), 0)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        final = {f"val/{name}": float(values.nanmean()) for name, values in pl_module.latest.items()}
+        final = {f"val/{name}": float(values.nanmean()) for name, values in pl_module.standing.items()}
         known = {name: value for name, value in final.items() if math.isfinite(value)}
         simple = {n: v if isinstance(v, bool | int | float) else str(v) for n, v in self.settings.items()}
         for writer in tensorboards(trainer):

@@ -91,7 +91,7 @@ def _report(path: Path, module: AlignmentModule, split: str, **more: bool) -> No
 
 def _compared(module: AlignmentModule) -> dict[str, Comparison]:
     """Every metric of the pretrained model and the policy; empty where only one of them was measured."""
-    groups, latest = module.prompt_groups, module.latest
+    groups, latest = module.prompt_groups, module.standing
     before = {name: values for name, values in module.baseline.items() if len(values) == len(groups)}
     if module.baseline is latest:  # a validation of an untrained model is its own baseline
         return {}
@@ -113,9 +113,9 @@ def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Pat
         "shapes_weights": WEIGHTS_HASH,
         "images": module.images,
         "reward_queries": module.reward_queries,
-        "metrics": metrics,
+        "metrics": metrics | (module.set_metrics if split.startswith("test") else {}),
     }
-    rows = _rows({"prompt": module.prompt_groups} | module.latest)
+    rows = _rows({"prompt": module.prompt_groups} | module.standing)
     if split == "validation":
         write(path.with_suffix(".csv"), rows)
     else:  # the table takes the name, and the JSON says that all is there
@@ -127,7 +127,7 @@ def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Pat
 def _means(module: AlignmentModule) -> dict[str, Comparison]:
     """The mean of each metric and its error, as the comparison with 0 has them."""
     groups = module.prompt_groups
-    return {n: compare(torch.zeros_like(values), values, groups) for n, values in module.latest.items()}
+    return {n: compare(torch.zeros_like(values), values, groups) for n, values in module.standing.items()}
 
 
 def _mean(found: Comparison) -> dict[str, float | None]:

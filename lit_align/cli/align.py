@@ -16,6 +16,8 @@ from lit_align.advantages import Advantages
 from lit_align.callbacks import ProgressBar, RunConfig, RunFolder, default_callbacks
 from lit_align.callbacks.checkpoints import write_whole
 from lit_align.cli.checkpoint import AUTO, Saved, find, find_equal, newest
+from lit_align.cli.class_defaults import Parser, use_own_defaults
+from lit_align.cli.given import Given
 from lit_align.cli.going_on import going_on
 from lit_align.cli.loggers import keep_metrics, new_folder, runs_of, use_folder
 from lit_align.cli.preemption import Command, Preemption
@@ -36,8 +38,8 @@ REFUSED = (ValueError, TypeError, RuntimeError, MisconfigurationException)
 class AlignCLI(LightningCLI):
     """LightningCLI with a folder for each run, which a resumed run keeps, and the callbacks of every run."""
 
-    def __init__(self, command: Command, **arguments: Any) -> None:
-        self.command = command
+    def __init__(self, command: Command, given: Given, **arguments: Any) -> None:
+        self.command, self.given = command, given
         self.saved: Saved | None = None
         self.auto = False
         self.folder = RunFolder()
@@ -45,10 +47,16 @@ class AlignCLI(LightningCLI):
         self.run_config: RunConfig | None = None
         self.earlier: set[Path] = set()  # files of the folder before this command adds its own
         try:
-            super().__init__(**arguments)
+            super().__init__(parser_class=Parser, **arguments)
         except BaseException:
             self._clean_up()
             raise
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = super().init_parser(**kwargs)
+        assert isinstance(parser, Parser), "parser_class is Parser"
+        parser.given = self.given
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for kind in WRITTEN:
@@ -69,6 +77,7 @@ class AlignCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
+        use_own_defaults(config, self.given)
         self.auto = config.ckpt_path == AUTO
         if self.auto and self.config.subcommand != "fit":
             raise ConfigError("ckpt_path: auto is for fit, which may begin anew; give last")

@@ -6,8 +6,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_align.cli.config_files import read
-from lit_align.cli.errors import Given, explain
+from lit_align.cli.errors import explain
 from lit_align.cli.functions import with_functions
+from lit_align.cli.given import Given
 from lit_align.errors import ConfigError, built
 from lit_align.rewards import Reward, RewardBank
 

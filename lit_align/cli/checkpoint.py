@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lit_align.callbacks.checkpoints import check_whole
+from lit_align.callbacks.guard import KEPT
 from lit_align.cli.settings import NO_RESULT, changes, told
 from lit_align.errors import ConfigError, tell, user_path
 
@@ -104,10 +105,13 @@ def read(path: Path) -> Saved:
 
 
 def newest(run: Path) -> Saved | None:
-    """The whole checkpoint of a run with the most images; of several, ``last.ckpt``."""
+    """The whole checkpoint of a run with the most images; of several, ``last.ckpt``.
+
+    Those of a guard are left out: they are written in the middle of what follows a validation.
+    """
     found = []
     for path in (run / "checkpoints").glob("*.ckpt"):
-        if path.is_file():
+        if path.is_file() and not path.name.startswith(KEPT):
             try:
                 found.append(read(path))
             except ConfigError:

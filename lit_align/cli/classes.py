@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def unusable(value: str) -> str | None:
-    """The fault of a class in a refused value; None where its classes can be made.
+def unusable(value: str) -> tuple[str, str] | None:
+    """A class in a refused value that cannot be used, and why; None where its classes can be made.
 
     Args:
         value: A class path, or the text of a mapping with class paths.
@@ -16,19 +16,19 @@ def unusable(value: str) -> str | None:
     paths = re.findall(r"'class_path': '(\w+(?:\.\w+)+)'", value)
     if re.fullmatch(r"\w+(\.\w+)+", value):
         paths = [value]
-    return next((fault for path in paths for fault in _faults(path)), None)
+    return next(((path, fault) for path in paths for fault in _faults(path)), None)
 
 
 def _faults(path: str) -> Iterator[str]:
     module, _, name = path.rpartition(".")
     try:
-        room = vars(importlib.import_module(module))
+        room = importlib.import_module(module)
+        kind: Any = getattr(room, name, None)
     except Exception as error:  # whatever a module of the user raises
-        yield f"{module} cannot be imported ({type(error).__name__}: {error})"
+        yield f"{path} cannot be imported ({type(error).__name__}: {error}); mend or install {module}"
         return
-    kind: Any = room.get(name)
     if kind is None:
-        near = difflib.get_close_matches(name, room, n=1)
+        near = difflib.get_close_matches(name, dir(room), n=1)
         yield f"{module} has no {name}" + (f"; did you mean {near[0]}?" if near else "")
         return
     missing: frozenset[str] = getattr(kind, "__abstractmethods__", frozenset())

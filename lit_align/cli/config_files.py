@@ -62,15 +62,19 @@ class ConfigFile:
         """The names that lead to every option, without ``init_args``."""
         return _paths(self.root)
 
-    def model_class(self) -> str | None:
-        """The class that the file gives for the model, if it gives one."""
-        found = self.find(["model"])
+    def class_at(self, path: Sequence[str]) -> str | None:
+        """The class that the file gives for an option, if it gives one."""
+        found = self.find(path)
         if found is None:
             return None
         value = found[1]
         if isinstance(value, yaml.MappingNode):
             value = {k.value: v for k, v in value.value}.get("class_path", value)
         return value.value if isinstance(value, yaml.ScalarNode) else None
+
+    def model_class(self) -> str | None:
+        """The class that the file gives for the model, if it gives one."""
+        return self.class_at(["model"])
 
     def base(self) -> str:
         """The configuration that an overlay is for, as its first line says."""

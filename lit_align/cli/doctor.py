@@ -5,6 +5,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from lit_align.callbacks.console import show
 from lit_align.cli.align import AlignCLI, check_trainer_options
 from lit_align.cli.loggers import runs_of
@@ -30,7 +32,9 @@ class DoctorCLI(AlignCLI):
             trainer.limit_val_batches,
             trainer.check_val_every_n_epoch,
             runs_of(config),
+            _processes(trainer),
         )
+        self.sharded = not isinstance(trainer.strategy, str) or "fsdp" in trainer.strategy
         if self.saved is not None or self.auto:
             tell("doctor tries the run from its beginning: ckpt_path is not used")
         self.trial, self._temporary = Trial(), TemporaryDirectory()
@@ -55,7 +59,13 @@ class DoctorCLI(AlignCLI):
                 self.trainer.fit(self.model, datamodule=self.datamodule)
             except ConfigError as error:
                 findings.append(Finding("refused", "fit", str(error), "change it"))
+            except torch.OutOfMemoryError:
+                where = "model.optimisation.micro_batch"
+                remedy = "lower it, or set backbone.checkpointing to blocks, or backbone.dtype to bfloat16"
+                findings.append(Finding("memory", where, "two rollout batches in small do not fit", remedy))
             else:
+                if self.sharded:  # over more devices than that of the trial
+                    self.trial.seen.memory = None
                 findings += judge(self.model, self.trial.seen)
         said = [str(one.message) for one in told if _is_ours(one)]
         # The trial is short on purpose.
@@ -70,6 +80,25 @@ class DoctorCLI(AlignCLI):
         if findings:
             raise SystemExit(1)
         show("nothing was found that would make this run fail")
+
+
+def _processes(trainer: Any) -> int:
+    """How many processes the run will have; 1 where a strategy with options of its own decides."""
+    if not isinstance(trainer.strategy, str):
+        return 1
+    devices: Any = trainer.devices
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if devices in ("auto", -1):
+        devices = 1 if trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
+    each = (
+        devices
+        if isinstance(devices, int)
+        else len(str(devices).split(","))
+        if isinstance(devices, str)
+        else len(devices)
+    )
+    return each * int(trainer.num_nodes)
 
 
 def _is_ours(warning: Any) -> bool:

@@ -5,7 +5,6 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -24,8 +23,7 @@ import lit_align.methods.msdda
 import lit_align.rewards
 import lit_align.samplers
 from lit_align.cli.classes import unusable
-from lit_align.cli.config_files import ConfigFile
-from lit_align.cli.renamed import first_edition
+from lit_align.cli.given import Given, option_of
 
 ROOMS: tuple[ModuleType, ...] = (
     lit_align.methods,
@@ -57,46 +55,6 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class Given:
-    """What the user wrote: the files and the arguments of the command."""
-
-    files: Sequence[ConfigFile]
-    arguments: Sequence[str]
-
-    def place(self, path: Sequence[str], word: str | None = None) -> str:
-        """Where an option stands, or below it a word: a file and a line, or the option itself."""
-        values = [a.partition("=")[2] or a for a in self.arguments]
-        on_command = any(_option(argument)[: len(path)] == list(path) for argument in self.arguments)
-        for sought in dict.fromkeys((word, None)):
-            if on_command and (sought is None or any(sought in value for value in values)):
-                return f"--{'.'.join(path)}"
-            for file in reversed(self.files):
-                for written in (path, first_edition(path)):
-                    if (line := file.line(written, sought)) is not None:
-                        return f"{file.path}, line {line}: {'.'.join(written)}"
-        return ".".join(path)
-
-    def argument(self, option: str) -> str:
-        """The argument as the user wrote it, of which the parser names the end."""
-        names = [argument.partition("=")[0] for argument in self.arguments]
-        return next((n for n in names if n.startswith("--") and n.endswith(option.lstrip("-"))), option)
-
-    def paths(self) -> list[list[str]]:
-        """The names that lead to every option of the files, without ``init_args``."""
-        return [path for file in self.files for path in file.paths()]
-
-    def ending_with(self, name: str, but: Sequence[str] = ()) -> list[str]:
-        """Options of the files whose last part is a name: where a misplaced option may belong.
-
-        Args:
-            name: The last part.
-            but: The place where it was found, and does not belong.
-        """
-        found = [path for path in self.paths() if path[-1] == name and len(path) > 1 and path != list(but)]
-        return list(dict.fromkeys(".".join(path) for path in found))
-
-
 def explain(error: BaseException, given: Given) -> str:
     """The parser's message, which quotes its types, as a sentence for a user."""
     text = str(error)
@@ -126,11 +84,6 @@ def _path(text: str) -> list[str]:
     return [path[0], *longest] if nested and len(longest) >= len(path) - 1 else path
 
 
-def _option(argument: str) -> list[str]:
-    name = argument.partition("=")[0].removeprefix("--").removesuffix("+")
-    return [part for part in name.split(".") if part != "init_args"] if argument.startswith("--") else []
-
-
 def _unrecognised(text: str, found: re.Match[str], given: Given) -> str:
     words = [word for word in found[1].split() if word.startswith("-")]
     if not words:
@@ -138,7 +91,7 @@ def _unrecognised(text: str, found: re.Match[str], given: Given) -> str:
     option = given.argument(words[0].partition("=")[0])
     if len(option) > 2 and not option.startswith("--"):
         return f"{option}: options begin with two dashes; did you mean -{option}?"
-    name = ".".join(_option(option))
+    name = ".".join(option_of(option))
     known = [f"trainer.{one}" for one in _parameters(Trainer)] + [".".join(path) for path in given.paths()]
     known += ["config", "ckpt_path", "seed_everything", "print_config", "help"]
     meant = _did_you_mean(name, known, "--") or _elsewhere(name, given)
@@ -171,12 +124,26 @@ def _unknown_option(text: str, found: re.Match[str], given: Given) -> str:
 
 
 def _no_module(text: str, found: re.Match[str], given: Given) -> str:
-    path = re.findall(r"class_path '([\w.]+)'", text)
-    class_path = path[-1] if path else found[1]
+    class_path, path = _class_without_module(text, found), _path(text)
+    full = given.naming(class_path)
+    place = given.place(full if full[: len(path)] == path else path, class_path)
+    package = found[1].partition(".")[0]
     return (
-        f"{given.place(_path(text), class_path)}: {class_path} cannot be imported; there is no module "
-        f"{found[1]} in this folder or among the installed packages"
+        f"{place}: {class_path} cannot be imported; there is no module {found[1]} in this folder or among "
+        f"the installed packages; install its package (often: pip install {package}), or correct the path"
     )
+
+
+def _class_without_module(text: str, found: re.Match[str]) -> str:
+    """The class whose import failed: one of the missing module, else that which was named last before it.
+
+    The message quotes every class on the way from the method to that class.
+    """
+    named = list(re.finditer(r"(?:class_path'?(?: |: |=)'|[Vv]alue: |val=')(\w+(?:\.\w+)+)", text))
+    inside = [one[1] for one in named if f"{one[1]}.".startswith(f"{found[1].partition('.')[0]}.")]
+    before = [one[1] for one in named if one.start() < found.start()]
+    after = [one[1] for one in named if one.start() > found.start() and not one[1].startswith("lit_align.")]
+    return (inside or after[:1] or before[-1:] or [found[1]])[-1]
 
 
 def _required(text: str, found: re.Match[str], given: Given) -> str:
@@ -224,7 +191,7 @@ def _wrong_value(text: str, found: re.Match[str], given: Given) -> str:
     if named and named[-1] == "None":
         return f"{place}: null can only be given in a file, as configs/backbone/full.yaml does"
     if value is not None and (fault := unusable(str(value))):
-        return f"{place}: {fault}"
+        return f"{given.place(given.naming(fault[0]) or path, fault[0])}: {fault[1]}"
     if named and (not kinds or value is None or value[:1].isupper() or "." in value):
         names = [name for room in ROOMS for name in vars(room) if name[0].isupper()]
         meant = _did_you_mean(named[-1].rpartition(".")[2], names)

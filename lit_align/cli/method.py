@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lit_align.methods
-from lit_align.cli.errors import Given
+from lit_align.cli.given import Given
 from lit_align.errors import ConfigError
 
 

@@ -14,9 +14,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from lit_align.cli.align import AlignCLI
 from lit_align.cli.config_files import check_order, given_files, read
 from lit_align.cli.doctor import DoctorCLI
-from lit_align.cli.errors import Given, explain
+from lit_align.cli.errors import explain
 from lit_align.cli.export import export_command
 from lit_align.cli.functions import arguments_with_functions, with_functions
+from lit_align.cli.given import Given
 from lit_align.cli.method import model_argument, use_method
 from lit_align.cli.pairs import pairs_command
 from lit_align.cli.preemption import Command, lost_process, say
@@ -64,6 +65,7 @@ def _run(command: Command, cli: type[AlignCLI] = AlignCLI) -> None:
     try:
         cli(
             command=command,
+            given=given,
             model_class=AlignmentModule,
             datamodule_class=LightningDataModule,
             subclass_mode_model=True,

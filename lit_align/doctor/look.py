@@ -2,8 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ import torch
 from torch import nn
 
 from lit_align.data import MultiTaskDataModule, PromptDataModule
+from lit_align.data.loading import Rank
 from lit_align.doctor.finding import Finding
+from lit_align.errors import ConfigError
 from lit_align.methods import AlignmentModule, DDPOModule, NFTModule, PRDPModule, SPINModule
 from lit_align.methods.joint import JointModule
+from lit_align.methods.tasks import check_task, check_updates
 
 FEW_IN_AN_UPDATE = 16
 """Images; DDPO's small-scale experiments have 64 (arXiv 2305.13301, table D.5)."""
@@ -43,6 +47,7 @@ class Asked:
         val_batches: ``limit_val_batches``.
         val_every: ``check_val_every_n_epoch``.
         save_dir: Where runs are written.
+        processes: That will share the data; 1 where that is not known.
     """
 
     max_epochs: int | None
@@ -51,6 +56,7 @@ class Asked:
     val_batches: int | float | None
     val_every: int | None
     save_dir: Path
+    processes: int = 1
 
 
 def look(module: AlignmentModule, data: Any, asked: Asked) -> Iterator[Finding]:
@@ -62,6 +68,7 @@ def look(module: AlignmentModule, data: Any, asked: Asked) -> Iterator[Finding]:
         asked: Of the Trainer.
     """
     yield from _sizes(module, data)
+    yield from _ranks(module, data, asked.processes)
     yield from _clip_range(module)
     yield from _held_out(module, data, asked)
     yield from _length(module, data, asked)
@@ -105,6 +112,30 @@ def _sizes(module: AlignmentModule, data: Any) -> Iterator[Finding]:
                 f"advantages compare the {prompts.images_per_prompt} images of a prompt",
                 f"set it to {FEW_OF_A_PROMPT} or more (published: 8 to 24), or use PerPromptAdvantages",
             )
+
+
+def _ranks(module: AlignmentModule, data: Any, processes: int) -> Iterator[Finding]:
+    """What the processes of the real run could not share: the trial has one."""
+    if processes < 2:
+        return
+    for name, prompts in tasks_of(module, data).items():
+        updates = getattr(module, "updates", 1)
+        if isinstance(module, JointModule):
+            yield from _refused(partial(check_task, name, module.tasks[name], prompts, updates, processes))
+        else:
+            yield from _refused(partial(check_updates, prompts, updates, processes))
+    for place, one in (data.modules if isinstance(data, MultiTaskDataModule) else {"": data}).items():
+        for name in ("pairs_per_batch", "validation_prompts", "test_prompts"):
+            setting = f"tasks.{place}.{name}" if place else name
+            yield from _refused(partial(Rank(0, processes).check, setting, getattr(one, name, processes)))
+
+
+def _refused(check: Callable[[], None]) -> Iterator[Finding]:
+    try:
+        check()
+    except ConfigError as error:
+        what, _, remedy = str(error).replace(": give", "; give").partition("; ")
+        yield Finding("processes", "trainer.devices", what, remedy or "change it")
 
 
 def _clip_range(module: AlignmentModule) -> Iterator[Finding]:

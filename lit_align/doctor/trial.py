@@ -9,6 +9,7 @@ from lightning import Callback, Trainer
 from torch import Tensor
 
 from lit_align.data import MultiTaskDataModule, PickaPicDataModule, PromptDataModule
+from lit_align.doctor.memory import Memory, count
 from lit_align.methods import AlignmentModule, AlignPropModule
 
 BATCHES = 2
@@ -36,6 +37,7 @@ class Seen:
         moved: Names of trained weights that changed.
         seconds: Of each batch.
         images: Of each batch.
+        memory: Of a training step with the real micro-batch; None where it was not counted.
     """
 
     scores: dict[str, Tensor] = field(default_factory=dict)
@@ -48,6 +50,7 @@ class Seen:
     moved: set[str] = field(default_factory=set)
     seconds: list[float] = field(default_factory=list)
     images: list[int] = field(default_factory=list)
+    memory: Memory | None = None
 
 
 class Trial(Callback):
@@ -73,6 +76,9 @@ class Trial(Callback):
         trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         self.seen.trained = list(trained)
         self._before = {name: _some(parameter) for name, parameter in trained.items()}
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.seen.memory = count(pl_module)  # at the end: nothing of it can reach what is trained
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._started = time.perf_counter()

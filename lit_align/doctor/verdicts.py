@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from lit_align.doctor.finding import Finding
+from lit_align.doctor.memory import Memory
 from lit_align.doctor.trial import Seen
 from lit_align.methods import AlignmentModule
 from lit_align.rewards import RewardBank
@@ -26,8 +27,11 @@ def judge(module: AlignmentModule, seen: Seen) -> Iterator[Finding]:
     """
     for bank in module.reward_banks:
         yield from _scores(bank, seen)
+        yield from _ranges(bank, seen)
     yield from _gradients(seen)
     yield from _steps(module, seen)
+    if seen.memory is not None:
+        yield from _memory(module, seen.memory)
 
 
 def _scores(bank: RewardBank, seen: Seen) -> Iterator[Finding]:
@@ -68,6 +72,39 @@ def _scores(bank: RewardBank, seen: Seen) -> Iterator[Finding]:
                 "the images of a prompt all score alike",
                 "rewards that depend on the prompt alone teach nothing; take a finer one",
             )
+
+
+def _ranges(bank: RewardBank, seen: Seen) -> Iterator[Finding]:
+    for name, reward in bank.rewards.items():
+        values = seen.scores.get(f"reward/{name}", Tensor())
+        finite = values[values.isfinite()]
+        if reward.documented is None or not len(finite):
+            continue
+        (low, high), middle = reward.documented, float(finite.median())
+        if not low <= middle <= high:
+            yield Finding(
+                "reward_out_of_range",
+                f"model.rewards.rewards.{name}",
+                f"the median score of {len(finite)} images is {middle:.4g}, and {type(reward).__name__} is "
+                f"documented to score from {low:g} to {high:g}",
+                "see whether the files of its model belong to this class",
+            )
+
+
+def _memory(module: AlignmentModule, memory: Memory) -> Iterator[Finding]:
+    if memory.weights + memory.activations <= memory.there:
+        return
+    fits = memory.weights < memory.there
+    items = module.optimisation.micro_batch
+    yield Finding(
+        "memory",
+        "model.optimisation.micro_batch" if fits else "model.backbone",
+        f"weights, gradients and optimizer take {memory.weights / 1e9:.3g} GB, a micro-batch of {items} "
+        f"at least {memory.activations / 1e9:.3g}, and {memory.name} has {memory.there / 1e9:.3g}",
+        f"lower micro_batch ({items}), or set backbone.checkpointing to blocks"
+        if fits
+        else "train an adapter (lora), set backbone.dtype to bfloat16, or shard the weights (fsdp.yaml)",
+    )
 
 
 def _within(values: Tensor, images: int) -> float:

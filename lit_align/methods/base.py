@@ -16,11 +16,11 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import MultiTaskDataModule
 from lit_align.errors import ConfigError
 from lit_align.identity import differences
-from lit_align.methods.guard import LIMIT, check_weights
 from lit_align.methods.identity import check_checkpoint, check_files, identity_of
 from lit_align.methods.metrics import Metrics
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
 from lit_align.methods.sampling import Sampling
+from lit_align.methods.skipped import LIMIT, check_weights
 from lit_align.methods.strategies import check_trainer, read_safely
 from lit_align.methods.validation import ValidatedModule, held_out_prompts
 from lit_align.randomness import run_seed
@@ -42,6 +42,9 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
 
     several_tasks: ClassVar[bool] = False
     """Whether a training batch may be a list with a rollout batch of each task."""
+
+    goes_back: ClassVar[bool] = True
+    """Whether a run can go on from earlier weights: nothing else that it uses was made by later ones."""
 
     accept_other_base = False
     """Whether checkpoints and adapters that were trained over other frozen weights are taken all the same."""
@@ -83,8 +86,9 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         self.images = 0
         self.reward_queries = 0
         self.collected: dict[str, Tensor] = {}
-        self.baseline, self.latest, self.prompt_groups = {}, {}, torch.zeros(0)
-        self.gradient_norm, self.lr = torch.zeros(()), None
+        self.baseline, self.latest, self.taken_back, self.prompt_groups = {}, {}, {}, torch.zeros(0)
+        self.gradient_norm, self.lr, self.rate_factor = torch.zeros(()), None, 1.0
+        self.set_metrics = {}
         self._evaluated, self._skipped, self._unscored = [], 0, 0
         self._losses, self._rows, self._recent = [], [], deque(maxlen=LIMIT)
         self._facts: dict[str, Any] = {}
@@ -235,8 +239,9 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             "reward_queries": self.reward_queries,
             "skipped": self._skipped,
             "unscored": self._unscored,
+            "rate_factor": self.rate_factor,
             "baseline": self.baseline,
-            "latest": self.latest,
+            "latest": self.standing,
             "prompt_groups": self.prompt_groups,
             "trained": {name: list(p.shape) for name, p in kept.items()},
         }
@@ -267,6 +272,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         check_weights(checkpoint.get("state_dict", {}), own)
         if fit:
             self.latest = progress.get("latest", {})
+            self.rate_factor = progress.get("rate_factor", 1.0)
             self.prompt_groups = progress.get("prompt_groups", self.prompt_groups)
         if changed:
             self._measure_anew(checkpoint["identity"], changed)

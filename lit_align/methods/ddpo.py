@@ -91,9 +91,9 @@ class DDPOModule(JointModule):
                 elements. Exact, where DPOK's code drops the factor of the schedule.
             kl_target: KL by which one rollout batch should move the policy, in nats per step; the learning
                 rate is scaled towards it, as far as the precision can tell. It falls with the square of a
-                task's weight, and of what a schedule has left of the rate. Interleaved tasks are measured
-                together. Own addition, after the adaptive penalty of PPO (Schulman et al. 2017, section 4):
-                the useful range of learning rates is narrow and moves during a run.
+                task's weight, and of what a schedule or a guard has left of the rate. Interleaved tasks are
+                measured together. Own addition, after the adaptive penalty of PPO (Schulman et al. 2017,
+                section 4): the useful range of learning rates is narrow and moves during a run.
             tasks: Instead of ``rewards`` and ``advantages``: several tasks by name, each with the prompts of
                 the same name in ``MultiTaskDataModule``. As in Zhang et al., one iteration takes each in
                 turn, and no two rewards are added up.
@@ -250,8 +250,8 @@ class DDPOModule(JointModule):
         """
         group = self.trainer.optimizers[0].param_groups[0]
         initial = group.get("initial_lr", group["lr"])
-        # What a weight and a schedule make of the step stays: the scale must not undo it.
-        wished = self.tasks[task].weight * (group["lr"] / initial if initial else 1.0)
+        # What a weight, a schedule and a guard make of the step stays: the scale must not undo it.
+        wished = self.tasks[task].weight * (group["lr"] / initial if initial else 1.0) * self.rate_factor
         aim = wished**2 * target
         if 2 * error > aim > 0:
             rank_zero_warn(

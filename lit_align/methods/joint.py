@@ -25,7 +25,7 @@ from lit_align.methods.metrics import Loss, Metrics, pooled
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.pretraining import OTHER_SIZE, Pretraining, denoising_loss
 from lit_align.methods.sampling import Sampling
-from lit_align.methods.tasks import Task, check_task, data_of_tasks, joint_scores, of_task
+from lit_align.methods.tasks import Task, check_task, data_of_tasks, held_out_rewards, joint_scores, of_task
 from lit_align.randomness import generator
 from lit_align.replay import Replay, Yardstick
 from lit_align.rewards import RewardBank, RewardOutput
@@ -102,6 +102,10 @@ class JointModule(AlignmentModule):
     def reward_banks(self) -> list[RewardBank]:
         return [task.rewards for task in self.tasks.values()]
 
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        return held_out_rewards(self.tasks)
+
     @abstractmethod
     def learn(self, rollouts: Rollouts) -> Iterator[Metrics]:
         """Learn from a rollout batch: one update, made by :meth:`optimise`, each time that it is resumed."""
@@ -159,11 +163,9 @@ class JointModule(AlignmentModule):
         self.log_rollout_batch(merged, pooled(measured), sampling, time.perf_counter() - started)
 
     def _round(self, batches: Sequence[Batch]) -> tuple[list[tuple[dict[str, Tensor], float]], Metrics]:
-        """Sample for some tasks and make all their updates.
+        """Sample for some tasks, make all their updates, and free the chains.
 
-        Returns:
-            What the rewards report of each task and the seconds that it took, and the metrics. The chains,
-            which are large, are freed.
+        Returns what the rewards report of each task and the seconds that it took, and the metrics.
         """
         sampled = [self.collect(one) for one in batches]
         measured = [rollouts.metrics for rollouts in sampled]
@@ -202,10 +204,8 @@ class JointModule(AlignmentModule):
     @torch.no_grad()
     def score(self, images: Tensor, batch: Batch) -> RewardOutput:
         """What the rewards of the batch's task say; of several tasks, reported under names that all have."""
-        scores = super().score(images, batch)
-        if not batch.task:
-            return scores
-        return replace(scores, report=joint_scores(scores.report, batch.task, self.tasks))
+        scores, task = super().score(images, batch), batch.task
+        return replace(scores, report=joint_scores(scores.report, task, self.tasks)) if task else scores
 
     def bank_of(self, batch: Batch) -> RewardBank:
         return self.tasks[batch.task].rewards

@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lit_align.backbones import whole
 from lit_align.errors import ConfigError, check_positive
-from lit_align.methods.guard import GuardedModule
 from lit_align.methods.metrics import Loss, Metrics, pooled
+from lit_align.methods.skipped import SkippingModule
 
 
 @dataclass
@@ -46,17 +46,19 @@ class Optimisation:
         )
 
 
-class OptimisedModule(GuardedModule):
+class OptimisedModule(SkippingModule):
     """Makes updates by hand, so that every method accumulates, clips and skips in the same way.
 
     Attributes:
         gradient_norm: Of the newest update, before it was clipped.
         lr: Learning rate of the newest update; None before it, or where the optimizer has none.
+        rate_factor: Factor on the learning rate of all updates to come, beside what a schedule makes of it.
     """
 
     optimisation: Optimisation
     gradient_norm: Tensor
     lr: float | None
+    rate_factor: float
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
         """What is trained; each group's gradient is clipped by itself."""
@@ -136,7 +138,7 @@ class OptimisedModule(GuardedModule):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer), "one optimizer a method"
         rates = [group["lr"] for group in optimizer.param_groups]
-        if scale != 1:
+        if (scale := scale * self.rate_factor) != 1:
             self._scale_rates(optimizer, scale)
         self.lr = optimizer.param_groups[0]["lr"]
         optimizer.step()

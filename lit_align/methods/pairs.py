@@ -66,6 +66,10 @@ class PairModule(AlignmentModule, Generic[Prepared]):
     it. ``progress/images`` counts the images that updates have looked at.
     """
 
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        return tuple(f"reward/{name}" for name in self.rewards.names)
+
     def __init__(
         self,
         backbone: DiffusionBackbone,

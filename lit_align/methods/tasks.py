@@ -194,6 +194,17 @@ def _too_few(data: PromptDataModule, smallest: int) -> str | None:
     return next((name for name in names if getattr(data, name) < smallest), None)
 
 
+def held_out_rewards(tasks: Mapping[str, Task]) -> tuple[str, ...]:
+    """What is reported of rewards that no task is trained on; those of one name are one reward."""
+    trained = {name for task in tasks.values() if task.weight for name in task.rewards.trained}
+    return tuple(
+        f"reward/{task}/{name}" if task else f"reward/{name}"
+        for task, its in tasks.items()
+        for name in its.rewards.names
+        if name not in trained
+    )
+
+
 def joint_scores(scores: Mapping[str, Tensor], task: str, tasks: Mapping[str, Task]) -> dict[str, Tensor]:
     """Scores of one task's images under names that the images of all tasks have.
 

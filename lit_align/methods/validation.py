@@ -12,8 +12,8 @@ from lit_align.backbones import POLICY, REFERENCE, Conditioning
 from lit_align.comparison import diversity, high_frequency, saturation
 from lit_align.data import Batch, MultiTaskDataModule, PickaPicDataModule, PromptDataModule
 from lit_align.gaussian import GaussianStep
-from lit_align.methods.guard import GuardedModule
 from lit_align.methods.sampling import BatchPolicy, SamplingModule
+from lit_align.methods.skipped import SkippingModule
 from lit_align.rewards import RewardBank, RewardOutput
 from lit_align.rollout import Trajectory
 from lit_align.samplers import Sampler
@@ -142,20 +142,35 @@ def held_out_prompts(data: Any, stage: str) -> list[str]:
     return list(prompts)[:CHECKED_PROMPTS]
 
 
-class ValidatedModule(SamplingModule, GuardedModule):
+class ValidatedModule(SamplingModule, SkippingModule):
     """A module whose policy is compared with the pretrained model on held-out prompts and the same noise.
 
     Attributes:
         baseline: What was measured of the pretrained model, by name, ``(N,)`` each.
         latest: The same of the policy, in the newest validation or test.
         prompt_groups: ``(N,)``, the prompt of each image.
+        set_metrics: What callbacks measured of all images of a test together, by name: ``before`` and
+            ``after``.
+        taken_back: What an earlier validation measured, if its weights have replaced those of the newest one.
     """
 
     rewards: RewardBank
     baseline: dict[str, Tensor]
     latest: dict[str, Tensor]
     prompt_groups: Tensor
+    set_metrics: dict[str, dict[str, float]]
+    taken_back: dict[str, Tensor]
     _evaluated: list[dict[str, Tensor]]
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """The rewards that nothing is trained on, by the names under which they are measured."""
+        return tuple(f"reward/{name}" for name in self.rewards.monitored)
+
+    @property
+    def standing(self) -> dict[str, Tensor]:
+        """What was measured of the weights as they are."""
+        return self.taken_back or self.latest
 
     @torch.no_grad()
     def score(self, images: Tensor, batch: Batch) -> RewardOutput:
@@ -175,7 +190,7 @@ class ValidatedModule(SamplingModule, GuardedModule):
 
     def forget_baseline(self) -> None:
         """Drop what was measured before: the pretrained model is measured anew when training starts."""
-        self.baseline, self.latest = {}, {}
+        self.baseline, self.latest, self.taken_back = {}, {}, {}
 
     def on_train_start(self) -> None:
         """Measure the pretrained model where that was not done: every curve has a point at 0 images."""
@@ -256,9 +271,12 @@ class ValidatedModule(SamplingModule, GuardedModule):
         if self.trainer.sanity_checking:  # some batches only, and measured again before the first update
             self._evaluated = []
             return
-        self.latest = self._report("val")
+        self.latest, self.taken_back = self._report("val"), {}
         if not self.images:
             self.baseline = self.latest
+
+    def on_test_start(self) -> None:
+        self.set_metrics = {}
 
     def on_test_epoch_end(self) -> None:
         self.latest = self._report("test")

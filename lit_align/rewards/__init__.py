@@ -15,6 +15,7 @@ from lit_align.rewards.distribution import (
     SetReward,
     StatisticalParity,
 )
+from lit_align.rewards.features import ImageFeatures
 from lit_align.rewards.function import FunctionReward
 from lit_align.rewards.geneval import GenEval
 from lit_align.rewards.hpsv2 import HPSv2
@@ -43,6 +44,7 @@ __all__ = [
     "GenEval",
     "HPSv2",
     "HPSv3",
+    "ImageFeatures",
     "ImageReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",

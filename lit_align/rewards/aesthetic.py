@@ -45,6 +45,7 @@ class AestheticScore(Reward):
     def __init__(self, head: str | None = None, pretrained: str = CLIP_MODEL) -> None:
         super().__init__()
         self.domain = domain_of(pretrained)
+        self.documented = (0.0, 12.0) if self.domain is None else None  # LAION's heads: ratings from 1 to 10
         self.head = _load_head(head or (SHAPES if pretrained == SHAPES else None))
         self.clip = shared(CLIPCosine, pretrained)
         width, reads = self.clip.model.config.projection_dim, self.head[0].in_features

@@ -26,6 +26,8 @@ class Reward(nn.Module, ABC):
       images of its prompt group (``"group"``), or the whole batch (``"batch"``).
     - ``domain``: ``"shapes"`` where the scores mean nothing outside the Shapes world, because the model was
       trained on Shapes images or a program judges them; None where any image can be scored.
+    - ``documented``: the lowest and the highest score to be expected, wide enough for any image of the
+      domain; None where nothing is known. The doctor compares.
 
     A reward is a module so that the trainer moves it between devices; it never learns. Call :meth:`freeze` at
     the end of a constructor that makes parameters (the bank calls it once more).
@@ -34,6 +36,7 @@ class Reward(nn.Module, ABC):
     differentiable: bool = False
     scope: Scope = "sample"
     domain: Domain | None = None
+    documented: tuple[float, float] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Prepare the module here, so that a constructor without ``super().__init__()`` works too."""

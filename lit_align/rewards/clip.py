@@ -159,6 +159,8 @@ class CLIPScore(Reward):
         self.domain = domain_of(pretrained)
         self.clip = shared(CLIPCosine, pretrained)
         self.scale = scale
+        low, high = (0.0, 0.5) if self.domain is None else (-1.0, 1.0)  # published models: about .1 to .35
+        self.documented = (min(low * scale, high * scale), max(low * scale, high * scale))
         self.freeze()
 
     def forward(
@@ -199,6 +201,8 @@ class PickScore(Reward):
             processor = PICKSCORE_PROCESSOR
         self.clip = shared(CLIPCosine, pretrained, processor, SHAPES_PREFERENCE, dtype)
         self.scale = self.clip.logit_scale  # read once: in bfloat16 100 would become 98.9
+        # The published model: about 17 to 24.
+        self.documented = (10.0, 35.0) if self.domain is None else (-self.scale, self.scale)
         self.freeze()
 
     def forward(

@@ -51,6 +51,7 @@ class ObjectPresence(Reward):
     IMAGES_AT_ONCE = 16
     differentiable = False
     scope = "sample"
+    documented = (0.0, 1.0)  # a confidence
 
     def __init__(self, pretrained: str = DETECTOR, column: str | None = None) -> None:
         super().__init__()

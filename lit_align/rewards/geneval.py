@@ -4,6 +4,7 @@ The dense reward for prompts of GenEval (Ghosh et al. 2023, arXiv:2310.11513) of
 arXiv:2505.05470). Shapes: ``B`` images, ``n`` objects.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,6 +70,7 @@ class GenEval(Reward):
     IMAGES_AT_ONCE = 16
     differentiable = False
     scope = "sample"
+    documented = (-math.inf, 1.0)
 
     def __init__(
         self,

@@ -54,6 +54,7 @@ class HPSv3(Reward):
 
     differentiable = False
     scope = "sample"
+    documented = (-10.0, 25.0)  # about 0 to 15
 
     def __init__(self, pretrained: str = REPOSITORY, base: str = BASE, dtype: Dtype = "bfloat16") -> None:
         super().__init__()

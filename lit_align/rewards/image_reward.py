@@ -64,6 +64,7 @@ class ImageReward(Reward):
     IMAGES_AT_ONCE = 64
     differentiable = True
     scope = "sample"
+    documented = (-4.0, 4.0)  # mean 0, about -2 to 2
     mean: Tensor
     std: Tensor
 

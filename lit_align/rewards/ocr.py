@@ -27,6 +27,7 @@ class OCR(BlackBoxReward):
 
     differentiable = False
     scope = "sample"
+    documented = (0.0, 1.0)
 
     def __init__(self) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ class ShapesTruth(BlackBoxReward):
     """
 
     domain = "shapes"
+    documented = (0.0, 1.0)
 
     def __init__(self, whole: bool = False) -> None:
         super().__init__()

@@ -53,6 +53,7 @@ class UnifiedReward(Reward):
         super().__init__()
         self.question = checked_question(question, "UnifiedReward")
         self.pattern = checked_pattern(pattern)
+        self.documented = (1.0, 5.0) if question == UNIFIED_REWARD else None  # as the question asks
         self.max_new_tokens = max_new_tokens
         self.model = shared(VisionLanguage, pretrained, dtype)
         self.freeze()

@@ -41,6 +41,7 @@ class VQAScore(Reward):
 
     differentiable = False
     scope = "sample"
+    documented = (0.0, 1.0)  # a probability
 
     def __init__(
         self,

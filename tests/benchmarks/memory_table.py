@@ -12,8 +12,7 @@ two rows: the highest sum of live storages in a forward and a backward pass on t
 import argparse
 import json
 import os
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +23,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from lit_align.backbones.checkpointing import recompute
+from lit_align.doctor.memory import Live
 from tests.benchmarks.machine import each_alone, peak_bytes, reset_peak
 
 UNETS: dict[str, dict[str, Any]] = {
@@ -123,37 +120,6 @@ METHODS = {
     "DPO, SFT": Method(),
     "SPIN": Method(frozen=2),
 }
-
-
-class Live(TorchDispatchMode):
-    """The bytes of the storages that are alive, of those that were made in it.
-
-    Args:
-        before: Tensors that are there already; their storages, which views show again, do not count.
-
-    Attributes:
-        peak: The most at any time.
-    """
-
-    def __init__(self, before: Iterable[torch.Tensor] = ()) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: Any = WeakIdKeyDictionary()
-        for tensor in before:
-            self._known[tensor.untyped_storage()] = True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._known:
-                self._known[storage] = True
-                self._add(storage.nbytes())
-                weakref.finalize(storage, self._add, -storage.nbytes())
-        return made
-
-    def _add(self, size: int) -> None:
-        self.now += size
-        self.peak = max(self.peak, self.now)
 
 
 class Adapted(nn.Module):

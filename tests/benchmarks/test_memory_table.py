@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lit_align.doctor.memory import Live
 from tests.benchmarks import memory_table
-from tests.benchmarks.memory_table import METHODS, Live, counted, estimate, total
+from tests.benchmarks.memory_table import METHODS, counted, estimate, total
 
 
 def test_live_storages_are_added_and_freed():

@@ -16,7 +16,7 @@ import torch
 from lightning import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_align.callbacks import AdapterExport, BatchCheckpoint, BestCheckpoint, RunFolder, RunSummary
+from lit_align.callbacks import AdapterExport, BatchCheckpoint, BestCheckpoint, Guard, RunFolder, RunSummary
 from lit_align.cli import main
 from lit_align.cli.align import AlignCLI
 from lit_align.methods import AlignmentModule
@@ -175,6 +175,11 @@ IN_SHORT = ("between the best and the last", "after the last checkpoint")
 def test_a_killed_run_goes_on_as_if_nothing_had_been(moment, arguments, whole, capsys):
     killed(MOMENTS[moment], *arguments)
     main(["fit", *arguments, "--ckpt_path=last"])
+    check_like(whole)
+
+
+def check_like(whole: Path) -> None:
+    """The run here has left what the one that nobody killed has."""
     assert [path.name for path in RUN.parent.iterdir()] == ["version_0"]
     assert curves(RUN) == curves(whole)
     assert table(RUN) == table(whole)
@@ -188,6 +193,52 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(moment, arguments, whole, c
     names = [{p.name for p in run.rglob("*") if "tfevents" not in p.name} for run in (whole, RUN)]
     assert names[1] - names[0] == {"config-2.yaml"}
     assert names[0] <= names[1]
+
+
+@pytest.fixture(scope="module")
+def guarded(arguments: list[str]) -> list[str]:
+    """The same with a guard that goes back whenever the held-out reward has not risen."""
+    guard = "{class_path: Guard, init_args: {action: rollback, max_distance: 1.0e-9}}"
+    return [
+        *arguments,
+        f"--trainer.callbacks+={guard}",
+        "--trainer.max_epochs=5",
+        "--data.validation_prompts=8",
+        "--model.rewards.rewards={brightness: {class_path: Brightness}, redness: {class_path: Redness}}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def guarded_whole(guarded: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run with a guard that nobody killed; it has gone back, and found a better validation too."""
+    folder, here = tmp_path_factory.mktemp("guarded"), Path.cwd()
+    os.chdir(folder)
+    main(["fit", *guarded])
+    os.chdir(here)
+    acts = [value for _, value in curves(folder / RUN)["guard/acts"]]
+    assert 0 < sum(acts) < len(acts) - 1
+    return folder / RUN
+
+
+GUARDED = {
+    "before the guard's file": at_call(Guard, "_keep", 2),
+    "between the guard's file and the last": at_call(Guard, "_keep", 2, after=True),
+    "after going back": at_call(Guard, "_go_back", 1, after=True),
+    "after older files went": at_call(Guard, "_remove_older", 4, after=True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", GUARDED)
+def test_a_killed_guard_acts_at_the_same_batch(moment, guarded, guarded_whole, capsys):
+    killed(GUARDED[moment], *guarded)
+    main(["fit", *guarded, "--ckpt_path=last"])
+    check_like(guarded_whole)
+    states = [
+        torch.load(run / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["Guard"]
+        for run in (guarded_whole, RUN)
+    ]
+    assert same(*states)
 
 
 def test_a_run_that_is_killed_while_it_loads_is_not_taken_for_an_older_one(arguments, whole, capsys):

@@ -4,8 +4,10 @@ import os
 import shutil
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lit_align.cli import main
-from lit_align.cli.doctor import _warned
+from lit_align.cli.doctor import _processes, _warned
 from lit_align.doctor import Asked, Trial, judge, look
+from lit_align.doctor.memory import Memory
 from lit_align.doctor.trial import BATCHES, Seen
 from lit_align.methods import AlignmentModule, DDPOModule, NFTModule, PRDPModule, SPINModule
 from lit_align.rewards import Brightness, Redness, Reward, RewardBank
@@ -101,6 +104,18 @@ LOOKS: dict[str, tuple[str, Callable[[Path], Any]]] = {
         "schedule_ends",
         lambda tiny: (healthy(tiny, lr_scheduler=schedule), data(), ASKED),
     ),
+    "prompts that two processes cannot share": (
+        "processes",
+        lambda tiny: (healthy(tiny), data(prompts=9, validation_prompts=64), replace(ASKED, processes=2)),
+    ),
+    "held-out prompts that three processes cannot share": (
+        "processes",
+        lambda tiny: (healthy(tiny), data(prompts=9, test_prompts=9), replace(ASKED, processes=3)),
+    ),
+    "updates that do not divide over processes": (
+        "processes",
+        lambda tiny: (healthy(tiny, updates=2), data(prompts=6, images=12), replace(ASKED, processes=2)),
+    ),
     "guidance beside NFT": (
         "guidance_is_learnt",
         lambda tiny: (healthy(tiny, NFTModule, guidance=3.0), data(), ASKED),
@@ -147,6 +162,15 @@ class Half(Reward):
         return scores
 
 
+class Percent(Reward):
+    """A share that is given in percent."""
+
+    documented = (0.0, 1.0)
+
+    def forward(self, images: Tensor, prompts: list[str], groups=None, columns=None) -> Tensor:
+        return 100 * images.mean((1, 2, 3)).cpu() + 1
+
+
 def trained(*rewards: Reward, weights: tuple[float, ...] = (1.0, 1.0)) -> RewardBank:
     bank = {f"r{i}": reward for i, reward in enumerate(rewards)}
     return RewardBank(bank | {"other": Redness()}, dict(zip(bank, weights, strict=False)))
@@ -179,6 +203,7 @@ TRIALS: dict[str, tuple[set[str], dict[str, Any]]] = {
     ),
     "a schedule that begins at 0": ({"weights_fixed"}, {"lr_scheduler": frozen_start}),
     "a rate that breaks the policy": ({"step_too_large"}, {"lr": 10.0, "clip_range": None}),
+    "scores outside of what is documented": ({"reward_out_of_range"}, {"rewards": trained(Percent())}),
     "a rate that does nothing": ({"step_too_small"}, {"lr": 1e-12}),
 }
 
@@ -220,6 +245,51 @@ def test_warnings_of_the_package_are_findings():
         "untaught_words"
     )
     assert _warned("rollout batch: all advantages are 0, so there is nothing").name == "no_signal"
+
+
+def test_what_does_not_fit_the_device_is_named(tiny, tmp_path):
+    trial = Trial()
+    trainer(tmp_path, BATCHES, trial).fit(module := healthy(tiny, micro_batch=64), data())
+    memory = trial.seen.memory
+    assert memory is not None
+    assert min(memory.activations, memory.weights) > 0
+    assert list(judge(module, trial.seen)) == []
+    enough = memory.weights + memory.activations
+    for there, place in ((enough - 1, "optimisation.micro_batch"), (memory.weights - 1, "backbone")):
+        trial.seen.memory = replace(memory, there=there)
+        (finding,) = judge(module, trial.seen)
+        assert (finding.name, finding.where) == ("memory", f"model.{place}")
+    trial.seen.memory = replace(memory, there=enough)
+    assert list(judge(module, trial.seen)) == []
+
+
+def test_memory_is_counted_by_what_the_optimizer_and_a_micro_batch_take(tiny, tmp_path):
+    found: dict[str, Memory] = {}
+    options: dict[str, dict[str, Any]] = {
+        "adam": {"micro_batch": 4},
+        "more": {"micro_batch": 8},
+        "blocks": {"micro_batch": 4, "checkpointing": "blocks"},
+        "sgd": {"micro_batch": 4, "optimizer": partial(torch.optim.SGD, lr=1e-4)},
+    }
+    for name, one in options.items():
+        trial = Trial()
+        trainer(tmp_path, 1, trial).fit(module := healthy(tiny, **one), data())
+        assert trial.seen.memory is not None
+        found[name] = trial.seen.memory
+    adam, more, blocks, sgd = (found[name] for name in options)
+    assert more.activations == 2 * adam.activations
+    assert blocks.activations < 0.7 * adam.activations
+    count = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert adam.weights - sgd.weights == 8 * count
+
+
+def test_processes_are_counted_as_the_trainer_does():
+    def of(devices: Any, nodes: int = 1, strategy: Any = "auto") -> int:
+        return _processes(Namespace(devices=devices, num_nodes=nodes, strategy=strategy, accelerator="cpu"))
+
+    assert [of(2), of("4"), of([0, 2]), of("0,1,2"), of("auto"), of(2, 3), of(2, 1, object())] == [
+        *(2, 4, 2, 3, 1, 6, 1)
+    ]
 
 
 # ---- as a command

@@ -61,6 +61,27 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--trainer.callbacks+=EarlyStoping"], ["did you mean EarlyStopping?"]),
         (["--model.rewards.rewards.x=Nothing"], ["no class Nothing is known; give its import path"]),
         (["--model.rewards.rewards.x=mine.Red"], ["mine.Red cannot be imported; there is no module mine"]),
+        (
+            ["--model.optimisation.optimizer=nowhere.optim.Adam8bit"],
+            [
+                "--model.optimisation.optimizer: nowhere.optim.Adam8bit cannot",
+                "no module nowhere",
+                "pip install",
+            ],
+        ),
+        (["--model.sampling.eval_sampler=nowhere.Fast"], ["eval_sampler: nowhere.Fast cannot be imported"]),
+        (["--model.optimisation.optimizer=transformers.Adafactr"], ["did you mean Adafactor?"]),
+        (
+            ["--model.optimisation={optimizer: {class_path: nowhere.Adam}}"],
+            ["--model.optimisation.optimizer: nowhere.Adam cannot be imported"],
+        ),
+        (
+            [
+                "--model.optimisation.optimizer=transformers.Adafactor",
+                "--model.optimisation.optimizer.eps=1e-8",
+            ],
+            ["optimizer.eps: 1e-08 is one value", "(1e-30, 0.001) if nothing is given"],
+        ),
         (["--model.backbone.lora.rnk=4"], ["LoRA has no option rnk; did you mean rank?"]),
         (["--model.backbone.lora=null"], ["--model.backbone.lora: null can only be given in a file"]),
         (["foo"], ["foo: options begin with --"]),
@@ -114,6 +135,18 @@ def test_a_mistake_on_the_command_line(arguments, parts, capsys):
             "model:\n  init_args:\n    rewards:\n      init_args:\n        rewards: [CLIPScore]\n",
             ["line 5: model.rewards.rewards:", "is not a mapping"],
         ),
+        (
+            "model:\n  init_args:\n    optimisation:\n      optimizer: {class_path: nowhere.Adam}\n",
+            [
+                "line 4: model.optimisation.optimizer: nowhere.Adam cannot be imported",
+                "no module nowhere",
+            ],
+        ),
+        (
+            "model:\n  init_args:\n    rewards:\n      init_args:\n        rewards:\n          mine:\n"
+            "            class_path: nowhere.Red\n",
+            ["line 7: model.rewards.rewards.mine: nowhere.Red cannot be imported"],
+        ),
         ("model:\n  class_path: AlignPropModule\n", ["start from", "alignprop.yaml"]),
         ("trainer:\n  max_epochs:3\n", ["line 2: trainer:", "a space after the colon"]),
         ("trainer:\n\tmax_epochs: 3\n", ["line 2: a tab"]),
@@ -124,7 +157,7 @@ def test_a_mistake_on_the_command_line(arguments, parts, capsys):
         ("", ["has the sections trainer, model and data"]),
         ("\x00", ["not a text file"]),
     ],
-    ids=range(20),
+    ids=range(22),
 )
 def test_a_mistake_in_a_file(text, parts, capsys):
     Path("mine.yaml").write_text(text)

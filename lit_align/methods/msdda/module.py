@@ -245,6 +245,7 @@ class MSDDAModule(SweepModule):
 
     def on_test_start(self) -> None:
         """Refuse what was never trained."""
+        super().on_test_start()
         self._check_trained()
 
     def on_predict_start(self) -> None:

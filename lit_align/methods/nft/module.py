@@ -56,8 +56,8 @@ class NFTModule(JointModule):
 
         Args:
             backbone: The diffusion model.
-            sampler: How it is sampled; any. Released: 10 steps of an ODE, 25 with several rewards, by a solver
-                of second order.
+            sampler: How it is sampled; any. Released: 10 steps of an ODE, 25 with several rewards, by a
+                solver of second order.
             rewards: What is maximised and what is monitored; null with ``tasks``.
             advantages: How rewards become advantages. The paper: differences from the mean of the prompt's
                 images, over the std of all, clipped at 5 (``GroupAdvantages`` with ``divide_by: batch``).

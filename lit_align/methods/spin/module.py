@@ -8,7 +8,7 @@ what it has become is the next opponent. No loser is needed, and no reward. Shap
 
 import time
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -74,6 +74,8 @@ class Chains:
 
 class SPINModule(OpponentModule[tuple[Noised, Noised] | Chains]):
     """Self-play finetuning on preferred images, all iterations in one fit."""
+
+    goes_back: ClassVar[bool] = False  # the pool holds images of the opponent, which is a later policy
 
     def __init__(
         self,

@@ -91,9 +91,27 @@ def run_cells(
     Returns:
         For each cell that failed, by name, the reason.
     """
+    return run_all(cells, lambda cell: run_cell(cell, out, work, launch, tell), launch, workers, tell)
+
+
+def run_all(
+    cells: list[Cell], run: Callable[[Cell], None], launch: Launch, workers: int, tell: Tell = lambda *_: None
+) -> dict[str, str]:
+    """Run cells, some at a time.
+
+    Args:
+        cells: The cells.
+        run: Brings one to its result.
+        launch: What it runs commands with; if this is interrupted, it starts no more.
+        workers: Cells at a time.
+        tell: Is told which failed.
+
+    Returns:
+        For each cell that failed, by name, the reason.
+    """
     failed: dict[str, str] = {}
     with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(run_cell, cell, out, work, launch, tell): cell for cell in cells}
+        futures = {pool.submit(run, cell): cell for cell in cells}
         try:
             for future in as_completed(futures):
                 if (error := future.exception()) is None:
@@ -119,7 +137,7 @@ def run_cell(cell: Cell, out: Path, work: Path, launch: Launch, tell: Tell) -> N
         tell(cell, "finished before")
         return
     folder = work.absolute() / cell.plan / cell.name
-    with _alone(folder) as lock:
+    with alone(folder) as lock:
         fingerprint, state = cell.fingerprint(WEIGHTS_HASH), _state(folder, cell)
         if cell.continues and not state["fit"]["commands"]:
             _take_over(cell.continues, folder, state)
@@ -217,7 +235,7 @@ def _save(folder: Path, state: State) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[int]:
+def alone(folder: Path) -> Iterator[int]:
     """Lock a cell's folder.
 
     The process of a run inherits the lock, so that one which outlives a killed harness is not joined by a

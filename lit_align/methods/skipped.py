@@ -85,7 +85,7 @@ def check_weights(weights: Mapping[str, Any], shapes: Mapping[str, list[int]]) -
             )
 
 
-class GuardedModule(LightningModule):
+class SkippingModule(LightningModule):
     """Counts what is skipped, and remembers what it was to learn from."""
 
     images: int

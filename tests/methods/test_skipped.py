@@ -24,8 +24,8 @@ from lit_align.methods import (
     PRDPModule,
     SPINModule,
 )
-from lit_align.methods.guard import LIMIT, NotFinite
 from lit_align.methods.sampling import Sampling
+from lit_align.methods.skipped import LIMIT, NotFinite
 from lit_align.rewards import Brightness, Redness, Reward, RewardBank
 from tests.methods.build import assert_same, data_for, fit, flat, make, prompts, randomise, trained, trainer
 

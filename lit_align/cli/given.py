@@ -1,0 +1,83 @@
+"""What the user wrote: the files and the arguments of a command, and where in them an option stands."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lit_align.cli.config_files import ConfigFile
+from lit_align.cli.renamed import first_edition
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user wrote: the files and the arguments of the command."""
+
+    files: Sequence[ConfigFile]
+    arguments: Sequence[str]
+
+    def place(self, path: Sequence[str], word: str | None = None) -> str:
+        """Where an option stands, or below it a word: a file and a line, or the option itself."""
+        values = [a.partition("=")[2] or a for a in self.arguments]
+        options = [option for argument in self.arguments if (option := option_of(argument))]
+        below = word is not None and any(word in value for value in values)  # as in --model.x {y: word}
+        on_command = any(
+            o[: len(path)] == list(path) or (below and list(path[: len(o)]) == o) for o in options
+        )
+        for sought in dict.fromkeys((word, None)):
+            if on_command and (sought is None or any(sought in value for value in values)):
+                return f"--{'.'.join(path)}"
+            for file in reversed(self.files):
+                for written in (path, first_edition(path)):
+                    if (line := file.line(written, sought)) is not None:
+                        return f"{file.path}, line {line}: {'.'.join(written)}"
+        return ".".join(path)
+
+    def naming(self, class_path: str) -> list[str]:
+        """The option of the files that names a class, without ``init_args``; empty if none does."""
+        for file in reversed(self.files):
+            for path in file.paths():
+                if file.class_at(path) == class_path:
+                    return path
+        return []
+
+    def classes(self, path: Sequence[str]) -> set[str]:
+        """The names, without modules, of the classes that the files give for an option."""
+        given = (file.class_at(written) for file in self.files for written in (path, first_edition(path)))
+        return {name.rpartition(".")[2] for name in given if name}
+
+    def wrote(self, path: Sequence[str]) -> bool:
+        """Whether an option stands in a file or, alone or inside of a mapping, on the command line."""
+        if any(file.find(way) for file in self.files for way in (path, first_edition(path))):
+            return True
+        options = [option for argument in self.arguments if (option := option_of(argument))]
+        if any(option[: len(path)] == list(path) for option in options):
+            return True
+        mappings = [
+            text for argument in self.arguments if "{" in (text := argument.partition("=")[2] or argument)
+        ]
+        return any(re.search(rf"\b{re.escape(path[-1])}\b", text) for text in mappings)
+
+    def argument(self, option: str) -> str:
+        """The argument as the user wrote it, of which the parser names the end."""
+        names = [argument.partition("=")[0] for argument in self.arguments]
+        return next((n for n in names if n.startswith("--") and n.endswith(option.lstrip("-"))), option)
+
+    def paths(self) -> list[list[str]]:
+        """The names that lead to every option of the files, without ``init_args``."""
+        return [path for file in self.files for path in file.paths()]
+
+    def ending_with(self, name: str, but: Sequence[str] = ()) -> list[str]:
+        """Options of the files whose last part is a name: where a misplaced option may belong.
+
+        Args:
+            name: The last part.
+            but: The place where it was found, and does not belong.
+        """
+        found = [path for path in self.paths() if path[-1] == name and len(path) > 1 and path != list(but)]
+        return list(dict.fromkeys(".".join(path) for path in found))
+
+
+def option_of(argument: str) -> list[str]:
+    """The names of an argument's option, without ``init_args``; empty if it is a value."""
+    name = argument.partition("=")[0].removeprefix("--").removesuffix("+")
+    return [part for part in name.split(".") if part != "init_args"] if argument.startswith("--") else []

@@ -1,0 +1,43 @@
+"""A class in another's place keeps what was written, and has its own defaults for the rest."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lit_align.cli import main
+
+DDPO = Path(__file__).parents[2] / "configs" / "ddpo.yaml"
+
+
+def parsed(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(DDPO), *arguments, "--print_config"])
+    return yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optimisation"]["optimizer"]
+
+
+@pytest.mark.parametrize("way", ["command", "file"])
+def test_a_default_of_the_old_class_does_not_travel(way: str, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lit_align"])
+    arguments = ["--model.optimisation.optimizer=transformers.Adafactor"]
+    if way == "file":
+        overlay = {"optimisation": {"optimizer": {"class_path": "transformers.Adafactor"}}}
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump({"model": {"init_args": overlay}}))
+        arguments = ["--config", str(tmp_path / "own.yaml")]
+    options = parsed(capsys, *arguments)["init_args"]
+    assert options["eps"] == [1e-30, 1e-3]  # AdamW's is 1e-8
+    assert (options["lr"], options["weight_decay"]) == (1e-3, 0.0)  # as configs/ddpo.yaml says
+    assert options["beta1"] is None
+
+
+def test_what_is_written_travels(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lit_align"])
+    written = "--model.optimisation.optimizer.eps=1e-5"
+    options = parsed(capsys, "--model.optimisation.optimizer=torch.optim.Adadelta", written)["init_args"]
+    assert (options["eps"], options["rho"], options["lr"]) == (1e-5, 0.9, 1e-3)
+    given = "--model.optimisation.optimizer={class_path: torch.optim.Adadelta, init_args: {eps: 1.0e-4}}"
+    assert parsed(capsys, given)["init_args"]["eps"] == 1e-4
+    assert parsed(capsys, "--model.optimisation.optimizer=torch.optim.Adadelta")["init_args"]["eps"] == 1e-6
+    assert parsed(capsys)["init_args"]["eps"] == 1e-8
