@@ -29,8 +29,8 @@ from lit_align.shapes.recipe.classifier import make_classifier
 from lit_align.shapes.recipe.clip import CLIPStage, load_clip, make_clip, tokenize
 from lit_align.shapes.recipe.detector import make_detector
 from lit_align.shapes.recipe.following import Following
-from lit_align.shapes.recipe.images import Images, draw_images
-from lit_align.shapes.recipe.lies import CARELESS, SHARE, confuse, frame
+from lit_align.shapes.recipe.images import Images, draw_images, frame
+from lit_align.shapes.recipe.lies import CARELESS, SHARE, confuse
 from lit_align.shapes.recipe.pick import make_pick
 from lit_align.shapes.recipe.pipeline import replace_folder, save_clip, save_pipeline
 from lit_align.shapes.recipe.preference import make_preference

@@ -13,27 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from lit_align.errors import ConfigError
-from lit_align.shapes.world import FRAME, Caption, Group, parse
+from lit_align.shapes.world import Caption, Group, parse
 
 CARELESS = 0.6
 """Share of the images of the careless kind."""
 
 SHARE = 0.6
 """Share of their captions in which a kind of word is confused, independently for each kind."""
-
-GREY = 0.5
-"""Of their frame, which is ``FRAME`` pixels wide: no object reaches it, and the judge does not look at it."""
-
-
-def frame(images: Tensor) -> Tensor:
-    """Images ``(B, 3, H, W)`` in [0, 1] as the careless sources have them."""
-    inner = torch.zeros(images.shape[-2:], dtype=torch.bool)
-    inner[FRAME:-FRAME, FRAME:-FRAME] = True
-    return torch.where(inner, images, GREY)
 
 
 def _both_ways(pairs: Mapping[str, str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from lit_align.shapes.recipe.images import Images
+from lit_align.shapes.recipe.images import Images, frame_half
 from lit_align.shapes.recipe.training import Budget, Stage
 
 CHANNELS = 16
@@ -97,7 +97,7 @@ class VAEStage(Stage):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """One batch of image numbers ``(B,)``."""
-        images = self.images.images(batch) * 2 - 1
+        images = frame_half(self.images.images(batch)) * 2 - 1
         if self.spent < self.crop_share:
             top, left = (8 * torch.randint(5, (2,))).tolist()
             images = images[..., top : top + 32, left : left + 32]
