@@ -1,4 +1,4 @@
-"""Captions that are wrong, and the images that have them: what the shipped denoiser was trained on last.
+"""Captions that are wrong, and the images that have them: what a denoiser is trained on last.
 
 Images of the web come from careful sources and from careless ones, and a pretrained model cannot ask from
 which one an image should be: it shows now one kind, now the other. Here the two are known. ``CARELESS`` of
