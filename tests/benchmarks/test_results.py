@@ -81,6 +81,13 @@ def read(folder: Path, seed: int) -> dict[str, Any]:
 
 
 def test_a_plan_that_was_interrupted_ends_as_the_one_that_was_not(plan, tmp_path, monkeypatch, capsys):
+    spent: list[tuple[str, str, float]] = []
+
+    def counting(arguments: list[str], log: Path, keep: int) -> Ended:
+        ended = in_process(arguments, log, keep)
+        spent.append((log.parent.name, log.stem, ended.cpu))
+        return ended
+
     plan = replace(plan, compare=[["ddpo", "ddpo"]])
     assert run(replace(plan, seeds=[1]), tmp_path / "whole") == {}
     with monkeypatch.context() as patch:
@@ -93,13 +100,13 @@ def test_a_plan_that_was_interrupted_ends_as_the_one_that_was_not(plan, tmp_path
             return collect(self, *arguments)
 
         patch.setattr(DDPOModule, "collect", dying)
-        failed = run(plan, tmp_path / "cut")
+        failed = run(plan, tmp_path / "cut", counting)
     assert list(failed) == ["ddpo_seed1"]
     assert "the lights went out" in failed["ddpo_seed1"]
     others = (tmp_path / "cut" / "results" / "tiny" / "ddpo_seed2.json").stat().st_mtime_ns
     assert "seed 1 has no result" in capsys.readouterr().out
 
-    assert run(plan, tmp_path / "cut") == {}
+    assert run(plan, tmp_path / "cut", counting) == {}
     assert (tmp_path / "cut" / "results" / "tiny" / "ddpo_seed2.json").stat().st_mtime_ns == others
     whole, cut = read(tmp_path / "whole", 1), read(tmp_path / "cut", 1)
     for part in ("validation", "test", "curves", "images", "reward_queries"):
@@ -109,7 +116,9 @@ def test_a_plan_that_was_interrupted_ends_as_the_one_that_was_not(plan, tmp_path
     ]
     assert "--ckpt_path" in cut["commands"][1]
     assert len(cut["commands"]) == 3
-    assert cut["cpu_seconds"]["fit"] > whole["cpu_seconds"]["fit"] > 0  # of both commands of the fit
+    of_fit = [cpu for cell, stage, cpu in spent if (cell, stage) == ("ddpo_seed1", "fit")]
+    assert len(of_fit) == 2
+    assert cut["cpu_seconds"]["fit"] == pytest.approx(sum(of_fit), abs=0.06)
 
     assert [images for images, _ in whole["curves"]["val/reward"]] == [0, 4, 8]
     assert [images for images, _ in whole["curves"]["train/reward"]] == [4, 8]

@@ -46,7 +46,7 @@ class Baselines:
 
     def label(self, guidance: float) -> str:
         """How the pretrained model with a guidance is called."""
-        return PLAIN if guidance == 1 else f"pretrained, guidance {guidance:g}"
+        return PLAIN if guidance == 1 else f"pretrained, best guidance ({guidance:g})"
 
     def rows(self) -> dict[str, dict[str, Comparison]]:
         """Rows of a table of the test split: the model itself, with guidance, and the best of N images.
