@@ -222,7 +222,7 @@ def test_the_launcher_counts_the_cpu_seconds_of_a_process(tmp_path):
 def test_results_of_earlier_weights_are_rendered(name, tmp_path):
     """They have no CPU seconds, and of the first plan no images."""
     older = load_plan(ROOT / f"tests/benchmarks/plans/{name}.yaml")
-    stored = sorted((ROOT / "tests/benchmarks/results" / name).glob("*_seed*.json"))
+    stored = sorted((ROOT / "tests/benchmarks/results/first_edition" / name).glob("*_seed*.json"))
     results = [json.loads(path.read_text()) for path in stored]
     text = markdown(older, results, {}, "plan.yaml")
     assert all(f"| {config} |" in text for config in older.configs)
