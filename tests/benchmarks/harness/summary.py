@@ -59,7 +59,8 @@ def summary(
         "Means over the seeds, on the test split; errors are of the images of all seeds, clustered by prompt",
         "(where a result has not kept its images, the seeds' errors are taken as independent). They do not",
         "include the variation between training runs. The CPU time of a fit includes its validations.",
-        "Configurations may be trained on different rewards, some on the truth itself.",
+        "Configurations may be trained on different rewards, some on the truth itself. The KL is comparable",
+        "where the sampler and its noisy steps are the same.",
         "",
         *md.table(HEADER, [*rows, *(row for _, row in trained)]),
     ]
