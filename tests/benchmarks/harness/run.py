@@ -282,8 +282,7 @@ def alone(folder: Path, waits: Callable[[], bool] = lambda: False) -> Iterator[i
 
     Args:
         folder: Of the cell.
-        waits: Whether to go on waiting while another process is there, asked at each look: plans that run at
-            the same time can need the same cell.
+        waits: Whether to wait until others leave it, asked at each look: two plans can need the same cell.
 
     Raises:
         CellFailed: Another process is at work there, and it is not waited for.
