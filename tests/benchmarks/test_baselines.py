@@ -2,18 +2,20 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lit_align.files import write
 from tests.benchmarks.harness.baselines import PLAIN, Baselines, best_of, measured
-from tests.benchmarks.harness.plan import ROOT, Plan, load_plan
+from tests.benchmarks.harness.plan import ROOT, Cell, Plan, load_plan
 from tests.benchmarks.harness.plots import by_distance, frontier, plot_curves, plot_frontier
-from tests.benchmarks.harness.pretrained import best_guidance, pretrained_of
+from tests.benchmarks.harness.pretrained import FOLDER, best_guidance, pretrained_of
 from tests.benchmarks.harness.report import markdown
-from tests.benchmarks.harness.run import Subprocesses
+from tests.benchmarks.harness.run import SECONDS_PER_LOOK, CellFailed, Subprocesses, alone, run_cell
 from tests.benchmarks.harness.summary import HEADER, change, summary
 from tests.benchmarks.test_results import in_process, plan, run, write_plan  # noqa: F401
 
@@ -73,6 +75,9 @@ def test_the_best_guidance_is_chosen_by_the_truth_where_that_is_known():
     assert best_guidance(found) == 1.5
     assert best_guidance({g: {"reward": metrics["reward"]} for g, metrics in found.items()}) == 3.0
     assert best_guidance({}) is None
+    found[1.5]["truth"]["mean"] = None  # JSON's null: no image had one
+    assert best_guidance(found) == 3.0
+    assert best_guidance({1.5: found[1.5]}) is None
     assert "Guidance 2 has the highest truth on the validation split, seed 11 (1.5: 0.6" in baselines().told()
 
 
@@ -172,6 +177,11 @@ def test_what_starts_from_the_same_model_shares_its_cells(tmp_path):
     (unguided, other) = models["ddpo"].cells(shared, tmp_path)  # nothing was chosen yet
     assert list(unguided.stages("w")) == ["validate", "test"]
     assert len({cell.fingerprint("w") for cell in (*tuning, unguided, other)}) == 4
+    elsewhere = tmp_path / "elsewhere" / models["ddpo"].path.name
+    write(elsewhere, models["ddpo"].configuration)
+    moved = replace(models["ddpo"], path=elsewhere).cell(1.0, 1)  # results that are copied stay valid
+    assert moved.fingerprint("w") == unguided.fingerprint("w")
+    assert moved.stages("w") == unguided.stages("w")
     assert pretrained_of(replace(shared, guidances=[]), tmp_path) == {}
 
 
@@ -216,6 +226,18 @@ def test_the_launcher_counts_the_cpu_seconds_of_a_process(tmp_path):
         assert not launch.running
         launch.stop()
         assert launch(["--help"], tmp_path / "log", lock.fileno()).status == 1
+
+
+def test_who_waits_for_another_plan_can_be_interrupted(tmp_path):
+    cell, launch = Cell(FOLDER, "key_guidance1", 1, (), steps=("validate",)), Subprocesses(1)
+    told = []
+    with alone(tmp_path / "work" / FOLDER / cell.name), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(run_cell, cell, tmp_path, tmp_path / "work", launch, lambda *_: told.append(_))
+        assert wait([waiting], timeout=0.2).not_done
+        launch.stop()
+        with pytest.raises(CellFailed, match="another process is at work"):
+            waiting.result(timeout=3 * SECONDS_PER_LOOK)
+    assert not told
 
 
 @pytest.mark.parametrize("name", ["ddpo", "spin"])

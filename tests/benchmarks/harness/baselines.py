@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_align.comparison import Comparison, compare
+from tests.benchmarks.harness.gains import values_of
 from tests.benchmarks.harness.plan import Plan
 from tests.benchmarks.harness.pretrained import TUNING_SEED, Pretrained, best_guidance, distinct
 from tests.benchmarks.harness.record import images, stored
@@ -18,7 +19,10 @@ Columns = Mapping[str, Sequence[float]]
 PLAIN = "pretrained, no guidance"
 """How the pretrained model itself is called in tables and plots."""
 
-OF_SEVERAL = ("prompt", "diversity", "kl", "drift")
+DISTANCES = ("kl", "drift")
+"""Columns that are 0 with any guidance: a pretrained model is measured against itself with the same one."""
+
+OF_SEVERAL = ("prompt", "diversity", *DISTANCES)
 """Columns that say nothing of an image that is chosen for itself."""
 
 
@@ -61,6 +65,7 @@ class Baselines:
             both = [seed for seed in plain if seed in guided]
             pairs = [(plain[seed], guided[seed]) for seed in both]
             names = [name for name in _names(plain) if name in _names(guided)] if pairs else []
+            names = [name for name in names if name not in DISTANCES]
             label = f"{self.label(best)}: twice the cost a step"
             found[label] = {name: pooled(pairs, name) for name in names}
         chosen = [best_of(columns) for columns in plain.values()]
@@ -72,7 +77,7 @@ class Baselines:
 
     def told(self) -> str:
         """How the guidance was chosen."""
-        if not self.tuned:
+        if self.guidance is None:
             return "No guidance was chosen yet."
         values = ", ".join(f"{guidance:g}: {value:.3f}" for guidance, value in self.tuned.items())
         chosen = f"Guidance {self.guidance:g} has the highest {self.by} on the validation split"
@@ -103,7 +108,7 @@ def _measured(plan: Plan, model: Pretrained, configs: tuple[str, ...], out: Path
         validation[scale] = average([{n: m["mean"] for n, m in one.items()} for one in metrics])
         if scale == 1:
             deviation = average([{n: m["deviation"] for n, m in one.items()} for one in metrics])
-    means = {scale: metrics[by]["mean"] for scale, metrics in tuned.items()}
+    means = {scale: values_of(metrics[by], "mean")[0] for scale, metrics in tuned.items()}
     return Baselines(configs, means, by, guidance, validation, deviation, tests)
 
 

@@ -51,7 +51,7 @@ class Cell:
 
     def fingerprint(self, weights: str) -> str:
         """Changes when what a configuration says, an override, the seed, a further test or the weights do."""
-        parts = [self.arguments, _contents(self.arguments), weights]
+        parts = [self._named(self.arguments), _contents(self.arguments), weights]
         if self.also:
             parts.append({name: [list(added), _contents(added)] for name, added in self.also.items()})
         if self.steps != TRAINS:
@@ -63,7 +63,16 @@ class Cell:
         first, *others = self.steps
         added: dict[str, Sequence[str]] = {first: (), **self.also} | dict.fromkeys(others, ())
         given = {stage: [*self.arguments, *more] for stage, more in added.items()}
-        return {stage: _hash([stage, args, _contents(args), weights]) for stage, args in given.items()}
+        return {
+            stage: _hash([stage, self._named(args), _contents(args), weights])
+            for stage, args in given.items()
+        }
+
+    def _named(self, arguments: Sequence[str]) -> Sequence[str]:
+        """Arguments as they are hashed: the file of a pretrained model is the same wherever it lies."""
+        if self.steps == TRAINS:
+            return arguments
+        return [f"--config={Path(a).name}" if a.startswith("--config=") else a for a in arguments]
 
 
 def _hash(parts: Sequence[Any]) -> str:

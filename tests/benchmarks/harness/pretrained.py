@@ -97,7 +97,8 @@ def best_guidance(tuned: Mapping[float, Mapping[str, Mapping[str, float]]]) -> f
     if not tuned:
         return None
     name = "truth" if all("truth" in metrics for metrics in tuned.values()) else "reward"
-    return max(tuned, key=lambda guidance: tuned[guidance][name]["mean"])
+    known = {g: mean for g, metrics in tuned.items() if (mean := metrics[name]["mean"]) is not None}
+    return max(known, key=known.__getitem__) if known else None
 
 
 def pretrained_of(plan: Plan, out: Path) -> dict[str, Pretrained]:
@@ -164,6 +165,8 @@ def settings(arguments: Sequence[str]) -> dict[str, Any]:
         with redirect_stdout(shown):
             lit_align(["fit", *here, "--print_config"])
     except SystemExit as ended:
+        if isinstance(ended.code, int) and ended.code > 128:  # a signal has ended it
+            raise
         if ended.code:
             raise ConfigError(f"{' '.join(arguments)} cannot be read; the reason stands above") from None
     found: dict[str, Any] = yaml.safe_load(shown.getvalue())

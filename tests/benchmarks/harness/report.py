@@ -213,7 +213,7 @@ def markdown(
     for config in plan.configs:
         own = [result for result in results if result["config"] == config]
         lines += ["", *_section(plan, config, own, baselines.get(config))]
-    compared = {key: found for key, found in images.items() if any(key[0] in pair for pair in plan.compare)}
+    compared = {key: found for key, found in images.items() if found}  # of older results none are kept
     lines += [*side_by_side(plan, results), *comparisons(plan, compared)]
     return "\n".join([*lines, "", f"![Reward and truth against images seen]({plan.name}.png)"])
 
@@ -226,7 +226,7 @@ def _of_pretrained(plan: Plan, baselines: Mapping[str, Baselines]) -> list[str]:
     for one in each(baselines.values()):
         lines += ["", f"Pretrained model of {', '.join(one.configs)}: {one.told()}"]
     if lacking := [config for config in plan.configs if config not in baselines]:
-        lines += ["", f"Not measured for itself is the pretrained model of {', '.join(lacking)}."]
+        lines += ["", f"The pretrained model of {', '.join(lacking)} is not measured for itself."]
     return lines
 
 

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import zipfile
@@ -168,7 +167,12 @@ def run_cell(cell: Cell, out: Path, work: Path, launch: Launch, tell: Tell) -> N
         tell(cell, "finished before")
         return
     folder = work.absolute() / cell.plan / cell.name
-    with alone(folder, waits=cell.steps != TRAINS) as lock:
+
+    def waits() -> bool:
+        stopped = isinstance(launch, Subprocesses) and launch.stopped  # the user has interrupted
+        return cell.steps != TRAINS and not stopped
+
+    with alone(folder, waits) as lock:
         if stored(cell, out):  # another plan has measured the same pretrained model meanwhile
             tell(cell, "finished before")
             return
@@ -270,7 +274,7 @@ def _save(folder: Path, state: State) -> None:
 
 
 @contextmanager
-def alone(folder: Path, waits: bool = False) -> Iterator[int]:
+def alone(folder: Path, waits: Callable[[], bool] = lambda: False) -> Iterator[int]:
     """Lock a cell's folder.
 
     The process of a run inherits the lock, so that one which outlives a killed harness is not joined by a
@@ -278,7 +282,7 @@ def alone(folder: Path, waits: bool = False) -> Iterator[int]:
 
     Args:
         folder: Of the cell.
-        waits: Wait until others leave it, as plans that run at the same time do which need the same cell.
+        waits: Whether to wait until others leave it, asked at each look: two plans can need the same cell.
 
     Raises:
         CellFailed: Another process is at work there, and it is not waited for.
@@ -290,7 +294,7 @@ def alone(folder: Path, waits: bool = False) -> Iterator[int]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if not (waits and threading.main_thread().is_alive()):  # it ends when the user interrupts
+                if not waits():
                     raise CellFailed(f"another process is at work in {folder}") from None
                 time.sleep(SECONDS_PER_LOOK)
         yield file.fileno()

@@ -56,8 +56,11 @@ def summary(
             trained.append(_trained(config, own, images))
     trained.sort(key=lambda found: -found[0])
     return [
-        "Means over the seeds, on the test split; errors are of the pooled images, clustered by prompt.",
-        "The fit's validations are in its CPU time. Rewards of configurations may differ.",
+        "Means over the seeds, on the test split; errors are of the images of all seeds, clustered by prompt",
+        "(where a result has not kept its images, the seeds' errors are taken as independent). They do not",
+        "include the variation between training runs. The CPU time of a fit includes its validations.",
+        "Configurations may be trained on different rewards, some on the truth itself. The KL is comparable",
+        "where the sampler and its noisy steps are the same.",
         "",
         *md.table(HEADER, [*rows, *(row for _, row in trained)]),
     ]
@@ -75,10 +78,10 @@ def _pretrained(label: str, kind: str, found: Mapping[str, Comparison]) -> list[
     if kind == PLAIN:
         level = f"{truth.after:.3f}" if truth else ""
         return [label, "", level, "", "1.00" if spread else "", "", "", "", "", ""]
-    rise = f"{deviation(asdict(reward)):.1f} over all" if reward else ""
+    rise = f"{deviation(asdict(reward)):.1f}, seeds pooled" if reward else ""
     change = f"{truth.before:.3f} -> {truth.after:.3f}" if truth else ""
     gain = f"{truth.difference:+.3f} ± {truth.standard_error:.3f}" if truth else ""
-    share = f"{spread.after / spread.before:.2f}" if spread else ""
+    share = f"{spread.after / spread.before:.2f}" if spread and spread.before else ""
     return [label, rise, change, gain, share, "", "", "", "", ""]
 
 
