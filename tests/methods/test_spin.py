@@ -56,7 +56,9 @@ class Players(Recorder):
 # ---- the losses
 
 
-@pytest.mark.parametrize("options", [{"lr": 3e-3}, {"exact": True, "beta": 10.0, "lr": 1e-3}], ids=["step", "exact"])
+@pytest.mark.parametrize(
+    "options", [{"lr": 3e-3}, {"exact": True, "beta": 10.0, "lr": 1e-3}], ids=["step", "exact"]
+)
 def test_the_first_loss_of_each_iteration_is_log_2_and_it_falls(tiny, tmp_path, options):
     steps = 8
     logged = fit(module(tiny, steps=steps, **options), tmp_path, 2 * steps).logged
