@@ -79,6 +79,7 @@ def test_the_best_guidance_is_chosen_by_the_truth_where_that_is_known():
     assert best_guidance(found) == 3.0
     assert best_guidance({1.5: found[1.5]}) is None
     assert "Guidance 2 has the highest truth on the validation split, seed 11 (1.5: 0.6" in baselines().told()
+    assert baselines(tuned={1.0: 0.4}, guidance=1.0).told() == "Guidance 1 alone was measured."
 
 
 def result(config: str, seed: int, truth: float, cpu: float | None) -> dict[str, Any]:

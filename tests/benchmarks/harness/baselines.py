@@ -79,6 +79,8 @@ class Baselines:
         """How the guidance was chosen."""
         if self.guidance is None:
             return "No guidance was chosen yet."
+        if len(self.tuned) == 1:
+            return f"Guidance {self.guidance:g} alone was measured."
         values = ", ".join(f"{guidance:g}: {value:.3f}" for guidance, value in self.tuned.items())
         chosen = f"Guidance {self.guidance:g} has the highest {self.by} on the validation split"
         return f"{chosen}, seed {TUNING_SEED} ({values})."
