@@ -651,6 +651,7 @@ def test_two_processes_leave_what_one_leaves(small):
     assert_one_and_two_processes_agree(*runs)
 
 
+@pytest.mark.slow
 def test_processes_that_share_the_weights_leave_what_one_leaves_and_go_on_exactly(small):
     """Adam must not count the empty step by which torch finds out what it saves."""
     arguments = [*small, "--data.prompts_per_batch=4", "--trainer.check_val_every_n_epoch=2"]

@@ -186,6 +186,7 @@ def test_what_starts_from_the_same_model_shares_its_cells(tmp_path):
     assert pretrained_of(replace(shared, guidances=[]), tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_a_pretrained_model_is_measured_beside_a_run(plan, tmp_path):  # noqa: F811
     """In the table of the run, in the summary, and as lines in its plots."""
     plan = replace(plan, seeds=[1], guidances=[2.0])

@@ -80,6 +80,7 @@ def read(folder: Path, seed: int) -> dict[str, Any]:
     return json.loads((folder / "results" / "tiny" / f"ddpo_seed{seed}.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_plan_that_was_interrupted_ends_as_the_one_that_was_not(plan, tmp_path, monkeypatch, capsys):
     spent: list[tuple[str, str, float]] = []
 

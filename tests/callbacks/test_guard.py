@@ -216,6 +216,7 @@ def test_what_is_now_measured_otherwise_is_not_compared(tiny, tmp_path):
     assert guard._best == {}
 
 
+@pytest.mark.slow
 def test_two_processes_decide_alike(tiny, tmp_path):
     recorder = fit(
         exploited(tiny),
