@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lit_align.files import write
 from tests.benchmarks.harness.baselines import PLAIN, Baselines, best_of, measured
 from tests.benchmarks.harness.plan import ROOT, Cell, Plan, load_plan
 from tests.benchmarks.harness.plots import by_distance, frontier, plot_curves, plot_frontier
-from tests.benchmarks.harness.pretrained import FOLDER, best_guidance, pretrained_of
+from tests.benchmarks.harness.pretrained import FOLDER, Pretrained, best_guidance, pretrained_of
 from tests.benchmarks.harness.report import markdown
 from tests.benchmarks.harness.run import SECONDS_PER_LOOK, CellFailed, Subprocesses, alone, run_cell
 from tests.benchmarks.harness.summary import HEADER, change, summary
@@ -68,6 +69,21 @@ def test_rows_of_the_pretrained_model():
     alone = baselines(guidance=None, tests={1.0: {1: one_image}}).rows()
     assert list(alone) == [PLAIN]
     assert baselines(tests={}).rows() == {}
+    assert len(baselines(of_sets=True).rows()) == 2  # none for the best of N: a set has no best image
+
+
+def test_a_reward_of_sets_is_known_by_its_configuration():
+    rewards = {
+        "colours": {"class_path": "lit_align.rewards.PairwiseDiversity"},
+        "red": {"class_path": "lit_align.rewards.Redness"},
+        "mine": {"class_path": "lit_align.rewards.FunctionReward", "init_args": {"scope": "group"}},
+    }
+    found = {}
+    for name in rewards:
+        bank = {"init_args": {"rewards": rewards, "weights": {name: 1.0, "red": 0.5}}}
+        text = yaml.safe_dump({"model": {"init_args": {"rewards": bank}}})
+        found[name] = Pretrained("key", text, Path()).of_sets()
+    assert found == {"colours": True, "red": False, "mine": True}
 
 
 def test_the_best_guidance_is_chosen_by_the_truth_where_that_is_known():

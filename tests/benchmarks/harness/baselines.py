@@ -38,6 +38,7 @@ class Baselines:
         validation: Means on the validation split, over the seeds: by guidance, then metric.
         deviation: Standard deviation of the images' metrics there, without guidance.
         tests: Test images by guidance, then seed.
+        of_sets: Whether a trained reward scores sets of images: then there is no best of N.
     """
 
     configs: tuple[str, ...]
@@ -47,6 +48,7 @@ class Baselines:
     validation: dict[float, dict[str, float]]
     deviation: dict[str, float]
     tests: dict[float, dict[int, Columns]]
+    of_sets: bool = False
 
     def label(self, guidance: float) -> str:
         """How the pretrained model with a guidance is called."""
@@ -69,7 +71,7 @@ class Baselines:
             label = f"{self.label(best)}: twice the cost a step"
             found[label] = {name: pooled(pairs, name) for name in names}
         chosen = [best_of(columns) for columns in plain.values()]
-        if all(count > 1 for count, _, _ in chosen):
+        if not self.of_sets and all(count > 1 for count, _, _ in chosen):
             label = f"pretrained, best of {chosen[0][0]} by the trained reward: {chosen[0][0]} images for one"
             pairs = [(mean, top) for _, mean, top in chosen]
             found[label] = {name: pooled(pairs, name) for name in _names(plain) if name not in OF_SEVERAL}
@@ -111,7 +113,7 @@ def _measured(plan: Plan, model: Pretrained, configs: tuple[str, ...], out: Path
         if scale == 1:
             deviation = average([{n: m["deviation"] for n, m in one.items()} for one in metrics])
     means = {scale: values_of(metrics[by], "mean")[0] for scale, metrics in tuned.items()}
-    return Baselines(configs, means, by, guidance, validation, deviation, tests)
+    return Baselines(configs, means, by, guidance, validation, deviation, tests, model.of_sets())
 
 
 def average(found: Sequence[Mapping[str, float | None]]) -> dict[str, float]:

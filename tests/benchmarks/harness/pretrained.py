@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
@@ -74,6 +75,14 @@ class Pretrained:
         steps = ("validate",) if tunes else ("validate", "test")
         config = f"{self.key}_guidance{guidance:g}{'_tuning' if tunes else ''}"
         return Cell(FOLDER, config, seed, (f"--config={place}", *options), steps=steps)
+
+    def of_sets(self) -> bool:
+        """Whether a trained reward scores sets of images, of which none is the best for itself."""
+        bank = yaml.safe_load(self.configuration)["model"]["init_args"]["rewards"]["init_args"]
+        trained = [bank["rewards"][name] for name, weight in bank["weights"].items() if weight]
+        own = [getattr(resolve_name(one["class_path"]), "scope", "sample") for one in trained]
+        scopes = [a.get("init_args", {}).get("scope", scope) for a, scope in zip(trained, own, strict=True)]
+        return any(scope != "sample" for scope in scopes)
 
     def tuning(self, plan: Plan) -> list[Cell]:
         """The validations by which a plan chooses the guidance."""
