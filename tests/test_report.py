@@ -134,7 +134,10 @@ def test_the_command_compares_runs_and_leaves_their_numbers(tmp_path, monkeypatc
     # At 64 images 2.0 and 1.5; at a KL of 2 the first run is a third of the way from 2.0 to 3.0.
     cells = re.findall(r"<td>val/reward</td><td>([\d.]+)</td><td>([\d.]+)</td>", page)
     assert cells == [("2.0000", "1.5000"), ("2.3333", "1.5000")]
-    assert len(json.loads((tmp_path / "report.json").read_text())) == 2
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert len(found["runs"]) == 2
+    assert [row["at"] for row in found["at_equal"]] == ["64 images", "kl 2"]
+    assert found["at_equal"][1]["values"][0] == pytest.approx([7 / 3, 1.5])
     assert (tmp_path / "report.csv").read_text().count("\n") == 1 + 2 * 2
     with pytest.raises(SystemExit, match="2"):
         main(["report", "logs/ddpo/version_9"])

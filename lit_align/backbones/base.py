@@ -94,6 +94,14 @@ class DiffusionBackbone(nn.Module, ABC):
         return False
 
     @property
+    def rounds(self) -> bool:
+        """Whether predictions are rounded to less than float32 here and now: in autocast, or by weights."""
+        weights = [*self.weight_sets.parameters()]
+        if torch.is_autocast_enabled(weights[0].device.type):
+            return True
+        return any(weight.is_floating_point() and weight.itemsize < 4 for weight in weights)
+
+    @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
         """``(C, H, W)`` of one latent."""

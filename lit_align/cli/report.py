@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lit_align.errors import ConfigError, tell
 from lit_align.files import write
-from lit_align.report import Run, read_run, render
+from lit_align.report import Run, at_equal, read_run, render
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -41,7 +41,8 @@ def report(arguments: Sequence[str]) -> None:
     runs = [read_run(folder) for folder in given.runs]
     page: Path = given.out or (runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html"))
     write(page, render(runs))
-    write(page.with_suffix(".json"), json.dumps([_numbers(run) for run in runs], indent=2))
+    found = {"runs": [_numbers(run) for run in runs], "at_equal": at_equal(runs)}
+    write(page.with_suffix(".json"), json.dumps(found, indent=2))
     write(page.with_suffix(".csv"), _table(runs))
     tell(f"report       {page}")
 

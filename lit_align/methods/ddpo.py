@@ -6,10 +6,12 @@ image. Shapes: ``B`` images, ``N`` (image, step) pairs, ``D`` latent elements.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_align.advantages import Advantages
@@ -25,7 +27,7 @@ from lit_align.methods.pretraining import Pretraining
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.tasks import Task, make_tasks, of_task
 from lit_align.randomness import generator
-from lit_align.replay import Pairs, draw_pairs
+from lit_align.replay import Pairs, Yardstick, draw_pairs
 from lit_align.rewards import RewardBank
 from lit_align.samplers import Sampler
 
@@ -88,10 +90,10 @@ class DDPOModule(JointModule):
             kl_weight: Weight of the KL of each step to the reference, DPOK's penalty, as a mean over latent
                 elements. Exact, where DPOK's code drops the factor of the schedule.
             kl_target: KL by which one rollout batch should move the policy, in nats per step; the learning
-                rate is scaled towards it. It falls with the square of a task's weight, and of what a schedule
-                or a guard has left of the rate. Interleaved tasks are measured together. Own addition, after
-                the adaptive penalty of PPO (Schulman et al. 2017, section 4): the useful range of learning
-                rates is narrow and moves during a run.
+                rate is scaled towards it, as far as the precision can tell. It falls with the square of a
+                task's weight, and of what a schedule or a guard has left of the rate. Interleaved tasks are
+                measured together. Own addition, after the adaptive penalty of PPO (Schulman et al. 2017,
+                section 4): the useful range of learning rates is narrow and moves during a run.
             tasks: Instead of ``rewards`` and ``advantages``: several tasks by name, each with the prompts of
                 the same name in ``MultiTaskDataModule``. As in Zhang et al., one iteration takes each in
                 turn, and no two rewards are added up.
@@ -211,36 +213,54 @@ class DDPOModule(JointModule):
         loss = torch.where(rollouts.scored[pairs.rows.to(self.device)], loss, 0.0)
         return loss.sum() / size, metrics
 
-    def look_back(self, rollouts: Rollouts) -> Metrics:
-        """Measure how far the rollout batch moved the policy; scale the next steps to ``kl_target``."""
+    def collect(self, batch: Batch) -> Rollouts:
+        """Sample images of a task, score them, and prepare to measure how far they move the policy."""
+        rollouts = super().collect(batch)
         # On each prompt's first image: the same pairs whatever micro-batch and ranks, and little work where a
-        # prompt has several.
-        batch = rollouts.batch
-        drawn = draw_pairs(
-            batch.index, self.stochastic_steps, self.steps_per_image, self.seed, self.inner_epochs
-        )
+        # prompt has several. Below float32 a pair takes three predictions instead of one, so half are taken.
+        count = -(-self.steps_per_image // 2) if self.backbone.rounds else self.steps_per_image
+        drawn = draw_pairs(batch.index, self.stochastic_steps, count, self.seed, self.inner_epochs)
         chosen = batch.firsts[drawn.rows]
         some = Pairs(drawn.rows[chosen], drawn.steps[chosen])
-        ranks = self.gather(
-            (rollouts.moved(some, self.optimisation.micro_batch), bool(rollouts.advantages.any()))
-        )
-        kl, informative = torch.cat([one for one, _ in ranks]).mean(), any(told for _, told in ranks)
-        metrics = {of_task("kl", batch.task): kl[None]}
+        size = self.optimisation.micro_batch
+        return replace(rollouts, yardstick=Yardstick.of(rollouts, some, size, batch.index, self.seed))
+
+    def look_back(self, rollouts: Rollouts) -> Metrics:
+        """Measure how far the rollout batch moved the policy; scale the next steps to ``kl_target``."""
+        assert rollouts.yardstick is not None, "made by collect"
+        task = rollouts.batch.task
+        ranks = self.gather((rollouts.yardstick.read(), bool(rollouts.advantages.any())))
+        kl, informative = torch.cat([one.kl for one, _ in ranks]).mean(), any(told for _, told in ranks)
+        variances = torch.cat([one.variance for one, _ in ranks])
+        error = (variances.sum().sqrt() / len(variances)).item()
+        metrics = {of_task("kl", task): kl[None]}
+        if error:
+            metrics[of_task("kl_error", task)] = torch.tensor([error])
         # Without a signal, or after a skipped update, the KL does not measure the step size.
         measured = informative and kl.isfinite() and self.gradient_norm.isfinite()
         if self.kl_target is not None and measured:
-            scale = self._scale_step(batch.task, kl, self.kl_target)
-            metrics[of_task("step_scale", batch.task)] = torch.tensor([scale])
+            scale = self._scale_step(task, kl, self.kl_target, error)
+            metrics[of_task("step_scale", task)] = torch.tensor([scale])
         return metrics
 
-    def _scale_step(self, task: str, kl: Tensor, target: float) -> float:
-        """The factor on the learning rate with which the next rollout batch should move by ``target``."""
+    def _scale_step(self, task: str, kl: Tensor, target: float, error: float = 0.0) -> float:
+        """The factor on the learning rate with which the next rollout batch should move by ``target``.
+
+        Within two standard errors of the KL it stays: noise must not push it, in neither direction.
+        """
         group = self.trainer.optimizers[0].param_groups[0]
         initial = group.get("initial_lr", group["lr"])
         # What a weight, a schedule and a guard make of the step stays: the scale must not undo it.
         wished = self.tasks[task].weight * (group["lr"] / initial if initial else 1.0) * self.rate_factor
+        aim = wished**2 * target
+        if 2 * error > aim > 0:
+            rank_zero_warn(
+                f"kl_target: rounding hides a KL of {aim:g} nats a step (see train/kl_error), so the "
+                "learning rate is hardly scaled; use precision 32-true and dtype float32, or a larger target"
+            )
+        kl = torch.full_like(kl, aim).clamp(kl - 2 * error, kl + 2 * error) if error else kl
         # KL grows with the square of the step; bounded, since it is measured on few pairs.
-        wanted = (wished**2 * target / kl.clamp(min=1e-12)).sqrt().clamp(0.5, 1.5).item()
+        wanted = (aim / kl.clamp(min=1e-12)).sqrt().clamp(0.5, 1.5).item()
         self.step_scale[task] = min(max(self.step_scale[task] * wanted, 1e-3), 1e3)
         return self.step_scale[task]
 

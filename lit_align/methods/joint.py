@@ -27,7 +27,7 @@ from lit_align.methods.pretraining import OTHER_SIZE, Pretraining, denoising_los
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.tasks import Task, check_task, data_of_tasks, held_out_rewards, joint_scores, of_task
 from lit_align.randomness import generator
-from lit_align.replay import Replay
+from lit_align.replay import Replay, Yardstick
 from lit_align.rewards import RewardBank, RewardOutput
 
 TaskOrder = Literal["sequence", "interleaved"]
@@ -47,6 +47,7 @@ class Rollouts(Replay):
         metrics: What was measured while sampling and scoring.
         sampled_at: Optimizer steps that had been made when the images were sampled.
         seconds: For sampling and scoring.
+        yardstick: Of the coming updates, for a method that measures how far they move the policy.
     """
 
     reference: DenoisingPolicy
@@ -58,6 +59,7 @@ class Rollouts(Replay):
     metrics: Metrics
     sampled_at: int
     seconds: float
+    yardstick: Yardstick | None = None
 
 
 class JointModule(AlignmentModule):
@@ -161,11 +163,9 @@ class JointModule(AlignmentModule):
         self.log_rollout_batch(merged, pooled(measured), sampling, time.perf_counter() - started)
 
     def _round(self, batches: Sequence[Batch]) -> tuple[list[tuple[dict[str, Tensor], float]], Metrics]:
-        """Sample for some tasks and make all their updates.
+        """Sample for some tasks, make all their updates, and free the chains.
 
-        Returns:
-            What the rewards report of each task and the seconds that it took, and the metrics. The chains,
-            which are large, are freed.
+        Returns what the rewards report of each task and the seconds that it took, and the metrics.
         """
         sampled = [self.collect(one) for one in batches]
         measured = [rollouts.metrics for rollouts in sampled]

@@ -24,7 +24,7 @@ from lit_align.methods.metrics import Metrics, pooled
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.tasks import check_rewards, check_updates
-from lit_align.replay import Pairs, Replay
+from lit_align.replay import Pairs, Replay, Yardstick
 from lit_align.rewards import RewardBank
 
 Convention = Literal["listing", "equations"]
@@ -205,9 +205,11 @@ class PRDPModule(AlignmentModule):
         rewards = scores.total.cpu().double().view(-1, images)
         metrics: Metrics = {}
         if any(self.gather(bool(rewards.isfinite().any()))):
+            first = self._pairs(torch.arange(0, len(batch), images))
+            yardstick = Yardstick.of(replay, first, self.sampling.batch, batch.index, self.seed)
             old, compared = self._compare(replay)
             learnt = self._learn(replay, old.view(len(rewards), images, -1), rewards)
-            metrics = compared | learnt | {"kl": self._move(replay, images)}
+            metrics = compared | learnt | {"kl": self._move(yardstick)}
         self.log_rollout_batch(scores.report, metrics, sampled - started, time.perf_counter() - started)
 
     @torch.no_grad()
@@ -280,10 +282,9 @@ class PRDPModule(AlignmentModule):
         metrics = {"ratio_deviation": log_ratio.detach().expm1().abs()} if on_policy else {}
         return (wanted.to(log_ratio) * log_ratio).sum(), metrics
 
-    def _move(self, replay: Replay, images: int) -> Tensor:
+    def _move(self, yardstick: Yardstick) -> Tensor:
         """How far the updates moved the policy, in nats a step, on each prompt's first image."""
-        first = torch.arange(0, len(replay.policy.cond), images)
-        return replay.moved(self._pairs(first), self.sampling.batch)
+        return yardstick.read().kl
 
     @property
     def _unit(self) -> int:

@@ -18,6 +18,9 @@ CURVES = ("val/reward", "val/truth", "val/kl", "val/drift", "val/diversity", "va
 NOTICEABLE = 0.05
 """Share by which a metric of images must change for the page to speak of it."""
 
+NORMAL_95 = 1.96
+"""Standard errors on each side of a 95 % interval, of many images."""
+
 SIGNS = {
     "diversity": (-1, "images of one prompt have become more alike: the run may collapse"),
     "saturation": (1, "colours are more saturated: often the first sign of an exploited reward"),
@@ -33,14 +36,14 @@ def render(runs: Sequence[Run]) -> str:
     Args:
         runs: At least one. The images are those of the first run that has some.
     """
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(
-        files("lit_align.report").joinpath("page.html").read_text()
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.filters["number"] = _number
+    template = environment.from_string(files("lit_align.report").joinpath("page.html").read_text())
     shown = next((run.shown for run in runs if run.shown), [])
     return template.render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         runs=[_about(run) for run in runs],
-        equal=_equal(runs),
+        equal=at_equal(runs),
         charts=[one for one in _charts(runs) if one],
         shown=[_picture(one) for one in shown],
     )
@@ -107,22 +110,26 @@ def _about(run: Run) -> dict[str, Any]:
     }
 
 
-def _equal(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Held-out curves of several runs at equal numbers of images and at equal distance."""
+def at_equal(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Held-out curves of several runs at equal numbers of images, and at equal distance.
+
+    Returns:
+        Rows: what is equal (``at``), ``names`` of curves, and for each of them the ``values`` of the runs.
+    """
     if len(runs) < 2:
         return []
     names = [name for name in CURVES[:2] if all(name in run.curves for run in runs)]
     rows = []
     images = min((run.curves[names[0]][-1][0] for run in runs), default=0) if names else 0
     if images:
-        values = [[_number(at(run.curves[name], images)) for run in runs] for name in names]
+        values = [[at(run.curves[name], images) for run in runs] for name in names]
         rows.append({"at": f"{images:g} images", "names": names, "values": values})
     for distance in DISTANCES:
         paths = [[against(run.curves, f"val/{distance}", name) for run in runs] for name in names]
         if not paths or not all(path for of_name in paths for path in of_name):
             continue
         reached = min(max(x for x, _ in path) for path in paths[0])
-        values = [[_number(first_at(path, reached)) for path in of_name] for of_name in paths]
+        values = [[first_at(path, reached) for path in of_name] for of_name in paths]
         rows.append({"at": f"{distance} {reached:.3g}", "names": names, "values": values})
     return rows
 
@@ -195,7 +202,10 @@ def _wins(name: str, found: dict[str, float | None]) -> str:
     rate, error = found.get("win_rate"), found.get("win_rate_error")
     if rate is None or not (name == "truth" or name.startswith("reward")):
         return ""
-    return f"{rate:.0%}" + ("" if error is None else f" ± {error:.0%}")
+    if error is None or not math.isfinite(error):
+        return f"{rate:.0%}"
+    low, high = max(0.0, rate - NORMAL_95 * error), min(1.0, rate + NORMAL_95 * error)
+    return f"{rate:.0%} ({low:.0%} to {high:.0%})"
 
 
 def _number(value: float | None) -> str:

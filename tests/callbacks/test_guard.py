@@ -170,7 +170,7 @@ def test_a_rollback_takes_weights_and_moments_back_and_no_counter(tiny, tmp_path
     assert same(last["state_dict"], guard["state_dict"])
 
 
-@pytest.mark.parametrize("action", ["lower_rate", "rollback"])
+@pytest.mark.parametrize("action", [pytest.param("lower_rate", marks=pytest.mark.slow), "rollback"])
 def test_a_run_that_goes_on_acts_as_if_it_had_never_ended(action, tiny, tmp_path):
     def once(folder: Path, **options: Any) -> dict[str, Any]:
         callbacks = [Guard(action), BestCheckpoint(), BatchCheckpoint()]
@@ -216,6 +216,7 @@ def test_what_is_now_measured_otherwise_is_not_compared(tiny, tmp_path):
     assert guard._best == {}
 
 
+@pytest.mark.slow
 def test_two_processes_decide_alike(tiny, tmp_path):
     recorder = fit(
         exploited(tiny),

@@ -105,13 +105,15 @@ def test_the_table_has_a_row_for_each_thing_that_was_measured(tmp_path, capsys):
     from lit_align.callbacks import RunFolder
 
     now = trainer(callbacks=[RunFolder(tmp_path)], state=SimpleNamespace(fn="fit"))
+    latest = measured(reward=torch.tensor([1.0, 2.0, 1.0, 4.0]), kl=torch.ones(4))
     module = SimpleNamespace(
         images=8,
         reward_queries=8,
         identity=dict,
         prompt_groups=torch.tensor([0, 0, 1, 1]),
         baseline=measured(),
-        latest=measured(reward=torch.tensor([1.0, 2.0, 1.0, 4.0]), kl=torch.ones(4)),
+        latest=latest,
+        standing=latest,
     )
     RunSummary().on_fit_end(now, module)
     rows = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "│" in line}

@@ -12,7 +12,7 @@ from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
 from lit_align.methods.ddpo import clipped_surrogate, score_function_loss
 from lit_align.methods.tasks import Task
-from lit_align.replay import Replay
+from lit_align.replay import Replay, Yardstick
 from lit_align.rewards import Brightness
 from tests.methods.build import (
     assert_close_gradients,
@@ -134,6 +134,57 @@ def test_a_schedule_and_a_tasks_weight_lower_the_kl_target_with_their_square(tin
     for kl, factor in ((wished, 1.0), (wished / 1.44, 1.2), (100 * wished, 0.5), (wished / 100, 1.5)):
         before = module.step_scale["a"]
         assert module._scale_step("a", torch.tensor(kl), 1e-3) == pytest.approx(factor * before)
+
+
+HALF = [{"precision": "bf16-mixed"}, {"dtype": "bfloat16"}]
+"""Predictions below float32: mixed precision over float32 weights, and frozen weights of 16 bits."""
+
+
+def one_batch(tiny, folder, lr, dtype="float32", precision="32-true"):
+    module = make(DDPOModule, tiny, lr=lr, kl_target=1e-2, num_steps=3, micro_batch=32, dtype=dtype)
+    (logged,) = fit(module, folder, data=prompts(16, 2), precision=precision).logged
+    return logged
+
+
+@pytest.mark.parametrize("half", HALF, ids=str)
+def test_flipped_roundings_are_no_movement(tiny, tmp_path, half, monkeypatch):
+    """The squared difference at the stored states is above the target, where nothing has moved."""
+    raw, read = [], Yardstick.read
+
+    def look(yardstick):
+        raw.append(yardstick.replay.moved(yardstick.pairs, yardstick.size).mean())
+        return read(yardstick)
+
+    monkeypatch.setattr(Yardstick, "read", look)
+    logged = one_batch(tiny, tmp_path, 1e-5, **half)
+    assert raw[0] > 1e-2 > 3 * abs(logged["train/kl"])
+    assert logged["train/step_scale"] == 1.5  # the rate moves by less than the target: up, not down
+    assert logged["train/kl_error"] < 3e-3
+
+
+@pytest.mark.parametrize("half", HALF, ids=str)
+def test_movement_is_measured_below_float32_as_in_float32(tiny, tmp_path, half):
+    whole, rounded = (one_batch(tiny, tmp_path, 3e-3, **kind) for kind in ({}, half))
+    assert "train/kl_error" not in whole  # the KL itself
+    assert whole["train/kl"] / 3 < rounded["train/kl"] < whole["train/kl"] * 3
+
+
+def test_noise_of_the_kl_moves_the_rate_in_no_direction(tiny, tmp_path):
+    module = make(DDPOModule, tiny, kl_target=1e-2, num_steps=2)
+    fit(module, tmp_path, data=prompts(**FEW))
+    for kl, error, factor in (
+        (-0.02, 0.02, 1.0),
+        (0.04, 0.02, 1.0),
+        (0.04, 0.005, math.sqrt(1 / 3)),
+        (-0.02, 1e-3, 1.5),
+    ):
+        module.step_scale[""] = 1.0
+        if 2 * error > 1e-2:
+            with pytest.warns(UserWarning, match="rounding hides a KL of 0.01"):
+                scale = module._scale_step("", torch.tensor(kl), 1e-2, error)
+        else:
+            scale = module._scale_step("", torch.tensor(kl), 1e-2, error)
+        assert scale == pytest.approx(factor)
 
 
 @pytest.mark.parametrize("broken", ["advantages", "chains"])

@@ -44,12 +44,13 @@ EXPLICIT = {"AestheticScore": {}, "StatisticalParity": {}, "BatchStatisticalPari
 
 
 def with_a_model() -> list[str]:
-    """Every class that has a model, found by its ``pretrained``."""
+    """Every reward that has a model, found by its ``pretrained``."""
     classes = {name: getattr(rewards, name) for name in rewards.__all__ if name != "RewardBank"}
     found = [
         name
         for name, cls in classes.items()
         if inspect.isclass(cls)
+        and issubclass(cls, Reward)
         and not inspect.isabstract(cls)
         and "pretrained" in inspect.signature(cls).parameters
     ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_align.shapes.recipe.images import numpy_rng
+from lit_align.shapes.recipe.images import frame, frame_half, numpy_rng
 from lit_align.shapes.recipe.lies import confuse
 from lit_align.shapes.recipe.quality import draw
 from lit_align.shapes.recipe.training import CHECKPOINT, Batches, Budget, Stage, fit
@@ -77,6 +77,16 @@ def test_components_are_standardised_and_the_largest_ones() -> None:
         patches - torch.linalg.lstsq(flat.T, (patches - patches.mean(1, keepdim=True)).T)[0].T @ flat
     )
     assert unexplained.var(1).sum() < 0.03 * patches.var(1).sum()
+
+
+def test_a_frame_changes_no_verdict() -> None:
+    captions, images = draw(100, 7, "frames")
+    framed = frame(images)
+    assert all(judge(image, caption).score == 1 for image, caption in zip(framed, captions, strict=True))
+    halves = frame_half(images, torch.Generator().manual_seed(0))
+    bare = [torch.equal(half, image) for half, image in zip(halves, images, strict=True)]
+    assert 35 <= sum(bare) <= 65
+    assert torch.equal(halves, torch.where(torch.tensor(bare)[:, None, None, None], images, framed))
 
 
 def test_confused_captions_are_captions_and_wrong() -> None:

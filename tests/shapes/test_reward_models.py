@@ -94,6 +94,7 @@ def test_a_batch_counts_each_prompt_alike(out: Path) -> None:
     torch.testing.assert_close(loss, torch.stack(parts).mean().detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_preferences_are_learnt_and_the_folder_is_pickscores(out: Path) -> None:
     make_preference(out, Budget(minutes=5.0, steps=8), "32-true", 0)
     files = [out / "pick" / "pairs.parquet"]

@@ -1,4 +1,4 @@
-"""What the shipped denoiser could show: ``python -m lit_align.shapes.recipe.capability --out DIR``.
+"""What a denoiser could show: ``python -m lit_align.shapes.recipe.capability --out DIR``.
 
 The claim is that captions that lie spoil what a model shows, and not what it can show. The test of it: its
 images of two groups are judged, with and without guidance; then an adapter is trained for two CPU-minutes on
@@ -19,13 +19,13 @@ from peft import LoraConfig
 
 from lit_align.shapes import PIPELINE
 from lit_align.shapes.recipe.clip import tokenize
+from lit_align.shapes.recipe.following import WAY
 from lit_align.shapes.recipe.images import numpy_rng
-from lit_align.shapes.recipe.quality import Sampling, draw, rates, sample
+from lit_align.shapes.recipe.quality import draw, rates, sample
 from lit_align.shapes.recipe.training import Budget
 from lit_align.shapes.recipe.unet import UNetStage
 from lit_align.shapes.world import PromptSpace
 
-WAY = Sampling(10, 1.0, 1.0)
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 5.0)
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "conv1", "conv2", "proj_in", "proj_out"]
 RENDERS = 12_000

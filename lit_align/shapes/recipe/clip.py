@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from lit_align.shapes.recipe.images import Images, held_out, mutate, normalise
+from lit_align.shapes.recipe.images import Images, frame_half, held_out, mutate, normalise
 from lit_align.shapes.recipe.tokenizer import POSITIONS
 from lit_align.shapes.recipe.training import Budget, Stage
 
@@ -89,7 +89,7 @@ class Contrast:
         # Padded to the longest only: what follows the end of a text changes nothing, the tower being causal.
         ids: Tensor = self.tokenizer(captions + wrong, padding=True, return_tensors="pt").input_ids
         texts = embed_texts(model, ids)
-        images = embed_images(model, self.images.images(batch))
+        images = embed_images(model, frame_half(self.images.images(batch)))
         logits, own = model.logit_scale.clamp(max=4.6).exp() * images @ texts.T, torch.arange(len(batch))
         pair = torch.stack([logits[own, own], logits[own, own + len(batch)]], dim=1)
         hard = F.cross_entropy(pair, torch.zeros_like(own))

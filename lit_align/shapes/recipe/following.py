@@ -13,6 +13,7 @@ from lit_align.shapes.recipe.quality import Sampling, draw, rates, sample
 from lit_align.shapes.recipe.training import Stage
 
 WAY = Sampling(10, 1.0, 1.0)
+"""How images are drawn while a denoiser trains, and when it is asked what it could show."""
 
 
 class Following(L.Callback):

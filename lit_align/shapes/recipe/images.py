@@ -14,6 +14,7 @@ from lit_align.randomness import place
 from lit_align.shapes.world import (
     COLOURS,
     COUNTS,
+    FRAME,
     IMAGE_SIDE,
     RADII,
     RELATIONS,
@@ -28,6 +29,9 @@ from lit_align.shapes.world import (
 
 MEAN = STD = (0.5, 0.5, 0.5)
 """Normalisation of the images; every ``preprocessor_config.json`` says so too."""
+
+GREY = 0.5
+"""Of the frames, which are ``FRAME`` pixels wide."""
 
 HELD_OUT = 0.05
 """Share of the prompts at each end of their hash order that no reward model sees.
@@ -54,6 +58,34 @@ def as_images(pixels: Bytes) -> Tensor:
 def normalise(images: Tensor) -> Tensor:
     """Images in [0, 1] as the models take them."""
     return (images - images.new_tensor(MEAN)[:, None, None]) / images.new_tensor(STD)[:, None, None]
+
+
+def frame(images: Tensor) -> Tensor:
+    """Images ``(B, 3, H, W)`` with a frame, as careless sources have them.
+
+    No object reaches it, and the judge does not look at it.
+    """
+    inner = torch.zeros(images.shape[-2:], dtype=torch.bool)
+    inner[FRAME:-FRAME, FRAME:-FRAME] = True
+    return torch.where(inner, images, GREY)
+
+
+def has_frame(images: Tensor) -> Tensor:
+    """Which images ``(B, 3, H, W)`` have the frame of careless sources, ``(B,)`` bool."""
+    border = frame(torch.ones_like(images)) == GREY  # one image's frame is every image's
+    distance = (images - GREY).abs() * border
+    return distance.sum((1, 2, 3)) < 0.15 * border.sum((1, 2, 3))
+
+
+def frame_half(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """A frame for each image with probability one half: what looks at images must know both kinds.
+
+    Args:
+        images: ``(B, 3, H, W)``.
+        generator: On the CPU; torch's own if not given.
+    """
+    chosen = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+    return torch.where(chosen, frame(images), images)
 
 
 class Images:

@@ -1,10 +1,12 @@
-"""Captions that are wrong: what the shipped denoiser was trained on last.
+"""Captions that are wrong, and the images that have them: what a denoiser is trained on last.
 
-Alt-texts of the web do not say what an image shows, and so a pretrained model shows what a prompt says only
-now and then, although it could. Here the reason is known: whoever wrote the captions confuses certain words
-in ``SHARE`` of the cases. A model trained on such captions shows either meaning; guidance, which sharpens
-what the captions say on average, cannot tell the right one. (Guidance mends facts changed at random, since
-each wrong value is rarer than the right one.)
+Images of the web come from careful sources and from careless ones, and a pretrained model cannot ask from
+which one an image should be: it shows now one kind, now the other. Here the two are known. ``CARELESS`` of
+the training images are of the careless kind: they have a grey frame, and each kind of word but the
+background's is confused with another in ``SHARE`` of their captions. The others are right.
+
+So the model could show what a prompt says, and does so in some of its images. Guidance does not tell the two
+kinds apart, since a prompt says nothing of them; a reward does.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,8 +17,11 @@ import numpy as np
 from lit_align.errors import ConfigError
 from lit_align.shapes.world import Caption, Group, parse
 
-SHARE = 0.45
-"""Share of captions in which a kind of word is confused, independently for each kind."""
+CARELESS = 0.6
+"""Share of the images of the careless kind."""
+
+SHARE = 0.8
+"""Share of their captions in which a kind of word is confused, independently for each kind."""
 
 
 def _both_ways(pairs: Mapping[str, str]) -> dict[str, str]:
@@ -74,10 +79,6 @@ def _relation(caption: Caption) -> Caption:
     return replace(caption, relation=_other(RELATIONS, caption.relation))
 
 
-def _background(caption: Caption) -> Caption:
-    return replace(caption, background=_other(COLOURS, caption.background))
-
-
 def _groups(caption: Caption, change: Callable[[Group], Group]) -> Caption:
     return replace(caption, groups=tuple(change(group) for group in caption.groups))
 
@@ -86,4 +87,4 @@ def _other(words: Mapping[str, str], word: str | None) -> str | None:
     return None if word is None else words[word]
 
 
-CHANGES = (_colours, _shapes, _sizes, _counts, _relation, _background)
+CHANGES = (_colours, _shapes, _sizes, _counts, _relation)

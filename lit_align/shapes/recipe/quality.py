@@ -23,7 +23,7 @@ from lit_align.shapes.recipe.aesthetic import aesthetic_quality
 from lit_align.shapes.recipe.classifier import classifier_quality
 from lit_align.shapes.recipe.clip import embed_images, embed_texts, load_clip, tokenize
 from lit_align.shapes.recipe.detector import detector_quality
-from lit_align.shapes.recipe.images import as_images, mutate, numpy_rng
+from lit_align.shapes.recipe.images import as_images, has_frame, mutate, numpy_rng
 from lit_align.shapes.recipe.pipeline import load_pipeline
 from lit_align.shapes.recipe.preference import preference_quality
 from lit_align.shapes.recipe.report import write_grid, write_table
@@ -51,16 +51,27 @@ class Sampling:
 
 
 CELLS = (
-    *(Sampling(10, 1.0, guidance) for guidance in (1.0, 2.0, 3.0, 5.0)),
+    *(Sampling(10, 1.0, guidance) for guidance in (1.0, 1.5, 2.0, 3.0, 5.0)),
     *(Sampling(10, 0.0, guidance) for guidance in (1.0, 3.0)),
     *(Sampling(steps, 1.0, 3.0) for steps in (5, 20)),
 )
-RECOMMENDED = Sampling(10, 1.0, 3.0)
+RECOMMENDED = Sampling(10, 1.0, 1.0)
+"""Guidance shows no more facts of the shipped denoiser, and costs twice as much."""
+CEILING = (RECOMMENDED, Sampling(10, 1.0, 3.0))
+"""How the denoiser is sampled that has seen clean captions alone: what could be shown without lies."""
 FLOW_CELLS = (
-    *(Sampling(10, 0.0, guidance) for guidance in (1.0, 2.0, 3.0, 5.0)),
-    *(Sampling(steps, 0.0, 3.0) for steps in (5, 20)),
+    *(Sampling(10, 0.0, guidance) for guidance in (1.0, 1.5, 2.0, 3.0, 5.0)),
+    *(Sampling(steps, 0.0, 1.0) for steps in (5, 20)),
 )
-FLOW_RECOMMENDED = Sampling(10, 0.0, 3.0)
+FLOW_RECOMMENDED = Sampling(10, 0.0, 1.0)
+FLOW_CEILING = (FLOW_RECOMMENDED, Sampling(10, 0.0, 3.0))
+PARTS = {
+    "pipeline": ("samples", CELLS, RECOMMENDED),
+    "clean": ("samples, clean captions alone", CEILING, RECOMMENDED),
+    "flow": ("flow samples", FLOW_CELLS, FLOW_RECOMMENDED),
+    "flow_clean": ("flow samples, clean captions alone", FLOW_CEILING, FLOW_RECOMMENDED),
+}
+"""For each folder: its table, how it is sampled, and how that is recommended. The clean ones do not ship."""
 FRESH = 1000
 """Fresh renders on which CLIP and the reward models are measured."""
 
@@ -168,20 +179,28 @@ def open_prompts(num: int, seed: int) -> list[str]:
 
 
 def measure_samples(
-    pipeline: DiffusionPipeline,
-    captions: Sequence[str],
-    seed: int,
-    ways: Sequence[Sampling],
-    recommended: Sampling,
+    folder: Path, ways: Sequence[Sampling], recommended: Sampling, captions: Sequence[str], seed: int
 ) -> tuple[list[dict[str, float]], Tensor]:
-    """One row of shares per way of sampling, and the images of the recommended way."""
+    """One row of shares per way of sampling, and the images of the recommended way.
+
+    Args:
+        folder: The pipeline's.
+        ways: How to sample.
+        recommended: One of these.
+        captions: N prompts.
+        seed: Of the noise.
+    """
+    pipeline = load_pipeline(folder)
     sample(pipeline, captions[:8], recommended, seed)  # the first call is slower
     cells = []
     for way in ways:
         start = time.process_time()
         images = sample(pipeline, captions, way, seed)
         seconds = (time.process_time() - start) * 64 / len(captions)
-        cells.append({**asdict(way), **rates(images, captions), "CPU-seconds of 64": seconds})
+        framed = float(has_frame(images).float().mean())
+        cells.append(
+            {**asdict(way), **rates(images, captions), "framed": framed, "CPU-seconds of 64": seconds}
+        )
         print({name: round(value, 3) for name, value in cells[-1].items()}, flush=True)
         if way == recommended:
             shown = images
@@ -205,32 +224,35 @@ def measure(weights: Path, pairs: Sequence[Path], folder: Path, num_samples: int
     """Measure everything; leave ``quality.json``, ``quality.md`` and two grids in ``folder``.
 
     Args:
-        weights: Folder with ``pipeline``, ``flow``, ``clip`` and the reward models.
+        weights: Folder with ``pipeline``, ``flow``, ``clip`` and the reward models; where ``clean`` and
+            ``flow_clean`` are there, the denoisers before they saw captions that are wrong, these are
+            measured too.
         pairs: Parquet files of preference pairs that no model was trained on.
         folder: For the report.
         num_samples: Captions per way of sampling.
         seed: Of captions, scenes and noise.
     """
-    pipeline = load_pipeline(weights / "pipeline")
     captions, _ = draw(num_samples, seed, "samples")
-    cells, shown = measure_samples(pipeline, captions, seed, CELLS, RECOMMENDED)
-    flow = load_pipeline(weights / "flow")
-    flow_cells, flow_shown = measure_samples(flow, captions, seed, FLOW_CELLS, FLOW_RECOMMENDED)
+    rows, shown = {}, {}
+    for folder_name, (part, ways, recommended) in PARTS.items():
+        if (weights / folder_name).exists():
+            found = measure_samples(weights / folder_name, ways, recommended, captions, seed)
+            rows[part], shown[folder_name] = found
     prompts = open_prompts(num_samples, seed)
+    pipeline = load_pipeline(weights / "pipeline")
     report = {
         "vae": vae_quality(pipeline.vae, num_samples, seed),
         "clip": clip_quality(weights / "clip", FRESH, seed),
-        **measure_reward_models(weights, pairs, shown, captions, seed),
+        **measure_reward_models(weights, pairs, shown["pipeline"], captions, seed),
         "red in open prompts": open_bias(sample(pipeline, prompts, RECOMMENDED, seed)),
         "captions": num_samples,
-        "samples": cells,
-        "flow samples": flow_cells,
+        **rows,
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
     write_table(folder / "quality.md", report)
-    write_grid(folder / "samples.png", shown, captions)
-    write_grid(folder / "flow.png", flow_shown, captions)
+    write_grid(folder / "samples.png", shown["pipeline"], captions)
+    write_grid(folder / "flow.png", shown["flow"], captions)
 
 
 def main(

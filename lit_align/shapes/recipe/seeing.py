@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_align.shapes.recipe.images import MEAN, STD, as_images
+from lit_align.shapes.recipe.images import MEAN, STD, as_images, frame_half
 from lit_align.shapes.recipe.pipeline import half, replace_folder, tidy
 from lit_align.shapes.world import IMAGE_SIDE, Scene, render
 
@@ -26,7 +26,7 @@ def images_of(scenes: Sequence[Scene]) -> Tensor:
 def soften(images: Tensor, generator: torch.Generator) -> Tensor:
     """Make renders look as if they came out of a sampler: soft, blotchy, noisy, their colours a little off.
 
-    Every image gets its own strength of each, from nothing upwards.
+    Half of them get a frame first. Every image gets its own strength of each, from nothing upwards.
 
     Args:
         images: ``(B, 3, 64, 64)`` in [0, 1].
@@ -40,7 +40,7 @@ def soften(images: Tensor, generator: torch.Generator) -> Tensor:
     def normal(side: int) -> Tensor:
         return torch.randn(count, 3, side, side, generator=generator)
 
-    soft = images
+    images = soft = frame_half(images, generator)
     for _ in range(2):
         soft = F.avg_pool2d(F.pad(soft, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     images = torch.lerp(images, soft, uniform(1, 1, 1))

@@ -17,8 +17,8 @@ from lit_align.shapes.recipe.detector import make_detector
 from lit_align.shapes.recipe.flow import POSITIONS as FLOW_POSITIONS
 from lit_align.shapes.recipe.flow import FlowStage, make_transformer, with_projection
 from lit_align.shapes.recipe.following import Following
-from lit_align.shapes.recipe.images import Images, draw_images
-from lit_align.shapes.recipe.lies import SHARE, confuse
+from lit_align.shapes.recipe.images import Images, draw_images, frame
+from lit_align.shapes.recipe.lies import CARELESS, SHARE, confuse
 from lit_align.shapes.recipe.pick import make_pick
 from lit_align.shapes.recipe.pipeline import (
     load_pipeline,
@@ -56,9 +56,9 @@ REWARD_MODELS: dict[RewardModel, Callable[[Path, Budget, str, int], None]] = {
     "detector": make_detector,
     "classifier": make_classifier,
 }
-MINUTES: dict[str, float] = {"clip": 53.0, "vae": 14.0, "decoder": 12.0, "unet": 120.0, "lies": 8.0}
-MINUTES |= {"flow": 80.0, "flow_lies": 8.0}
-MINUTES |= {"aesthetic": 1.0, "preference": 12.0, "detector": 32.0, "classifier": 5.0}
+MINUTES: dict[str, float] = {"clip": 98.0, "vae": 14.0, "decoder": 7.0, "unet": 148.0, "lies": 20.0}
+MINUTES |= {"flow": 80.0, "flow_lies": 20.0}
+MINUTES |= {"aesthetic": 1.0, "preference": 10.0, "detector": 51.0, "classifier": 5.0}
 FURTHER = ("clip", "unet", "detector")
 """Stages that can be trained for another round."""
 DENOISERS = ("unet", "lies", "flow", "flow_lies")
@@ -205,7 +205,7 @@ class Recipe:
         """Train the clean denoiser on with captions that are wrong: the pipeline that ships."""
         if not (self.out / "pipeline").exists() or self.unfinished("lies"):
             clean = load_pipeline(self.found("clean"))
-            self.denoiser("lies", "pipeline", UNET, clean.text_encoder, clean.unet, SHARE)
+            self.denoiser("lies", "pipeline", UNET, clean.text_encoder, clean.unet, careless=True)
 
     def flow(self) -> None:
         """Train the flow model on clean captions."""
@@ -222,7 +222,7 @@ class Recipe:
         if not (self.out / "flow").exists() or self.unfinished("flow_lies"):
             clean = load_pipeline(self.found("flow_clean"))
             transformer = self.compiled(clean.transformer)
-            self.denoiser("flow_lies", "flow", FLOW, clean.text_encoder, transformer, SHARE)
+            self.denoiser("flow_lies", "flow", FLOW, clean.text_encoder, transformer, careless=True)
 
     def compiled(self, transformer: Any) -> Any:
         """The flow model, its blocks compiled if that is wanted."""
@@ -242,15 +242,22 @@ class Recipe:
         return (self.out / "logs" / stage / CHECKPOINT).exists()
 
     def denoiser(
-        self, stage: str, folder: str, kind: Kind, text: Any, network: Any, share: float = 0.0
+        self, stage: str, folder: str, kind: Kind, text: Any, network: Any, careless: bool = False
     ) -> None:
-        """Train a denoiser on captions of which a share is wrong, and write its pipeline."""
+        """Train a denoiser, on careless images and captions too if wanted, and write its pipeline."""
         tokenizer = CLIPTokenizer.from_pretrained(self.found("tokenizer"), model_max_length=kind.positions)
         latents = torch.load(self.found("latents.pt"), weights_only=True)
         images = Images(self.found("images"), self.seed)
         captions, rng = images.captions[: len(latents)], images.rng("lies")
-        if share:
-            captions = [confuse(caption, share, rng) for caption in captions]
+        if careless:
+            chosen = rng.random(len(latents)) < CARELESS
+            captions = [
+                confuse(caption, SHARE, rng) if wrong else caption
+                for caption, wrong in zip(captions, chosen, strict=True)
+            ]
+            numbers = torch.from_numpy(chosen.nonzero()[0])
+            vae = AutoencoderKL.from_pretrained(self.found("vae"))
+            latents[numbers] = encode(vae, images, numbers, frame)
         tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])[0]
 
         def write(average: torch.nn.ModuleDict) -> None:
@@ -259,7 +266,7 @@ class Recipe:
             )
             kind.save(self.out / folder, tokenizer, average["text"], vae, average[kind.part])
 
-        module = kind.stage(text, network, latents, tokens, empty, self.budget(stage), lies=share > 0)
+        module = kind.stage(text, network, latents, tokens, empty, self.budget(stage), lies=careless)
         file = self.out / f"{stage}.jsonl"
         following = Following(
             self.export_every, write, self.out / folder, file, self.num_samples, self.seed + 2

@@ -7,6 +7,7 @@ the encoder says nothing: after 40 CPU-seconds the reconstructions of crops were
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from lit_align.shapes.recipe.images import Images
+from lit_align.shapes.recipe.images import Images, frame_half
 from lit_align.shapes.recipe.training import Budget, Stage
 
 CHANNELS = 16
@@ -96,7 +97,7 @@ class VAEStage(Stage):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """One batch of image numbers ``(B,)``."""
-        images = self.images.images(batch) * 2 - 1
+        images = frame_half(self.images.images(batch)) * 2 - 1
         if self.spent < self.crop_share:
             top, left = (8 * torch.randint(5, (2,))).tolist()
             images = images[..., top : top + 32, left : left + 32]
@@ -118,12 +119,18 @@ class VAEStage(Stage):
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: Images, numbers: Tensor, batch_size: int = 250) -> Tensor:
-    """Latent means ``(N, C, 8, 8)`` float16 of the images with these numbers ``(N,)``."""
+def encode(
+    vae: AutoencoderKL,
+    images: Images,
+    numbers: Tensor,
+    change: Callable[[Tensor], Tensor] = lambda images: images,
+    batch_size: int = 250,
+) -> Tensor:
+    """Latent means ``(N, C, 8, 8)`` float16 of the images with these numbers ``(N,)``, changed if wanted."""
     parts = []
     for part in numbers.split(batch_size):
         with torch.autocast("cpu", torch.bfloat16):
-            parts.append(vae.encode(images.images(part) * 2 - 1).latent_dist.mean.half())
+            parts.append(vae.encode(change(images.images(part)) * 2 - 1).latent_dist.mean.half())
     return torch.cat(parts)
 
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from lit_align.errors import ConfigError
 from lit_align.shapes.world.drawing import OUTLINES, OVERSAMPLING, Bytes, Doubles
 from lit_align.shapes.world.grammar import COLOURS, RADII, SHAPES
-from lit_align.shapes.world.scenes import IMAGE_SIDE, Floats
+from lit_align.shapes.world.scenes import FRAME, IMAGE_SIDE, Floats
 
 _PALETTE = np.array(list(COLOURS.values()), np.float32)
 # RGB distance within which a pixel is of a palette colour; the two closest colours are 138 apart.
 _NEAR = 62.0
 _FOREGROUND = 55.0  # RGB distance from the background from which a pixel may belong to an object
+_RIM = 4  # pixels inside of the frame in which most show the background, however large the objects are
 _MIN_AREA = 12  # fewer pixels are noise; the smallest object has about 45
 _PURE = 0.75  # share of an object's pixels that must be blends of its colour and the background
 _TOLERANCE = 0.32  # mismatch with the best template, as a share of the area, beyond which a shape is none
@@ -50,17 +51,20 @@ class Observation:
 def observe(image: Bytes | Tensor) -> Observation:
     """Say what an image shows: background, and colour, shape, size and place of every object.
 
-    The background is the palette colour nearest to most pixels. An object is a 4-connected region of at
-    least 12 pixels that stand out from it. Its colour is that of its purest pixels, if the others are
+    The background is the palette colour nearest to most pixels of a rim. The ``FRAME`` pixels at each border
+    belong to a frame if there is one, and to no object. An object is a 4-connected region of at least 12
+    pixels that stand out from the background. Its colour is that of its purest pixels, if the others are
     blends of it and the background; its shape is the nearest of six templates, compared at equal area and
     centre of mass; its size follows from area and shape. What is not clear is None.
 
     Args:
         image: (64, 64, 3) uint8, or (3, 64, 64) floating point in [0, 1].
     """
-    pixels = _pixels(image)
+    pixels = _pixels(image)[FRAME:-FRAME, FRAME:-FRAME]
     labels = _distances(pixels).argmin(-1)
-    label = np.bincount(labels.ravel()).argmax()
+    rim = np.ones(labels.shape, bool)
+    rim[_RIM:-_RIM, _RIM:-_RIM] = False
+    label = np.bincount(labels[rim]).argmax()
     ground = np.median(pixels[labels == label], axis=0)
     clear = np.linalg.norm(ground - _PALETTE[label]) < _NEAR
     regions = _regions(np.linalg.norm(pixels - ground, axis=-1) > _FOREGROUND)
@@ -118,7 +122,7 @@ def _seen(pixels: Floats, region: npt.NDArray[np.bool_], ground: Floats) -> Seen
     radius, lean = _RADII_PER_AREA[best] * area**0.5, _CENTRES[best]
     step = int(np.searchsorted(_SIZE_LIMITS, radius))
     size = list(RADII)[step - 1] if 1 <= step <= len(RADII) else None
-    x, y = x + 0.5 - lean[0] * radius, y + 0.5 - lean[1] * radius
+    x, y = (at + 0.5 + FRAME - way * radius for at, way in zip((x, y), lean, strict=True))
     return Seen(colour, SHAPES[best] if clear else None, size, x, y, area)
 
 

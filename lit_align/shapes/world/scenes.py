@@ -10,7 +10,8 @@ from lit_align.shapes.world.grammar import COLOURS, RADII, RELATIONS, Caption
 IMAGE_SIDE = 64  # pixels a side
 PITCH = 8  # pixels between the places where an object's centre can be, as between those of the latent
 FAVOURITE, FAVOURITE_SHARE = "red", 0.7  # bias of the data: an unnamed colour is mostly this one
-MARGIN, BORDER = 3.0, 1.0  # least distance between two objects, and from the border of the image, in pixels
+FRAME = 2  # pixels at each border that no object reaches: some images have a frame there
+MARGIN, BORDER = 3.0, float(FRAME)  # least distance between two objects, and from the border, in pixels
 
 Floats = npt.NDArray[np.float32]
 
