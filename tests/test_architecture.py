@@ -84,6 +84,7 @@ ALLOWED = {
 
 ROOMS = {
     "base",
+    "held_out",
     "skipped",
     "identity",
     "joint",

@@ -75,7 +75,7 @@ class TestReport(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         ranks = pl_module.gather(self._kept)
         self._kept = []
-        if not writes(trainer) or tested_split(trainer) != "test" or not pl_module.latest:
+        if not writes(trainer) or tested_split(trainer) != "test" or not pl_module.tested:
             return
         folder = run_folder(trainer)
         result = result_of(folder)

@@ -68,7 +68,7 @@ class RunSummary(Callback):
             _report(run_folder(trainer) / "validation.json", pl_module, "validation", complete=True)
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if writes(trainer) and pl_module.latest:
+        if writes(trainer) and pl_module.tested:
             split = tested_split(trainer)
             _report(run_folder(trainer) / f"{split}.json", pl_module, split)
 
@@ -82,20 +82,28 @@ def tested_split(trainer: Trainer) -> str:
 def _report(path: Path, module: AlignmentModule, split: str, **more: bool) -> None:
     """Write what was measured, and show it."""
     path = _write(path, module, split, **more)
-    if found := _compared(module):
+    if found := _compared(module, split):
         _show_change(found, split)
     else:
-        _show_means(_means(module), split)
+        _show_means(_means(module, split), split)
     _show_places(path)
 
 
-def _compared(module: AlignmentModule) -> dict[str, Comparison]:
+def _measured(module: AlignmentModule, split: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """What was measured of the pretrained model and of the policy, and the prompt of each image."""
+    if split.startswith("test"):
+        base = {name[5:]: values for name, values in module.tested.items() if name.startswith("base/")}
+        return base, module.tested, module.tested_groups
+    return module.baseline, module.standing, module.prompt_groups
+
+
+def _compared(module: AlignmentModule, split: str) -> dict[str, Comparison]:
     """Every metric of the pretrained model and the policy; empty where only one of them was measured."""
-    groups, latest = module.prompt_groups, module.standing
-    before = {name: values for name, values in module.baseline.items() if len(values) == len(groups)}
-    if module.baseline is latest:  # a validation of an untrained model is its own baseline
+    baseline, now, groups = _measured(module, split)
+    before = {name: values for name, values in baseline.items() if len(values) == len(groups)}
+    if baseline is now:  # a validation of an untrained model is its own baseline
         return {}
-    return {name: compare(old, latest[name], groups) for name, old in before.items() if name in latest}
+    return {name: compare(old, now[name], groups) for name, old in before.items() if name in now}
 
 
 def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Path:
@@ -103,10 +111,10 @@ def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Pat
 
     That of a fit replaces the one before; all others get a name of their own.
     """
-    if found := _compared(module):
+    if found := _compared(module, split):
         metrics = {name: finite(asdict(comparison)) for name, comparison in found.items()}
     else:
-        metrics = {name: _mean(comparison) for name, comparison in _means(module).items()}
+        metrics = {name: _mean(comparison) for name, comparison in _means(module, split).items()}
     result = {
         "split": split,
         "run": module.identity(),
@@ -115,7 +123,8 @@ def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Pat
         "reward_queries": module.reward_queries,
         "metrics": metrics | (module.set_metrics if split.startswith("test") else {}),
     }
-    rows = _rows({"prompt": module.prompt_groups} | module.standing)
+    _, now, groups = _measured(module, split)
+    rows = _rows({"prompt": groups} | now)
     if split == "validation":
         write(path.with_suffix(".csv"), rows)
     else:  # the table takes the name, and the JSON says that all is there
@@ -124,10 +133,10 @@ def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Pat
     return path
 
 
-def _means(module: AlignmentModule) -> dict[str, Comparison]:
+def _means(module: AlignmentModule, split: str) -> dict[str, Comparison]:
     """The mean of each metric and its error, as the comparison with 0 has them."""
-    groups = module.prompt_groups
-    return {n: compare(torch.zeros_like(values), values, groups) for n, values in module.standing.items()}
+    _, now, groups = _measured(module, split)
+    return {name: compare(torch.zeros_like(values), values, groups) for name, values in now.items()}
 
 
 def _mean(found: Comparison) -> dict[str, float | None]:

@@ -106,6 +106,9 @@ SAVED = {
     "model.sampling.guidance": 1.0,
     "model.sampling.batch": 8,
     "model.rewards.weights.clip": 1.0,
+    "model.weights.clip": 0.5,
+    "model.tasks.a.weight": 1.0,
+    "model.tasks.b.weight": 0.0,
     "model.clip_range": 1e-3,
     "model.optimisation.optimizer": "AdamW",
     "model.optimisation.optimizer.lr": 1e-3,
@@ -134,6 +137,10 @@ SAVED = {
         ("model.sampling.guidance", 3.0, "measurement"),
         ("model.rewards.weights.clip", 2.0, "measurement"),
         ("model.rewards.rewards.blue", "Blue", "measurement"),
+        ("model.weights.clip", 0.9, "measurement"),  # of MSDDA's objectives
+        ("model.tasks.a.weight", 0.5, "other"),
+        ("model.tasks.a.weight", 0.0, "measurement"),  # it is no longer part of the reward
+        ("model.tasks.b.weight", 0.5, "measurement"),
         ("data.source.path", "b.txt", "measurement"),
         ("data.validation_prompts", 32, "measurement"),
         ("seed_everything", 1, "measurement"),
@@ -144,6 +151,10 @@ SAVED = {
         ("model.optimisation.micro_batch", 4, "other"),
         ("data.images_per_prompt", 4, "other"),
         ("data.test_prompts", 4, "other"),
+        ("data.tasks.test_a.test_prompts", 4, "other"),
+        ("data.tasks.test_a.source.path", "b.txt", "measurement"),
+        ("data.test_source.path", "b.txt", "measurement"),  # the validation skips its prompts
+        ("data.predict_source.path", "b.txt", "other"),
         ("data.eval_batch", 4, "other"),
     ],
 )
