@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Callback
+from PIL import Image
 
 from lit_align.advantages import GroupAdvantages
 from lit_align.backbones import REFERENCE
@@ -81,15 +83,21 @@ def test_a_policy_that_starts_elsewhere_is_validated_beside_the_pretrained_model
 def checkpoint(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a run from Python."""
     folder = tmp_path_factory.mktemp("run")
-    fit(make(DDPOModule, tiny), folder, 1, BatchCheckpoint(), data=prompts(), limit_val_batches=None)
+    callbacks = ImageGrids(), BatchCheckpoint()
+    fit(make(DDPOModule, tiny), folder, 1, *callbacks, data=prompts(), limit_val_batches=None)
     (path,) = folder.rglob("last.ckpt")
     return path
 
 
 def validate(
-    module: AlignmentModule, folder: Path, checkpoint: Path | None, data: Any = None, **options: Any
+    module: AlignmentModule,
+    folder: Path,
+    checkpoint: Path | None,
+    data: Any = None,
+    *callbacks: Callback,
+    **options: Any,
 ) -> None:
-    trainer(folder, 1, **{"limit_val_batches": None} | options).validate(
+    trainer(folder, 1, *callbacks, **{"limit_val_batches": None} | options).validate(
         module, data or prompts(), checkpoint, verbose=False, weights_only=True if checkpoint else None
     )
 
@@ -114,6 +122,18 @@ def test_a_validation_that_measures_otherwise_is_compared_with_nothing(
         validate(module, tmp_path, checkpoint, prompts(**sizes), **limits)
     assert module.latest
     assert not module.baseline
+
+
+def test_images_that_are_sampled_otherwise_do_not_stand_beside_earlier_ones(
+    tiny: Path, tmp_path: Path, checkpoint: Path
+) -> None:
+    widths = []
+    for guidance in (1.0, 2.0):
+        folder = tmp_path / str(guidance)
+        validate(make(DDPOModule, tiny, guidance=guidance), folder, checkpoint, None, ImageGrids())
+        (grid,) = folder.rglob("validation_*.png")
+        widths.append(Image.open(grid).width)
+    assert widths[0] > widths[1]  # two images a prompt, and one
 
 
 def test_a_run_that_measures_otherwise_goes_on_with_a_new_baseline(
