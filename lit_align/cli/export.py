@@ -75,4 +75,7 @@ def _tell_of_best(folder: Path, given: Path) -> None:
     """Say that the newest weights were taken, and not the best."""
     best = folder / "checkpoints" / "best.ckpt"
     if given.suffix != ".ckpt" and best.exists():
-        tell(f"these are the newest weights; the best by validation are in {best}, which can be given too")
+        tell(
+            "these are the newest weights; the best by validation after an update are in "
+            f"{best}, which can be given too"
+        )
