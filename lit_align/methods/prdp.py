@@ -222,7 +222,8 @@ class PRDPModule(AlignmentModule):
             pieces.append(then.log_ratio(reference, drawn) / self._unit)
             kls.append(then.kl(reference))
         steps = len(self.stochastic_steps)
-        metrics = {"reference_kl": torch.cat(kls).view(-1, steps).sum(1)}
+        kl = torch.cat(kls).view(-1, steps).sum(1)
+        metrics = {"reference_kl": kl[replay.trajectory.finite]}
         return torch.cat(pieces).cpu().double().view(-1, steps), metrics
 
     def _learn(self, replay: Replay, old: Tensor, rewards: Tensor) -> Metrics:
@@ -234,6 +235,9 @@ class PRDPModule(AlignmentModule):
                 pairs = self._pairs((prompts[:, None] * images + torch.arange(images)).flatten())
                 moved = self._moved(replay, pairs, on_policy).view_as(old[prompts])
                 wanted, metrics = self._regress(moved, old[prompts], rewards[prompts])
+                if self.clip_range is not None:
+                    clipped = (moved.abs() > self.clip_range).flatten()
+                    metrics["clip_fraction"] = clipped[replay.trajectory.finite[pairs.rows]]
                 size = self.optimisation.micro_batch
                 micro = zip(pairs.split(size), wanted.flatten().split(size), strict=True)
                 losses = [partial(self._surrogate, replay, *part, on_policy) for part in micro]
@@ -269,8 +273,6 @@ class PRDPModule(AlignmentModule):
             (wanted,) = torch.autograd.grad(loss.mean(), log_ratio)
         pairs = compared_pairs(rewards, self.convention).sum((1, 2))
         metrics = {"loss": loss.detach(), "compared_pairs": pairs}
-        if self.clip_range is not None:
-            metrics["clip_fraction"] = (moved.abs() > self.clip_range).flatten()
         return wanted, metrics
 
     def _surrogate(
@@ -278,8 +280,10 @@ class PRDPModule(AlignmentModule):
     ) -> tuple[Tensor, Metrics]:
         """The second pass: a loss with the gradient that the loss has through some log-ratios."""
         log_ratio = self._log_ratio(replay, pairs)
-        # At the first update rounding alone.
-        metrics = {"ratio_deviation": log_ratio.detach().expm1().abs()} if on_policy else {}
+        metrics: Metrics = {}
+        if on_policy:  # at the first update rounding alone
+            deviation = log_ratio.detach().expm1().abs()
+            metrics["ratio_deviation"] = deviation[replay.trajectory.finite[pairs.rows]]
         return (wanted.to(log_ratio) * log_ratio).sum(), metrics
 
     def _move(self, yardstick: Yardstick) -> Tensor:
