@@ -198,7 +198,7 @@ class Guard(Callback):
         return found
 
     def _has_more_scores(self, now: dict[str, Tensor], groups: Tensor) -> bool:
-        """Whether the best validation has too few of the deciding reward to be compared with, and this more."""
+        """Whether the best validation has too few scores to be compared with, and this one has more."""
         deciding = self._rewards[0]
         before, after = (len(groups[one[deciding].isfinite()].unique()) for one in (self._best, now))
         return before < min(FEWEST, after)
