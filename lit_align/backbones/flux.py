@@ -8,6 +8,10 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from lit_align.backbones.transformer import TransformerBackbone, grid, pack, unpack
+from lit_align.tokens import Counts, count_tokens
+
+WORDS = 512
+"""Tokens of a prompt that T5 reads: the pipeline's default."""
 
 
 class FluxBackbone(TransformerBackbone):
@@ -30,13 +34,14 @@ class FluxBackbone(TransformerBackbone):
     def input_channels(self) -> int:
         return 4 * self.latent_shape[0]
 
-    @property
-    def tokenizers(self) -> list[Any]:
-        """T5's; CLIP's, which reads 77 tokens, only makes the pooled prompt."""
-        return [self.pipeline.tokenizer_2]
+    def prompt_tokens(self, prompt: str) -> Counts:
+        """Of T5; CLIP, which reads 77, only makes the pooled prompt."""
+        return [(count_tokens(self.pipeline.tokenizer_2, prompt), WORDS)]
 
     def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        states, pooled, _ = self.pipeline.encode_prompt(list(prompts), None, self.device)
+        states, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), None, self.device, max_sequence_length=WORDS
+        )
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
     def negative(self, empty: dict[str, Tensor]) -> dict[str, Tensor] | None:
