@@ -25,8 +25,7 @@ class FluxBackbone(TransformerBackbone):
     without: ClassVar[dict[str, Any]] = {"image_encoder": None, "feature_extractor": None}
 
     @property
-    def distilled(self) -> bool:
-        """Whether the scale of guidance is an input."""
+    def told_guidance(self) -> bool:
         config: Any = self.pipeline.transformer.config
         return bool(config.guidance_embeds)
 
@@ -45,14 +44,14 @@ class FluxBackbone(TransformerBackbone):
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
     def negative(self, empty: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        return None if self.distilled else empty
+        return None if self.told_guidance else empty
 
     def denoise(self, network: Any, x: Tensor, t: Tensor, cond: dict[str, Tensor], guidance: float) -> Tensor:
         image = grid(x)
         velocity: Tensor = network(
             pack(x),
             timestep=t / 1000,
-            guidance=torch.full((len(x),), guidance, device=x.device) if self.distilled else None,
+            guidance=torch.full((len(x),), guidance, device=x.device) if self.told_guidance else None,
             txt_ids=image.new_zeros(cond["encoder_hidden_states"].shape[1], 3),
             img_ids=torch.cat([torch.zeros_like(image[:, :1]), image], dim=1),
             return_dict=False,
