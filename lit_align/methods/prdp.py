@@ -213,11 +213,11 @@ class PRDPModule(AlignmentModule):
         rewards = scores.total.cpu().double().view(-1, images)
         metrics: Metrics = {}
         if any(self.gather(bool(rewards.isfinite().any()))):
-            first = self._pairs(torch.arange(0, len(batch), images))
+            first = self._pairs(torch.arange(0, len(batch), images))  # each prompt's first image
             yardstick = Yardstick.of(replay, first, self.sampling.batch, batch.index, self.seed)
             old, compared = self._compare(replay)
             learnt = self._learn(replay, old.view(len(rewards), images, -1), rewards)
-            metrics = compared | learnt | {"kl": self._move(yardstick)}
+            metrics = compared | learnt | {"kl": yardstick.read().kl}
         self.log_rollout_batch(scores.report, metrics, sampled - started, time.perf_counter() - started)
 
     @torch.no_grad()
@@ -230,8 +230,7 @@ class PRDPModule(AlignmentModule):
             pieces.append(then.log_ratio(reference, drawn) / self._unit)
             kls.append(then.kl(reference))
         steps = len(self.stochastic_steps)
-        kl = torch.cat(kls).view(-1, steps).sum(1)
-        metrics = {"reference_kl": kl[replay.trajectory.finite]}
+        metrics = {"reference_kl": torch.cat(kls).view(-1, steps).sum(1)[replay.trajectory.finite]}
         return torch.cat(pieces).cpu().double().view(-1, steps), metrics
 
     def _learn(self, replay: Replay, old: Tensor, rewards: Tensor) -> Metrics:
@@ -293,10 +292,6 @@ class PRDPModule(AlignmentModule):
             deviation = log_ratio.detach().expm1().abs()
             metrics["ratio_deviation"] = deviation[replay.trajectory.finite[pairs.rows]]
         return (wanted.to(log_ratio) * log_ratio).sum(), metrics
-
-    def _move(self, yardstick: Yardstick) -> Tensor:
-        """How far the updates moved the policy, in nats a step, on each prompt's first image."""
-        return yardstick.read().kl
 
     @property
     def _unit(self) -> int:
