@@ -10,7 +10,6 @@ import math
 import time
 from dataclasses import replace
 from functools import partial
-from math import prod
 from typing import Literal
 
 import torch
@@ -172,11 +171,6 @@ class PRDPModule(AlignmentModule):
         self.updates = updates
         self.inner_epochs = inner_epochs
 
-    @property
-    def averaged(self) -> int:
-        """The elements of a latent over which a step's log-ratio is a mean; 1 where it is their sum."""
-        return prod(self.backbone.latent_shape) if self.convention == "listing" else 1
-
     def setup(self, stage: str) -> None:
         """Check what depends on the data.
 
@@ -195,7 +189,7 @@ class PRDPModule(AlignmentModule):
             )
         check_updates(data, self.updates, self.trainer.world_size)
         check_rewards(self.rewards, data, self.trainer.world_size, "PRDP", "group")
-        warn_of_misfit(self.clip_range, self.averaged)
+        warn_of_misfit(self.clip_range, self.unit)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Sample images and score them, then regress on the stored chains."""
@@ -217,7 +211,7 @@ class PRDPModule(AlignmentModule):
             yardstick = Yardstick.of(replay, first, self.sampling.batch, batch.index, self.seed)
             old, compared = self._compare(replay)
             learnt = self._learn(replay, old.view(len(rewards), images, -1), rewards)
-            metrics = compared | learnt | {"kl": yardstick.read().kl}
+            metrics = compared | learnt | {"kl": self._move(yardstick)}
         self.log_rollout_batch(scores.report, metrics, sampled - started, time.perf_counter() - started)
 
     @torch.no_grad()
@@ -227,7 +221,7 @@ class PRDPModule(AlignmentModule):
         pieces, kls = [], []
         for pairs in self._pairs(torch.arange(len(replay.policy.cond))).split(self.sampling.batch):
             reference, then, drawn = before.step(pairs)
-            pieces.append(then.log_ratio(reference, drawn) / self._unit)
+            pieces.append(then.log_ratio(reference, drawn) / self.unit)
             kls.append(then.kl(reference))
         steps = len(self.stochastic_steps)
         metrics = {"reference_kl": torch.cat(kls).view(-1, steps).sum(1)[replay.trajectory.finite]}
@@ -260,7 +254,7 @@ class PRDPModule(AlignmentModule):
     def _log_ratio(self, replay: Replay, pairs: Pairs) -> Tensor:
         """Log-ratio of the policy now to the policy that sampled, ``(N,)``."""
         now, then, drawn = replay.step(pairs)
-        return now.log_ratio(then, drawn) / self._unit
+        return now.log_ratio(then, drawn) / self.unit
 
     @torch.no_grad()
     def _moved(self, replay: Replay, pairs: Pairs, on_policy: bool) -> Tensor:
@@ -293,7 +287,11 @@ class PRDPModule(AlignmentModule):
             metrics["ratio_deviation"] = deviation[replay.trajectory.finite[pairs.rows]]
         return (wanted.to(log_ratio) * log_ratio).sum(), metrics
 
+    def _move(self, yardstick: Yardstick) -> Tensor:
+        """How far the updates moved the policy, in nats a step, on each prompt's first image."""
+        return yardstick.read().kl
+
     @property
-    def _unit(self) -> int:
+    def unit(self) -> int:
         """Nats in one unit of a step's log-ratio: the listing's are means over latent elements."""
         return math.prod(self.backbone.latent_shape) if self.convention == "listing" else 1
