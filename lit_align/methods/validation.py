@@ -126,6 +126,7 @@ class ValidatedModule(SamplingModule, SkippingModule):
     Attributes:
         baseline: What was measured of the pretrained model, by name, ``(N,)`` each.
         latest: The same of the policy, in the newest validation.
+        measured_at: ``images`` and ``reward_queries`` of the run when that was measured.
         prompt_groups: ``(N,)``, the prompt of each image.
         tested: What the newest test measured of the policy, and of the pretrained model as ``base/<name>``.
         tested_groups: The prompt of each of its images.
@@ -137,6 +138,9 @@ class ValidatedModule(SamplingModule, SkippingModule):
     rewards: RewardBank
     baseline: dict[str, Tensor]
     latest: dict[str, Tensor]
+    images: int
+    reward_queries: int
+    measured_at: dict[str, int]
     prompt_groups: Tensor
     tested: dict[str, Tensor]
     tested_groups: Tensor
@@ -263,6 +267,7 @@ class ValidatedModule(SamplingModule, SkippingModule):
             self._evaluated = []
             return
         (self.latest, self.prompt_groups), self.taken_back = self._report("val"), {}
+        self.measured_at = {"images": self.images, "reward_queries": self.reward_queries}
         if self.images:
             return
         if self._is_pretrained():
