@@ -1,6 +1,5 @@
 """The model of a run as it was trained, from the run's folder."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from jsonargparse import ArgumentParser
 
 from lit_align.backbones import POLICY, DiffusersBackbone
 from lit_align.errors import ConfigError
+from lit_align.files import newest_file
 from lit_align.identity import read_stamp
 
 SET = "exported"
@@ -90,13 +90,9 @@ def read_run(path: Path) -> Run:
     weights = path / "adapter" if path == folder else path
     if not weights.exists():
         raise ConfigError(f"export: {folder} has no adapter/ yet; give a checkpoint of it")
-    numbers = {
-        int(found[1] or 1): file
-        for file in folder.glob("config*.yaml")
-        if (found := re.fullmatch(r"config(?:-(\d+))?\.yaml", file.name))
-    }
-    config = yaml.safe_load(numbers[max(numbers)].read_text())
-    return Run(folder, weights, config)
+    newest = newest_file(folder / "config.yaml")
+    assert newest is not None, "config.yaml is there"
+    return Run(folder, weights, yaml.safe_load(newest.read_text()))
 
 
 def mixture_of(runs: Sequence[Run], weights: Sequence[float], device: str = "cpu") -> Live:
