@@ -32,6 +32,7 @@ from lit_align.backbones.text import TextEncoding
 from lit_align.backbones.weight_sets import POLICY, WeightSets
 from lit_align.errors import ConfigError, check_positive
 from lit_align.samplers import Sampler
+from lit_align.tokens import Counts, count_tokens
 
 
 class DiffusersBackbone(DiffusionBackbone):
@@ -190,10 +191,9 @@ class DiffusersBackbone(DiffusionBackbone):
         """What a denoiser with this configuration is told beside what :meth:`denoise` gives."""
         return []
 
-    @property
-    def tokenizers(self) -> list[Any]:
-        """Those that cut long prompts."""
-        return [self.pipeline.tokenizer]
+    def prompt_tokens(self, prompt: str) -> Counts:
+        """For each tokenizer that cuts long prompts: how many tokens this one has, and how many are read."""
+        return [(count_tokens(own := self.pipeline.tokenizer, prompt), own.model_max_length)]
 
     @property
     def input_channels(self) -> int:

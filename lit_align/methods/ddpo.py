@@ -8,6 +8,7 @@ image. Shapes: ``B`` images, ``N`` (image, step) pairs, ``D`` latent elements.
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError, check_positive
+from lit_align.methods.clip_range import warn_of_misfit
 from lit_align.methods.joint import JointModule, Rollouts, TaskOrder
 from lit_align.methods.metrics import Metrics
 from lit_align.methods.objectives import clipped_surrogate as clipped_surrogate
@@ -154,6 +156,8 @@ class DDPOModule(JointModule):
         """
         super().setup(stage)
         self.check_tasks(stage, self.updates)
+        if stage == "fit":
+            warn_of_misfit(self.clip_range, prod(self.backbone.latent_shape))
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """As for every method.

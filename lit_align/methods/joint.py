@@ -255,12 +255,11 @@ class JointModule(AlignmentModule):
         parts = [own[i : i + size] for i in range(0, len(own), size)]
         return [partial(self._denoising_loss, extra, part, weight / len(own)) for part in parts]
 
-    def _denoising_loss(
-        self, extra: Pretraining, numbers: Sequence[int], weight: float
-    ) -> tuple[Tensor, Metrics]:
-        images, captions = extra.source.batch(extra.rows(self.seed, numbers))
-        draws = [generator(self.seed, "pretraining", number) for number in numbers]
-        losses = denoising_loss(self.backbone, self.sampler, images.to(self.device), captions, draws)
+    def _denoising_loss(self, extra: Pretraining, part: range, weight: float) -> tuple[Tensor, Metrics]:
+        images, captions = extra.source.batch(extra.rows(self.seed, part))
+        images, guidance = images.to(self.device), self.training_guidance
+        draws = [generator(self.seed, "pretraining", number) for number in part]
+        losses = denoising_loss(self.backbone, self.sampler, images, captions, draws, guidance)
         return weight * losses.sum(), {"denoising_loss": losses.detach()}
 
     # ---- checkpoints

@@ -10,6 +10,7 @@ import math
 import time
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch, PromptDataModule
 from lit_align.errors import ConfigError, check_positive
 from lit_align.methods.base import AlignmentModule
+from lit_align.methods.clip_range import warn_of_misfit
 from lit_align.methods.metrics import Metrics, pooled
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.sampling import Sampling
@@ -170,6 +172,11 @@ class PRDPModule(AlignmentModule):
         self.updates = updates
         self.inner_epochs = inner_epochs
 
+    @property
+    def averaged(self) -> int:
+        """The elements of a latent over which a step's log-ratio is a mean; 1 where it is their sum."""
+        return prod(self.backbone.latent_shape) if self.convention == "listing" else 1
+
     def setup(self, stage: str) -> None:
         """Check what depends on the data.
 
@@ -188,6 +195,7 @@ class PRDPModule(AlignmentModule):
             )
         check_updates(data, self.updates, self.trainer.world_size)
         check_rewards(self.rewards, data, self.trainer.world_size, "PRDP", "group")
+        warn_of_misfit(self.clip_range, self.averaged)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Sample images and score them, then regress on the stored chains."""

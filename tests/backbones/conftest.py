@@ -143,7 +143,7 @@ def draw_in_diffusers(pipeline: Any, backbone: DiffusersBackbone, guidance: floa
         told["sigmas"] = [1.0, 0.75, 0.5, 0.25]  # else the shift is made twice
     if isinstance(backbone, FluxBackbone):
         told["latents"] = FluxPipeline._pack_latents(x, *x.shape)
-        if not backbone.distilled:
+        if not backbone.told_guidance:
             told |= {"true_cfg_scale": guidance, "negative_prompt": [""] * len(PROMPTS)}
     if isinstance(backbone, ZImageBackbone):
         told["guidance_scale"] = guidance - 1  # 0 is none there

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_align.advantages import Advantages
@@ -127,6 +128,18 @@ class NFTModule(JointModule):
         """
         super().setup(stage)
         self.check_tasks(stage, self.updates)
+        if stage == "fit" and (told := self.guidance_is_learnt):
+            rank_zero_warn(f"sampling.guidance: {told}; set it to 1")
+
+    @property
+    def guidance_is_learnt(self) -> str | None:
+        """What is wrong with the guidance of the images, if anything is."""
+        if self.sampling.guidance == self.training_guidance:
+            return None
+        return (
+            f"images are drawn with guidance {self.sampling.guidance:g}, and the trained predictions have "
+            "none, so the run begins by learning what guidance does, and is guided on top"
+        )
 
     def training_step(self, batch: Batch | list[Batch], batch_idx: int) -> None:
         """One rollout batch; then the old policy follows."""
@@ -178,7 +191,7 @@ class NFTModule(JointModule):
 
     def _predict(self, rollouts: Rollouts, pairs: Pairs, x: Tensor, t: Tensor, weights: str) -> Tensor:
         cond = rollouts.policy.cond[pairs.rows]
-        return self.backbone.predict(x, t.to(x.device), cond, weights=weights)
+        return self.backbone.predict(x, t.to(x.device), cond, self.training_guidance, weights)
 
     @torch.no_grad()
     def _errors(self, rollouts: Rollouts, epoch: int, part: Pairs) -> Tensor:
