@@ -77,12 +77,12 @@ def unused(path: Path) -> Path:
     return candidate
 
 
-def newest_file(path: Path) -> Path | None:
-    """Of ``path``, ``path-2``, ``path-3``, ... that exist, the one with the highest number."""
+def numbered(path: Path) -> list[Path]:
+    """Of ``path``, ``path-2``, ``path-3``, ... those that exist, in the order of their numbers."""
     pattern = re.compile(rf"{re.escape(path.stem)}(?:-(\d+))?{re.escape(path.suffix)}")
     there = path.parent.iterdir() if path.parent.is_dir() else ()
     numbers = {int(found[1] or 1): file for file in there if (found := pattern.fullmatch(file.name))}
-    return numbers[max(numbers)] if numbers else None
+    return [numbers[number] for number in sorted(numbers)]
 
 
 @contextmanager

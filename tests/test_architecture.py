@@ -85,6 +85,7 @@ ALLOWED = {
 
 ROOMS = {
     "base",
+    "clip_range",
     "skipped",
     "identity",
     "joint",

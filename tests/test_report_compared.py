@@ -15,7 +15,7 @@ from lit_align.callbacks import RunFolder, RunSummary, TestReport
 from lit_align.callbacks.run_config import RunConfig
 from lit_align.cli.run import main
 from lit_align.data import ShapesPrompts
-from lit_align.files import newest_file, read_rows
+from lit_align.files import numbered, read_rows
 from lit_align.methods import DDPOModule, DPOModule
 from lit_align.methods.tasks import Task
 from lit_align.report import differences, names_of, read_run, render
@@ -145,9 +145,7 @@ def measured_again(
     logger = CSVLogger(folder, name=None, version="")
     module = make(method, tiny, num_steps=2, **options)
     trainer(folder, 1, *callbacks, logger=logger).test(module, data, verbose=False)
-    result = newest_file(folder / "test.json")
-    assert result is not None
-    found: dict[str, Any] = json.loads(result.read_text())
+    found: dict[str, Any] = json.loads(numbered(folder / "test.json")[-1].read_text())
     return found
 
 

@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from lit_align.cli.run import main
-from lit_align.files import newest_file
+from lit_align.files import numbered
 from lit_align.report import read_run, render
 from tests.methods.build import prompts
 from tests.test_report_compared import compared, measured_again
@@ -49,8 +49,8 @@ def commands(page: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines if line.startswith("python -m ")]
 
 
-def test_files_are_numbered_and_the_newest_has_the_highest_number(tmp_path):
-    assert newest_file(tmp_path / "none" / "config.yaml") is None
+def test_files_are_listed_by_their_numbers(tmp_path):
+    assert numbered(tmp_path / "none" / "config.yaml") == []
     for name in (
         "config-2.yaml",
         "config-10.yaml",
@@ -59,7 +59,7 @@ def test_files_are_numbered_and_the_newest_has_the_highest_number(tmp_path):
         "myconfig-13.yaml",
     ):
         (tmp_path / name).touch()
-    assert newest_file(tmp_path / "config.yaml") == tmp_path / "config-10.yaml"
+    assert [path.name for path in numbered(tmp_path / "config.yaml")] == ["config-2.yaml", "config-10.yaml"]
 
 
 def test_a_fit_is_made_again_by_its_newest_configuration(tmp_path):

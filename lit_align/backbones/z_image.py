@@ -34,6 +34,9 @@ class ZImageBackbone(TransformerBackbone):
             "length": torch.tensor([len(one) for one in states], device=self.device),
         }
 
+    def pipeline_guidance(self, scale: float) -> dict[str, Any]:
+        return {"guidance_scale": scale - 1}
+
     def denoise(self, network: Any, x: Tensor, t: Tensor, cond: dict[str, Tensor], guidance: float) -> Tensor:
         del guidance  # this family is guided by two predictions
         words = [one[:length] for one, length in zip(cond["states"], cond["length"].tolist(), strict=True)]

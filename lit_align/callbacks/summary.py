@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.table import Table
 from torch import Tensor
 
@@ -26,8 +28,9 @@ from lit_align.shapes import WEIGHTS_HASH
 class RunSummary(Callback):
     """Says at the start what is trained and where, and at the end how the held-out metrics changed.
 
-    ``fit`` leaves ``validation.json`` and ``.csv``, the newest; when a run goes on, the older ones are kept
-    with their number of images in the name. Every ``test`` and ``validate`` leaves files of its own.
+    ``fit`` leaves ``validation.json`` and ``.csv``, the newest, with the number of images after which it was
+    measured; when a run goes on, the older ones are kept with that number in the name. Every ``test`` and
+    ``validate`` leaves files of its own.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -65,13 +68,29 @@ class RunSummary(Callback):
             _write(run_folder(trainer) / "validation.json", pl_module, "validation", complete=False)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if writes(trainer) and pl_module.latest:
-            _report(run_folder(trainer) / "validation.json", pl_module, "validation", complete=True)
+        if not writes(trainer):
+            return
+        folder = run_folder(trainer)
+        if pl_module.latest:
+            _report(folder / "validation.json", pl_module, "validation", complete=True)
+        _warn_if_not_measured(pl_module, trainer.enable_validation, folder)
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         if writes(trainer) and pl_module.latest:
             split = tested_split(trainer)
             _report(run_folder(trainer) / f"{split}.json", pl_module, split)
+
+
+def _warn_if_not_measured(module: AlignmentModule, validates: bool, folder: Path) -> None:
+    """Say that a fit ended between two validations, so that no metrics are of its last weights."""
+    measured = module.measured_at["images"] if module.latest else None
+    if measured == module.images or (measured is None and not validates):
+        return
+    newest = "there was no validation" if measured is None else f"the newest validation was after {measured}"
+    rank_zero_warn(
+        f"the weights at the end, after {module.images} images, were not measured: {newest}; to measure them "
+        f"run validate or test with the same configuration and --ckpt_path {folder}"
+    )
 
 
 def tested_split(trainer: Trainer) -> str:
@@ -91,11 +110,22 @@ def _report(path: Path, module: AlignmentModule, split: str, **more: bool) -> No
 
 
 def _compared(module: AlignmentModule) -> dict[str, Comparison]:
-    """Every metric of the pretrained model and the policy; empty where only one of them was measured."""
-    groups, latest = module.prompt_groups, module.standing
-    before = {name: values for name, values in module.baseline.items() if len(values) == len(groups)}
-    if module.baseline is latest:  # a validation of an untrained model is its own baseline
+    return compared(module.baseline, module.standing, module.prompt_groups)
+
+
+def compared(
+    baseline: Mapping[str, Tensor], latest: Mapping[str, Tensor], groups: Tensor
+) -> dict[str, Comparison]:
+    """Every metric of the pretrained model and the policy; empty where only one of them was measured.
+
+    Args:
+        baseline: Of the pretrained model, ``(N,)`` each.
+        latest: Of the policy.
+        groups: ``(N,)``, the prompt of each image.
+    """
+    if baseline is latest:  # a validation of an untrained model is its own baseline
         return {}
+    before = {name: values for name, values in baseline.items() if len(values) == len(groups)}
     return {name: compare(old, latest[name], groups) for name, old in before.items() if name in latest}
 
 
@@ -114,8 +144,7 @@ def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Pat
         "measured": module.measurement(split),
         "config": _config(module.trainer),
         "shapes_weights": WEIGHTS_HASH,
-        "images": module.images,
-        "reward_queries": module.reward_queries,
+        **module.measured_at,
         "metrics": metrics | (module.set_metrics if split.startswith("test") else {}),
     }
     rows = _rows({"prompt": module.prompt_groups} | module.standing)

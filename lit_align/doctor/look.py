@@ -134,8 +134,8 @@ def _clip_range(module: AlignmentModule) -> Iterator[Finding]:
     clip = getattr(module, "clip_range", None)
     if clip is None or not isinstance(module, DDPOModule | PRDPModule):
         return
-    averaged = module.averaged if isinstance(module, PRDPModule) else prod(module.backbone.latent_shape)
-    if found := misfit(clip, averaged):
+    elements = module.unit if isinstance(module, PRDPModule) else prod(module.backbone.latent_shape)
+    if found := misfit(clip, elements):
         yield Finding("clip_range", "model.clip_range", *found)
 
 

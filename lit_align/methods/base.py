@@ -88,7 +88,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         self.collected: dict[str, Tensor] = {}
         self.baseline, self.latest, self.taken_back, self.prompt_groups = {}, {}, {}, torch.zeros(0)
         self.gradient_norm, self.lr, self.rate_factor = torch.zeros(()), None, 1.0
-        self.set_metrics = {}
+        self.set_metrics, self.measured_at = {}, {}
         self._evaluated, self._skipped, self._unscored = [], 0, 0
         self._losses, self._rows, self._recent = [], [], deque(maxlen=LIMIT)
         self._facts: dict[str, Any] = {}
@@ -246,6 +246,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             "rate_factor": self.rate_factor,
             "baseline": self.baseline,
             "latest": self.standing,
+            "measured_at": self.measured_at,
             "prompt_groups": self.prompt_groups,
             "trained": {name: list(p.shape) for name, p in kept.items()},
         }
@@ -275,7 +276,9 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         self._unscored = progress.get("unscored", 0)
         check_weights(checkpoint.get("state_dict", {}), own)
         if fit:
-            self.latest = progress.get("latest", {})
+            self.measured_at = progress.get("measured_at", {})
+            # Of an older checkpoint nobody knows after how many images it was measured.
+            self.latest = progress.get("latest", {}) if self.measured_at else {}
             self.rate_factor = progress.get("rate_factor", 1.0)
             self.prompt_groups = progress.get("prompt_groups", self.prompt_groups)
         if changed:

@@ -148,6 +148,7 @@ class ValidatedModule(SamplingModule, SkippingModule):
     Attributes:
         baseline: What was measured of the pretrained model, by name, ``(N,)`` each.
         latest: The same of the policy, in the newest validation or test.
+        measured_at: ``images`` and ``reward_queries`` of the run when that was measured.
         prompt_groups: ``(N,)``, the prompt of each image.
         set_metrics: What callbacks measured of all images of a test together, by name: ``before`` and
             ``after``.
@@ -157,6 +158,9 @@ class ValidatedModule(SamplingModule, SkippingModule):
     rewards: RewardBank
     baseline: dict[str, Tensor]
     latest: dict[str, Tensor]
+    images: int
+    reward_queries: int
+    measured_at: dict[str, int]
     prompt_groups: Tensor
     set_metrics: dict[str, dict[str, float]]
     taken_back: dict[str, Tensor]
@@ -286,6 +290,7 @@ class ValidatedModule(SamplingModule, SkippingModule):
         """Gather the images of all ranks in their global order, and log the mean of each metric."""
         parts = [part for rank in self.gather(self._evaluated) for part in rank]
         self._evaluated = []
+        self.measured_at = {"images": self.images, "reward_queries": self.reward_queries}
         merged, self.prompt_groups = in_global_order(parts)
         if bool(merged["reward"].isnan().all()):
             rank_zero_warn(f"none of the {len(merged['reward'])} images of this {stage} has a score")

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lit_align.errors import ConfigError
-from lit_align.files import newest_file, read_rows
+from lit_align.files import numbered, read_rows
 from lit_align.report.curves import Curves, read_curves
 
 DISTANCES = ("kl", "drift")
@@ -101,8 +101,8 @@ def result_of(folder: Path) -> Path:
     Raises:
         ConfigError: There is neither.
     """
-    if test := newest_file(folder / "test.json"):
-        return test
+    if tests := numbered(folder / "test.json"):
+        return tests[-1]
     if (found := folder / "validation.json").is_file():
         return found
     raise ConfigError(
@@ -131,7 +131,7 @@ def read_run(folder: Path, result: Path | None = None) -> Run:
         validated = {name: fact for name, fact in measured.items() if name != "prompts"}
     return Run(
         folder=folder,
-        fitted=newest_file(folder / "config.yaml"),
+        fitted=next(reversed(numbered(folder / "config.yaml")), None),
         tested=config if found["split"] == "test" and config.is_file() else None,
         result=result,
         metrics=found["metrics"],

@@ -20,7 +20,7 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError, check_positive
 from lit_align.methods.joint import JointModule, Rollouts, TaskOrder
-from lit_align.methods.metrics import Metrics
+from lit_align.methods.metrics import Metrics, chosen
 from lit_align.methods.nft.objectives import NFT, OLD, ForwardObjective, Matched, OldPolicy
 from lit_align.methods.objectives import denoising_error
 from lit_align.methods.optimisation import Optimisation
@@ -234,7 +234,7 @@ class NFTModule(JointModule):
             metrics["reference_distance"] = distance.detach()
             loss = loss + self.reference_weight * distance
         loss = torch.where(rollouts.scored[pairs.rows.to(self.device)], loss, 0.0)
-        return loss.sum() / size, metrics
+        return loss.sum() / size, chosen(metrics, rollouts.trajectory.finite[pairs.rows])
 
     @torch.no_grad()
     def _old(self, rollouts: Rollouts, pairs: Pairs, x: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
