@@ -16,7 +16,7 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import MultiTaskDataModule
 from lit_align.errors import ConfigError
 from lit_align.identity import differences
-from lit_align.methods.identity import check_checkpoint, check_files, identity_of
+from lit_align.methods.identity import check_checkpoint, check_files, identity_of, measurement_of
 from lit_align.methods.metrics import Metrics
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
 from lit_align.methods.sampling import Sampling
@@ -125,6 +125,10 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
     def identity(self) -> dict[str, Any]:
         """What this run is, for its checkpoints and adapters; known after :meth:`setup`."""
         return self._facts
+
+    def measurement(self, split: str) -> dict[str, Any]:
+        """How the images of a held-out split are measured, for its result; known after :meth:`setup`."""
+        return measurement_of(self, self.reward_banks, split)
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:

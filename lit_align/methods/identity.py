@@ -1,6 +1,6 @@
 """What a run of a method is, and whether it may take what another run wrote."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,10 +8,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_align.backbones import DiffusionBackbone
 from lit_align.data import MultiTaskDataModule, PairSource, PickaPicDataModule, PromptDataModule, PromptSource
+from lit_align.data.prompts.tasks import JointFixedLoader
 from lit_align.errors import ConfigError, tell
 from lit_align.identity import differences, text_hash, versions, weights_hash
 from lit_align.methods.sampling import SamplingModule
-from lit_align.rewards import RewardBank
+from lit_align.rewards import FunctionReward, RewardBank
+from lit_align.rewards.calling import title
 from lit_align.samplers import Sampler
 
 READ = 4096
@@ -43,6 +45,29 @@ def identity_of(module: SamplingModule, rewards: RewardBank, data: Any) -> dict[
     }
 
 
+def measurement_of(module: SamplingModule, banks: Sequence[RewardBank], split: str) -> dict[str, Any]:
+    """How held-out images were measured, where that is not a fact of the run: a test may have other prompts.
+
+    Args:
+        module: The method.
+        banks: What scores them; several tasks have one each.
+        split: ``validation``, which is that of a fit, ``validate``, or a name that begins with ``test``.
+    """
+    facts: dict[str, Any] = {"sampler": _sampler(module.eval_sampler), "rewards": {}}
+    for number, bank in enumerate(banks, 1):
+        place = f"{number}/" if len(banks) > 1 else ""
+        facts["rewards"] |= {f"{place}{name}": kind for name, kind in _rewards(bank, title).items()}
+    data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, PromptDataModule | MultiTaskDataModule | PickaPicDataModule):
+        return facts
+    loader: Any = module.trainer.val_dataloaders if split == "validation" else None
+    if loader is None:
+        loader = data.test_dataloader() if split.startswith("test") else data.val_dataloader()
+    parts = loader.loaders.values() if isinstance(loader, JointFixedLoader) else [loader]
+    texts = [part.prompts.prompt(int(row)) for part in parts for row in part.rows]
+    return facts | {"prompts": f"{len(texts)} prompts {text_hash(texts)}"}
+
+
 def _weights(backbone: DiffusionBackbone) -> dict[str, Any]:
     sets = backbone.weight_sets
     return {
@@ -63,10 +88,19 @@ def _sampler(sampler: Sampler) -> dict[str, Any]:
     return {"class": type(sampler).__name__, "steps": sampler.num_steps, "chain": text_hash(chain)}
 
 
-def _rewards(bank: RewardBank) -> dict[str, str]:
-    """Class and weight of each reward by name; a monitored one has no weight."""
+def _rewards(bank: RewardBank, named: Callable[[object], str] | None = None) -> dict[str, str]:
+    """Class and weight of each reward by name; a monitored one has no weight.
+
+    Args:
+        bank: The rewards.
+        named: Names the function of a :class:`FunctionReward` in place of its class.
+    """
+    kinds = {name: type(reward).__name__ for name, reward in bank.rewards.items()}
+    for name, reward in bank.rewards.items():
+        if named and isinstance(reward, FunctionReward):
+            kinds[name] = named(reward.function)
     weights = {name: f" x {weight:g}" for name, weight in bank.weights.items()}
-    return {name: type(reward).__name__ + weights.get(name, "") for name, reward in bank.rewards.items()}
+    return {name: kind + weights.get(name, "") for name, kind in kinds.items()}
 
 
 def _data(data: Any) -> dict[str, str]:
