@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lit_align.callbacks.console import show
 from lit_align.callbacks.files import finite, writes
+from lit_align.callbacks.run_config import RunConfig
 from lit_align.comparison import Comparison, compare
 from lit_align.files import unused, write, write_new, writing
 from lit_align.folder import run_folder
@@ -155,6 +156,8 @@ def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Pat
     result = {
         "split": split,
         "run": module.identity(),
+        "measured": module.measurement(split),
+        "config": _config(module.trainer),
         "shapes_weights": WEIGHTS_HASH,
         **_measured_at(module, split),
         "metrics": metrics | (module.set_metrics if split.startswith("test") else {}),
@@ -167,6 +170,12 @@ def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Pat
         path = write_new(path.with_suffix(".csv"), rows).with_suffix(".json")
     write(path, json.dumps(result | more, indent=2))
     return path
+
+
+def _config(trainer: Trainer) -> str | None:
+    """The file beside a result with the configuration of its command; None of a command in Python."""
+    found = (one.file for one in trainer.callbacks if isinstance(one, RunConfig))  # type: ignore[attr-defined]
+    return next(found, None)
 
 
 def _means(module: AlignmentModule, split: str) -> dict[str, Comparison]:

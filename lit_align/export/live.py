@@ -1,6 +1,5 @@
 """The model of a run as it was trained, from the run's folder."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from jsonargparse import ArgumentParser
 from lit_align.backbones import POLICY, DiffusersBackbone
 from lit_align.callbacks.run_config import flat
 from lit_align.errors import ConfigError
+from lit_align.files import numbered
 from lit_align.identity import ADAPTER, read_stamp
 
 SET = "exported"
@@ -108,12 +108,7 @@ def read_run(path: Path) -> Run:
     weights = path / "adapter" if path == folder else path
     if not weights.exists():
         raise ConfigError(f"export: {folder} has no adapter/ yet; give a checkpoint of it")
-    numbers = {
-        int(found[1] or 1): file
-        for file in folder.glob("config*.yaml")
-        if (found := re.fullmatch(r"config(?:-(\d+))?\.yaml", file.name))
-    }
-    configs = [yaml.safe_load(numbers[number].read_text()) for number in sorted(numbers, reverse=True)]
+    configs = [yaml.safe_load(file.read_text()) for file in reversed(numbered(folder / "config.yaml"))]
     if weights.suffix != ".ckpt":
         return Run(folder, weights, configs[0])
     saved = _read(weights)

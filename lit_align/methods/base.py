@@ -16,7 +16,7 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import MultiTaskDataModule
 from lit_align.errors import ConfigError
 from lit_align.methods.held_out import held_out_prompts
-from lit_align.methods.identity import IdentifiedModule
+from lit_align.methods.identity import IdentifiedModule, measurement_of
 from lit_align.methods.metrics import Metrics
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
 from lit_align.methods.sampling import Sampling
@@ -110,6 +110,10 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
             bank.check_model(judged, prompts)
         if self.backbone.is_shapes and (warning := untaught(prompts)):
             rank_zero_warn(warning)
+
+    def measurement(self, split: str) -> dict[str, Any]:
+        """How the images of a held-out split are measured, for its result; known after :meth:`setup`."""
+        return measurement_of(self, self.reward_banks, split)
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,6 @@
 """What a run of a method is, and whether it may take what another run wrote."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,12 +8,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_align.backbones import DiffusionBackbone
 from lit_align.data import MultiTaskDataModule, PairSource, PickaPicDataModule, PromptDataModule, PromptSource
+from lit_align.data.prompts.tasks import JointFixedLoader
 from lit_align.errors import ConfigError, tell
 from lit_align.identity import differences, text_hash, versions, weights_hash
 from lit_align.methods.held_out import validated_images
 from lit_align.methods.sampling import SamplingModule
 from lit_align.methods.validation import ValidatedModule
-from lit_align.rewards import RewardBank
+from lit_align.rewards import FunctionReward, RewardBank
+from lit_align.rewards.calling import title
 from lit_align.samplers import Sampler
 
 READ = 4096
@@ -47,6 +49,30 @@ def identity_of(module: SamplingModule, data: Any) -> dict[str, Any]:
     }
 
 
+def measurement_of(module: SamplingModule, banks: Sequence[RewardBank], split: str) -> dict[str, Any]:
+    """How held-out images were measured, where that is not a fact of the run: a test may have other prompts.
+
+    Args:
+        module: The method.
+        banks: What scores them; several tasks have one each.
+        split: ``validation``, which is that of a fit, ``validate``, or a name that begins with ``test``.
+    """
+    facts: dict[str, Any] = {"sampler": _sampler(module.eval_sampler), "rewards": {}}
+    for number, bank in enumerate(banks, 1):
+        place = f"{number}/" if len(banks) > 1 else ""
+        said = rewards_of(bank, named=title)
+        facts["rewards"] |= {f"{place}{name}": said[name] for name in bank.rewards}  # not those left out
+    data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, PromptDataModule | MultiTaskDataModule | PickaPicDataModule):
+        return facts
+    loader: Any = module.trainer.val_dataloaders if split == "validation" else None
+    if loader is None:
+        loader = data.test_dataloader() if split.startswith("test") else data.val_dataloader()
+    parts = loader.loaders.values() if isinstance(loader, JointFixedLoader) else [loader]
+    texts = [part.prompts.prompt(int(row)) for part in parts for row in part.rows]
+    return facts | {"prompts": f"{len(texts)} prompts {text_hash(texts)}"}
+
+
 def _weights(backbone: DiffusionBackbone) -> dict[str, Any]:
     sets = backbone.weight_sets
     return {
@@ -67,16 +93,23 @@ def _sampler(sampler: Sampler) -> dict[str, Any]:
     return {"class": type(sampler).__name__, "steps": sampler.num_steps, "chain": text_hash(chain)}
 
 
-def rewards_of(bank: RewardBank, task: str = "", trained: bool = True) -> dict[str, str]:
+def rewards_of(
+    bank: RewardBank, task: str = "", trained: bool = True, named: Callable[[object], str] | None = None
+) -> dict[str, str]:
     """Class and weight of each reward by name; a monitored one has no weight.
 
     Args:
         bank: The rewards.
         task: Whose they are, where there are several.
         trained: Whether any is trained on.
+        named: Names the function of a :class:`FunctionReward` in place of its class.
     """
+    kinds = dict(bank.kinds)
+    for name, reward in bank.rewards.items():
+        if named and isinstance(reward, FunctionReward):
+            kinds[name] = named(reward.function)
     weights = {name: f" x {weight:g}" for name, weight in bank.weights.items()} if trained else {}
-    found = {name: kind + weights.get(name, "") for name, kind in bank.kinds.items()}
+    found = {name: kind + weights.get(name, "") for name, kind in kinds.items()}
     return {f"{task}/{name}" if task else name: said for name, said in found.items()}
 
 

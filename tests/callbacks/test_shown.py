@@ -111,6 +111,8 @@ def test_the_table_has_a_row_for_each_thing_that_was_measured(tmp_path, capsys):
         images=8,
         measured_at={"images": 8, "reward_queries": 8},
         identity=dict,
+        measurement=lambda split: {},
+        trainer=now,
         prompt_groups=torch.tensor([0, 0, 1, 1]),
         baseline=measured(),
         latest=latest,
