@@ -157,11 +157,14 @@ def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Pat
         "split": split,
         "run": module.identity(),
         "measured": module.measurement(split),
-        "config": _config(module.trainer),
         "shapes_weights": WEIGHTS_HASH,
         **_measured_at(module, split),
         "metrics": metrics | (module.set_metrics if split.startswith("test") else {}),
     }
+    if (
+        split != "validation"
+    ):  # a fit has several if it was interrupted, and leaves what one leaves that was not
+        result["config"] = _config(module.trainer)
     _, now, groups = _measured(module, split)
     rows = _rows({"prompt": groups} | now)
     if split == "validation":
