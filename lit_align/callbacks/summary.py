@@ -161,9 +161,8 @@ def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Pat
         **_measured_at(module, split),
         "metrics": metrics | (module.set_metrics if split.startswith("test") else {}),
     }
-    if (
-        split != "validation"
-    ):  # a fit has several if it was interrupted, and leaves what one leaves that was not
+    # A fit that was interrupted has several files, and must leave what one leaves that was not.
+    if split != "validation":
         result["config"] = _config(module.trainer)
     _, now, groups = _measured(module, split)
     rows = _rows({"prompt": groups} | now)

@@ -11,7 +11,7 @@ from lit_align.data import MultiTaskDataModule, PairSource, PickaPicDataModule, 
 from lit_align.data.prompts.tasks import JointFixedLoader
 from lit_align.errors import ConfigError, tell
 from lit_align.identity import differences, text_hash, versions, weights_hash
-from lit_align.methods.held_out import validated_images
+from lit_align.methods.held_out import KNOWN, validated_images
 from lit_align.methods.sampling import SamplingModule
 from lit_align.methods.validation import ValidatedModule
 from lit_align.rewards import FunctionReward, RewardBank
@@ -63,7 +63,7 @@ def measurement_of(module: SamplingModule, banks: Sequence[RewardBank], split: s
         said = rewards_of(bank, named=title)
         facts["rewards"] |= {f"{place}{name}": said[name] for name in bank.rewards}  # not those left out
     data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(data, PromptDataModule | MultiTaskDataModule | PickaPicDataModule):
+    if not isinstance(data, KNOWN):
         return facts
     loader: Any = module.trainer.val_dataloaders if split == "validation" else None
     if loader is None:

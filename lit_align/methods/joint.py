@@ -292,7 +292,9 @@ class JointModule(AlignmentModule):
         if fits:
             check_same_tasks(self.tasks, saved, type(self).__name__)
         super().on_load_checkpoint(checkpoint)
-        for name, task in self.tasks.items() if fits else ():  # the others need the weights alone
+        if not fits:
+            return  # the weights are all that test and predict need
+        for name, task in self.tasks.items():
             task.advantages.load_state_dict(saved[name]["advantages"])
             self.step_scale[name] = saved[name]["step_scale"]
-        self.denoising_steps = checkpoint["denoising_steps"] if fits else self.denoising_steps
+        self.denoising_steps = checkpoint["denoising_steps"]

@@ -101,9 +101,8 @@ class PromptDataModule(AlignmentDataModule):
         if self.validation_source is not None:
             self.others["validation"] = chosen = _all_prompts(self.validation_source)
             validated = [chosen.keys_in_use(self.validation_prompts)]
-        if (
-            self.test_source is not None
-        ):  # it may be the same file: the best checkpoint is chosen by validation
+        # It may be the same file, and the best checkpoint is chosen by validation.
+        if self.test_source is not None:
             self.others["test"] = _all_prompts(self.test_source, validated, "validation_source")
         held_out = [other.keys(getattr(self, f"{name}_prompts")) for name, other in self.others.items()]
         usable = _all_prompts(self.source, held_out, "validation_source or test_source")
