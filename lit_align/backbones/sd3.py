@@ -10,6 +10,10 @@ from torch import Tensor
 from lit_align.backbones.transformer import TransformerBackbone
 from lit_align.shapes import FLOW_PIPELINE
 from lit_align.shapes.world import is_shapes_vocabulary
+from lit_align.tokens import Counts, count_tokens
+
+WORDS = 256
+"""Tokens of a prompt that T5 reads: the pipeline's default. Its tokenizer would allow 512."""
 
 
 class StableDiffusion3Backbone(TransformerBackbone):
@@ -25,14 +29,14 @@ class StableDiffusion3Backbone(TransformerBackbone):
         return is_shapes_vocabulary(self.pipeline.tokenizer.get_vocab())
 
     @cached_property
-    def length(self) -> int:
-        """Tokens of T5, or of zeros in its place: the pipeline's default; none for the bundled model."""
-        return 0 if self.is_shapes else 256
+    def words(self) -> int:
+        """Tokens of T5, or of zeros in its place: none for the bundled model."""
+        return 0 if self.is_shapes else WORDS
 
-    @property
-    def tokenizers(self) -> list[Any]:
-        """T5's, where it is there: it reads 256 tokens of the prompt, and the others 77."""
-        return [self.pipeline.tokenizer_3 or self.pipeline.tokenizer]
+    def prompt_tokens(self, prompt: str) -> Counts:
+        """Of T5, where it is there: the others read 77."""
+        t5 = self.pipeline.tokenizer_3
+        return super().prompt_tokens(prompt) if t5 is None else [(count_tokens(t5, prompt), WORDS)]
 
     def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         states, _, pooled, _ = self.pipeline.encode_prompt(
@@ -41,7 +45,7 @@ class StableDiffusion3Backbone(TransformerBackbone):
             None,
             self.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.length,
+            max_sequence_length=self.words,
         )
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
 

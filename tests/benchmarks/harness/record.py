@@ -102,8 +102,8 @@ def _trained(cell: Cell, folder: Path) -> dict[str, Any]:
     sweep = run / "sweep" / "sweep.json"
     swept = {"sweep": json.loads(sweep.read_text())} if sweep.exists() else {}
     return swept | {
-        "images": validation["images"],
-        "reward_queries": validation["reward_queries"],
+        "images": test["images"],
+        "reward_queries": test["reward_queries"],
         "run": os.path.relpath(run, ROOT),
         "validation": validation["metrics"],
         "test": test["metrics"],
