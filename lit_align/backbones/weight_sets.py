@@ -14,7 +14,7 @@ from lit_align.backbones.adapters import Adapters, LoRA, whole
 from lit_align.errors import ConfigError, user_path
 from lit_align.identity import read_stamp, weights_hash
 from lit_align.pretrained import loading
-from lit_align.shapes import FLOW_PIPELINE, PIPELINE, WEIGHTS_HASH
+from lit_align.shapes import FLOW_PIPELINE, FLOW_WEIGHTS_HASH, PIPELINE, WEIGHTS_HASH
 
 POLICY = "policy"
 """The weight set that is trained."""
@@ -22,12 +22,15 @@ POLICY = "policy"
 REFERENCE = "reference"
 """The weight set of the pretrained model."""
 
+BUNDLED = {str(PIPELINE): WEIGHTS_HASH, str(FLOW_PIPELINE): FLOW_WEIGHTS_HASH}
+"""The folders of the bundled models, and the hashes of their files."""
+
 
 def _name(config: Mapping[str, Any]) -> str:
     """What a pipeline's model is called: the id on the hub, or the name of its folder."""
     place = str(config.get("_name_or_path") or "")
-    if place in (str(PIPELINE), str(FLOW_PIPELINE)):
-        return f"shapes {WEIGHTS_HASH}"
+    if place in BUNDLED:
+        return f"shapes {BUNDLED[place]}"
     return Path(place).name if Path(place).exists() else place
 
 

@@ -3,13 +3,10 @@
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
-"""Folder of all shipped models."""
+"""Folder of the shipped models, but for the flow model."""
 
 PIPELINE = WEIGHTS / "pipeline"
 """Folder of the shipped text-to-image pipeline, in the ordinary diffusers format."""
-
-FLOW_PIPELINE = WEIGHTS / "flow"
-"""Folder of the shipped flow model, a text-to-image pipeline in Stable Diffusion 3's format."""
 
 CLIP = WEIGHTS / "clip"
 """Folder of the shipped CLIP model and its tokenizer, in the ordinary transformers format."""
@@ -22,6 +19,12 @@ CLASSIFIER = WEIGHTS / "classifier"
 
 WEIGHTS_HASH = "472dcac6d3ec2335"
 """First 16 digits of the SHA-256 of ``weights/`` (see ``recipe.pipeline.digest``); results name it."""
+
+FLOW_PIPELINE = Path(__file__).parent / "flow"
+"""Folder of the shipped flow model, a text-to-image pipeline in Stable Diffusion 3's format."""
+
+FLOW_WEIGHTS_HASH = "0000000000000000"
+"""As :data:`WEIGHTS_HASH`, of ``flow/``: apart, so that results of the other models do not depend on it."""
 
 PICK = Path(__file__).parent / "pick" / "pairs.parquet"
 """A sample of Shapes-Pick: 1,000 judged pairs of images in Pick-a-Pic's schema."""

@@ -24,7 +24,6 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_align.files import write
-from lit_align.shapes import WEIGHTS_HASH
 from tests.benchmarks.harness.markdown import table
 from tests.benchmarks.harness.plan import ROOT, Cell
 from tests.benchmarks.harness.record import commit, result_path, stored
@@ -93,7 +92,7 @@ def run_cell(cell: Cell, out: Path, work: Path, launch: Launch) -> None:
     """
     if stored(cell, out):
         return
-    folder, fingerprint = work.absolute() / cell.plan / cell.name, cell.fingerprint(WEIGHTS_HASH)
+    folder, fingerprint = work.absolute() / cell.plan / cell.name, cell.fingerprint(cell.weights)
     with alone(folder) as lock:
         made_by, run, log = folder / "fingerprint", folder / "version_0", folder / "fit.log"
         checkpoint: Path | None = run / "checkpoints" / "last.ckpt"
@@ -109,7 +108,7 @@ def run_cell(cell: Cell, out: Path, work: Path, launch: Launch) -> None:
         curves = scalars(run)
         told = [line for line in log.read_text(errors="replace").splitlines() if "guard: " in line]
         result = {"fingerprint": fingerprint, "config": cell.config, "seed": cell.seed, "told": told}
-        result |= {"arguments": cell.arguments, "commit": commit(), "shapes_weights": WEIGHTS_HASH}
+        result |= {"arguments": cell.arguments, "commit": commit(), "shapes_weights": cell.weights}
         write(
             result_path(cell, out), json.dumps(result | judged(curves) | {"curves": curves}, indent=1) + "\n"
         )

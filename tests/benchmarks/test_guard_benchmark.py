@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from lit_align.shapes import WEIGHTS_HASH
 from tests.benchmarks.guard import EXPLOITED, HEALTHY, SEEDS, cells, judged, report, right, run_cell
 from tests.benchmarks.harness.plan import ROOT
 from tests.benchmarks.harness.record import result_path
@@ -26,7 +25,7 @@ def test_every_configuration_of_a_cell_is_there():
     wanted = cells()
     assert len(wanted) == len(SEEDS) * (len(EXPLOITED) + len(HEALTHY))
     for cell in wanted:
-        cell.fingerprint(WEIGHTS_HASH)  # reads the files
+        cell.fingerprint(cell.weights)  # reads the files
     assert [one.name for one in cells(["clip"])] == [f"clip_seed{seed}" for seed in SEEDS]
     assert "--trainer.max_epochs=1" in cells(["clip"], ["--trainer.max_epochs=1"])[0].arguments
 

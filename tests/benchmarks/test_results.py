@@ -15,8 +15,10 @@ import yaml
 from lit_align.cli import main as lit_align
 from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
+from lit_align.shapes import WEIGHTS_HASH
+from tests.benchmarks.harness import plan as harness_plan
 from tests.benchmarks.harness.gains import shares, side_by_side
-from tests.benchmarks.harness.plan import ROOT, Plan, SideBySide, load_plan
+from tests.benchmarks.harness.plan import ROOT, Cell, Plan, SideBySide, load_plan
 from tests.benchmarks.harness.report import verdict
 from tests.benchmarks.harness.run import Ended
 from tests.benchmarks.harness.sweeps import sweeps
@@ -271,6 +273,25 @@ def test_a_cell_runs_again_when_its_settings_change_and_others_go_on_after_a_fai
     configuration.write_text("a: 3")
     assert len({before, added.fingerprint("w"), cell.fingerprint("w")}) == 3
     assert cell.fingerprint("w") == plan.cells()[0].fingerprint("w")
+
+
+def test_new_weights_of_the_flow_model_make_its_own_cells_run_again(tmp_path, monkeypatch):
+    flow = ["configs/ddpo.yaml", "configs/backbone/shapes_flow.yaml"]
+    option = ["configs/ddpo.yaml", "--model.init_args.backbone=StableDiffusion3Backbone"]
+    configs = {"unet": ["configs/ddpo.yaml"], "flow": flow, "option": option}
+    cells = load_plan(write_plan(tmp_path, configs=configs, seeds=[1])).cells()
+    pretrained = tmp_path / "pretrained.yaml"  # as it is written: with all values, and whole names of classes
+    pretrained.write_text("{class_path: lit_align.backbones.StableDiffusion3Backbone}")
+    cells.append(Cell("pretrained", "key", 1, (f"--config={pretrained}",), steps=("validate",)))
+
+    def made_by() -> dict[str, Any]:
+        return {c.config: (c.fingerprint(c.weights), c.stages(c.weights)) for c in cells}
+
+    before = made_by()
+    monkeypatch.setattr(harness_plan, "FLOW_WEIGHTS_HASH", "other")
+    now = made_by()
+    assert [name for name in now if now[name] == before[name]] == ["unet"]
+    assert {cell.config: cell.weights for cell in cells}["unet"] == WEIGHTS_HASH
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,17 @@ from pyarrow import parquet
 
 from lit_align.rewards import AestheticScore
 from lit_align.rewards.clip import CLIPCosine
-from lit_align.shapes import CLIP, PICK, PIPELINE, PREFERENCE, PROMPTS, WEIGHTS, WEIGHTS_HASH
+from lit_align.shapes import (
+    CLIP,
+    FLOW_PIPELINE,
+    FLOW_WEIGHTS_HASH,
+    PICK,
+    PIPELINE,
+    PREFERENCE,
+    PROMPTS,
+    WEIGHTS,
+    WEIGHTS_HASH,
+)
 from lit_align.shapes.recipe.__main__ import main
 from lit_align.shapes.recipe.images import has_frame, mutate, numpy_rng
 from lit_align.shapes.recipe.pipeline import digest, load_pipeline
@@ -30,14 +40,17 @@ def pipeline() -> StableDiffusionPipeline:
 
 
 def test_everything_that_ships_is_small() -> None:
-    files = [
-        file for folder in (WEIGHTS, PICK.parent, PROMPTS) for file in folder.rglob("*") if file.is_file()
-    ]
-    assert 0 < sum(file.stat().st_size for file in files) <= 25e6
+    folders = (WEIGHTS, FLOW_PIPELINE, PICK.parent, PROMPTS)
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    assert 0 < sum(file.stat().st_size for file in files) <= 40e6
 
 
 def test_the_weights_are_those_that_every_result_names() -> None:
     assert digest(WEIGHTS) == WEIGHTS_HASH
+
+
+def test_so_are_those_of_the_flow_model() -> None:
+    assert digest(FLOW_PIPELINE) == FLOW_WEIGHTS_HASH
 
 
 @pytest.mark.parametrize("folder", [CLIP, PREFERENCE], ids=lambda folder: folder.name)

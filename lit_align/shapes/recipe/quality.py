@@ -18,7 +18,7 @@ from jsonargparse import CLI
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from lit_align.shapes import PICK, WEIGHTS
+from lit_align.shapes import FLOW_PIPELINE, PICK, WEIGHTS
 from lit_align.shapes.recipe.aesthetic import aesthetic_quality
 from lit_align.shapes.recipe.classifier import classifier_quality
 from lit_align.shapes.recipe.clip import embed_images, embed_texts, load_clip, tokenize
@@ -220,13 +220,15 @@ def measure_reward_models(
     }
 
 
-def measure(weights: Path, pairs: Sequence[Path], folder: Path, num_samples: int, seed: int) -> None:
+def measure(
+    weights: Path, flow: Path, pairs: Sequence[Path], folder: Path, num_samples: int, seed: int
+) -> None:
     """Measure everything; leave ``quality.json``, ``quality.md`` and two grids in ``folder``.
 
     Args:
-        weights: Folder with ``pipeline``, ``flow``, ``clip`` and the reward models; where ``clean`` and
-            ``flow_clean`` are there, the denoisers before they saw captions that are wrong, these are
-            measured too.
+        weights: Folder with ``pipeline``, ``clip`` and the reward models; where ``clean`` and ``flow_clean``
+            are there, the denoisers before they saw captions that are wrong, these are measured too.
+        flow: Folder of the flow model.
         pairs: Parquet files of preference pairs that no model was trained on.
         folder: For the report.
         num_samples: Captions per way of sampling.
@@ -234,10 +236,10 @@ def measure(weights: Path, pairs: Sequence[Path], folder: Path, num_samples: int
     """
     captions, _ = draw(num_samples, seed, "samples")
     rows, shown = {}, {}
-    for folder_name, (part, ways, recommended) in PARTS.items():
-        if (weights / folder_name).exists():
-            found = measure_samples(weights / folder_name, ways, recommended, captions, seed)
-            rows[part], shown[folder_name] = found
+    places = {name: weights / name for name in PARTS} | {"flow": flow}
+    for name, (part, ways, recommended) in PARTS.items():
+        if places[name].exists():
+            rows[part], shown[name] = measure_samples(places[name], ways, recommended, captions, seed)
     prompts = open_prompts(num_samples, seed)
     pipeline = load_pipeline(weights / "pipeline")
     report = {
@@ -256,18 +258,24 @@ def measure(weights: Path, pairs: Sequence[Path], folder: Path, num_samples: int
 
 
 def main(
-    out: Path, weights: Path = WEIGHTS, pairs: Path = PICK, num_samples: int = 256, seed: int = 1
+    out: Path,
+    weights: Path = WEIGHTS,
+    flow: Path = FLOW_PIPELINE,
+    pairs: Path = PICK,
+    num_samples: int = 256,
+    seed: int = 1,
 ) -> None:
     """Measure weights, by default the shipped ones.
 
     Args:
         out: Folder for the report.
-        weights: Folder with ``pipeline``, ``flow``, ``clip`` and the reward models.
+        weights: Folder with ``pipeline``, ``clip`` and the reward models.
+        flow: Folder of the flow model.
         pairs: Parquet file of preference pairs that no model was trained on.
         num_samples: Captions per way of sampling.
         seed: Of captions, scenes and noise.
     """
-    measure(weights, [pairs], out, num_samples, seed)
+    measure(weights, flow, [pairs], out, num_samples, seed)
 
 
 if __name__ == "__main__":

@@ -292,4 +292,4 @@ class Recipe:
         for name in ("pipeline", "flow", "clip", *REWARD_MODELS):
             self.found(name)
         pairs = sorted((self.out / "sample" / "pick").glob("*.parquet"))
-        measure(self.out, pairs, self.out / "quality", self.num_samples, self.seed + 1)
+        measure(self.out, self.out / "flow", pairs, self.out / "quality", self.num_samples, self.seed + 1)

@@ -11,12 +11,16 @@ from typing import Any
 import yaml
 
 from lit_align.errors import ConfigError
+from lit_align.shapes import FLOW_WEIGHTS_HASH, WEIGHTS_HASH
 
 ROOT = Path(__file__).parents[3]
 """The repository; configurations in a plan are named from here, and commands run here."""
 
 TRAINS = ("fit", "test")
 """Commands of a cell that trains."""
+
+FLOW_BACKBONE = "StableDiffusion3Backbone"
+"""The class with which the bundled flow model is loaded."""
 
 GUIDANCES = (1.5, 2.0, 3.0, 5.0)
 """Candidates for the guidance of the pretrained model that training is compared with."""
@@ -48,6 +52,12 @@ class Cell:
     def name(self) -> str:
         """Name of the cell's files."""
         return f"{self.config}_seed{self.seed}"
+
+    @property
+    def weights(self) -> str:
+        """Hash of the shipped weights, and the flow model's where a file or an option names its backbone."""
+        said = json.dumps([self.arguments, _contents(self.arguments)])
+        return f"{WEIGHTS_HASH}, {FLOW_WEIGHTS_HASH}" if FLOW_BACKBONE in said else WEIGHTS_HASH
 
     def fingerprint(self, weights: str) -> str:
         """Changes when what a configuration says, an override, the seed, a further test or the weights do."""

@@ -15,7 +15,6 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 
 from lit_align.files import write
-from lit_align.shapes import WEIGHTS_HASH
 from tests.benchmarks.harness.plan import ROOT, TRAINS, Cell
 
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "peft")
@@ -32,7 +31,7 @@ def stored(cell: Cell, out: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     result = json.loads(path.read_text())
-    return result if result["fingerprint"] == cell.fingerprint(WEIGHTS_HASH) else None
+    return result if result["fingerprint"] == cell.fingerprint(cell.weights) else None
 
 
 def run_of(cell: Cell, stage: str) -> str:
@@ -85,7 +84,7 @@ def record(cell: Cell, folder: Path, fingerprint: str, stages: dict[str, dict[st
         "seed": cell.seed,
         "fingerprint": fingerprint,
         "commands": [given for stage in stages.values() for given in stage["commands"]],
-        "shapes_weights": WEIGHTS_HASH,
+        "shapes_weights": cell.weights,
         "commit": commit(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

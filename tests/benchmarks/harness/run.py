@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_align.files import write
-from lit_align.shapes import WEIGHTS_HASH
 from tests.benchmarks.harness.plan import ROOT, TRAINS, Cell
 from tests.benchmarks.harness.record import keep_images, record, result_path, run_of, stored
 
@@ -176,7 +175,7 @@ def run_cell(cell: Cell, out: Path, work: Path, launch: Launch, tell: Tell) -> N
         if stored(cell, out):  # another plan has measured the same pretrained model meanwhile
             tell(cell, "finished before")
             return
-        fingerprint, state = cell.fingerprint(WEIGHTS_HASH), _state(folder, cell)
+        fingerprint, state = cell.fingerprint(cell.weights), _state(folder, cell)
         if cell.continues and not state["fit"]["commands"]:
             _take_over(cell.continues, folder, state)
         for stage in state:
@@ -239,7 +238,7 @@ def _state(folder: Path, cell: Cell) -> State:
     """
     found, same = _read_state(folder), True
     state: State = {}
-    for stage, fingerprint in cell.stages(WEIGHTS_HASH).items():
+    for stage, fingerprint in cell.stages(cell.weights).items():
         same = same and found.get(stage, {}).get("fingerprint") == fingerprint
         fresh = {"fingerprint": fingerprint, "done": False, "commands": [], "seconds": 0.0, "cpu": 0.0}
         state[stage] = found[stage] if same else fresh
@@ -260,7 +259,7 @@ def _take_over(shorter: Cell, folder: Path, state: State) -> None:
     """Let a run begin as a copy of a shorter one, if that is finished and of what its cell is now."""
     other = folder.parent / shorter.name
     fit = _read_state(other).get("fit")
-    if fit is None or not fit["done"] or fit["fingerprint"] != shorter.stages(WEIGHTS_HASH)["fit"]:
+    if fit is None or not fit["done"] or fit["fingerprint"] != shorter.stages(shorter.weights)["fit"]:
         return
     shutil.rmtree(folder / "version_0", ignore_errors=True)
     shutil.copytree(
