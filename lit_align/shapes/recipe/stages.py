@@ -196,7 +196,13 @@ class Recipe:
     def unet(self) -> None:
         """Train the denoiser, and the text tower that it reads, on clean captions."""
         if not (self.out / "clean").exists() or self.unfinished("unet"):
-            self.denoiser("unet", "clean", UNET, self.text_tower(), make_unet())
+            tower = self.out / "text"
+            text = (
+                CLIPTextModel.from_pretrained(tower, attn_implementation="eager", dtype=torch.float32)
+                if tower.exists()
+                else load_clip(self.found("clip")).text_model
+            )
+            self.denoiser("unet", "clean", UNET, text, make_unet())
         elif self.further:
             last = load_pipeline(self.found("clean"))
             self.denoiser("unet", "clean", UNET, last.text_encoder, last.unet)
@@ -208,10 +214,10 @@ class Recipe:
             self.denoiser("lies", "pipeline", UNET, clean.text_encoder, clean.unet, careless=True)
 
     def flow(self) -> None:
-        """Train the flow model on clean captions."""
+        """Train the flow model on clean captions; it reads the text tower of the other denoiser."""
         if not (self.out / "flow_clean").exists() or self.unfinished("flow"):
-            projection = load_clip(self.found("clip")).text_projection
-            text = with_projection(self.text_tower(), projection)
+            tower = load_pipeline(self.found("clean")).text_encoder
+            text = with_projection(tower, load_clip(self.found("clip")).text_projection)
             self.denoiser("flow", "flow_clean", FLOW, text, self.compiled(make_transformer()))
         elif self.further:
             last = load_pipeline(self.found("flow_clean"))
@@ -229,13 +235,6 @@ class Recipe:
         for block in transformer.transformer_blocks if self.compile else ():
             block.compile(dynamic=False)
         return transformer
-
-    def text_tower(self) -> CLIPTextModel:
-        """The text tower that a denoiser begins with: CLIP's, or one that is in the folder."""
-        tower = self.out / "text"
-        if not tower.exists():
-            return load_clip(self.found("clip")).text_model
-        return CLIPTextModel.from_pretrained(tower, attn_implementation="eager", dtype=torch.float32)
 
     def unfinished(self, stage: str) -> bool:
         """Whether a stage has been interrupted."""
