@@ -62,7 +62,7 @@ ALLOWED = {
         "rewards",
         "shapes",
     },
-    "export": {"errors", "backbones", "callbacks", "files", "identity"},
+    "export": {"errors", "backbones", "callbacks", "files", "identity", "shapes"},
     "cli": {
         "errors",
         "export",

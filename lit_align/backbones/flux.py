@@ -46,11 +46,11 @@ class FluxBackbone(TransformerBackbone):
     def negative(self, empty: dict[str, Tensor]) -> dict[str, Tensor] | None:
         return None if self.told_guidance else empty
 
-    def pipeline_guidance(self, scale: float) -> dict[str, Any]:
+    def pipeline_options(self, guidance: float) -> dict[str, Any]:
         if self.told_guidance:
-            return {"guidance_scale": scale}
+            return {"guidance_scale": guidance}
         # The pipeline makes two predictions only where there is a negative prompt.
-        return {} if scale == 1.0 else {"true_cfg_scale": scale, "negative_prompt": ""}
+        return {} if guidance == 1.0 else {"true_cfg_scale": guidance, "negative_prompt": ""}
 
     def denoise(self, network: Any, x: Tensor, t: Tensor, cond: dict[str, Tensor], guidance: float) -> Tensor:
         image = grid(x)

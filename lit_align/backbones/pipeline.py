@@ -183,9 +183,9 @@ class DiffusersBackbone(DiffusionBackbone):
         config: Any = self.vae.config
         return latents / config.scaling_factor + (config.get("shift_factor") or 0)
 
-    def pipeline_guidance(self, scale: float) -> dict[str, Any]:
-        """A scale of guidance, as :meth:`predict` takes it, in arguments of the pipeline's call."""
-        return {"guidance_scale": scale}
+    def pipeline_options(self, guidance: float) -> dict[str, Any]:
+        """What the pipeline's call is told to predict as :meth:`predict` does with this guidance."""
+        return {"guidance_scale": guidance}
 
     def attend(self, network: Any, plain: bool) -> None:
         """Give the network's layers the plain or the fused attention."""

@@ -30,8 +30,8 @@ class StableDiffusion3Backbone(TransformerBackbone):
 
     @cached_property
     def words(self) -> int:
-        """Tokens of T5, or of zeros in its place: none for the bundled model."""
-        return 0 if self.is_shapes else WORDS
+        """Tokens of T5, or of zeros in its place: the bundled model has learned without either."""
+        return 0 if self.is_shapes and self.pipeline.text_encoder_3 is None else WORDS
 
     def prompt_tokens(self, prompt: str) -> Counts:
         """Of T5, where it is there: the others read 77."""
@@ -48,6 +48,9 @@ class StableDiffusion3Backbone(TransformerBackbone):
             max_sequence_length=self.words,
         )
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+    def pipeline_options(self, guidance: float) -> dict[str, Any]:
+        return super().pipeline_options(guidance) | {"max_sequence_length": self.words}
 
     def denoise(self, network: Any, x: Tensor, t: Tensor, cond: dict[str, Tensor], guidance: float) -> Tensor:
         del guidance  # this family is guided by two predictions

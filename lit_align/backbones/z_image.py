@@ -34,8 +34,8 @@ class ZImageBackbone(TransformerBackbone):
             "length": torch.tensor([len(one) for one in states], device=self.device),
         }
 
-    def pipeline_guidance(self, scale: float) -> dict[str, Any]:
-        return {"guidance_scale": scale - 1}
+    def pipeline_options(self, guidance: float) -> dict[str, Any]:
+        return {"guidance_scale": guidance - 1}
 
     def denoise(self, network: Any, x: Tensor, t: Tensor, cond: dict[str, Tensor], guidance: float) -> Tensor:
         del guidance  # this family is guided by two predictions

@@ -8,9 +8,13 @@ from lit_align.backbones.loading import schedule_of
 from lit_align.errors import user_path
 from lit_align.export.forms import PROMPTS, call_options
 from lit_align.export.live import Live
+from lit_align.shapes import FLOW_PIPELINE, PIPELINE
 
 BUNDLED = "shapes"
-"""How ``backbone.pretrained`` names the model that ships with lit_align."""
+"""How ``backbone.pretrained`` names a model that ships with lit_align."""
+
+FOLDERS = {PIPELINE: "PIPELINE", FLOW_PIPELINE: "FLOW_PIPELINE"}
+"""The folders of these, and their names in :mod:`lit_align.shapes`."""
 
 
 def is_hub_id(pretrained: str) -> bool:
@@ -27,7 +31,8 @@ def snippet(live: Live, form: str) -> str:
         live: The model.
         form: ``adapter`` or ``pipeline``; the export is a folder of that name.
     """
-    imports, load, entries = _base(live) if form == "adapter" else ("", _load(live, '"pipeline"'), {})
+    whole = "", _load(live, '"pipeline"', _absent(live)), dict[str, Any]()
+    imports, load, entries = _base(live) if form == "adapter" else whole
     lines, classes = [f"pipeline = {load}"], [type(live.backbone).pipeline_class.__name__]
     scheduler = type(live.backbone.pipeline.scheduler).__name__
     if not scheduler.startswith("FlowMatch"):  # as for the comparison
@@ -51,14 +56,19 @@ def _base(live: Live) -> tuple[str, str, dict[str, Any]]:
     options = live.runs[0][0].backbone
     base, entries = str(options["pretrained"]), dict(options.get("scheduler") or {})
     if base == BUNDLED:
-        return "from lit_align.shapes import PIPELINE\n", _load(live, "PIPELINE"), entries
+        name = FOLDERS[type(live.backbone).bundled]
+        return f"from lit_align.shapes import {name}\n", _load(live, name, _absent(live)), entries
     path = user_path(base)
     given = {name: options[name] for name in ("config", "variant") if options.get(name)}
     if path.suffix == ".safetensors" and not path.is_dir():
         return "", _load(live, _literal(str(path)), given, "from_single_file"), schedule_of(path) | entries
+    return "", _load(live, _literal(str(path) if path.is_dir() else base), given | _absent(live)), entries
+
+
+def _absent(live: Live) -> dict[str, None]:
+    """Parts that the model does without, of which diffusers must be told."""
     parts = live.backbone.pipeline.components
-    absent = {name: None for name in type(live.backbone).optional if parts.get(name) is None}
-    return "", _load(live, _literal(str(path) if path.is_dir() else base), given | absent), entries
+    return {name: None for name in type(live.backbone).optional if parts.get(name) is None}
 
 
 def _load(

@@ -138,7 +138,7 @@ def draw_in_diffusers(pipeline: Any, backbone: DiffusersBackbone, guidance: floa
     """The same from the pipeline's own loop: its encoders, denoiser and scheduler."""
     height, width = backbone.size
     x = latents(backbone)
-    told: dict[str, Any] = {"latents": x} | backbone.pipeline_guidance(guidance)
+    told: dict[str, Any] = {"latents": x} | backbone.pipeline_options(guidance)
     if "negative_prompt" in told:
         told["negative_prompt"] = [told["negative_prompt"]] * len(PROMPTS)
     if isinstance(backbone, StableDiffusion3Backbone):

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from lit_align.backbones import POLICY, DiffusersBackbone, StableDiffusionBackbone, StableDiffusionXLBackbone
+from lit_align.backbones import (
+    POLICY,
+    DiffusersBackbone,
+    StableDiffusion3Backbone,
+    StableDiffusionBackbone,
+    StableDiffusionXLBackbone,
+)
 from lit_align.export import Live
 from lit_align.export.forms import draw as draw_for_comparison
 from lit_align.export.live import Run
@@ -58,6 +64,12 @@ def test_the_bundled_model_is_found(tmp_path, monkeypatch):
     live = exported(StableDiffusionBackbone, 3.0, tmp_path, pretrained="shapes", size=32)
     check(live, tmp_path, monkeypatch, 3.0, guidance_scale=3.0)
     assert "astronaut" not in snippet(live, "adapter")  # it draws shapes
+
+
+def test_so_is_the_bundled_flow_model_without_tokens_in_place_of_t5(tmp_path, monkeypatch):
+    live = exported(StableDiffusion3Backbone, 2.0, tmp_path, pretrained="shapes", size=32)
+    check(live, tmp_path, monkeypatch, 2.0, guidance_scale=2.0)
+    assert "max_sequence_length=0" in snippet(live, "pipeline")
 
 
 def test_a_single_file_has_its_configuration_and_the_schedule_of_the_run(tiny_xl, tmp_path, monkeypatch):
