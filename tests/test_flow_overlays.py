@@ -103,14 +103,24 @@ def test_the_overlays_go_on_the_other_methods_on_prompts(
     assert "val/reward" in logged
 
 
+ON_SHAPES = [
+    *((path.stem, ()) for path in METHODS),
+    ("ddpo", ("variant/dpok",)),
+    ("ddpo", ("variant/flow_grpo", "clip_range=3e-3")),
+    ("nft", ("variant/awm",)),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [path.stem for path in METHODS])
-def test_the_bundled_flow_model_goes_on_every_method(method: str, work: Path) -> None:
-    # The loss of Flow-GRPO is DDPO's, and changes nothing that the overlay sets.
-    more = ["variant/flow_grpo"] if method == "ddpo" else []
-    files = [f"configs/{name}.yaml" for name in (method, "backbone/shapes_flow", *more)]
+@pytest.mark.parametrize(
+    ("method", "more"), ON_SHAPES, ids=lambda part: part if isinstance(part, str) else Path(*part[:1]).stem
+)
+def test_the_bundled_flow_model_goes_on_every_method(method: str, more: tuple[str, ...], work: Path) -> None:
+    names = [method, "backbone/shapes_flow", *(name for name in more if "=" not in name)]
+    options = [f"--model.{option}" for option in more if "=" in option]
     small = SMALL_PAIRS if method in ON_PAIRS else SMALL_PROMPTS
-    main(["fit", *(f"--config={ROOT / file}" for file in files), *small, *OWN.get(method, [])])
+    files = [f"--config={ROOT}/configs/{name}.yaml" for name in names]
+    main(["fit", *files, *small, *OWN.get(method, []), *options])
     (run,) = Path("logs").glob("*/version_0")
     found = scalars(run)
     assert {"train/loss", "val/truth"} <= set(found.Tags()["scalars"])
