@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lit_align.errors import ConfigError
@@ -15,7 +17,7 @@ from lit_align.shapes.recipe.classifier import make_classifier
 from lit_align.shapes.recipe.clip import CLIPStage, load_clip, make_clip, tokenize
 from lit_align.shapes.recipe.detector import make_detector
 from lit_align.shapes.recipe.flow import POSITIONS as FLOW_POSITIONS
-from lit_align.shapes.recipe.flow import FlowStage, make_transformer, with_projection
+from lit_align.shapes.recipe.flow import FlowStage, Teacher, make_transformer, with_projection
 from lit_align.shapes.recipe.following import Following
 from lit_align.shapes.recipe.images import Images, draw_images, frame
 from lit_align.shapes.recipe.lies import CARELESS, SHARE, confuse
@@ -57,7 +59,7 @@ REWARD_MODELS: dict[RewardModel, Callable[[Path, Budget, str, int], None]] = {
     "classifier": make_classifier,
 }
 MINUTES: dict[str, float] = {"clip": 98.0, "vae": 14.0, "decoder": 7.0, "unet": 148.0, "lies": 20.0}
-MINUTES |= {"flow": 80.0, "flow_lies": 20.0}
+MINUTES |= {"flow": 60.0, "flow_lies": 12.0}
 MINUTES |= {"aesthetic": 1.0, "preference": 10.0, "detector": 51.0, "classifier": 5.0}
 FURTHER = ("clip", "unet", "detector")
 """Stages that can be trained for another round."""
@@ -76,16 +78,24 @@ class Kind:
         part: Its name in the stage's model.
         save: How its pipeline is written: folder, tokenizer, text tower, autoencoder, denoiser.
         positions: Tokens of a caption.
+        batch_size: Images of a step, in all processes.
     """
 
     stage: Callable[..., UNetStage | FlowStage]
     part: str
     save: Callable[[Path, CLIPTokenizer, Any, AutoencoderKL, Any], None]
     positions: int
+    batch_size: int
 
 
-UNET = Kind(UNetStage, "unet", save_pipeline, POSITIONS)
-FLOW = Kind(FlowStage, "transformer", save_flow_pipeline, FLOW_POSITIONS)
+UNET = Kind(UNetStage, "unet", save_pipeline, POSITIONS, 64)
+
+
+def flow_kind(teacher: Any) -> Kind:
+    """The kind of the flow model that learns from this pipeline's denoiser."""
+    teacher.unet.set_attn_processor(AttnProcessor())
+    stage = partial(FlowStage, teacher=Teacher(teacher.unet.requires_grad_(False), teacher.scheduler))
+    return Kind(stage, "transformer", save_flow_pipeline, FLOW_POSITIONS, 32)
 
 
 @dataclass
@@ -208,21 +218,24 @@ class Recipe:
             self.denoiser("lies", "pipeline", UNET, clean.text_encoder, clean.unet, careless=True)
 
     def flow(self) -> None:
-        """Train the flow model on clean captions."""
-        if not (self.out / "flow_clean").exists() or self.unfinished("flow"):
-            projection = load_clip(self.found("clip")).text_projection
-            text = with_projection(self.text_tower(), projection)
-            self.denoiser("flow", "flow_clean", FLOW, text, self.compiled(make_transformer()))
-        elif self.further:
+        """Train the flow model on the clean denoiser's velocities."""
+        teacher = load_pipeline(self.found("clean"))
+        if (self.out / "flow_clean").exists() and not self.unfinished("flow"):
+            if not self.further:
+                return
             last = load_pipeline(self.found("flow_clean"))
-            self.denoiser("flow", "flow_clean", FLOW, last.text_encoder, self.compiled(last.transformer))
+            text, transformer = last.text_encoder, last.transformer
+        else:
+            projection = load_clip(self.found("clip")).text_projection
+            text, transformer = with_projection(teacher.text_encoder, projection), make_transformer()
+        self.denoiser("flow", "flow_clean", flow_kind(teacher), text, self.compiled(transformer))
 
     def flow_lies(self) -> None:
-        """Train the clean flow model on with captions that are wrong: the flow pipeline that ships."""
+        """Train it on with the careless denoiser's velocities: the flow pipeline that ships."""
         if not (self.out / "flow").exists() or self.unfinished("flow_lies"):
-            clean = load_pipeline(self.found("flow_clean"))
-            transformer = self.compiled(clean.transformer)
-            self.denoiser("flow_lies", "flow", FLOW, clean.text_encoder, transformer, careless=True)
+            clean, teacher = load_pipeline(self.found("flow_clean")), load_pipeline(self.found("pipeline"))
+            text, transformer = clean.text_encoder, self.compiled(clean.transformer)
+            self.denoiser("flow_lies", "flow", flow_kind(teacher), text, transformer, careless=True)
 
     def compiled(self, transformer: Any) -> Any:
         """The flow model, its blocks compiled if that is wanted."""
@@ -245,7 +258,7 @@ class Recipe:
         self, stage: str, folder: str, kind: Kind, text: Any, network: Any, careless: bool = False
     ) -> None:
         """Train a denoiser, on careless images and captions too if wanted, and write its pipeline."""
-        tokenizer = CLIPTokenizer.from_pretrained(self.found("tokenizer"), model_max_length=kind.positions)
+        tokenizer = CLIPTokenizer.from_pretrained(self.found("tokenizer"))
         latents = torch.load(self.found("latents.pt"), weights_only=True)
         images = Images(self.found("images"), self.seed)
         captions, rng = images.captions[: len(latents)], images.rng("lies")
@@ -264,14 +277,23 @@ class Recipe:
             vae = AutoencoderKL.from_pretrained(
                 self.found("vae_final" if (self.out / "vae_final").exists() else "vae")
             )
-            kind.save(self.out / folder, tokenizer, average["text"], vae, average[kind.part])
+            saved = CLIPTokenizer.from_pretrained(self.found("tokenizer"), model_max_length=kind.positions)
+            kind.save(self.out / folder, saved, average["text"], vae, average[kind.part])
 
-        module = kind.stage(text, network, latents, tokens, empty, self.budget(stage), lies=careless)
+        module = kind.stage(
+            text,
+            network,
+            latents=latents,
+            tokens=tokens,
+            empty=empty,
+            budget=self.budget(stage),
+            lies=careless,
+        )
         file = self.out / f"{stage}.jsonl"
         following = Following(
             self.export_every, write, self.out / folder, file, self.num_samples, self.seed + 2
         )
-        self.train(module, len(latents), 64 // self.num_processes, stage, following)
+        self.train(module, len(latents), kind.batch_size // self.num_processes, stage, following)
         if module.global_rank > 0:
             raise SystemExit(0)  # the helpers' work is done
 
