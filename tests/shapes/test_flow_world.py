@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from lit_align.samplers.flow import FlowSDE
 from lit_align.shapes import CLIP, FLOW_PIPELINE, PIPELINE
 from lit_align.shapes.recipe import flow
 from lit_align.shapes.recipe.clip import load_clip, tokenize
-from lit_align.shapes.recipe.flow import FlowStage, embed, make_transformer, with_projection
+from lit_align.shapes.recipe.flow import FlowStage, Teacher, embed, make_transformer, with_projection
 from lit_align.shapes.recipe.images import numpy_rng
 from lit_align.shapes.recipe.pipeline import load_pipeline, save_flow_pipeline
 from lit_align.shapes.recipe.quality import FLOW_RECOMMENDED, Sampling, draw, rates, sample
 from lit_align.shapes.recipe.training import Budget
+from lit_align.shapes.recipe.unet import make_scheduler, make_unet
 from lit_align.shapes.recipe.vae import make_vae
 from lit_align.shapes.world import PromptSpace
 
@@ -52,16 +54,58 @@ def test_no_caption_is_cut(tokenizer: CLIPTokenizer) -> None:
     assert longest == flow.POSITIONS
 
 
+def test_the_teacher_says_noise_minus_image() -> None:
+    """A denoiser that is right, asked at a state of the flow that has its scale."""
+    scheduler = make_scheduler()
+    generator = torch.Generator().manual_seed(0)
+    image, noise = (torch.randn(5, 16, 8, 8, generator=generator) for _ in range(2))
+    steps = torch.tensor([1, 100, 500, 800, 998])
+    ratio = (1 / scheduler.alphas_cumprod[steps] - 1).sqrt()
+    sigmas = ratio / (1 + ratio)
+    asked = {}
+
+    class Right:
+        def __call__(self, noisy: torch.Tensor, timesteps: torch.Tensor, states: object) -> SimpleNamespace:
+            asked.update(noisy=noisy, timesteps=timesteps)
+            return SimpleNamespace(sample=scheduler.get_velocity(image, noise, steps))
+
+    level = sigmas[:, None, None, None]
+    state = (1 - level) * image + level * noise
+    velocities = Teacher(Right(), scheduler).velocities(state, sigmas, torch.zeros(()))  # type: ignore[arg-type]
+    assert asked["timesteps"] == pytest.approx(steps, abs=2e-2)
+    assert asked["noisy"] == pytest.approx(scheduler.add_noise(image, noise, steps), abs=1e-4)
+    assert velocities == pytest.approx(noise - image, abs=1e-4)
+
+
 def test_the_transformer_begins_with_a_velocity_of_0() -> None:
     tower = CLIPTextModel(
         CLIPTextConfig(hidden_size=128, projection_dim=128, num_hidden_layers=2, num_attention_heads=4)
     )
     text = with_projection(tower, torch.nn.Linear(128, tower.config.projection_dim, bias=False))
-    latents, tokens = torch.randn(256, 16, 8, 8).half(), torch.zeros(256, flow.POSITIONS, dtype=torch.long)
-    stage = FlowStage(text, make_transformer(), latents, tokens, tokens[0], Budget(1.0))
+    latents, tokens = torch.randn(256, 16, 8, 8).half(), torch.zeros(256, 24, dtype=torch.long)
+    unet = make_unet().requires_grad_(False)
+    torch.nn.init.zeros_(unet.conv_out.weight)  # it says v = 0: its velocity is known from the state alone
+    torch.nn.init.zeros_(unet.conv_out.bias)
+    teacher = Teacher(unet, make_scheduler())
+    stage = FlowStage(text, make_transformer(), teacher, latents, tokens, tokens[0], Budget(1.0))
+    torch.manual_seed(0)
     with torch.no_grad():
         errors = stage.errors(torch.arange(64))
-    assert errors.mean() == pytest.approx(2.0, abs=0.1)  # noise - image: two variances of 1
+    # With v = 0 the velocity is (sigma - (1 - sigma)) / scale^2 times a state of variance scale^2.
+    sigmas = (torch.randn(100_000) + flow.MEAN).sigmoid()
+    expected = ((2 * sigmas - 1) ** 2 / ((1 - sigmas) ** 2 + sigmas**2)).mean()
+    assert errors.mean() == pytest.approx(float(expected), rel=0.1)
+
+
+def test_one_more_layer_changes_nothing_that_is_read() -> None:
+    clip = load_clip(CLIP)
+    tokens = torch.randint(1, 600, (3, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tower = clip.text_model(input_ids=tokens, output_hidden_states=True)
+        text = with_projection(clip.text_model, clip.text_projection)
+        output = text(input_ids=tokens, output_hidden_states=True)
+    assert torch.equal(output.hidden_states[-2], tower.hidden_states[-1])
+    assert torch.equal(output.text_embeds, clip.text_projection(tower.pooler_output))
 
 
 def test_the_text_is_embedded_as_in_the_pipeline(folder: Path, tokenizer: CLIPTokenizer) -> None:
@@ -70,7 +114,9 @@ def test_the_text_is_embedded_as_in_the_pipeline(folder: Path, tokenizer: CLIPTo
         PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=0
     )
     with torch.no_grad():
-        given = embed(pipeline.text_encoder, tokenize(tokenizer, PROMPTS))
+        given = embed(
+            pipeline.text_encoder(input_ids=tokenize(tokenizer, PROMPTS), output_hidden_states=True)
+        )
     assert states.shape == (2, flow.POSITIONS, 256)
     assert torch.equal(given["encoder_hidden_states"], states)
     assert torch.equal(given["pooled_projections"], pooled)

@@ -14,24 +14,22 @@ from lit_align.shapes.recipe.aesthetic import make_aesthetic
 from lit_align.shapes.recipe.classifier import make_classifier
 from lit_align.shapes.recipe.clip import CLIPStage, load_clip, make_clip, tokenize
 from lit_align.shapes.recipe.detector import make_detector
-from lit_align.shapes.recipe.flow import POSITIONS as FLOW_POSITIONS
-from lit_align.shapes.recipe.flow import FlowStage, make_transformer, with_projection
+from lit_align.shapes.recipe.flow import make_transformer, with_projection
 from lit_align.shapes.recipe.following import Following
 from lit_align.shapes.recipe.images import Images, draw_images, frame
+from lit_align.shapes.recipe.kinds import UNET, Kind, flow_kind
 from lit_align.shapes.recipe.lies import CARELESS, SHARE, confuse
 from lit_align.shapes.recipe.pick import make_pick
 from lit_align.shapes.recipe.pipeline import (
     load_pipeline,
     replace_folder,
     save_clip,
-    save_flow_pipeline,
-    save_pipeline,
 )
 from lit_align.shapes.recipe.preference import make_preference
 from lit_align.shapes.recipe.quality import measure
-from lit_align.shapes.recipe.tokenizer import POSITIONS, make_tokenizer
+from lit_align.shapes.recipe.tokenizer import make_tokenizer
 from lit_align.shapes.recipe.training import CHECKPOINT, Batches, Budget, fit
-from lit_align.shapes.recipe.unet import UNetStage, make_unet
+from lit_align.shapes.recipe.unet import make_unet
 from lit_align.shapes.recipe.vae import VAEStage, encode, make_vae, whiten
 from lit_align.shapes.world import words
 
@@ -57,7 +55,7 @@ REWARD_MODELS: dict[RewardModel, Callable[[Path, Budget, str, int], None]] = {
     "classifier": make_classifier,
 }
 MINUTES: dict[str, float] = {"clip": 98.0, "vae": 14.0, "decoder": 7.0, "unet": 148.0, "lies": 20.0}
-MINUTES |= {"flow": 80.0, "flow_lies": 20.0}
+MINUTES |= {"flow": 60.0, "flow_lies": 12.0}
 MINUTES |= {"aesthetic": 1.0, "preference": 10.0, "detector": 51.0, "classifier": 5.0}
 FURTHER = ("clip", "unet", "detector")
 """Stages that can be trained for another round."""
@@ -65,27 +63,6 @@ DENOISERS = ("unet", "lies", "flow", "flow_lies")
 """Stages that several processes can train."""
 SAMPLE = 1000
 """Pairs of the sample that ships; no model is trained on them."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of denoiser.
-
-    Attributes:
-        stage: How it is trained.
-        part: Its name in the stage's model.
-        save: How its pipeline is written: folder, tokenizer, text tower, autoencoder, denoiser.
-        positions: Tokens of a caption.
-    """
-
-    stage: Callable[..., UNetStage | FlowStage]
-    part: str
-    save: Callable[[Path, CLIPTokenizer, Any, AutoencoderKL, Any], None]
-    positions: int
-
-
-UNET = Kind(UNetStage, "unet", save_pipeline, POSITIONS)
-FLOW = Kind(FlowStage, "transformer", save_flow_pipeline, FLOW_POSITIONS)
 
 
 @dataclass
@@ -214,21 +191,24 @@ class Recipe:
             self.denoiser("lies", "pipeline", UNET, clean.text_encoder, clean.unet, careless=True)
 
     def flow(self) -> None:
-        """Train the flow model on clean captions; it reads the text tower of the other denoiser."""
-        if not (self.out / "flow_clean").exists() or self.unfinished("flow"):
-            tower = load_pipeline(self.found("clean")).text_encoder
-            text = with_projection(tower, load_clip(self.found("clip")).text_projection)
-            self.denoiser("flow", "flow_clean", FLOW, text, self.compiled(make_transformer()))
-        elif self.further:
+        """Train the flow model on the clean denoiser's velocities."""
+        teacher = load_pipeline(self.found("clean"))
+        if (self.out / "flow_clean").exists() and not self.unfinished("flow"):
+            if not self.further:
+                return
             last = load_pipeline(self.found("flow_clean"))
-            self.denoiser("flow", "flow_clean", FLOW, last.text_encoder, self.compiled(last.transformer))
+            text, transformer = last.text_encoder, last.transformer
+        else:
+            projection = load_clip(self.found("clip")).text_projection
+            text, transformer = with_projection(teacher.text_encoder, projection), make_transformer()
+        self.denoiser("flow", "flow_clean", flow_kind(teacher), text, self.compiled(transformer))
 
     def flow_lies(self) -> None:
-        """Train the clean flow model on with captions that are wrong: the flow pipeline that ships."""
+        """Train it on with the careless denoiser's velocities: the flow pipeline that ships."""
         if not (self.out / "flow").exists() or self.unfinished("flow_lies"):
-            clean = load_pipeline(self.found("flow_clean"))
-            transformer = self.compiled(clean.transformer)
-            self.denoiser("flow_lies", "flow", FLOW, clean.text_encoder, transformer, careless=True)
+            clean, teacher = load_pipeline(self.found("flow_clean")), load_pipeline(self.found("pipeline"))
+            text, transformer = clean.text_encoder, self.compiled(clean.transformer)
+            self.denoiser("flow_lies", "flow", flow_kind(teacher), text, transformer, careless=True)
 
     def compiled(self, transformer: Any) -> Any:
         """The flow model, its blocks compiled if that is wanted."""
@@ -244,7 +224,7 @@ class Recipe:
         self, stage: str, folder: str, kind: Kind, text: Any, network: Any, careless: bool = False
     ) -> None:
         """Train a denoiser, on careless images and captions too if wanted, and write its pipeline."""
-        tokenizer = CLIPTokenizer.from_pretrained(self.found("tokenizer"), model_max_length=kind.positions)
+        tokenizer = CLIPTokenizer.from_pretrained(self.found("tokenizer"))
         latents = torch.load(self.found("latents.pt"), weights_only=True)
         images = Images(self.found("images"), self.seed)
         captions, rng = images.captions[: len(latents)], images.rng("lies")
@@ -263,14 +243,23 @@ class Recipe:
             vae = AutoencoderKL.from_pretrained(
                 self.found("vae_final" if (self.out / "vae_final").exists() else "vae")
             )
-            kind.save(self.out / folder, tokenizer, average["text"], vae, average[kind.part])
+            saved = CLIPTokenizer.from_pretrained(self.found("tokenizer"), model_max_length=kind.positions)
+            kind.save(self.out / folder, saved, average["text"], vae, average[kind.part])
 
-        module = kind.stage(text, network, latents, tokens, empty, self.budget(stage), lies=careless)
+        module = kind.stage(
+            text,
+            network,
+            latents=latents,
+            tokens=tokens,
+            empty=empty,
+            budget=self.budget(stage),
+            lies=careless,
+        )
         file = self.out / f"{stage}.jsonl"
         following = Following(
             self.export_every, write, self.out / folder, file, self.num_samples, self.seed + 2
         )
-        self.train(module, len(latents), 64 // self.num_processes, stage, following)
+        self.train(module, len(latents), kind.batch_size // self.num_processes, stage, following)
         if module.global_rank > 0:
             raise SystemExit(0)  # the helpers' work is done
 

@@ -122,7 +122,7 @@ class Stage(L.LightningModule):
         """Parameters for the optimizer; ``scale`` multiplies the learning rate."""
         return [{"params": list(self.model.parameters()), "scale": 1.0}]
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> Any:
         """AdamW without weight decay to speak of: the world is endless, so nothing overfits."""
         return torch.optim.AdamW(self.parameter_groups(), lr=self.peak, betas=(0.9, 0.98), weight_decay=1e-3)
 
@@ -136,7 +136,7 @@ class Stage(L.LightningModule):
         self.spent = self.progress()
         left = min(1.0, (1 - self.spent) / self.cooling)
         rate = self.peak * min(1.0, (self.global_step + 1) / self.warmup) * left
-        for group in self.trainer.optimizers[0].param_groups:
+        for group in (group for optimizer in self.trainer.optimizers for group in optimizer.param_groups):
             group["lr"] = rate * group["scale"]
 
     def on_train_batch_end(self, outputs: object, batch: Tensor, batch_idx: int) -> None:
@@ -176,7 +176,7 @@ def fit(
         strategy="ddp" if num_processes > 1 else "auto",
         precision=precision,  # type: ignore[arg-type]
         max_epochs=1,
-        gradient_clip_val=1.0,
+        gradient_clip_val=1.0 if stage.automatic_optimization else None,
         log_every_n_steps=20,
         logger=CSVLogger(folder, name="", version="log"),
         callbacks=[RichProgressBar(refresh_rate=20), saving, *callbacks],
