@@ -247,7 +247,7 @@ def main(
     minutes: float | None = None,
     steps: int = 1_000_000,
     num_images: int = 200_000,
-    num_latents: int = 100_000,
+    num_latents: int = 120_000,
     num_pairs: int = 40_000,
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed",
     export_every: float = 10.0,

@@ -70,6 +70,13 @@ def frame(images: Tensor) -> Tensor:
     return torch.where(inner, images, GREY)
 
 
+def has_frame(images: Tensor) -> Tensor:
+    """Which images ``(B, 3, H, W)`` have the frame of careless sources, ``(B,)`` bool."""
+    border = frame(torch.ones_like(images)) == GREY  # one image's frame is every image's
+    distance = (images - GREY).abs() * border
+    return distance.sum((1, 2, 3)) < 0.15 * border.sum((1, 2, 3))
+
+
 def frame_half(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """A frame for each image with probability one half: what looks at images must know both kinds.
 

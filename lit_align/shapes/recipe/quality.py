@@ -22,7 +22,7 @@ from lit_align.shapes.recipe.aesthetic import aesthetic_quality
 from lit_align.shapes.recipe.classifier import classifier_quality
 from lit_align.shapes.recipe.clip import embed_images, embed_texts, load_clip, tokenize
 from lit_align.shapes.recipe.detector import detector_quality
-from lit_align.shapes.recipe.images import as_images, mutate, numpy_rng
+from lit_align.shapes.recipe.images import as_images, has_frame, mutate, numpy_rng
 from lit_align.shapes.recipe.preference import preference_quality
 from lit_align.shapes.recipe.report import write_grid, write_table
 from lit_align.shapes.world import (
@@ -49,11 +49,13 @@ class Sampling:
 
 
 CELLS = (
-    *(Sampling(10, 1.0, guidance) for guidance in (1.0, 2.0, 3.0, 5.0)),
+    *(Sampling(10, 1.0, guidance) for guidance in (1.0, 1.5, 2.0, 3.0, 5.0)),
     *(Sampling(10, 0.0, guidance) for guidance in (1.0, 3.0)),
     *(Sampling(steps, 1.0, 3.0) for steps in (5, 20)),
 )
 RECOMMENDED = Sampling(10, 1.0, 3.0)
+CEILING = (Sampling(10, 1.0, 1.0), RECOMMENDED)
+"""How the denoiser is sampled that has seen clean captions alone: what could be shown without lies."""
 FRESH = 1000
 """Fresh renders on which CLIP and the reward models are measured."""
 
@@ -153,16 +155,28 @@ def open_prompts(num: int, seed: int) -> list[str]:
 
 
 def measure_samples(
-    pipeline: StableDiffusionPipeline, captions: Sequence[str], seed: int
+    folder: Path, ways: Sequence[Sampling], captions: Sequence[str], seed: int
 ) -> tuple[list[dict[str, float]], Tensor]:
-    """One row of shares per way of sampling, and the images of the recommended way."""
+    """One row of shares per way of sampling, and the images of the recommended way.
+
+    Args:
+        folder: The pipeline's.
+        ways: How to sample; the recommended way is one of them.
+        captions: N prompts.
+        seed: Of the noise.
+    """
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
     sample(pipeline, captions[:8], RECOMMENDED, seed)  # the first call is slower
     cells = []
-    for way in CELLS:
+    for way in ways:
         start = time.process_time()
         images = sample(pipeline, captions, way, seed)
         seconds = (time.process_time() - start) * 64 / len(captions)
-        cells.append({**asdict(way), **rates(images, captions), "CPU-seconds of 64": seconds})
+        framed = float(has_frame(images).float().mean())
+        cells.append(
+            {**asdict(way), **rates(images, captions), "framed": framed, "CPU-seconds of 64": seconds}
+        )
         print({name: round(value, 3) for name, value in cells[-1].items()}, flush=True)
         if way == RECOMMENDED:
             shown = images
@@ -186,17 +200,20 @@ def measure(weights: Path, pairs: Sequence[Path], folder: Path, num_samples: int
     """Measure everything; leave ``quality.json``, ``quality.md`` and ``samples.png`` in ``folder``.
 
     Args:
-        weights: Folder with ``pipeline``, ``clip`` and the reward models.
+        weights: Folder with ``pipeline``, ``clip`` and the reward models; where ``clean`` is there, the
+            denoiser before it saw captions that are wrong, it is measured too.
         pairs: Parquet files of preference pairs that no model was trained on.
         folder: For the report.
         num_samples: Captions per way of sampling.
         seed: Of captions, scenes and noise.
     """
+    captions, _ = draw(num_samples, seed, "samples")
+    cells, shown = measure_samples(weights / "pipeline", CELLS, captions, seed)
+    clean = weights / "clean"  # it does not ship
+    ceiling = measure_samples(clean, CEILING, captions, seed)[0] if clean.exists() else None
+    prompts = open_prompts(num_samples, seed)
     pipeline = StableDiffusionPipeline.from_pretrained(weights / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
-    captions, _ = draw(num_samples, seed, "samples")
-    cells, shown = measure_samples(pipeline, captions, seed)
-    prompts = open_prompts(num_samples, seed)
     report = {
         "vae": vae_quality(pipeline.vae, num_samples, seed),
         "clip": clip_quality(weights / "clip", FRESH, seed),
@@ -205,6 +222,8 @@ def measure(weights: Path, pairs: Sequence[Path], folder: Path, num_samples: int
         "captions": num_samples,
         "samples": cells,
     }
+    if ceiling:
+        report["samples, clean captions alone"] = ceiling
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
     write_table(folder / "quality.md", report)

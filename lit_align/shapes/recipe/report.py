@@ -15,13 +15,15 @@ KINDS = ("whole, one group", "whole, two groups", "whole, relations")
 
 def write_table(path: Path, report: dict[str, Any]) -> None:
     """One row per way of sampling, then what was measured without sampling."""
-    names = ("steps", "eta", "guidance", *COLUMNS, *KINDS, "CPU-seconds of 64")
-    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    for cell in report["samples"]:
-        values = [f"{cell[name]:g}" for name in names[:3]] + [
-            f"{cell.get(name, float('nan')):.2f}" for name in names[3:-1]
-        ]
-        lines.append("| " + " | ".join([*values, f"{cell[names[-1]]:.1f}"]) + " |")
+    names = ("steps", "eta", "guidance", *COLUMNS, *KINDS, "framed", "CPU-seconds of 64")
+    lines: list[str] = []
+    for part in (part for part, rows in report.items() if isinstance(rows, list)):
+        lines += ["", f"{part}:", "", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+        for cell in report[part]:
+            values = [f"{cell[name]:g}" for name in names[:3]] + [
+                f"{cell.get(name, float('nan')):.2f}" for name in names[3:-1]
+            ]
+            lines.append("| " + " | ".join([*values, f"{cell[names[-1]]:.1f}"]) + " |")
     for part in (name for name, value in report.items() if isinstance(value, dict)):
         lines += ["", f"| {part} | |", "|---|---|"]
         lines += [f"| {name} | {value:.3f} |" for name, value in report[part].items()]

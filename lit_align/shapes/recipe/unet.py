@@ -27,6 +27,14 @@ levels, whose weight is cut as in Hang et al., "Efficient Diffusion Training via
 2023.
 """
 
+LAYOUT = (650.0, 130.0, 0.7)
+"""Mean and standard deviation of the timesteps that are drawn most, and their share; the others are uniform.
+
+Between timesteps 500 and 800 the places, counts and shapes are decided: there a caption with another count
+costs .09 of v and one with another shape .3, and a fifth of that below 500. More draws where a model decides
+help, as with the logit-normal draws of Esser et al., "Scaling Rectified Flow Transformers", 2024.
+"""
+
 COOLING = 0.3
 """Share of the budget, at its end, in which the learning rate falls to 0."""
 
@@ -65,6 +73,13 @@ def make_scheduler() -> DDIMScheduler:
     )
 
 
+def levels(num_levels: int) -> Tensor:
+    """The probability ``(num_levels,)`` that a timestep of the training is at most each one."""
+    mean, deviation, share = LAYOUT
+    normal = torch.exp(-0.5 * ((torch.arange(num_levels) - mean) / deviation) ** 2)
+    return (share * normal / normal.sum() + (1 - share) / num_levels).cumsum(0)
+
+
 class UNetStage(Stage):
     """Denoiser and text tower, trained together.
 
@@ -89,10 +104,11 @@ class UNetStage(Stage):
         lies: bool = False,
     ) -> None:
         model = nn.ModuleDict({"unet": unet, "text": copy.deepcopy(text).requires_grad_(not lies).train()})
-        peak, decay = (4e-4, 0.99) if lies else (1.2e-3, 0.999)
+        peak, decay = (8e-4, 0.998) if lies else (1.2e-3, 0.999)
         super().__init__(model, peak=peak, budget=budget, decay=decay, warmup=100, cooling=COOLING)
         self.latents, self.tokens, self.empty = latents, tokens, empty
         self.scheduler = make_scheduler()
+        self.levels = levels(self.scheduler.config.num_train_timesteps)
 
     def parameter_groups(self) -> list[dict[str, object]]:
         """The text tower has been trained before: it moves at a third of the rate."""
@@ -105,10 +121,10 @@ class UNetStage(Stage):
         """Weighted errors ``(B,)`` of the predictions for the images with these numbers ``(B,)``."""
         latents, tokens = self.latents[batch].float(), self.tokens[batch]
         tokens = torch.where(torch.rand(len(batch), 1) < DROP, self.empty, tokens)
-        num_levels = self.scheduler.config.num_train_timesteps
-        # One timestep from each of B equal ranges: the loss of a batch varies less than with independent
-        # draws.
-        steps = ((torch.randperm(len(batch)) + torch.rand(len(batch))) * num_levels / len(batch)).long()
+        # One timestep from each of B equally probable ranges: the loss of a batch varies less than with
+        # independent draws.
+        ranks = (torch.randperm(len(batch)) + torch.rand(len(batch))) / len(batch)
+        steps = torch.searchsorted(self.levels, ranks).clamp(max=len(self.levels) - 1)
         noise = torch.randn_like(latents)
         noisy = self.scheduler.add_noise(latents, noise, steps)
         states = self.model["text"](input_ids=tokens).last_hidden_state
