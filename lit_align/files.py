@@ -77,6 +77,14 @@ def unused(path: Path) -> Path:
     return candidate
 
 
+def numbered(path: Path) -> list[Path]:
+    """Of ``path``, ``path-2``, ``path-3``, ... those that exist, in the order of their numbers."""
+    pattern = re.compile(rf"{re.escape(path.stem)}(?:-(\d+))?{re.escape(path.suffix)}")
+    there = path.parent.iterdir() if path.parent.is_dir() else ()
+    numbers = {int(found[1] or 1): file for file in there if (found := pattern.fullmatch(file.name))}
+    return [numbers[number] for number in sorted(numbers)]
+
+
 @contextmanager
 def _draft(path: Path, fill: Callable[[Path], object]) -> Iterator[Path]:
     """A file beside ``path`` that is whole, on disk and readable by whom the user's umask says."""

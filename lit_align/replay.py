@@ -87,8 +87,8 @@ class Moved(NamedTuple):
     """How far a policy has moved at some pairs.
 
     Attributes:
-        kl: KL of the policy that sampled to the one of now, in nats, ``(N,)`` on the CPU. Below float32 an
-            estimate of it, which is right on average and may be negative.
+        kl: KL of the policy that sampled to the one of now, in nats, ``(M,)`` on the CPU, at the pairs whose
+            chain is finite. Below float32 an estimate of it, which is right on average and may be negative.
         variance: Of each estimate, by what rounding leaves in it; 0 in float32.
     """
 
@@ -149,13 +149,15 @@ class Yardstick:
     @torch.no_grad()
     def read(self) -> Moved:
         """How far the updates have moved the policy."""
+        # Taken away afterwards: ranks that share weights must ask for the same number of predictions.
+        kept = self.replay.trajectory.finite[self.pairs.rows]
         if self.nearby is None:
-            kl = self.replay.moved(self.pairs, self.size)
+            kl = self.replay.moved(self.pairs, self.size)[kept]
             return Moved(kl, torch.zeros_like(kl))
         states, means = (part.split(self.size) for part in self.nearby)
         measured = [*map(self._twice, self.pairs.split(self.size), states, means)]
         kl, variance = (torch.cat(part).cpu() for part in zip(*measured, strict=True))
-        return Moved(kl, variance)
+        return Moved(kl[kept], variance[kept])
 
     def _twice(self, pairs: Pairs, nearby: Tensor, before: Tensor) -> Moved:
         now, then, _ = self.replay.step(pairs)

@@ -1,6 +1,7 @@
 """The one sampling loop: from noise to a latent, keeping what the methods replay."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,12 +24,18 @@ class Trajectory:
     means: Tensor
     log_probs: Tensor
 
-    def tamed(self) -> "Trajectory":
-        """The same with zeros for chains that are not finite: they teach nothing."""
+    @cached_property
+    def finite(self) -> Tensor:
+        """``(B,)`` bool on the CPU: the chains that are finite, and not zeros in the place of one."""
         own = [part.flatten(2).sum(2).isfinite().all(0) for part in (self.states, self.means)]
-        finite = own[0] & own[1]
-        if bool(finite.all()):
+        drawn = self.states[0].flatten(1).any(1)  # of no noise all numbers are 0
+        return (own[0] & own[1] & drawn).cpu()
+
+    def tamed(self) -> "Trajectory":
+        """The same with zeros for chains that are not finite: they teach nothing, and tell nothing."""
+        if bool(self.finite.all()):
             return self
+        finite = self.finite.to(self.states.device)
         kept = finite.view(1, -1, *(1,) * (self.states.ndim - 2))
         states, means = (torch.where(kept, part, 0.0) for part in (self.states, self.means))
         return Trajectory(states, means, torch.where(finite, self.log_probs, 0.0))

@@ -17,6 +17,7 @@ ALLOWED = {
     "folder": {"errors", "files"},
     "identity": set(),
     "gaussian": set(),
+    "tokens": set(),
     "pool": {"errors", "files"},
     "latents": {"pool"},
     "advantages": {"errors"},
@@ -26,8 +27,8 @@ ALLOWED = {
     "replay": {"backbones", "gaussian", "randomness", "rollout"},
     "shapes": {"errors"},
     "data": {"errors", "randomness", "shapes"},
-    "rewards": {"errors", "pretrained", "shapes"},
-    "backbones": {"errors", "gaussian", "identity", "samplers", "pretrained", "shapes"},
+    "rewards": {"errors", "pretrained", "shapes", "tokens"},
+    "backbones": {"errors", "gaussian", "identity", "samplers", "pretrained", "shapes", "tokens"},
     "methods": {
         "errors",
         "randomness",
@@ -84,6 +85,8 @@ ALLOWED = {
 
 ROOMS = {
     "base",
+    "clip_range",
+    "held_out",
     "skipped",
     "identity",
     "joint",

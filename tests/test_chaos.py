@@ -25,6 +25,7 @@ def faults(results: list[chaos.Result]) -> list[str]:
     return [fault for result in results for fault in result.faults]
 
 
+@pytest.mark.slow
 def test_kills_change_nothing(cell, tmp_path, capsys):
     """Five in all: three of a run in one process, two of one in two."""
     two = chaos.Cell("ddpo", 2, tmp_path, seed=54)

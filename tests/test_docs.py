@@ -76,7 +76,14 @@ def commands(page: Path) -> list[str]:
 
 COMMANDS = list(dict.fromkeys(line for page in PAGES for line in commands(page)))
 TWO = [line for line in COMMANDS if "--trainer.devices 2" in line or "fsdp.yaml" in line]
-ONE = [line for line in COMMANDS if line not in TWO]
+FIRST = commands(ROOT / "README.md")
+"""What the default suite runs: the commands that a newcomer meets first."""
+
+ONE = [
+    pytest.param(line, marks=[] if line in FIRST else [pytest.mark.slow])
+    for line in COMMANDS
+    if line not in TWO
+]
 
 
 def test_there_are_commands_and_all_are_of_lit_align():

@@ -317,3 +317,27 @@ def test_rollouts_have_these_moments(rule: Rule, level: float) -> None:
     ends = rollout(gaussian_policy(sampler), noise, 20, torch.Generator().manual_seed(1)).states[-1]
     assert abs(ends.mean().item() - mean) < 4 * std / math.sqrt(4000)
     assert abs(ends.std().item() / std - 1) < 4 / math.sqrt(8000)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            {"noise_level": 0.0},
+            "noise_level is 0, which has no density; set sampler.init_args.noise_level to",
+        ),
+        ({"noisy_steps": (3, 3)}, "noisy_steps has none of the steps; set sampler.init_args.noisy_steps to"),
+        (
+            {"noisy_steps": (5, 6)},
+            "noisy_steps has only the last step, which draws none; set sampler.init_arg",
+        ),
+        (
+            {"num_steps": 1},
+            "num_steps is 1, and the last step draws none; set sampler.init_args.num_steps to",
+        ),
+    ],
+)
+def test_why_no_step_has_noise_is_said(options: dict[str, Any], told: str) -> None:
+    sampler = FlowSDE(SD3, **{"num_steps": 6, "rule": "cps"} | options)
+    assert not sampler.stochastic.any()
+    assert sampler.no_noise.startswith(told)

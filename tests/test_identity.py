@@ -15,7 +15,7 @@ from lit_align.backbones.adapters import LoRA
 from lit_align.callbacks.adapter import images_of
 from lit_align.errors import ConfigError
 from lit_align.identity import ADAPTER, STAMP, differences, read_stamp, stamp, versions, weights_hash
-from lit_align.methods.identity import check_checkpoint, check_files
+from lit_align.methods.identity import check_checkpoint, check_files, measured_otherwise
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -150,16 +150,40 @@ def test_a_checkpoint_of_another_run_is_refused_or_taken_by_name(name, value, fi
     saved = NOW | {name: value}
     for is_fit, refused in ((True, fit), (False, test)):
         if refused is None:
-            changed = check_checkpoint(saved, NOW, is_fit, False, False)
-            assert changed == ({name} if is_fit else set())
+            check_checkpoint(saved, NOW, is_fit, False, False)
         else:
             with pytest.raises(ConfigError, match=refused):
                 check_checkpoint(saved, NOW, is_fit, False, False)
             if name != "method":
                 with pytest.warns(UserWarning, match=r"made with .* -> "):
-                    assert check_checkpoint(saved, NOW, is_fit, True, True) == ({name} if is_fit else set())
-    assert check_checkpoint(NOW, NOW, True, False, False) == set()
-    assert check_checkpoint({}, NOW, True, False, False) == set()  # of an edition that said nothing
+                    check_checkpoint(saved, NOW, is_fit, True, True)
+    check_checkpoint(NOW, NOW, True, False, False)
+    check_checkpoint({}, NOW, True, False, False)  # of an edition that said nothing
+    assert set(measured_otherwise(saved, NOW)) == {name} - {"method"}
+    assert not measured_otherwise(NOW, NOW)
+    assert not measured_otherwise({}, NOW)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("eval_sampler", {"class": "DDIM", "steps": 5, "chain": "eeee"}),
+        ("seed", 1),
+        ("weights", {"a": 0.9, "b": 0.1}),
+        ("held_out", "8 images eeee"),
+    ],
+)
+def test_facts_that_earlier_editions_did_not_write_are_compared_where_they_are_there(name, value):
+    facts: dict[str, Any] = {"eval_sampler": NOW["sampler"], "seed": 0, "held_out": "8 images ffff"}
+    now = NOW | facts | {"weights": {"a": 0.5, "b": 0.5}}
+    assert not measured_otherwise(NOW, now)
+    assert set(measured_otherwise(now | {name: value}, now)) == {name}
+
+
+def test_rewards_of_several_tasks_are_compared_where_all_of_them_are_named():
+    now = NOW | {"rewards": {"a/clip": "CLIPScore x 1", "b/blue": "Blue x 1"}, "seed": 0}
+    assert not measured_otherwise(NOW, now)  # an earlier edition named the first task's
+    assert set(measured_otherwise(now | {"rewards": now["rewards"] | {"b/blue": "Blue"}}, now)) == {"rewards"}
 
 
 def test_other_versions_are_told(caplog):

@@ -212,3 +212,10 @@ def test_pinterest_has_the_published_values(name):
     assert (settings["updates"], settings["inner_epochs"], settings["kl_target"]) == (1, 1, None)
     assert settings["pretraining"]["batch"] == 16 * 128
     assert settings["pretraining"]["order"] == ("after" if name == "joint" else "before")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: path.stem)
+def test_no_configuration_validates_on_the_prompts_that_it_tests_on(path: Path):
+    data = (yaml.safe_load(path.read_text()).get("data") or {}).get("init_args", {})
+    for task in [data, *data.get("tasks", {}).values()]:
+        assert "test_source" not in task or task.get("validation_source") != task["test_source"]

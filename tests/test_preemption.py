@@ -109,6 +109,7 @@ def images() -> int:
 # ---- one process
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_patient")
 def test_the_rollout_batch_that_ends_in_time_is_saved_and_the_command_that_is_told_goes_on():
     """Also where checkpoints are rare."""
@@ -188,6 +189,7 @@ def test_the_same_command_begins_goes_on_and_is_complete(monkeypatch, capsys):
 # ---- two processes
 
 
+@pytest.mark.slow
 def test_two_processes_end_together_also_where_one_waits_in_a_collective_call():
     """As scancel and torchrun end them: a signal to both at once, while one waits for the other."""
     Path(f"hold-1-{FIRST}").touch()
@@ -201,6 +203,7 @@ def test_two_processes_end_together_also_where_one_waits_in_a_collective_call():
     assert images() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_patient")
 def test_a_signal_to_one_process_ends_both_after_the_rollout_batch():
     Path(f"hold-1-{FIRST}").touch()

@@ -31,6 +31,7 @@ def alone(running: Job) -> tuple[list[int | None], str]:
     return ended(running, LIMIT), running.said()
 
 
+@pytest.mark.slow
 def test_one_process_without_scores_goes_on_alike_and_one_that_dies_ends_all():
     Path(f"nan-1-{FIRST}").touch()
     Path(f"exit-1-{FIRST + 1}").touch()

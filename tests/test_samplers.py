@@ -328,3 +328,22 @@ def test_gaussian_data_is_sampled_with_its_own_moments(eta: float) -> None:
     samples = rollout(gaussian_policy(sampler), start, 200, torch.Generator().manual_seed(1)).states[-1]
     assert abs(samples.mean().item() - CENTRE) < 4 * fine / math.sqrt(4000)
     assert abs(samples.std().item() / fine - 1) < 4 / math.sqrt(8000)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"eta": 0.0}, "eta is 0, which has no density; set sampler.init_args.eta to 1"),
+        ({"eta": 0.0, "noisy_steps": 0}, "eta is 0, which has no density; set sampler.init_args.eta to 1"),
+        ({"noisy_steps": 0}, "noisy_steps has none of the steps; set sampler.init_args.noisy_steps to null"),
+        (
+            {"num_steps": 1},
+            "num_steps is 1, and the last step draws none; set sampler.init_args.num_steps to",
+        ),
+        ({"eta": 1e-30}, "eta is 1e-30, too little for a density in float32; set sampler.init_args.eta to 1"),
+    ],
+)
+def test_why_no_step_has_noise_is_said(options: dict[str, Any], told: str) -> None:
+    sampler = DDIM(SD | {"set_alpha_to_one": True}, **{"num_steps": 6} | options)
+    assert not sampler.stochastic.any()
+    assert sampler.no_noise.startswith(told)

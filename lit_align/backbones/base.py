@@ -94,6 +94,11 @@ class DiffusionBackbone(nn.Module, ABC):
         return False
 
     @property
+    def told_guidance(self) -> bool:
+        """Whether the scale of guidance is an input of the network, which then predicts once."""
+        return False
+
+    @property
     def rounds(self) -> bool:
         """Whether predictions are rounded to less than float32 here and now: in autocast, or by weights."""
         weights = [*self.weight_sets.parameters()]

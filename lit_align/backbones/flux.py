@@ -8,6 +8,10 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from lit_align.backbones.transformer import TransformerBackbone, grid, pack, unpack
+from lit_align.tokens import Counts, count_tokens
+
+WORDS = 512
+"""Tokens of a prompt that T5 reads: the pipeline's default."""
 
 
 class FluxBackbone(TransformerBackbone):
@@ -21,8 +25,7 @@ class FluxBackbone(TransformerBackbone):
     without: ClassVar[dict[str, Any]] = {"image_encoder": None, "feature_extractor": None}
 
     @property
-    def distilled(self) -> bool:
-        """Whether the scale of guidance is an input."""
+    def told_guidance(self) -> bool:
         config: Any = self.pipeline.transformer.config
         return bool(config.guidance_embeds)
 
@@ -30,24 +33,31 @@ class FluxBackbone(TransformerBackbone):
     def input_channels(self) -> int:
         return 4 * self.latent_shape[0]
 
-    @property
-    def tokenizers(self) -> list[Any]:
-        """T5's; CLIP's, which reads 77 tokens, only makes the pooled prompt."""
-        return [self.pipeline.tokenizer_2]
+    def prompt_tokens(self, prompt: str) -> Counts:
+        """Of T5; CLIP, which reads 77, only makes the pooled prompt."""
+        return [(count_tokens(self.pipeline.tokenizer_2, prompt), WORDS)]
 
     def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        states, pooled, _ = self.pipeline.encode_prompt(list(prompts), None, self.device)
+        states, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), None, self.device, max_sequence_length=WORDS
+        )
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
     def negative(self, empty: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        return None if self.distilled else empty
+        return None if self.told_guidance else empty
+
+    def pipeline_guidance(self, scale: float) -> dict[str, Any]:
+        if self.told_guidance:
+            return {"guidance_scale": scale}
+        # The pipeline makes two predictions only where there is a negative prompt.
+        return {} if scale == 1.0 else {"true_cfg_scale": scale, "negative_prompt": ""}
 
     def denoise(self, network: Any, x: Tensor, t: Tensor, cond: dict[str, Tensor], guidance: float) -> Tensor:
         image = grid(x)
         velocity: Tensor = network(
             pack(x),
             timestep=t / 1000,
-            guidance=torch.full((len(x),), guidance, device=x.device) if self.distilled else None,
+            guidance=torch.full((len(x),), guidance, device=x.device) if self.told_guidance else None,
             txt_ids=image.new_zeros(cond["encoder_hidden_states"].shape[1], 3),
             img_ids=torch.cat([torch.zeros_like(image[:, :1]), image], dim=1),
             return_dict=False,

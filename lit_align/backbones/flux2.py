@@ -9,8 +9,13 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from lit_align.backbones.text import count_chat
 from lit_align.backbones.transformer import TransformerBackbone, grid, pack, unpack
 from lit_align.errors import ConfigError
+from lit_align.tokens import Counts
+
+WORDS = 512
+"""Tokens of a prompt that the pipeline reads, those of the chat around it included: its default."""
 
 
 class Flux2KleinBackbone(TransformerBackbone):
@@ -22,12 +27,16 @@ class Flux2KleinBackbone(TransformerBackbone):
     def input_channels(self) -> int:
         return 4 * self.latent_shape[0]
 
+    def prompt_tokens(self, prompt: str) -> Counts:
+        return [(count_chat(self.pipeline.tokenizer, prompt, enable_thinking=False), WORDS)]
+
     def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         # The pipeline's own are layers 9, 18 and 27 of Qwen3's 36.
         layers = self.pipeline.text_encoder.config.num_hidden_layers
         states, _ = self.pipeline.encode_prompt(
             list(prompts),
             self.device,
+            max_sequence_length=WORDS,
             text_encoder_out_layers=[round(share * layers) for share in (0.25, 0.5, 0.75)],
         )
         return {"encoder_hidden_states": states}

@@ -143,20 +143,29 @@ def _check_weights(pretrained: str, folder: Path, variant: str | None) -> None:
         )
 
 
-def _check_file(pipeline_class: Any, file: Path, place: str) -> dict[str, Any]:
-    """Refuse a single file of another kind by its name; returns what it says of its noise schedule."""
+def schedule_of(file: Path) -> dict[str, Any]:
+    """What the empty entries of a single file say of its noise schedule; nothing if it cannot be read."""
+    try:
+        with safe_open(file, "pt") as opened:
+            names = set(opened.keys())
+    except (OSError, SafetensorError):
+        return {}
+    return {key: value for name, (key, value) in MARKS.items() if name in names}
+
+
+def _check_file(pipeline_class: Any, file: Path, place: str) -> None:
+    """Refuse a single file that holds another kind of model."""
     try:
         with safe_open(file, "pt") as opened:
             shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
     except SafetensorError:
-        return {}  # said when it is loaded
+        return  # said when it is loaded
     names = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     kind = infer_diffusers_model_type(names)
     kind = "lora" if any("lora_" in name for name in names) else kind
     own = FILES.get(pipeline_class.__name__, ())
     if kind in KINDS and kind not in own:
         raise ConfigError(f"{place} is {KINDS[kind]}, and this backbone takes a {pipeline_class.__name__}")
-    return {key: value for name, (key, value) in MARKS.items() if name in names}
 
 
 def _load_file(
@@ -171,7 +180,8 @@ def _load_file(
         raise ConfigError(f"{place} may run code when it is opened; give the weights as .safetensors")
     if not file.is_file():
         raise ConfigError(f"{place} is no file; give one that exists (the working directory is {Path.cwd()})")
-    entries = _check_file(pipeline_class, file, place)
+    _check_file(pipeline_class, file, place)
+    entries = schedule_of(file)
     folder = None if config is None else user_path(config)
     if folder is not None and folder.is_dir():
         with loading(str(folder)):

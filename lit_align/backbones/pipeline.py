@@ -32,6 +32,7 @@ from lit_align.backbones.text import TextEncoding
 from lit_align.backbones.weight_sets import POLICY, WeightSets
 from lit_align.errors import ConfigError, check_positive
 from lit_align.samplers import Sampler
+from lit_align.tokens import Counts, count_tokens
 
 
 class DiffusersBackbone(DiffusionBackbone):
@@ -182,6 +183,10 @@ class DiffusersBackbone(DiffusionBackbone):
         config: Any = self.vae.config
         return latents / config.scaling_factor + (config.get("shift_factor") or 0)
 
+    def pipeline_guidance(self, scale: float) -> dict[str, Any]:
+        """A scale of guidance, as :meth:`predict` takes it, in arguments of the pipeline's call."""
+        return {"guidance_scale": scale}
+
     def attend(self, network: Any, plain: bool) -> None:
         """Give the network's layers the plain or the fused attention."""
         network.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
@@ -190,10 +195,9 @@ class DiffusersBackbone(DiffusionBackbone):
         """What a denoiser with this configuration is told beside what :meth:`denoise` gives."""
         return []
 
-    @property
-    def tokenizers(self) -> list[Any]:
-        """Those that cut long prompts."""
-        return [self.pipeline.tokenizer]
+    def prompt_tokens(self, prompt: str) -> Counts:
+        """For each tokenizer that cuts long prompts: how many tokens this one has, and how many are read."""
+        return [(count_tokens(own := self.pipeline.tokenizer, prompt), own.model_max_length)]
 
     @property
     def input_channels(self) -> int:
@@ -221,8 +225,7 @@ class DiffusersBackbone(DiffusionBackbone):
     def train(self, mode: bool = True) -> "DiffusersBackbone":
         """Stay in evaluation mode: replaying a step must be the same function as sampling it was."""
         del mode
-        super().train(False)
-        return self
+        return super().train(False)
 
     def _prepare(self, network: Any, sets: WeightSets) -> None:
         """Set a denoiser up as the options say."""
@@ -255,9 +258,8 @@ class DiffusersBackbone(DiffusionBackbone):
     ) -> Tensor:
         network = self.weight_sets.choose(weights)
         dtype = next(network.parameters()).dtype
-        if (plain := wants_plain(self.attention, x.device, dtype)) != getattr(
-            network, "attends_plainly", False
-        ):
+        plain = wants_plain(self.attention, x.device, dtype)
+        if plain != getattr(network, "attends_plainly", False):
             self.attend(network, plain)
             network.attends_plainly = plain
         x, t = x.to(dtype), torch.as_tensor(t, device=x.device).expand(len(x))
@@ -293,8 +295,6 @@ class DiffusersBackbone(DiffusionBackbone):
 
     def shard(self, mesh: DeviceMesh) -> None:
         if self._compile:
-            raise ConfigError(
-                "backbone.compile: true does not work with a sharded model; set it to false, or use DDP"
-            )
+            raise ConfigError("backbone.compile: true cannot go with sharding; set it to false, or use DDP")
         for network in self.weight_sets.networks.values():
             shard_network(network, self.blocks(network), mesh)

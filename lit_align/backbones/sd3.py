@@ -7,6 +7,10 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from lit_align.backbones.transformer import TransformerBackbone
+from lit_align.tokens import Counts, count_tokens
+
+WORDS = 256
+"""Tokens of a prompt that T5 reads: the pipeline's default. Its tokenizer would allow 512."""
 
 
 class StableDiffusion3Backbone(TransformerBackbone):
@@ -16,14 +20,19 @@ class StableDiffusion3Backbone(TransformerBackbone):
     without: ClassVar[dict[str, Any]] = {"image_encoder": None, "feature_extractor": None}
     optional: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
 
-    @property
-    def tokenizers(self) -> list[Any]:
-        """T5's, where it is there: it reads 256 tokens of the prompt, and the others 77."""
-        return [self.pipeline.tokenizer_3 or self.pipeline.tokenizer]
+    def prompt_tokens(self, prompt: str) -> Counts:
+        """Of T5, where it is there: the others read 77."""
+        t5 = self.pipeline.tokenizer_3
+        return super().prompt_tokens(prompt) if t5 is None else [(count_tokens(t5, prompt), WORDS)]
 
     def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         states, _, pooled, _ = self.pipeline.encode_prompt(
-            list(prompts), None, None, self.device, do_classifier_free_guidance=False
+            list(prompts),
+            None,
+            None,
+            self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=WORDS,
         )
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
 

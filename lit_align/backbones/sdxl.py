@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_align.backbones.autoencoder import STATISTICS
 from lit_align.backbones.pipeline import DiffusersBackbone
+from lit_align.tokens import Counts, count_tokens
 
 TIME_IDS = 6
 """Height and width before the crop, top and left of the crop, height and width after it."""
@@ -42,9 +43,9 @@ class StableDiffusionXLBackbone(DiffusersBackbone):
         """The UNet that holds the policy."""
         return self.network
 
-    @property
-    def tokenizers(self) -> list[Any]:
-        return [one for one in (self.pipeline.tokenizer, self.pipeline.tokenizer_2) if one is not None]
+    def prompt_tokens(self, prompt: str) -> Counts:
+        both = (self.pipeline.tokenizer, self.pipeline.tokenizer_2)
+        return [(count_tokens(one, prompt), one.model_max_length) for one in both if one is not None]
 
     def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         states, _, pooled, _ = self.pipeline.encode_prompt(

@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 import torch
 from diffusers.utils import logging
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+
+from lit_align.tokens import Counts, count_tokens, warn_of_cut
 
 
 class Encoder(Protocol):
@@ -17,9 +18,8 @@ class Encoder(Protocol):
     def device(self) -> torch.device:
         """Where it computes."""
 
-    @property
-    def tokenizers(self) -> list[Any]:
-        """Those that cut long prompts."""
+    def prompt_tokens(self, prompt: str) -> Counts:
+        """How many tokens a prompt has, and how many are read."""
 
     def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Tensors by name, with a row for each prompt."""
@@ -40,14 +40,16 @@ class TextEncoding:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Tensors of one row for each prompt."""
-        self._told = self._told or warn_of_cut(self._encoder.tokenizers, [p for p in prompts if p])
+        self._told = self._told or warn_of_cut(
+            "the text encoder", self._encoder.prompt_tokens, [p for p in prompts if p]
+        )
         with present(self._away, self._encoder.device), without_a_line_each():
             return [self._encoder.embed([prompt]) for prompt in prompts]
 
 
 @contextmanager
 def without_a_line_each() -> Iterator[None]:
-    """Silence diffusers, which tells of every prompt that is cut; :func:`warn_of_cut` tells it once."""
+    """Silence diffusers, which tells of every prompt that is cut: we tell it once."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -68,24 +70,12 @@ def present(encoders: Sequence[nn.Module], device: torch.device) -> Iterator[Non
             encoder.to("cpu")
 
 
-def cut(tokenizers: Sequence[Any], prompts: Sequence[str]) -> list[str]:
-    """The prompts of which a tokenizer drops the end."""
-    found = []
-    for prompt in prompts:
-        lengths = ((len(t(prompt, verbose=False).input_ids), t.model_max_length) for t in tokenizers)
-        if any(length > limit for length, limit in lengths):
-            found.append(prompt)
-    return found
-
-
-def warn_of_cut(tokenizers: Sequence[Any], prompts: Sequence[str]) -> bool:
-    """Warn if some prompts are longer than the text encoders read; returns whether it did."""
-    found = cut(tokenizers, prompts)
-    if not found:
-        return False
-    limit = min(tokenizer.model_max_length for tokenizer in tokenizers)
-    rank_zero_warn(
-        f"{len(found)} of the first {len(prompts)} prompts are longer than the {limit} tokens that the text "
-        f"encoder reads, and are cut, such as {found[0][:60]!r}; of later ones nothing is said"
+def count_chat(tokenizer: Any, prompt: str, enable_thinking: bool) -> int:
+    """How many tokens a prompt has as a user's turn of a chat, which is how pipelines ask language models."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=enable_thinking,
     )
-    return True
+    return count_tokens(tokenizer, text)

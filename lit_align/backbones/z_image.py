@@ -8,10 +8,12 @@ from diffusers import ZImagePipeline
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from lit_align.backbones.text import count_chat
 from lit_align.backbones.transformer import TransformerBackbone
+from lit_align.tokens import Counts
 
 WORDS = 512
-"""Tokens of a prompt that the pipeline reads."""
+"""Tokens of a prompt that the pipeline reads, those of the chat around it included."""
 
 
 class ZImageBackbone(TransformerBackbone):
@@ -19,6 +21,9 @@ class ZImageBackbone(TransformerBackbone):
 
     pipeline_class = ZImagePipeline
     no_input_for: ClassVar[tuple[str, ...]] = ("siglip_feat_dim",)
+
+    def prompt_tokens(self, prompt: str) -> Counts:
+        return [(count_chat(self.pipeline.tokenizer, prompt, enable_thinking=True), WORDS)]
 
     def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         states, _ = self.pipeline.encode_prompt(
@@ -28,6 +33,9 @@ class ZImageBackbone(TransformerBackbone):
             "states": torch.stack([pad(one, (0, 0, 0, WORDS - len(one))) for one in states]),
             "length": torch.tensor([len(one) for one in states], device=self.device),
         }
+
+    def pipeline_guidance(self, scale: float) -> dict[str, Any]:
+        return {"guidance_scale": scale - 1}
 
     def denoise(self, network: Any, x: Tensor, t: Tensor, cond: dict[str, Tensor], guidance: float) -> Tensor:
         del guidance  # this family is guided by two predictions

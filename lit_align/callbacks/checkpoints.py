@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_align.callbacks.files import writes
 from lit_align.callbacks.histograms import tensorboards
 from lit_align.data import Batch
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, tell
 from lit_align.files import replace_file, unused, writing
 from lit_align.folder import run_folder
 
@@ -169,7 +169,11 @@ def _validates(trainer: Trainer, batch_idx: int) -> bool:
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps ``checkpoints/best.ckpt``, of the validation with the highest ``val/reward``."""
+    """Keeps ``checkpoints/best.ckpt``, of the validation after an update with the highest ``val/reward``.
+
+    The validation of the pretrained model has none, even if it is the highest: nobody needs a checkpoint of
+    an adapter that does nothing, and to go on from it is to start anew. At the end of a fit that is told.
+    """
 
     def __init__(self) -> None:
         super().__init__(
@@ -193,6 +197,15 @@ class BestCheckpoint(ModelCheckpoint):
         reward = trainer.callback_metrics.get("val/reward")
         if not pl_module.taken_back and (reward is None or bool(reward.isfinite())):
             super().on_validation_end(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        start, best = pl_module.baseline.get("reward"), self.best_model_score
+        if start is not None and best is not None and float(best) <= float(start.nanmean()):
+            tell(
+                "no validation after an update has a higher val/reward than the pretrained model "
+                f"({float(start.nanmean()):.4f}); {self.best_model_path} is the best of them "
+                f"({float(best):.4f})"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the best score also where the run's folder is now written differently, or was moved."""

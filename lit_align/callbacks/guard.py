@@ -31,8 +31,9 @@ UNKNOWN = 100
 class Guard(Callback):
     """Compares each validation with the best one so far, and acts when held-out images have become worse.
 
-    The best validation is the one with the highest held-out reward: one that nothing is trained on. Trouble
-    is a change since then that chance does not explain (see :mod:`lit_align.callbacks.trouble`):
+    The best validation is the one with the highest held-out reward: one that nothing is trained on. If it has
+    too few scores of that reward to be compared with, the next one with more takes its place. Trouble is a
+    change since then that chance does not explain (see :mod:`lit_align.callbacks.trouble`):
 
     - a held-out reward has fallen;
     - diversity has fallen by more than a tenth;
@@ -159,7 +160,9 @@ class Guard(Callback):
         now = pl_module.latest
         self._forget_other_measurements(pl_module)
         changes = self._changes(trainer, now, pl_module.prompt_groups) if self._best else []
-        better = not changes or changes[0].difference > 0
+        better = (
+            not changes or changes[0].difference > 0 or self._has_more_scores(now, pl_module.prompt_groups)
+        )
         # The same on all ranks, whatever their processors make of the last bit.
         better, troubles = trainer.strategy.broadcast((better, [one for one in changes if one.certain]))
         if better:
@@ -193,6 +196,12 @@ class Guard(Callback):
                 change = replace(change, evidence=min(change.evidence, worse.evidence))
             found.append(change)
         return found
+
+    def _has_more_scores(self, now: dict[str, Tensor], groups: Tensor) -> bool:
+        """Whether the best validation has too few scores to be compared with, and this one has more."""
+        deciding = self._rewards[0]
+        before, after = (len(groups[one[deciding].isfinite()].unique()) for one in (self._best, now))
+        return before < min(FEWEST, after)
 
     def _keep(self, trainer: Trainer, module: AlignmentModule) -> None:
         """Take the newest validation as the best, and write its weights."""

@@ -44,6 +44,7 @@ class ImageGrids(Callback):
     """Shows images of the held-out prompts, before beside after: always the same prompts and noise.
 
     They go to TensorBoard, and as PNG files to ``images/``. Below each pair stand the prompt and the rewards.
+    Where a policy does not start at the pretrained model, there is no image before.
 
     Args:
         count: Prompts of each task in a grid, from the first rank; one image of each is shown.
@@ -81,9 +82,9 @@ class ImageGrids(Callback):
             return
         names = [n for n in pl_module.latest if n == "reward" or n.startswith("reward/")]
         now.scores = {n: [float(pl_module.latest[n][i]) for i in now.index] for n in names}
-        if not pl_module.images:
-            self._before = now
-        before = self._before
+        if not pl_module.images:  # unless the policy starts elsewhere than at the pretrained model
+            self._before = now if pl_module.baseline is pl_module.latest else None
+        before = self._before if pl_module.baseline else None  # without one it is of another measurement
         if before is not None and (before.index, before.prompts) != (now.index, now.prompts):
             before = None  # other prompts: there is nothing to compare
         grid = self._grid(now, None if before is now else before)

@@ -27,7 +27,7 @@ class NewSettings(Callback):
         self._wanted: list[dict[str, Any]] = []
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        pl_module.changes_told = self.told
+        pl_module.changes_told = self.told and self.measurement
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Keep the optimizer's settings as configured; the checkpoint's are restored after this."""

@@ -19,7 +19,7 @@ from lit_align.data import Batch
 from lit_align.files import write
 from lit_align.folder import run_folder
 from lit_align.report import read_run, render
-from lit_align.report.run import images_folder, result_of
+from lit_align.report.run import images_folder, page_of, result_of
 
 PIXELATED = 128
 """Longer side in pixels up to which an image is kept without loss; larger ones are JPEG."""
@@ -75,13 +75,13 @@ class TestReport(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         ranks = pl_module.gather(self._kept)
         self._kept = []
-        if not writes(trainer) or tested_split(trainer) != "test" or not pl_module.latest:
+        if not writes(trainer) or tested_split(trainer) != "test" or not pl_module.tested:
             return
         folder = run_folder(trainer)
         result = result_of(folder)
         rows = sorted((row for rank in ranks for row in rank), key=lambda row: row[0])
         self._write(images_folder(result), rows[: self.count])
-        page = result.with_name(f"{result.stem.replace('test', 'report', 1)}.html")
+        page = page_of(result)
         write(page, render([read_run(folder, result)]))
         show(f"{'report':<12} {page}")
 

@@ -19,8 +19,8 @@ class RunConfig(Callback):
     """Writes the whole configuration to ``config.yaml``; that of a resumed run stands beside the first.
 
     Checkpoints hold the settings, so that a run that is resumed with others is told what changes. TensorBoard
-    gets the configuration as text, and at the end of a fit as hyper-parameters beside the held-out metrics,
-    so that its HParams tab compares runs.
+    gets the configuration as text, and at the end of a fit as hyper-parameters beside the newest held-out
+    metrics, so that its HParams tab compares runs.
 
     Args:
         text: The configuration, as YAML.
@@ -28,17 +28,19 @@ class RunConfig(Callback):
 
     Attributes:
         began: Whether the models are loaded and the work has begun.
+        file: Name of the file that the newest command wrote, which its result names.
     """
 
     def __init__(self, text: str, settings: Mapping[str, Any]) -> None:
         self.text = text
         self.settings = dict(settings)
         self.began = False
+        self.file: str | None = None
         self._written = False
 
     def put(self, folder: Path) -> None:
         """Write the configuration of a fit at once, so that a run is known that is killed while it loads."""
-        write_new(folder / "config.yaml", self.text)
+        self.file = write_new(folder / "config.yaml", self.text).name
         self._written = True
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -59,7 +61,7 @@ class RunConfig(Callback):
         if not writes(trainer):
             return
         if not self._written:
-            write_new(run_folder(trainer) / name, self.text)
+            self.file = write_new(run_folder(trainer) / name, self.text).name
         self._written = False  # a Trainer may be used again
         for writer in tensorboards(trainer):
             writer.add_text("config", "    " + self.text.replace("\n", "\n    "), 0)

@@ -4,17 +4,20 @@ import csv
 import io
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.table import Table
 from torch import Tensor
 
 from lit_align.callbacks.console import show
 from lit_align.callbacks.files import finite, writes
+from lit_align.callbacks.run_config import RunConfig
 from lit_align.comparison import Comparison, compare
 from lit_align.files import unused, write, write_new, writing
 from lit_align.folder import run_folder
@@ -25,8 +28,9 @@ from lit_align.shapes import WEIGHTS_HASH
 class RunSummary(Callback):
     """Says at the start what is trained and where, and at the end how the held-out metrics changed.
 
-    ``fit`` leaves ``validation.json`` and ``.csv``, the newest; when a run goes on, the older ones are kept
-    with their number of images in the name. Every ``test`` and ``validate`` leaves files of its own.
+    ``fit`` leaves ``validation.json`` and ``.csv``, the newest, with the number of images after which it was
+    measured; when a run goes on, the older ones are kept with that number in the name. Every ``test`` and
+    ``validate`` leaves files of its own.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -64,13 +68,29 @@ class RunSummary(Callback):
             _write(run_folder(trainer) / "validation.json", pl_module, "validation", complete=False)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if writes(trainer) and pl_module.latest:
-            _report(run_folder(trainer) / "validation.json", pl_module, "validation", complete=True)
+        if not writes(trainer):
+            return
+        folder = run_folder(trainer)
+        if pl_module.latest:
+            _report(folder / "validation.json", pl_module, "validation", complete=True)
+        _warn_if_not_measured(pl_module, trainer.enable_validation, folder)
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if writes(trainer) and pl_module.latest:
+        if writes(trainer) and pl_module.tested:
             split = tested_split(trainer)
             _report(run_folder(trainer) / f"{split}.json", pl_module, split)
+
+
+def _warn_if_not_measured(module: AlignmentModule, validates: bool, folder: Path) -> None:
+    """Say that a fit ended between two validations, so that no metrics are of its last weights."""
+    measured = module.measured_at["images"] if module.latest else None
+    if measured == module.images or (measured is None and not validates):
+        return
+    newest = "there was no validation" if measured is None else f"the newest validation was after {measured}"
+    rank_zero_warn(
+        f"the weights at the end, after {module.images} images, were not measured: {newest}; to measure them "
+        f"run validate or test with the same configuration and --ckpt_path {folder}"
+    )
 
 
 def tested_split(trainer: Trainer) -> str:
@@ -82,20 +102,46 @@ def tested_split(trainer: Trainer) -> str:
 def _report(path: Path, module: AlignmentModule, split: str, **more: bool) -> None:
     """Write what was measured, and show it."""
     path = _write(path, module, split, **more)
-    if found := _compared(module):
+    if found := _compared(module, split):
         _show_change(found, split)
     else:
-        _show_means(_means(module), split)
+        _show_means(_means(module, split), split)
     _show_places(path)
 
 
-def _compared(module: AlignmentModule) -> dict[str, Comparison]:
-    """Every metric of the pretrained model and the policy; empty where only one of them was measured."""
-    groups, latest = module.prompt_groups, module.standing
-    before = {name: values for name, values in module.baseline.items() if len(values) == len(groups)}
-    if module.baseline is latest:  # a validation of an untrained model is its own baseline
+def _measured(module: AlignmentModule, split: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """What was measured of the pretrained model and of the policy, and the prompt of each image."""
+    if split.startswith("test"):
+        base = {name[5:]: values for name, values in module.tested.items() if name.startswith("base/")}
+        return base, module.tested, module.tested_groups
+    return module.baseline, module.standing, module.prompt_groups
+
+
+def _compared(module: AlignmentModule, split: str) -> dict[str, Comparison]:
+    return compared(*_measured(module, split))
+
+
+def compared(
+    baseline: Mapping[str, Tensor], latest: Mapping[str, Tensor], groups: Tensor
+) -> dict[str, Comparison]:
+    """Every metric of the pretrained model and the policy; empty where only one of them was measured.
+
+    Args:
+        baseline: Of the pretrained model, ``(N,)`` each.
+        latest: Of the policy.
+        groups: ``(N,)``, the prompt of each image.
+    """
+    if baseline is latest:  # a validation of an untrained model is its own baseline
         return {}
+    before = {name: values for name, values in baseline.items() if len(values) == len(groups)}
     return {name: compare(old, latest[name], groups) for name, old in before.items() if name in latest}
+
+
+def _measured_at(module: AlignmentModule, split: str) -> dict[str, int]:
+    """The counters of the run when that was measured; a test is of now."""
+    if split.startswith("test"):
+        return {"images": module.images, "reward_queries": module.reward_queries}
+    return module.measured_at
 
 
 def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Path:
@@ -103,19 +149,23 @@ def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Pat
 
     That of a fit replaces the one before; all others get a name of their own.
     """
-    if found := _compared(module):
+    if found := _compared(module, split):
         metrics = {name: finite(asdict(comparison)) for name, comparison in found.items()}
     else:
-        metrics = {name: _mean(comparison) for name, comparison in _means(module).items()}
+        metrics = {name: _mean(comparison) for name, comparison in _means(module, split).items()}
     result = {
         "split": split,
         "run": module.identity(),
+        "measured": module.measurement(split),
         "shapes_weights": WEIGHTS_HASH,
-        "images": module.images,
-        "reward_queries": module.reward_queries,
+        **_measured_at(module, split),
         "metrics": metrics | (module.set_metrics if split.startswith("test") else {}),
     }
-    rows = _rows({"prompt": module.prompt_groups} | module.standing)
+    # A fit that was interrupted has several files, and must leave what one leaves that was not.
+    if split != "validation":
+        result["config"] = _config(module.trainer)
+    _, now, groups = _measured(module, split)
+    rows = _rows({"prompt": groups} | now)
     if split == "validation":
         write(path.with_suffix(".csv"), rows)
     else:  # the table takes the name, and the JSON says that all is there
@@ -124,10 +174,16 @@ def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Pat
     return path
 
 
-def _means(module: AlignmentModule) -> dict[str, Comparison]:
+def _config(trainer: Trainer) -> str | None:
+    """The file beside a result with the configuration of its command; None of a command in Python."""
+    found = (one.file for one in trainer.callbacks if isinstance(one, RunConfig))  # type: ignore[attr-defined]
+    return next(found, None)
+
+
+def _means(module: AlignmentModule, split: str) -> dict[str, Comparison]:
     """The mean of each metric and its error, as the comparison with 0 has them."""
-    groups = module.prompt_groups
-    return {n: compare(torch.zeros_like(values), values, groups) for n, values in module.standing.items()}
+    _, now, groups = _measured(module, split)
+    return {name: compare(torch.zeros_like(values), values, groups) for name, values in now.items()}
 
 
 def _mean(found: Comparison) -> dict[str, float | None]:

@@ -26,7 +26,7 @@ class Saved:
         steps: Optimizer steps.
         epochs: Epochs that are complete.
         settings: What the run was asked to do, by dotted name; None of a run from Python.
-        measured: Whether it has been validated.
+        measured: Images of the run at its newest validation; None if nobody knows of one.
     """
 
     path: Path
@@ -34,7 +34,7 @@ class Saved:
     steps: int
     epochs: int
     settings: dict[str, Any] | None
-    measured: bool = False
+    measured: int | None = None
 
     @property
     def run(self) -> Path | None:
@@ -96,7 +96,8 @@ def read(path: Path) -> Saved:
         if not all(isinstance(number, int) for number in (images, steps, epoch)):
             raise TypeError("counters that are no numbers")
         settings = content.get("callbacks", {}).get("RunConfig", {}).get("settings")
-        measured = bool(content["progress"].get("latest"))
+        measured_at = content["progress"].get("measured_at") if content["progress"].get("latest") else None
+        measured = measured_at["images"] if measured_at else None
     except Exception:  # torch raises whatever the bytes lead to
         raise ConfigError(
             f"ckpt_path: {path} cannot be read: it is not a checkpoint of lit_align, or not whole"

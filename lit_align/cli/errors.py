@@ -188,8 +188,6 @@ def _wrong_value(text: str, found: re.Match[str], given: Given) -> str:
     if literals:
         meant = _did_you_mean(str(value), literals) or f"; it may be {', '.join(dict.fromkeys(literals))}"
         return f"{place}: {value!r} is not possible{meant}"
-    if named and named[-1] == "None":
-        return f"{place}: null can only be given in a file, as configs/backbone/full.yaml does"
     if value is not None and (fault := unusable(str(value))):
         return f"{given.place(given.naming(fault[0]) or path, fault[0])}: {fault[1]}"
     if named and (not kinds or value is None or value[:1].isupper() or "." in value):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lit_align.callbacks.console import show
 from lit_align.errors import ConfigError, tell
-from lit_align.export import FORMS, export, mixture_of, read_run
+from lit_align.export import FORMS, Live, export, mixture_of, read_run
 from lit_align.export.card import card
 from lit_align.files import write
 
@@ -58,7 +58,7 @@ def export_command(arguments: Sequence[str]) -> None:
     forms = options.form or (["pipeline"] if live.whole else of_adapter)
     folder = options.out or first / "export"
     made = export(live, forms, folder, name, options.steps)
-    grids = sorted((first / "images").glob("validation_*.png"))[-1:]
+    grids = _grids(live)
     for grid in grids:
         shutil.copyfile(grid, folder / grid.name)
     write(folder / "README.md", card(live, made, name, [grid.name for grid in grids]))
@@ -71,8 +71,20 @@ def export_command(arguments: Sequence[str]) -> None:
     _tell_of_best(runs[0].folder, options.run[0])
 
 
+def _grids(live: Live) -> list[Path]:
+    """The grid of held-out images that these weights drew; empty where there is none."""
+    run, images = live.runs[0][0], live.runs[0][0].facts.get("images")
+    if live.mixed or images is None or not run.is_policy:
+        return []
+    grid = run.folder / "images" / f"validation_{images:08d}.png"
+    return [grid] if grid.exists() else []
+
+
 def _tell_of_best(folder: Path, given: Path) -> None:
     """Say that the newest weights were taken, and not the best."""
     best = folder / "checkpoints" / "best.ckpt"
     if given.suffix != ".ckpt" and best.exists():
-        tell(f"these are the newest weights; the best by validation are in {best}, which can be given too")
+        tell(
+            "these are the newest weights; the best by validation after an update are in "
+            f"{best}, which can be given too"
+        )

@@ -72,5 +72,5 @@ def _lacks_files(saved: Saved) -> bool:
     if saved.run is None or (last := newest(saved.run)) is None or last.images != saved.images:
         return False
     report = read_report(saved.run / "validation.json")
-    reported = report.get("complete") and report.get("images") == saved.images
-    return images_of(saved.run / "adapter") != saved.images or (saved.measured and not reported)
+    reported = report.get("complete") and report.get("images") == saved.measured
+    return images_of(saved.run / "adapter") != saved.images or (saved.measured is not None and not reported)

@@ -54,7 +54,8 @@ def _run(command: Command, cli: type[AlignCLI] = AlignCLI) -> None:
 
     def load(text: str) -> Any:
         """YAML as the parser reads it, with the names of today, and the method that was asked for."""
-        value = LOAD_YAML(text)
+        # The parser hands a null that is given for an option of an option on as the text "None".
+        value = None if text == "None" else LOAD_YAML(text)
         if isinstance(value, dict) and {"model", "data", "trainer"} & value.keys():
             value = with_functions(translated(value))
             if method and isinstance(value.get("model"), dict) and "class_path" in value["model"]:

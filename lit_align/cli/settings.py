@@ -33,6 +33,9 @@ OF_TRAINING = (
 )
 """Options of the data that held-out images do not depend on."""
 
+OF_OTHER_STAGES = ("test_prompts", "test_images_per_prompt", "test_split", "test_fraction", "predict_source")
+"""Options of test and predict. Not ``test_source``: the validation skips its prompts."""
+
 
 @dataclass
 class Changes:
@@ -74,7 +77,7 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
             found.weights.append(name)
         elif "optimizer" in parts or "lr_scheduler" in parts or name == "model.lr":
             found.optimizer.append(name)
-        elif _is_measured(parts, now):
+        elif _is_measured(parts, now) or _is_scored_otherwise(parts, old, new):
             found.measurement.append(name)
         else:
             found.other.append(name)
@@ -125,11 +128,18 @@ def _is_measured(parts: list[str], now: Mapping[str, Any]) -> bool:
     if parts[-1] == "eval_batch":  # a limit on batches makes it a number of images
         return now.get("trainer.limit_val_batches") is not None
     if parts[0] == "data":
-        return not any(part in OF_TRAINING or part.startswith(("test", "predict")) for part in parts)
+        return not any(part in (*OF_TRAINING, *OF_OTHER_STAGES) for part in parts)
     if parts[0] in ("trainer", "seed_everything"):
         return True
     measured = {"rewards", "sampler", "sampling", "backbone"}
     return bool(measured & set(parts))
+
+
+def _is_scored_otherwise(parts: list[str], old: Any, new: Any) -> bool:
+    """Whether the reward is another number: MSDDA's weights, or a task that begins or ends to be trained."""
+    if parts[:2] == ["model", "weights"]:
+        return True
+    return parts[:2] == ["model", "tasks"] and parts[3:] == ["weight"] and bool(old) != bool(new)
 
 
 def _same_model(old: Any, new: Any) -> bool:

@@ -17,6 +17,7 @@ from lit_align.data.loading import Rank
 from lit_align.doctor.finding import Finding
 from lit_align.errors import ConfigError
 from lit_align.methods import AlignmentModule, DDPOModule, NFTModule, PRDPModule, SPINModule
+from lit_align.methods.clip_range import misfit
 from lit_align.methods.joint import JointModule
 from lit_align.methods.tasks import check_task, check_updates
 
@@ -28,9 +29,6 @@ FEW_OF_A_PROMPT = 4
 
 FEW_HELD_OUT = 64
 """Images, of which a change of .1 standard deviations is a standard error."""
-
-NATS = (0.05, 50.0)
-"""Clip range of a step's log-ratio in nats between which runs have been seen to learn; published: 1.6."""
 
 BYTES_TRAINED = 16
 """Of a trained weight in a checkpoint: the weight, two moments of Adam, and as much again for buffers."""
@@ -73,14 +71,8 @@ def look(module: AlignmentModule, data: Any, asked: Asked) -> Iterator[Finding]:
     yield from _held_out(module, data, asked)
     yield from _length(module, data, asked)
     yield from _room(module, asked)
-    if isinstance(module, NFTModule) and module.sampling.guidance != 1:
-        yield Finding(
-            "guidance_is_learnt",
-            "model.sampling.guidance",
-            f"images are drawn with guidance {module.sampling.guidance:g}, and the trained predictions have "
-            "none, so the run begins by learning what guidance does",
-            "set it to 1",
-        )
+    if isinstance(module, NFTModule) and (told := module.guidance_is_learnt):
+        yield Finding("guidance_is_learnt", "model.sampling.guidance", told, "set it to 1")
 
 
 def tasks_of(module: AlignmentModule, data: Any) -> dict[str, PromptDataModule]:
@@ -142,18 +134,9 @@ def _clip_range(module: AlignmentModule) -> Iterator[Finding]:
     clip = getattr(module, "clip_range", None)
     if clip is None or not isinstance(module, DDPOModule | PRDPModule):
         return
-    equations = isinstance(module, PRDPModule) and module.convention == "equations"
-    elements = prod(module.backbone.latent_shape)
-    nats = clip if equations else clip * elements
-    if not NATS[0] <= nats <= NATS[1]:
-        fits = 1.6 if equations else 1.6 / elements
-        yield Finding(
-            "clip_range",
-            "model.clip_range",
-            f"{clip:g} is {nats:.3g} nats a step for a latent of {elements} elements: it "
-            + ("stops nearly every update" if nats < NATS[0] else "stops none"),
-            f"published runs have 1.6 nats, which is {fits:.2g} here",
-        )
+    elements = module.unit if isinstance(module, PRDPModule) else prod(module.backbone.latent_shape)
+    if found := misfit(clip, elements):
+        yield Finding("clip_range", "model.clip_range", *found)
 
 
 def _held_out(module: AlignmentModule, data: Any, asked: Asked) -> Iterator[Finding]:

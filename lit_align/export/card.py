@@ -1,34 +1,16 @@
 """The model card: what a model is, how it was trained, what it scored, and how it is used."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import yaml
 
-from lit_align.callbacks.summary import read_report
+from lit_align.callbacks.files import finite
+from lit_align.callbacks.summary import compared, read_report
 from lit_align.export.forms import Exported
 from lit_align.export.live import Live, Run
-
-USES = {
-    "adapter": """```python
-import torch
-from diffusers import {pipeline}
-
-pipeline = {pipeline}.from_pretrained("{base}", torch_dtype=torch.float16).to("cuda")
-pipeline.load_lora_weights("adapter")
-image = pipeline("{prompt}", guidance_scale={guidance}).images[0]
-```""",
-    "pipeline": """```python
-import torch
-from diffusers import {pipeline}
-
-pipeline = {pipeline}.from_pretrained("pipeline", torch_dtype=torch.float16).to("cuda")
-image = pipeline("{prompt}", guidance_scale={guidance}).images[0]
-```""",
-    "kohya": "`{file}` goes into the LoRA folder of A1111, Forge or ComfyUI, at strength 1.",
-}
-"""How each form is used."""
+from lit_align.export.snippet import is_hub_id, snippet
 
 
 def card(live: Live, made: Sequence[Exported], title: str, images: Sequence[str]) -> str:
@@ -44,14 +26,15 @@ def card(live: Live, made: Sequence[Exported], title: str, images: Sequence[str]
     base = str(runs[0].backbone["pretrained"])
     parts = [f"---\n{yaml.safe_dump(_front(runs, base, live.whole), sort_keys=False)}---\n\n# {title}"]
     parts.append(f"Trained from `{base}` with lit_align.")
-    if len(runs) > 1:
+    if live.mixed:
         shares = ", ".join(f"{weight:g} x {run.folder.name}" for run, weight in live.runs)
         parts.append(f"A mixture of adapters, linear in their updates: {shares}.")
     for run in runs:
-        parts.append(_training(run))
-        parts.append(_figures(run))
+        of = f" of {run.folder.name}" if live.mixed else ""
+        parts.append(_training(run, of))
+        parts.append(_figures(run, of))
     parts += [f"![held-out images]({name})" for name in images]
-    parts.append("## Use\n\n" + "\n\n".join(_use(one, live, base) for one in made))
+    parts.append("## Use\n\n" + "\n\n".join(_use(one, live) for one in made))
     rows = "\n".join(f"| {one.form} | `{one.path.name}` | {one.difference:.3g} |" for one in made)
     parts.append(
         "Each was loaded in diffusers and compared with the model that was trained: largest difference of a "
@@ -66,14 +49,15 @@ def _front(runs: Sequence[Run], base: str, whole: bool) -> dict[str, Any]:
         {_last(run.config["model"]["class_path"]).removesuffix("Module").lower() for run in runs}
     )
     tags = ["text-to-image", "diffusers", "lit_align", *methods, *([] if whole else ["lora"])]
-    return {"library_name": "diffusers", "pipeline_tag": "text-to-image", "base_model": base, "tags": tags}
+    known = {"base_model": base} if is_hub_id(base) else {}  # the hub refuses what is none of its ids
+    return {"library_name": "diffusers", "pipeline_tag": "text-to-image", **known, "tags": tags}
 
 
 def _last(class_path: str) -> str:
     return class_path.rpartition(".")[2]
 
 
-def _training(run: Run) -> str:
+def _training(run: Run, of: str) -> str:
     """Method, rewards, prompts and sampling of a run, as a table."""
     model, data = run.model, run.config.get("data", {}).get("init_args", {})
     rows = {
@@ -91,7 +75,7 @@ def _training(run: Run) -> str:
         "seed": run.config.get("seed_everything"),
     }
     lines = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
-    return f"## Training\n\n| | |\n|---|---|\n{lines}"
+    return f"## Training{of}\n\n| | |\n|---|---|\n{lines}"
 
 
 def _rewards(model: Mapping[str, Any]) -> list[str]:
@@ -117,31 +101,46 @@ def _described(value: Any) -> str | None:
     return _last(value["class_path"]) + (f" ({inner})" if inner else "")
 
 
-def _figures(run: Run) -> str:
-    """What the newest validation and the tests measured, before and after."""
-    tables = []
-    for file in sorted({*run.folder.glob("validation.json"), *run.folder.glob("test*.json")}):
+def _figures(run: Run, of: str) -> str:
+    """What was measured of these weights, and not of those of another moment, before and after."""
+    tables, images = [], run.facts.get("images")
+    if own := _own_figures(run):
+        tables.append(_table("validation", images, own))
+    files = [
+        file for split in ("validation", "validate", "test") for file in run.folder.glob(f"{split}*.json")
+    ]
+    for file in sorted(files):
         report = read_report(file)
-        metrics = report.get("metrics", {})
-        lines = [
-            f"| {name} | {found['before']:.4f} | {found['after']:.4f} | {found['difference']:+.4f} |"
-            for name, found in metrics.items()
-            if None not in (found.get("before"), found.get("after"), found.get("difference"))
-        ]
-        if lines:
-            pairs = max(found.get("num_pairs") or 0 for found in metrics.values())
-            head = f"{report['split']}, {report['images']} images trained on, {pairs} pairs of images"
-            tables.append(
-                f"{head}\n\n| metric | before | after | change |\n|---|---|---|---|\n" + "\n".join(lines)
-            )
-    return "## Figures\n\n" + "\n\n".join(tables) if tables else ""
+        again = own and report.get("split") == "validation"
+        if run.is_policy and images is not None and report.get("images") == images and not again:
+            tables.append(_table(report["split"], images, report.get("metrics", {})))
+    shown = [table for table in tables if table]
+    return f"## Figures{of}\n\n" + "\n\n".join(shown) if shown else ""
 
 
-def _use(one: Exported, live: Live, base: str) -> str:
-    return USES[one.form].format(
-        pipeline=type(live.backbone).pipeline_class.__name__,
-        base=base,
-        prompt="a photograph of an astronaut riding a horse",
-        guidance=live.runs[0][0].model.get("sampling", {}).get("guidance", 1.0),
-        file=Path(one.path).name,
-    )
+def _own_figures(run: Run) -> dict[str, Any]:
+    """What a checkpoint itself holds; nothing where its weights moved on after their newest validation."""
+    progress = run.progress
+    if (progress.get("measured_at") or {}).get("images") != progress.get("images") or not progress:
+        return {}
+    found = compared(progress["baseline"], progress["latest"], progress["prompt_groups"])
+    return {name: finite(asdict(comparison)) for name, comparison in found.items()}
+
+
+def _table(split: str, images: int | None, metrics: Mapping[str, Any]) -> str:
+    lines = [
+        f"| {name} | {found['before']:.4f} | {found['after']:.4f} | {found['difference']:+.4f} |"
+        for name, found in metrics.items()
+        if None not in (found.get("before"), found.get("after"), found.get("difference"))
+    ]
+    if not lines:
+        return ""
+    pairs = max(found.get("num_pairs") or 0 for found in metrics.values())
+    head = f"{split}, {images} images trained on, {pairs} pairs of images"
+    return f"{head}\n\n| metric | before | after | change |\n|---|---|---|---|\n" + "\n".join(lines)
+
+
+def _use(one: Exported, live: Live) -> str:
+    if one.form == "kohya":
+        return f"`{one.path.name}` goes into the LoRA folder of A1111, Forge or ComfyUI, at strength 1."
+    return f"```python\n{snippet(live, one.form)}\n```"

@@ -100,7 +100,7 @@ def _write(live: Live, form: str, folder: Path, name: str) -> Path:
 
 def facts(live: Live) -> dict[str, Any]:
     """What an export says of where it comes from."""
-    if len(live.runs) == 1:
+    if not live.mixed:
         return live.runs[0][0].facts
     return {"mixture": [{"weight": weight} | run.facts for run, weight in live.runs]}
 
@@ -137,15 +137,16 @@ def _pipeline(live: Live, form: str, path: Path | None = None) -> Any:
 
 def draw(pipeline: Any, live: Live, steps: int) -> Tensor:
     """Images of :data:`PROMPTS` by a pipeline's own loop, without noise in the steps, ``(B, 3, H, W)``."""
+    told = call_options(live) | {"num_inference_steps": steps, "output_type": "pt"}
+    images: list[Tensor] = [
+        pipeline(prompt=prompt, generator=torch.Generator().manual_seed(seed), **told).images
+        for seed, prompt in enumerate(PROMPTS)
+    ]
+    return torch.cat(images).float().cpu()
+
+
+def call_options(live: Live) -> dict[str, Any]:
+    """What a pipeline is told in its call to draw as the run did: guidance and size."""
     height, width = live.backbone.size
     guidance = live.runs[0][0].model.get("sampling", {}).get("guidance", 1.0)
-    images: Tensor = pipeline(
-        prompt=list(PROMPTS),
-        generator=[torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))],
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        height=height,
-        width=width,
-        output_type="pt",
-    ).images
-    return images.float().cpu()
+    return live.backbone.pipeline_guidance(guidance) | {"height": height, "width": width}

@@ -1,8 +1,7 @@
 """The model of a run as it was trained, from the run's folder."""
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,10 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lit_align.backbones import POLICY, DiffusersBackbone
+from lit_align.callbacks.run_config import flat
 from lit_align.errors import ConfigError
-from lit_align.identity import read_stamp
+from lit_align.files import numbered
+from lit_align.identity import ADAPTER, read_stamp
 
 SET = "exported"
 """The weight set that is exported."""
@@ -28,12 +29,16 @@ class Run:
     Attributes:
         folder: The run's.
         weights: Its ``adapter/``, a folder within, or a checkpoint.
-        config: Its newest configuration.
+        config: Its newest configuration, or that with which the checkpoint was made.
+        identity: What the checkpoint says of the run; empty where the weights are none.
+        progress: Its counters, and what was measured of it; empty too.
     """
 
     folder: Path
     weights: Path
     config: dict[str, Any]
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    progress: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> dict[str, Any]:
@@ -49,8 +54,16 @@ class Run:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What its files say of it: the base model's hash, the number of images and the like."""
-        return read_stamp(self.weights) or read_stamp(self.folder / "adapter") or {}
+        """What the weights say of themselves: the base model's hash, the number of images and the like."""
+        if self.progress:
+            return {**self.identity, "images": self.progress["images"]}
+        return read_stamp(self.weights) or {}
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether the weights are what validations and tests measure: no expert, nor the soup of experts."""
+        experts = any(self.weights.glob(f"*/{ADAPTER}"))
+        return not experts and self.folder / "adapter" not in self.weights.parents
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,11 @@ class Live:
     runs: Sequence[tuple[Run, float]]
     name: str
     whole: bool
+
+    @property
+    def mixed(self) -> bool:
+        """Whether it is other than the model of one run."""
+        return [weight for _, weight in self.runs] != [1.0]
 
 
 def read_run(path: Path) -> Run:
@@ -90,13 +108,42 @@ def read_run(path: Path) -> Run:
     weights = path / "adapter" if path == folder else path
     if not weights.exists():
         raise ConfigError(f"export: {folder} has no adapter/ yet; give a checkpoint of it")
-    numbers = {
-        int(found[1] or 1): file
-        for file in folder.glob("config*.yaml")
-        if (found := re.fullmatch(r"config(?:-(\d+))?\.yaml", file.name))
-    }
-    config = yaml.safe_load(numbers[max(numbers)].read_text())
-    return Run(folder, weights, config)
+    configs = [yaml.safe_load(file.read_text()) for file in reversed(numbered(folder / "config.yaml"))]
+    if weights.suffix != ".ckpt":
+        return Run(folder, weights, configs[0])
+    saved = _read(weights)
+    try:
+        progress, identity = dict(saved["progress"]), dict(saved.get("identity", {}))
+        settings = dict(saved.get("callbacks", {}).get("RunConfig", {}).get("settings", {}))
+        int(progress["images"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise _no_checkpoint(weights) from None
+    config = next((one for one in configs if _flat(one) == _of_model(settings)), configs[0])
+    return Run(folder, weights, config, identity, progress)
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    return _of_model(flat({name: config[name] for name in ("model", "data") if name in config}))
+
+
+def _of_model(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's settings by dotted name those that a model card tells."""
+    return {name: value for name, value in settings.items() if name.partition(".")[0] in ("model", "data")}
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds; its tensors stay on disk until they are used."""
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # torch raises whatever the bytes lead to
+        raise _no_checkpoint(checkpoint) from None
+    if not isinstance(content, dict):
+        raise _no_checkpoint(checkpoint)
+    return content
+
+
+def _no_checkpoint(path: Path) -> ConfigError:
+    return ConfigError(f"export: {path} is no checkpoint of lit_align, or not whole")
 
 
 def mixture_of(runs: Sequence[Run], weights: Sequence[float], device: str = "cpu") -> Live:
@@ -113,11 +160,12 @@ def mixture_of(runs: Sequence[Run], weights: Sequence[float], device: str = "cpu
                 f"has {first.backbone['pretrained']}; mix adapters of one model"
             )
     whole = any(run.backbone.get("lora") is None for run in runs)
-    if whole and len(runs) > 1:
-        raise ConfigError("export: a run that trained all weights is a whole model; mixtures are of adapters")
     sources = list(zip(runs, weights, strict=True))
-    if first.weights.suffix == ".ckpt":
-        if len(runs) > 1:
+    mixed = [*weights] != [1.0]
+    if whole and mixed:
+        raise ConfigError("export: a run that trained all weights is a whole model; mixtures are of adapters")
+    if any(run.weights.suffix == ".ckpt" for run in runs):
+        if mixed:
             raise ConfigError("export: mixtures are made of the adapter/ folders of runs, not of checkpoints")
         backbone = _build(first, {}).to(device)
         _take(backbone, first.weights)
@@ -142,10 +190,7 @@ def _build(run: Run, changes: Mapping[str, Any]) -> Any:
 
 def _take(backbone: DiffusersBackbone, checkpoint: Path) -> None:
     """Give the policy the weights of a checkpoint."""
-    try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception:  # torch raises whatever the bytes lead to
-        raise ConfigError(f"export: {checkpoint} is no checkpoint of lit_align, or not whole") from None
+    state = _read(checkpoint).get("state_dict", {})
     own = set(backbone.weight_sets.parameters_of(POLICY))
     for name, parameter in backbone.named_parameters():
         if parameter in own:

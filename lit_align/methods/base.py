@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -15,14 +15,13 @@ from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import MultiTaskDataModule
 from lit_align.errors import ConfigError
-from lit_align.identity import differences
-from lit_align.methods.identity import check_checkpoint, check_files, identity_of
+from lit_align.methods.held_out import held_out_prompts
+from lit_align.methods.identity import IdentifiedModule, measurement_of
 from lit_align.methods.metrics import Metrics
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.skipped import LIMIT, check_weights
 from lit_align.methods.strategies import check_trainer, read_safely
-from lit_align.methods.validation import ValidatedModule, held_out_prompts
 from lit_align.randomness import run_seed
 from lit_align.rewards import RewardBank
 from lit_align.shapes.world import IMAGE_SIDE, untaught
@@ -33,7 +32,7 @@ SECONDS_PER_FRAME = 0.1
 """Between two drawings of a progress bar."""
 
 
-class AlignmentModule(ValidatedModule, OptimisedModule):
+class AlignmentModule(IdentifiedModule, OptimisedModule):
     """Base of all methods: a subclass writes ``training_step`` with ``sample``, ``score`` and ``update``.
 
     One batch of the training loader is one *rollout batch*: its prompts, their images and all updates that
@@ -45,15 +44,6 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
 
     goes_back: ClassVar[bool] = True
     """Whether a run can go on from earlier weights: nothing else that it uses was made by later ones."""
-
-    accept_other_base = False
-    """Whether checkpoints and adapters that were trained over other frozen weights are taken all the same."""
-
-    accept_other_data = False
-    """Whether a checkpoint of a run on other prompts or pairs is gone on from all the same."""
-
-    changes_told = False
-    """Whether the user knows which settings are not the checkpoint's: the command line compares options."""
 
     def __init__(
         self,
@@ -88,10 +78,10 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         self.collected: dict[str, Tensor] = {}
         self.baseline, self.latest, self.taken_back, self.prompt_groups = {}, {}, {}, torch.zeros(0)
         self.gradient_norm, self.lr, self.rate_factor = torch.zeros(()), None, 1.0
-        self.set_metrics = {}
+        self.tested, self.tested_groups, self.set_metrics, self.measured_at = {}, torch.zeros(0), {}, {}
         self._evaluated, self._skipped, self._unscored = [], 0, 0
         self._losses, self._rows, self._recent = [], [], deque(maxlen=LIMIT)
-        self._facts: dict[str, Any] = {}
+        self._facts, self._validated_with = {}, {}
 
     # ---- training
 
@@ -110,8 +100,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             )
         check_trainer(self.trainer)
         read_safely(self.trainer)
-        self._facts = identity_of(self, self.rewards, data)
-        check_files(self.backbone.weight_sets.stamps, self._facts, self.accept_other_base)
+        self.identify(data, stage)
         self._check_domain(held_out_prompts(data, stage))
 
     def _check_domain(self, prompts: list[str]) -> None:
@@ -122,9 +111,9 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         if self.backbone.is_shapes and (warning := untaught(prompts)):
             rank_zero_warn(warning)
 
-    def identity(self) -> dict[str, Any]:
-        """What this run is, for its checkpoints and adapters; known after :meth:`setup`."""
-        return self._facts
+    def measurement(self, split: str) -> dict[str, Any]:
+        """How the images of a held-out split are measured, for its result; known after :meth:`setup`."""
+        return measurement_of(self, self.reward_banks, split)
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
@@ -242,6 +231,7 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             "rate_factor": self.rate_factor,
             "baseline": self.baseline,
             "latest": self.standing,
+            "measured_at": self.measured_at,
             "prompt_groups": self.prompt_groups,
             "trained": {name: list(p.shape) for name, p in kept.items()},
         }
@@ -254,9 +244,8 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
             ConfigError: The checkpoint is of another method, model or data set, or holds other trained
                 weights than this configuration has.
         """
-        fit = bool(self._facts) and self.trainer.state.fn == "fit"
-        accepted = self.accept_other_base, self.accept_other_data
-        changed = check_checkpoint(checkpoint.get("identity", {}), self._facts, fit, *accepted)
+        identity, stage = checkpoint.get("identity", {}), self.trainer.state.fn if self._facts else None
+        self.check_identity(identity, stage == "fit")
         own = {name: list(p.shape) for name, p in self.kept().items()}
         # Not those of state_dict, which a strategy that shards has taken out by now.
         saved = checkpoint.get("progress", {}).get("trained", {})
@@ -270,20 +259,15 @@ class AlignmentModule(ValidatedModule, OptimisedModule):
         self._skipped, self.baseline = progress["skipped"], progress["baseline"]
         self._unscored = progress.get("unscored", 0)
         check_weights(checkpoint.get("state_dict", {}), own)
-        if fit:
-            self.latest = progress.get("latest", {})
+        if stage == "fit":
+            self.measured_at = progress.get("measured_at", {})
+            # Of an older checkpoint nobody knows after how many images it was measured.
+            self.latest = progress.get("latest", {}) if self.measured_at else {}
             self.rate_factor = progress.get("rate_factor", 1.0)
             self.prompt_groups = progress.get("prompt_groups", self.prompt_groups)
-        if changed:
-            self._measure_anew(checkpoint["identity"], changed)
-
-    def _measure_anew(self, saved: Mapping[str, Any], changed: Collection[str]) -> None:
-        """Drop what was measured of other weights, prompts or rewards, or with another sampler."""
-        if not self.changes_told:
-            now = differences({name: saved[name] for name in changed}, self._facts)
-            told = ", ".join(f"{name} {values}" for name, values in now.items())
-            rank_zero_warn(f"goes on with another {told}; the pretrained model is measured anew")
-        self.forget_baseline()
+        self._validated_with = identity
+        if stage in ("fit", "validate"):
+            self.compare_measurement()
 
 
 def _is_told(name: str, values: Tensor) -> bool:

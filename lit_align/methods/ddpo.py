@@ -8,6 +8,7 @@ image. Shapes: ``B`` images, ``N`` (image, step) pairs, ``D`` latent elements.
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError, check_positive
+from lit_align.methods.clip_range import warn_of_misfit
 from lit_align.methods.joint import JointModule, Rollouts, TaskOrder
-from lit_align.methods.metrics import Metrics
+from lit_align.methods.metrics import Metrics, chosen
 from lit_align.methods.objectives import clipped_surrogate as clipped_surrogate
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.pretraining import Pretraining
@@ -154,6 +156,8 @@ class DDPOModule(JointModule):
         """
         super().setup(stage)
         self.check_tasks(stage, self.updates)
+        if stage == "fit":
+            warn_of_misfit(self.clip_range, prod(self.backbone.latent_shape))
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """As for every method.
@@ -211,7 +215,7 @@ class DDPOModule(JointModule):
             metrics["kl_penalty"] = penalty.detach()
             loss = loss + self.kl_weight * penalty
         loss = torch.where(rollouts.scored[pairs.rows.to(self.device)], loss, 0.0)
-        return loss.sum() / size, metrics
+        return loss.sum() / size, chosen(metrics, rollouts.trajectory.finite[pairs.rows])
 
     def collect(self, batch: Batch) -> Rollouts:
         """Sample images of a task, score them, and prepare to measure how far they move the policy."""
@@ -234,7 +238,7 @@ class DDPOModule(JointModule):
         variances = torch.cat([one.variance for one, _ in ranks])
         error = (variances.sum().sqrt() / len(variances)).item()
         metrics = {of_task("kl", task): kl[None]}
-        if error:
+        if error > 0:
             metrics[of_task("kl_error", task)] = torch.tensor([error])
         # Without a signal, or after a skipped update, the KL does not measure the step size.
         measured = informative and kl.isfinite() and self.gradient_norm.isfinite()

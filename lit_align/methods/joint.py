@@ -25,7 +25,16 @@ from lit_align.methods.metrics import Loss, Metrics, pooled
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.pretraining import OTHER_SIZE, Pretraining, denoising_loss
 from lit_align.methods.sampling import Sampling
-from lit_align.methods.tasks import Task, check_task, data_of_tasks, held_out_rewards, joint_scores, of_task
+from lit_align.methods.tasks import (
+    Task,
+    check_same_tasks,
+    check_tasks,
+    data_of_tasks,
+    held_out_rewards,
+    joint_scores,
+    of_task,
+    rewards_of_tasks,
+)
 from lit_align.randomness import generator
 from lit_align.replay import Replay, Yardstick
 from lit_align.rewards import RewardBank, RewardOutput
@@ -106,6 +115,9 @@ class JointModule(AlignmentModule):
     def held_out(self) -> tuple[str, ...]:
         return held_out_rewards(self.tasks)
 
+    def scored_by(self) -> dict[str, Any]:
+        return {"rewards": rewards_of_tasks(self.tasks)}
+
     @abstractmethod
     def learn(self, rollouts: Rollouts) -> Iterator[Metrics]:
         """Learn from a rollout batch: one update, made by :meth:`optimise`, each time that it is resumed."""
@@ -139,9 +151,8 @@ class JointModule(AlignmentModule):
             ConfigError: With what to change.
         """
         if stage == "fit":
-            there = data_of_tasks(self.trainer.datamodule, self.tasks)  # type: ignore[attr-defined]
-            for name in (name for name in there if self.tasks[name].weight):
-                check_task(name, self.tasks[name], there[name], updates, self.trainer.world_size)
+            data: object = self.trainer.datamodule  # type: ignore[attr-defined]
+            check_tasks(self.tasks, data, updates, self.trainer.world_size)
 
     # ---- one iteration
 
@@ -255,12 +266,11 @@ class JointModule(AlignmentModule):
         parts = [own[i : i + size] for i in range(0, len(own), size)]
         return [partial(self._denoising_loss, extra, part, weight / len(own)) for part in parts]
 
-    def _denoising_loss(
-        self, extra: Pretraining, numbers: Sequence[int], weight: float
-    ) -> tuple[Tensor, Metrics]:
-        images, captions = extra.source.batch(extra.rows(self.seed, numbers))
-        draws = [generator(self.seed, "pretraining", number) for number in numbers]
-        losses = denoising_loss(self.backbone, self.sampler, images.to(self.device), captions, draws)
+    def _denoising_loss(self, extra: Pretraining, part: range, weight: float) -> tuple[Tensor, Metrics]:
+        images, captions = extra.source.batch(extra.rows(self.seed, part))
+        images, guidance = images.to(self.device), self.training_guidance
+        draws = [generator(self.seed, "pretraining", number) for number in part]
+        losses = denoising_loss(self.backbone, self.sampler, images, captions, draws, guidance)
         return weight * losses.sum(), {"denoising_loss": losses.detach()}
 
     # ---- checkpoints
@@ -280,7 +290,7 @@ class JointModule(AlignmentModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         fits, saved = self.trainer.state.fn == "fit", checkpoint.get("tasks", {})
         if fits:
-            self._check_tasks_of(saved)
+            check_same_tasks(self.tasks, saved, type(self).__name__)
         super().on_load_checkpoint(checkpoint)
         if not fits:
             return  # the weights are all that test and predict need
@@ -288,13 +298,3 @@ class JointModule(AlignmentModule):
             task.advantages.load_state_dict(saved[name]["advantages"])
             self.step_scale[name] = saved[name]["step_scale"]
         self.denoising_steps = checkpoint["denoising_steps"]
-
-    def _check_tasks_of(self, saved: Mapping[str, Any]) -> None:
-        """Refuse the checkpoint of other tasks, or with other normalisers."""
-        own = {name: type(task.advantages).__name__ for name, task in self.tasks.items()}
-        if own != {name: state["normaliser"] for name, state in saved.items()}:
-            described = ", ".join(f"{name or 'one task'} with {kind}" for name, kind in own.items())
-            raise ConfigError(
-                f"ckpt_path: the checkpoint is not of {type(self).__name__} with these tasks ({described}); "
-                "resume with the config.yaml of its run"
-            )

@@ -19,3 +19,13 @@ def pooled(parts: Iterable[Metrics]) -> Metrics:
         for name, values in part.items():
             pieces.setdefault(name, []).append(values)
     return {name: torch.cat(values) for name, values in pieces.items()}
+
+
+def chosen(metrics: Metrics, rows: Tensor) -> Metrics:
+    """The values of some rows alone.
+
+    Args:
+        metrics: ``(N,)`` each.
+        rows: ``(N,)`` bool, on the CPU or where they are.
+    """
+    return {name: values[rows] for name, values in metrics.items()}

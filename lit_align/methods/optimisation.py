@@ -82,8 +82,8 @@ class OptimisedModule(SkippingModule):
         except (ValueError, TypeError) as error:  # what torch says of a rate or a decay that cannot work
             raise ConfigError(f"optimisation.optimizer: {error}; give other settings") from error
         for rate in (group["lr"] for group in optimizer.param_groups):
-            if isinstance(rate, float) and not math.isfinite(rate):
-                raise ConfigError(f"optimisation.optimizer: lr is {rate}; give a finite number")
+            if rate is not None and not math.isfinite(rate):
+                raise ConfigError(f"optimisation.optimizer: lr is {float(rate)}; give a finite number")
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ConfigError(
                 "optimisation.optimizer: LBFGS evaluates a loss several times in a step, and an update here "
@@ -140,7 +140,8 @@ class OptimisedModule(SkippingModule):
         rates = [group["lr"] for group in optimizer.param_groups]
         if (scale := scale * self.rate_factor) != 1:
             self._scale_rates(optimizer, scale)
-        self.lr = optimizer.param_groups[0]["lr"]
+        used = optimizer.param_groups[0]["lr"]
+        self.lr = None if used is None else float(used)  # a schedule changes a tensor where it is
         optimizer.step()
         optimizer.zero_grad()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -155,7 +156,7 @@ class OptimisedModule(SkippingModule):
                     f"optimisation.optimizer: kl_target or a task's weight scales this step by {scale:g}, "
                     "but the optimizer has no learning rate; give it one (lr)"
                 )
-            group["lr"] *= scale
+            group["lr"] = group["lr"] * scale  # not in place: a rate may be a tensor, which is restored
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip, and drop an update that is not finite; here fp16 gradients are unscaled and ranks agree."""

@@ -146,10 +146,10 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         return Noised(self.winners(batch), noise, t, cond), Noised(losers, other, t, cond)
 
     def errors(self, noised: Noised, weights: str = POLICY) -> Tensor:
-        """Prediction error of a weight set, ``(B,)``: a mean over elements, without guidance."""
+        """Prediction error of a weight set, ``(B,)``: a mean over elements, without a second prediction."""
         schedule = self.sampler.schedule
         x = schedule.add_noise(noised.latents, noised.noise, noised.t)
-        prediction = self.backbone.predict(x, noised.t, noised.cond, weights=weights)
+        prediction = self.backbone.predict(x, noised.t, noised.cond, self.training_guidance, weights)
         return denoising_error(prediction, schedule.target(noised.latents, noised.noise, noised.t))
 
     def preference(

@@ -20,6 +20,7 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch, PromptDataModule
 from lit_align.errors import ConfigError, check_positive
 from lit_align.methods.base import AlignmentModule
+from lit_align.methods.clip_range import warn_of_misfit
 from lit_align.methods.metrics import Metrics, pooled
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.sampling import Sampling
@@ -188,6 +189,7 @@ class PRDPModule(AlignmentModule):
             )
         check_updates(data, self.updates, self.trainer.world_size)
         check_rewards(self.rewards, data, self.trainer.world_size, "PRDP", "group")
+        warn_of_misfit(self.clip_range, self.unit)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Sample images and score them, then regress on the stored chains."""
@@ -205,7 +207,7 @@ class PRDPModule(AlignmentModule):
         rewards = scores.total.cpu().double().view(-1, images)
         metrics: Metrics = {}
         if any(self.gather(bool(rewards.isfinite().any()))):
-            first = self._pairs(torch.arange(0, len(batch), images))
+            first = self._pairs(torch.arange(0, len(batch), images))  # each prompt's first image
             yardstick = Yardstick.of(replay, first, self.sampling.batch, batch.index, self.seed)
             old, compared = self._compare(replay)
             learnt = self._learn(replay, old.view(len(rewards), images, -1), rewards)
@@ -219,10 +221,10 @@ class PRDPModule(AlignmentModule):
         pieces, kls = [], []
         for pairs in self._pairs(torch.arange(len(replay.policy.cond))).split(self.sampling.batch):
             reference, then, drawn = before.step(pairs)
-            pieces.append(then.log_ratio(reference, drawn) / self._unit)
+            pieces.append(then.log_ratio(reference, drawn) / self.unit)
             kls.append(then.kl(reference))
         steps = len(self.stochastic_steps)
-        metrics = {"reference_kl": torch.cat(kls).view(-1, steps).sum(1)}
+        metrics = {"reference_kl": torch.cat(kls).view(-1, steps).sum(1)[replay.trajectory.finite]}
         return torch.cat(pieces).cpu().double().view(-1, steps), metrics
 
     def _learn(self, replay: Replay, old: Tensor, rewards: Tensor) -> Metrics:
@@ -234,6 +236,9 @@ class PRDPModule(AlignmentModule):
                 pairs = self._pairs((prompts[:, None] * images + torch.arange(images)).flatten())
                 moved = self._moved(replay, pairs, on_policy).view_as(old[prompts])
                 wanted, metrics = self._regress(moved, old[prompts], rewards[prompts])
+                if self.clip_range is not None:
+                    clipped = (moved.abs() > self.clip_range).flatten()
+                    metrics["clip_fraction"] = clipped[replay.trajectory.finite[pairs.rows]]
                 size = self.optimisation.micro_batch
                 micro = zip(pairs.split(size), wanted.flatten().split(size), strict=True)
                 losses = [partial(self._surrogate, replay, *part, on_policy) for part in micro]
@@ -249,7 +254,7 @@ class PRDPModule(AlignmentModule):
     def _log_ratio(self, replay: Replay, pairs: Pairs) -> Tensor:
         """Log-ratio of the policy now to the policy that sampled, ``(N,)``."""
         now, then, drawn = replay.step(pairs)
-        return now.log_ratio(then, drawn) / self._unit
+        return now.log_ratio(then, drawn) / self.unit
 
     @torch.no_grad()
     def _moved(self, replay: Replay, pairs: Pairs, on_policy: bool) -> Tensor:
@@ -269,8 +274,6 @@ class PRDPModule(AlignmentModule):
             (wanted,) = torch.autograd.grad(loss.mean(), log_ratio)
         pairs = compared_pairs(rewards, self.convention).sum((1, 2))
         metrics = {"loss": loss.detach(), "compared_pairs": pairs}
-        if self.clip_range is not None:
-            metrics["clip_fraction"] = (moved.abs() > self.clip_range).flatten()
         return wanted, metrics
 
     def _surrogate(
@@ -278,8 +281,10 @@ class PRDPModule(AlignmentModule):
     ) -> tuple[Tensor, Metrics]:
         """The second pass: a loss with the gradient that the loss has through some log-ratios."""
         log_ratio = self._log_ratio(replay, pairs)
-        # At the first update rounding alone.
-        metrics = {"ratio_deviation": log_ratio.detach().expm1().abs()} if on_policy else {}
+        metrics: Metrics = {}
+        if on_policy:  # at the first update rounding alone
+            deviation = log_ratio.detach().expm1().abs()
+            metrics["ratio_deviation"] = deviation[replay.trajectory.finite[pairs.rows]]
         return (wanted.to(log_ratio) * log_ratio).sum(), metrics
 
     def _move(self, yardstick: Yardstick) -> Tensor:
@@ -287,6 +292,6 @@ class PRDPModule(AlignmentModule):
         return yardstick.read().kl
 
     @property
-    def _unit(self) -> int:
+    def unit(self) -> int:
         """Nats in one unit of a step's log-ratio: the listing's are means over latent elements."""
         return math.prod(self.backbone.latent_shape) if self.convention == "listing" else 1

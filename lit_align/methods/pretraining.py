@@ -70,11 +70,12 @@ def denoising_loss(
     images: Tensor,
     captions: Sequence[str],
     draws: Sequence[torch.Generator],
+    guidance: float = 1.0,
 ) -> Tensor:
     r"""The loss of pre-training, :math:`\|\epsilon - \epsilon_\theta(x_t, c)\|^2`, a mean over elements.
 
-    In the network's own space (v for a v-model), at a uniform timestep, without guidance. The latents are the
-    modes of their distributions.
+    In the network's own space (v for a v-model), at a uniform timestep. The latents are the modes of their
+    distributions.
 
     Args:
         backbone: The policy is its weight set of that name.
@@ -82,6 +83,7 @@ def denoising_loss(
         images: ``(B, 3, H, W)`` in [0, 1].
         captions: ``B``.
         draws: Where timestep and noise of each image come from.
+        guidance: 1, which is none, or what the network is told.
 
     Returns:
         ``(B,)``.
@@ -94,5 +96,5 @@ def denoising_loss(
     t = schedule.draw_t(draws)
     noise = torch.stack([torch.randn(backbone.latent_shape, generator=draw) for draw in draws]).to(clean)
     x = schedule.add_noise(clean, noise, t)
-    prediction = backbone.predict(x, t.to(x.device), backbone.encode(captions))
+    prediction = backbone.predict(x, t.to(x.device), backbone.encode(captions), guidance)
     return denoising_error(prediction, schedule.target(clean, noise, t))

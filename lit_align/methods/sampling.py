@@ -84,6 +84,15 @@ class SamplingModule(LightningModule):
     sampling: Sampling
     seed: int
 
+    @property
+    def training_guidance(self) -> float:
+        """The scale with which a prediction is trained for itself: 1, which is none.
+
+        Where the network is told the scale, it is that of sampling: with another one, a weight would be
+        trained in a place where no image is drawn.
+        """
+        return self.sampling.guidance if self.backbone.told_guidance else 1.0
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Sample as ``sampling.eval_sampler`` says."""

@@ -26,7 +26,7 @@ few at the start are normal, until the loss scale is found."""
 
 REMEDY = (
     "the weights are those from before; lower the learning rate, or use precision bf16-mixed or 32-true, "
-    "and go on from checkpoints/best.ckpt"
+    "and go on from checkpoints/best.ckpt, or start anew where there is none"
 )
 
 

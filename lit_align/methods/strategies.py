@@ -56,6 +56,8 @@ def read_safely(trainer: Trainer) -> None:
             progress = content["progress"]
             written = all(isinstance(progress[n], int) for n in ("images", "reward_queries", "skipped"))
             written &= all(isinstance(progress[n], dict) for n in ("baseline", "trained"))
+            measured_at = progress.get("measured_at") or {"images": 0, "reward_queries": 0}
+            written &= all(isinstance(measured_at[n], int) for n in ("images", "reward_queries"))
         except ConfigError:
             raise
         except Exception:  # torch raises whatever the bytes lead to

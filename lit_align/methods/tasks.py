@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from lit_align.advantages import Advantages
 from lit_align.data import MultiTaskDataModule, PromptDataModule
 from lit_align.errors import ConfigError
+from lit_align.methods.identity import rewards_of
 from lit_align.rewards import RewardBank, Scope, SetReward
 
 BATCH_LEARNS = " (DDPO learns from what a prompt shares with BatchAdvantages)"
@@ -88,6 +90,13 @@ def data_of_tasks(data: object, tasks: Mapping[str, Task]) -> dict[str, PromptDa
             "MultiTaskDataModule) the same names"
         )
     return there
+
+
+def check_tasks(tasks: Mapping[str, Task], data: object, updates: int, world: int) -> None:
+    """Refuse trained tasks that could not learn from their prompts; see :func:`check_task`."""
+    for name, there in data_of_tasks(data, tasks).items():
+        if tasks[name].weight:
+            check_task(name, tasks[name], there, updates, world)
 
 
 def check_task(name: str, task: Task, data: PromptDataModule, updates: int, world: int) -> None:
@@ -203,6 +212,35 @@ def held_out_rewards(tasks: Mapping[str, Task]) -> tuple[str, ...]:
         for name in its.rewards.names
         if name not in trained
     )
+
+
+def rewards_of_tasks(tasks: Mapping[str, Task]) -> dict[str, str]:
+    """Class and weight of each reward by task and name; those of a task of weight 0 are monitored."""
+    return {
+        name: said
+        for task, its in tasks.items()
+        for name, said in rewards_of(its.rewards, task, its.weight > 0).items()
+    }
+
+
+def check_same_tasks(tasks: Mapping[str, Task], saved: Mapping[str, Any], method: str) -> None:
+    """Refuse the checkpoint of other tasks, or with other normalisers.
+
+    Args:
+        tasks: Those of this run.
+        saved: The state of each in the checkpoint.
+        method: For the message.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    own = {name: type(task.advantages).__name__ for name, task in tasks.items()}
+    if own != {name: state["normaliser"] for name, state in saved.items()}:
+        described = ", ".join(f"{name or 'one task'} with {kind}" for name, kind in own.items())
+        raise ConfigError(
+            f"ckpt_path: the checkpoint is not of {method} with these tasks ({described}); resume with the "
+            "config.yaml of its run"
+        )
 
 
 def joint_scores(scores: Mapping[str, Tensor], task: str, tasks: Mapping[str, Task]) -> dict[str, Tensor]:

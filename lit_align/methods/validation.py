@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_align.backbones import POLICY, REFERENCE, Conditioning
 from lit_align.comparison import diversity, high_frequency, saturation
-from lit_align.data import Batch, MultiTaskDataModule, PickaPicDataModule, PromptDataModule
+from lit_align.data import Batch
 from lit_align.gaussian import GaussianStep
 from lit_align.methods.sampling import BatchPolicy, SamplingModule
 from lit_align.methods.skipped import SkippingModule
@@ -20,10 +20,6 @@ from lit_align.samplers import Sampler
 
 DRIFT_STEPS = 4
 """Steps of a deterministic chain at which the drift is measured, evenly spaced; all would cost a rollout."""
-
-
-CHECKED_PROMPTS = 1024
-"""Held-out prompts that are compared with what the model was taught."""
 
 
 def measure(images: Tensor, scores: RewardOutput, batch: Batch) -> dict[str, Tensor]:
@@ -124,31 +120,16 @@ def base_metrics(measured: dict[str, Any]) -> dict[str, Any]:
     return {f"base/{name}": value for name, value in measured.items() if name not in ("index", "group")}
 
 
-def held_out_prompts(data: Any, stage: str) -> list[str]:
-    """The prompts of this rank that a stage evaluates, each once, at most :data:`CHECKED_PROMPTS`.
-
-    Args:
-        data: A data module of this package; of others, and without one, nothing is known.
-        stage: ``fit``, ``validate``, ``test`` or ``predict``.
-    """
-    if not isinstance(data, PromptDataModule | MultiTaskDataModule | PickaPicDataModule):
-        return []
-    split = {"test": data.test_dataloader, "predict": data.predict_dataloader}
-    prompts: dict[str, None] = {}
-    for batch in split.get(stage, data.val_dataloader)():
-        prompts |= dict.fromkeys(batch.prompts)
-        if len(prompts) >= CHECKED_PROMPTS:
-            break
-    return list(prompts)[:CHECKED_PROMPTS]
-
-
 class ValidatedModule(SamplingModule, SkippingModule):
     """A module whose policy is compared with the pretrained model on held-out prompts and the same noise.
 
     Attributes:
         baseline: What was measured of the pretrained model, by name, ``(N,)`` each.
-        latest: The same of the policy, in the newest validation or test.
+        latest: The same of the policy, in the newest validation.
+        measured_at: ``images`` and ``reward_queries`` of the run when that was measured.
         prompt_groups: ``(N,)``, the prompt of each image.
+        tested: What the newest test measured of the policy, and of the pretrained model as ``base/<name>``.
+        tested_groups: The prompt of each of its images.
         set_metrics: What callbacks measured of all images of a test together, by name: ``before`` and
             ``after``.
         taken_back: What an earlier validation measured, if its weights have replaced those of the newest one.
@@ -157,7 +138,12 @@ class ValidatedModule(SamplingModule, SkippingModule):
     rewards: RewardBank
     baseline: dict[str, Tensor]
     latest: dict[str, Tensor]
+    images: int
+    reward_queries: int
+    measured_at: dict[str, int]
     prompt_groups: Tensor
+    tested: dict[str, Tensor]
+    tested_groups: Tensor
     set_metrics: dict[str, dict[str, float]]
     taken_back: dict[str, Tensor]
     _evaluated: list[dict[str, Tensor]]
@@ -197,6 +183,7 @@ class ValidatedModule(SamplingModule, SkippingModule):
         if self.baseline or not self.trainer.enable_validation:
             return
         if self.images:
+            self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
             self._measure_reference()
             return
         self.trainer.validating = True
@@ -205,9 +192,7 @@ class ValidatedModule(SamplingModule, SkippingModule):
 
     @torch.no_grad()
     def _measure_reference(self) -> None:
-        """The baseline of a run that goes on; outside of the Trainer's loop, whose counters are the run's."""
-        loop = self.trainer.fit_loop.epoch_loop.val_loop
-        loop.setup_data()
+        """The baseline where the policy is another one; outside of the Trainer's loop, which has counters."""
         total = int(sum(self.trainer.num_val_batches))
         batches: Any = self.trainer.val_dataloaders
         for batch in islice(batches, total):
@@ -219,6 +204,16 @@ class ValidatedModule(SamplingModule, SkippingModule):
             self._evaluated.append(measured | {distance: torch.zeros(len(batch))})  # from itself
         parts = [part for rank in self.gather(self._evaluated) for part in rank]
         self.baseline, self._evaluated = in_global_order(parts)[0], []
+
+    def _is_pretrained(self) -> bool:
+        """Whether the policy of the newest validation, before any training, was the pretrained model.
+
+        It starts elsewhere from adapters, and where some experts of several are loaded. Roundings count
+        only then: a fusion of untrained experts is the pretrained model up to them.
+        """
+        distances = [self.latest[name] for name in ("kl", "drift") if name in self.latest]
+        loaded = bool(self.backbone.weight_sets.file_hashes)
+        return not (loaded and any(bool((values != 0).any()) for values in distances))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """A rollout on held-out prompts with the same noise every time; returns the images."""
@@ -271,24 +266,28 @@ class ValidatedModule(SamplingModule, SkippingModule):
         if self.trainer.sanity_checking:  # some batches only, and measured again before the first update
             self._evaluated = []
             return
-        self.latest, self.taken_back = self._report("val"), {}
-        if not self.images:
+        (self.latest, self.prompt_groups), self.taken_back = self._report("val"), {}
+        self.measured_at = {"images": self.images, "reward_queries": self.reward_queries}
+        if self.images:
+            return
+        if self._is_pretrained():
             self.baseline = self.latest
+        else:
+            self._measure_reference()
 
     def on_test_start(self) -> None:
         self.set_metrics = {}
 
     def on_test_epoch_end(self) -> None:
-        self.latest = self._report("test")
-        self.baseline = {n[5:]: v for n, v in self.latest.items() if n.startswith("base/")}
+        self.tested, self.tested_groups = self._report("test")
 
-    def _report(self, stage: str) -> dict[str, Tensor]:
-        """Gather the images of all ranks in their global order, and log the mean of each metric."""
+    def _report(self, stage: str) -> tuple[dict[str, Tensor], Tensor]:
+        """The metrics of all ranks' images in their global order and their groups; logs the means."""
         parts = [part for rank in self.gather(self._evaluated) for part in rank]
         self._evaluated = []
-        merged, self.prompt_groups = in_global_order(parts)
+        merged, groups = in_global_order(parts)
         if bool(merged["reward"].isnan().all()):
             rank_zero_warn(f"none of the {len(merged['reward'])} images of this {stage} has a score")
         means = {f"{stage}/{name}": values.nanmean() for name, values in merged.items()}
         self.log_dict(means | {"step": torch.tensor(float(self.images))}, sync_dist=True)
-        return merged
+        return merged, groups

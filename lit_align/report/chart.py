@@ -13,14 +13,14 @@ COLOURS = ("#3366cc", "#dc7633", "#2e8b57", "#a83279", "#7f6a00", "#00838f", "#8
 Points = Sequence[tuple[float, float]]
 
 
-def chart(title: str, lines: Mapping[str, Points], x_name: str = "images", legend: bool = True) -> str:
+def chart(title: str, lines: Mapping[str, Points], x_name: str = "images") -> str:
     """A line chart.
 
     Args:
         title: Above it.
-        lines: By name; a colour each, in their order.
+        lines: By name; a colour each, in their order. One without points has a colour too, so that charts
+            of the same names have the same colours. Where there are several names, those drawn are written.
         x_name: Below it.
-        legend: Whether the names are written, where there are several.
 
     Returns:
         The SVG element; an empty text if no line has two points.
@@ -46,7 +46,10 @@ def chart(title: str, lines: Mapping[str, Points], x_name: str = "images", legen
         parts.append(f'<line class="rule" x1="{left}" x2="{WIDTH - RIGHT}" y1="{low:.1f}" y2="{low:.1f}"/>')
         parts.append(f'<text class="tick" x="{left - 5}" y="{low + 4:.1f}" text-anchor="end">{y:g}</text>')
     parts.append(f'<text class="tick" x="{WIDTH / 2}" y="{HEIGHT - 5}">{escape(x_name)}</text>')
+    where = TOP
     for number, (name, points) in enumerate(lines.items()):
+        if not points:
+            continue
         colour = COLOURS[number % len(COLOURS)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
@@ -55,8 +58,8 @@ def chart(title: str, lines: Mapping[str, Points], x_name: str = "images", legen
             said = escape(f"{name}: {point[0]:g}, {point[1]:.4g}")
             dot = f'cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"'
             parts.append(f"<circle {dot}><title>{said}</title></circle>")
-        if legend and len(lines) > 1:
-            where = TOP + 12 + 13 * number
+        where += 13
+        if len(lines) > 1:
             parts.append(
                 f'<text class="tick" x="{LEFT + 8}" y="{where}" style="fill:{colour}">{escape(name)}</text>'
             )

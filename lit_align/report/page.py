@@ -2,15 +2,17 @@
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from lit_align.report.chart import chart
+from lit_align.report.again import commands
+from lit_align.report.chart import Points, chart
+from lit_align.report.comparable import differences, incomparable
 from lit_align.report.curves import against, at, first_at
-from lit_align.report.run import DISTANCES, Run, Shown
+from lit_align.report.run import DISTANCES, Run, Shown, names_of
 
 CURVES = ("val/reward", "val/truth", "val/kl", "val/drift", "val/diversity", "val/unscored")
 """Curves that stand first; the single rewards follow."""
@@ -39,13 +41,16 @@ def render(runs: Sequence[Run]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters["number"] = _number
     template = environment.from_string(files("lit_align.report").joinpath("page.html").read_text())
-    shown = next((run.shown for run in runs if run.shown), [])
+    names = names_of(runs)
+    number = next((number for number, run in enumerate(runs) if run.shown), 0)
     return template.render(
-        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
-        runs=[_about(run) for run in runs],
+        title=names[0] if len(runs) == 1 else f"{len(runs)} runs",
+        runs=[_about(run, name) for run, name in zip(runs, names, strict=True)],
+        differences=differences(runs),
         equal=at_equal(runs),
         charts=[one for one in _charts(runs) if one],
-        shown=[_picture(one) for one in shown],
+        shown=[_picture(one) for one in runs[number].shown],
+        shown_of=names[number],
     )
 
 
@@ -89,36 +94,34 @@ def table(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _about(run: Run) -> dict[str, Any]:
-    config = run.folder / "config.yaml"
-    commands = [f"python -m lit_align fit --config {config}"] if run.text else []
-    if run.text and run.split == "test":
-        commands.append(f"python -m lit_align test --config {config} --ckpt_path {run.folder}")
-    count = max((metric.get("num_pairs") or metric.get("num_images") or 0) for metric in run.metrics.values())
+def _about(run: Run, name: str) -> dict[str, Any]:
     return {
-        "name": run.name,
+        "name": name,
         "method": run.method,
         "folder": str(run.folder),
         "images": run.images,
         "split": run.split,
-        "count": int(count),
+        "count": run.count,
         "verdict": verdict(run),
         "table": table(run),
         "compared": run.compared,
-        "config": run.text,
-        "commands": commands,
+        "configs": {file.name: file.read_text() for file in (run.fitted, run.tested) if file},
+        "commands": commands(run),
     }
 
 
 def at_equal(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Held-out curves of several runs at equal numbers of images, and at equal distance.
 
+    Those that measure another thing in each run are left out.
+
     Returns:
         Rows: what is equal (``at``), ``names`` of curves, and for each of them the ``values`` of the runs.
     """
     if len(runs) < 2:
         return []
-    names = [name for name in CURVES[:2] if all(name in run.curves for run in runs)]
+    apart = incomparable(runs)
+    names = [name for name in CURVES[:2] if all(name in run.curves for run in runs) and name not in apart]
     rows = []
     images = min((run.curves[names[0]][-1][0] for run in runs), default=0) if names else 0
     if images:
@@ -126,7 +129,7 @@ def at_equal(runs: Sequence[Run]) -> list[dict[str, Any]]:
         rows.append({"at": f"{images:g} images", "names": names, "values": values})
     for distance in DISTANCES:
         paths = [[against(run.curves, f"val/{distance}", name) for run in runs] for name in names]
-        if not paths or not all(path for of_name in paths for path in of_name):
+        if f"val/{distance}" in apart or not paths or not all(path for of_name in paths for path in of_name):
             continue
         reached = min(max(x for x, _ in path) for path in paths[0])
         values = [[first_at(path, reached) for path in of_name] for of_name in paths]
@@ -136,16 +139,25 @@ def at_equal(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _charts(runs: Sequence[Run]) -> list[str]:
     tags = dict.fromkeys(tag for run in runs for tag in run.curves if tag.startswith("val/reward/"))
-    charts = [
-        chart(tag, {run.name: run.curves[tag] for run in runs if tag in run.curves})
-        for tag in (*CURVES, *tags)
-        if tag != "val/reward/truth"
-    ]
+    names, apart, charts = names_of(runs), incomparable(runs), []
+    for tag in (*CURVES, *tags):
+        if tag != "val/reward/truth":
+            curves = [run.curves.get(tag, []) for run in runs]
+            charts += _drawn(tag, dict(zip(names, curves, strict=True)), "images", tag in apart)
     paths = (("val/truth", "val/reward"), ("val/kl", "val/reward"), ("val/kl", "val/truth"))
     for across, up in paths:
-        lines = {run.name: against(run.curves, across, up) for run in runs}
-        charts.append(chart(f"{up} against {across}", lines, across))
+        curves = [against(run.curves, across, up) for run in runs]
+        lines = dict(zip(names, curves, strict=True))
+        charts += _drawn(f"{up} against {across}", lines, across, bool({across, up} & apart))
     return charts
+
+
+def _drawn(title: str, lines: Mapping[str, Points], x_name: str, apart: bool) -> list[str]:
+    """A chart of all runs; one for each run where they measure another thing."""
+    if not apart:
+        return [chart(title, lines, x_name)]
+    alone = ({other: lines[other] if other == name else () for other in lines} for name in lines)
+    return [chart(title, one, x_name) for one in alone]
 
 
 def _picture(shown: Shown) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What the folder of a run says: its settings, its newest test, its images and its curves."""
 
 import json
-import re
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import yaml
 
 from lit_align.errors import ConfigError
-from lit_align.files import read_rows
+from lit_align.files import numbered, read_rows
 from lit_align.report.curves import Curves, read_curves
 
 DISTANCES = ("kl", "drift")
@@ -39,41 +40,59 @@ class Run:
 
     Attributes:
         folder: Its folder.
-        config: Its configuration, as nested mappings; empty where there is none.
-        text: The same as YAML.
+        fitted: File of the newest configuration of its fit, if it has one.
+        tested: File of the configuration of the test, if the result names it.
         result: File of its newest test, or else of its validation.
         metrics: By name: ``before``, ``after``, ``difference``, ``standard_error``, ``win_rate`` and so on.
         images: That it was trained on.
         split: ``test`` or ``validation``.
+        measured: By what the result was measured: the facts of the run, and of the held-out images.
+        validated: The same of the newest point of its curves.
         shown: Images that were kept of the test.
         curves: By tag.
     """
 
     folder: Path
-    config: dict[str, Any]
-    text: str
+    fitted: Path | None
+    tested: Path | None
     result: Path
     metrics: dict[str, dict[str, float | None]]
     images: int
     split: str
+    measured: dict[str, Any] = field(default_factory=dict)
+    validated: dict[str, Any] = field(default_factory=dict)
     shown: list[Shown] = field(default_factory=list)
     curves: Curves = field(default_factory=dict)
 
     @property
     def method(self) -> str:
         """Name of its method's class."""
-        model = self.config.get("model") or {}
-        return str(model.get("class_path", "model")).rpartition(".")[2].removesuffix("Module")
+        config = self.fitted or self.tested
+        model = (yaml.safe_load(config.read_text()) or {}).get("model") if config else None
+        return str((model or {}).get("class_path", "model")).rpartition(".")[2].removesuffix("Module")
 
     @property
-    def name(self) -> str:
-        """How it is called beside others."""
-        return f"{self.folder.parent.name}/{self.folder.name}"
+    def count(self) -> int:
+        """Number of images that were measured."""
+        counts = (found.get("num_pairs") or found.get("num_images") or 0 for found in self.metrics.values())
+        return int(max(counts, default=0))
 
     @property
     def compared(self) -> bool:
         """Whether the pretrained model was measured on the same prompts and noise."""
         return any("before" in metric for metric in self.metrics.values())
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """How runs are called beside each other: by the last parts of their paths that tell them apart.
+
+    There are two parts at least, such as ``ddpo/version_0``.
+    """
+    paths = [Path(os.path.abspath(run.folder)).parts for run in runs]
+    length, longest = 2, max(map(len, paths))
+    while length < longest and len({path[-length:] for path in paths}) < len(set(paths)):
+        length += 1
+    return [str(Path(*path[-length:])) for path in paths]
 
 
 def result_of(folder: Path) -> Path:
@@ -82,10 +101,8 @@ def result_of(folder: Path) -> Path:
     Raises:
         ConfigError: There is neither.
     """
-    tests = [path for path in folder.glob("test*.json") if re.fullmatch(r"test(-\d+)?\.json", path.name)]
-    numbers = {path: int(path.stem.partition("-")[2] or 1) for path in tests}
-    if tests:
-        return max(tests, key=lambda path: numbers[path])
+    if tests := numbered(folder / "test.json"):
+        return tests[-1]
     if (found := folder / "validation.json").is_file():
         return found
     raise ConfigError(
@@ -105,24 +122,46 @@ def read_run(folder: Path, result: Path | None = None) -> Run:
         ConfigError: It holds no result, or one that cannot be read.
     """
     result = result or result_of(folder)
+    found = _read(result)
+    measured = _measured(found)
+    config = folder / str(found.get("config"))
+    try:
+        validated = _measured(_read(folder / "validation.json"))
+    except ConfigError:  # there is none: what a test says but for its prompts, which are its own
+        validated = {name: fact for name, fact in measured.items() if name != "prompts"}
+    return Run(
+        folder=folder,
+        fitted=next(reversed(numbered(folder / "config.yaml")), None),
+        tested=config if found["split"] == "test" and config.is_file() else None,
+        result=result,
+        metrics=found["metrics"],
+        images=int(found["images"]),
+        split=str(found["split"]),
+        measured=measured,
+        validated=validated,
+        shown=_shown(result),
+        curves=read_curves(folder),
+    )
+
+
+def _read(result: Path) -> dict[str, Any]:
     try:
         found = json.loads(result.read_text())
-        metrics, images, split = found["metrics"], int(found["images"]), str(found["split"])
+        int(found["images"]), str(found["split"]), dict(found["metrics"])
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"report: {result} cannot be read; run test again") from None
-    config = folder / "config.yaml"
-    text = config.read_text() if config.is_file() else ""
-    return Run(
-        folder,
-        yaml.safe_load(text) or {},
-        text,
-        result,
-        metrics,
-        images,
-        split,
-        _shown(result),
-        read_curves(folder),
-    )
+    return dict(found)
+
+
+def _measured(found: dict[str, Any]) -> dict[str, Any]:
+    """What a result says of its run and, with precedence, of how it was measured."""
+    return {**(found.get("run") or {}), **(found.get("measured") or {})}
+
+
+def page_of(result: Path) -> Path:
+    """Where the page about a result lies, beside it: that of an earlier test stays."""
+    number = result.stem.removeprefix("test") if result.stem.startswith("test") else ""
+    return result.with_name(f"report{number}.html")
 
 
 def images_folder(result: Path) -> Path:

@@ -53,6 +53,9 @@ class RewardBank(nn.Module):
             ``-``. In Python a plain function may stand for its :class:`FunctionReward`.
         weights: Weight by reward name; at least one must be positive. A negative weight makes a penalty.
 
+    Attributes:
+        kinds: The class of each reward that was given, by name; :meth:`check_model` may leave some out.
+
     Raises:
         ConfigError: No reward, a bad name, a weight that is not finite or has no reward, no positive weight,
             or a reward that fails on two images.
@@ -65,6 +68,7 @@ class RewardBank(nn.Module):
         self.weights = {name: float(weights[name]) for name in rewards if weights.get(name, 0) != 0}
         # A list: a ModuleDict refuses names like "type" or "keys".
         self._rewards = nn.ModuleList(_reward(name, given).freeze() for name, given in rewards.items())
+        self.kinds = {name: type(reward).__name__ for name, reward in self.rewards.items()}
         for name, reward in self.rewards.items():
             try_out(name, reward)
 

@@ -16,6 +16,7 @@ from lit_align.pretrained import Dtype, load_whole, loading, processor_config, r
 from lit_align.rewards.base import Reward, domain_of
 from lit_align.shapes import CLIP as SHAPES_CLIP
 from lit_align.shapes import PREFERENCE as SHAPES_PREFERENCE
+from lit_align.tokens import Counts, count_tokens, warn_of_cut
 
 CLIP_MODEL = "openai/clip-vit-large-patch14"
 """The CLIP of LAION's aesthetic predictors and of most reports of a CLIP score (Radford et al. 2021)."""
@@ -66,6 +67,7 @@ class CLIPCosine(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
+        self._reader, self._told = f"the reward model {pretrained!r}", False
 
     def load(self, pretrained: str, shapes: Path, dtype: Dtype) -> CLIPModel:
         """The model."""
@@ -104,6 +106,9 @@ class CLIPCosine(nn.Module):
 
     def embed(self, prompts: list[str]) -> Tensor:
         """Unit text embeddings ``(B, D)``; the last ``CACHED_PROMPTS`` prompts are remembered."""
+        if not self._told:  # the end of a long prompt is not rewarded
+            new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+            self._told = warn_of_cut(self._reader, self.prompt_tokens, new)
         for prompt in prompts:
             if prompt not in self._texts:
                 # One by one: a row is rounded differently in another batch, and a resumed run remembers none.
@@ -115,6 +120,10 @@ class CLIPCosine(nn.Module):
         while len(self._texts) > self.CACHED_PROMPTS:
             self._texts.popitem(last=False)
         return texts
+
+    def prompt_tokens(self, prompt: str) -> Counts:
+        """How many tokens a prompt has, and how many are read."""
+        return [(count_tokens(self.tokenizer, prompt), self.positions)]
 
     @torch.no_grad()
     def _encode(self, prompt: str) -> Tensor:

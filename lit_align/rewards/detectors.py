@@ -20,6 +20,7 @@ from transformers import (
 from lit_align.errors import ConfigError
 from lit_align.pretrained import load_whole, loading, resolve
 from lit_align.shapes import DETECTOR as SHAPES_DETECTOR
+from lit_align.tokens import Counts, count_tokens, warn_of_cut
 
 Bytes = NDArray[np.uint8]
 
@@ -174,22 +175,31 @@ class OpenVocabulary(Detector):
         config: Any = self.model.config
         self.query = QUERIES[config.model_type]
         longest = getattr(config, "max_text_len", config.text_config.max_position_embeddings)
-        self.as_tokens = {"padding": True, "truncation": True, "max_length": longest}
+        self.longest: int = longest
+        self._reader, self._told = f"the detector {pretrained!r}", False
 
     def forward(self, images: Bytes, objects: Sequence[list[str]]) -> list[Tensor]:
         """Highest probability over queries, and over the words of the text."""
         counts = [len(names) for names in objects]
-        # Flat: OWL's processors pad each inner list for itself.
-        texts = [self.query.format(name.lower()) for names in objects for name in names]
-        repeated = images.repeat(counts, axis=0)
-        logits = self.run(repeated, text=texts, **self.as_tokens).logits
+        logits = self.run(images.repeat(counts, axis=0), **self.in_words(objects)).logits
         return list(logits.float().sigmoid().amax(dim=(1, 2)).cpu().split(counts))
+
+    def in_words(self, objects: Sequence[list[str]]) -> dict[str, Any]:
+        """What the processor is told to ask for, flat: OWL's pad each inner list for itself."""
+        texts = [self.query.format(name.lower()) for names in objects for name in names]
+        self._told = self._told or warn_of_cut(
+            self._reader, self.tokens, [*dict.fromkeys(texts)], "names of objects"
+        )
+        return {"text": texts, "padding": True, "truncation": True, "max_length": self.longest}
+
+    def tokens(self, text: str) -> Counts:
+        """How many tokens a text has, and how many are read."""
+        return [(count_tokens(self.processor.tokenizer, text), self.longest)]
 
     def boxes(self, images: Bytes, objects: Sequence[list[str]], threshold: float) -> list[dict[str, Found]]:
         """The detections of each text, as the processor reads them."""
         counts = [len(names) for names in objects]
-        texts = [self.query.format(name.lower()) for names in objects for name in names]
-        inputs = self.prepare(images.repeat(counts, axis=0), text=texts, **self.as_tokens)
+        inputs = self.prepare(images.repeat(counts, axis=0), **self.in_words(objects))
         output = self.model(**inputs.to(self.model.device))
         asked = {} if "owl" in self.model.config.model_type else {"input_ids": inputs["input_ids"]}
         found = iter(

@@ -13,6 +13,7 @@ from lit_align.pretrained import Dtype
 from lit_align.rewards.base import Reward
 from lit_align.rewards.checkpoints import count, find, made, read, renamed
 from lit_align.rewards.clip import MEAN, STD, load_tokenizer
+from lit_align.tokens import Counts, count_tokens, warn_of_cut
 
 REPOSITORY, FILE = "zai-org/ImageReward", "ImageReward.pt"
 """Where Xu et al. publish their checkpoint (once THUDM/ImageReward)."""
@@ -78,6 +79,7 @@ class ImageReward(Reward):
             own = (Path(pretrained).expanduser() / "tokenizer_config.json").is_file()
             processor = pretrained if own else TOKENIZER
         self.tokenizer = load_tokenizer(processor, Path(pretrained))
+        self._reader, self._told = f"the reward model {pretrained!r}", False
         self.vision, self.text, self.head = _models(state, file, dtype)
         self.side: int = self.vision.config.image_size
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
@@ -92,6 +94,8 @@ class ImageReward(Reward):
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
         """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
+        # The end of a long prompt is not rewarded.
+        self._told = self._told or warn_of_cut(self._reader, self.prompt_tokens, [*dict.fromkeys(prompts)])
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
         ).to(self.mean.device)
@@ -99,6 +103,10 @@ class ImageReward(Reward):
         return torch.cat(
             [self._score(images[p], tokens.input_ids[p], tokens.attention_mask[p]) for p in parts]
         )
+
+    def prompt_tokens(self, prompt: str) -> Counts:
+        """How many tokens a prompt has, and how many are read."""
+        return [(count_tokens(self.tokenizer, prompt), LENGTH)]
 
     def _score(self, images: Tensor, words: Tensor, mask: Tensor) -> Tensor:
         pixels = self.preprocess(images).to(self.vision.dtype)

@@ -22,8 +22,10 @@ class Sampler(ABC):
             log-probability.
         keeps_forward_process: Whether a step with the *right* prediction draws from the posterior of the
             forward process, so that the states of a chain made of such steps have its marginals.
-        noise_option: The argument that is 0 where no step draws noise.
-        published_noise: What it may be set to instead.
+        noise_option: The argument that says how much noise steps draw.
+        published_noise: What it may be set to.
+        noise: Its value.
+        may_be_noisy: ``(T,)`` bool: the steps to which it applies.
     """
 
     noise_option: ClassVar[str] = "eta"
@@ -33,14 +35,25 @@ class Sampler(ABC):
     num_steps: int
     timesteps: Tensor
     stochastic: Tensor
+    noise: float = 0.0
+    may_be_noisy: Tensor
     keeps_forward_process: bool = True
 
     @property
     def no_noise(self) -> str:
-        """What is told where a method needs noise and there is none, and the remedy."""
-        option = self.noise_option
+        """What is told where a method needs noise and there is none: why there is none, and the remedy."""
+        option, place = self.noise_option, "set sampler.init_args."
+        if not self.noise:
+            return f"{option} is 0, which has no density; {place}{option} to {self.published_noise}"
+        if not self.may_be_noisy.any():
+            return f"noisy_steps has none of the steps; {place}noisy_steps to null, all of them"
+        if self.may_be_noisy[:-1].any():
+            few = f"{option} is {self.noise:g}, too little for a density in float32"
+            return f"{few}; {place}{option} to {self.published_noise}"
+        if self.num_steps == 1:
+            return f"num_steps is 1, and the last step draws none; {place}num_steps to 2 or more"
         return (
-            f"{option} is 0, which has no density; set sampler.init_args.{option} to {self.published_noise}"
+            f"noisy_steps has only the last step, which draws none; {place}noisy_steps to null, all of them"
         )
 
     @abstractmethod

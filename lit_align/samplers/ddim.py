@@ -53,10 +53,11 @@ class DDIM(Sampler):
             raise ConfigError(f"DDIM: noisy_steps is {noisy_steps}; choose from 0 to num_steps, {num_steps}.")
         if not eta >= 0:
             raise ConfigError(f"DDIM: eta is {eta}; choose 0 (deterministic) to 1 (DDPM).")
-        self.num_steps = num_steps
+        self.num_steps, self.noise = num_steps, eta
+        self.may_be_noisy = torch.arange(num_steps) < (num_steps if noisy_steps is None else noisy_steps)
         # The noise of each step: eta in the first ones, none in the others.
         etas = torch.zeros(num_steps, dtype=torch.float64)
-        etas[:noisy_steps] = eta
+        etas[self.may_be_noisy] = eta
         self._tabulate(schedule, etas)
 
     def _tabulate(self, schedule: DiffusionSchedule, etas: Tensor) -> None:

@@ -158,8 +158,9 @@ class FlowSDE(Sampler):
         self.timesteps = schedule.timesteps(num_steps)
         before = schedule.sigma(self.timesteps)
         after = torch.cat([before[1:], before.new_zeros(1)])
-        noisy = torch.zeros(num_steps, dtype=torch.bool)
-        noisy[_window(noisy_steps, num_steps)] = level > 0
+        self.noise, self.may_be_noisy = level, torch.zeros(num_steps, dtype=torch.bool)
+        self.may_be_noisy[_window(noisy_steps, num_steps)] = True
+        noisy = self.may_be_noisy & (level > 0)
         self._std = torch.where(noisy, _std(rule, level, before, after), 0.0)
         self.stochastic = self._std.float().square() > 0  # a density in float32
         # Two rows: the weight of the state, the weight of the prediction.

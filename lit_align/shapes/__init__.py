@@ -17,7 +17,7 @@ DETECTOR = WEIGHTS / "detector"
 CLASSIFIER = WEIGHTS / "classifier"
 """Folder of the shipped classifier of the objects' colour, in the ordinary transformers format."""
 
-WEIGHTS_HASH = "b29d24f59d3366b1"
+WEIGHTS_HASH = "472dcac6d3ec2335"
 """First 16 digits of the SHA-256 of ``weights/`` (see ``recipe.pipeline.digest``); results name it."""
 
 PICK = Path(__file__).parent / "pick" / "pairs.parquet"

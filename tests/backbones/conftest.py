@@ -138,15 +138,13 @@ def draw_in_diffusers(pipeline: Any, backbone: DiffusersBackbone, guidance: floa
     """The same from the pipeline's own loop: its encoders, denoiser and scheduler."""
     height, width = backbone.size
     x = latents(backbone)
-    told: dict[str, Any] = {"latents": x, "guidance_scale": guidance}
+    told: dict[str, Any] = {"latents": x} | backbone.pipeline_guidance(guidance)
+    if "negative_prompt" in told:
+        told["negative_prompt"] = [told["negative_prompt"]] * len(PROMPTS)
     if isinstance(backbone, StableDiffusion3Backbone):
         told["sigmas"] = [1.0, 0.75, 0.5, 0.25]  # else the shift is made twice
     if isinstance(backbone, FluxBackbone):
         told["latents"] = FluxPipeline._pack_latents(x, *x.shape)
-        if not backbone.distilled:
-            told |= {"true_cfg_scale": guidance, "negative_prompt": [""] * len(PROMPTS)}
-    if isinstance(backbone, ZImageBackbone):
-        told["guidance_scale"] = guidance - 1  # 0 is none there
     if isinstance(backbone, Flux2KleinBackbone):
         told["latents"] = Flux2KleinPipeline._patchify_latents(x)
         told["text_encoder_out_layers"] = (0, 1, 2)  # the tiny encoder has no more

@@ -2,6 +2,7 @@
 by size, and which layers are adapted."""
 
 import shutil
+import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -53,6 +54,27 @@ def chain(backbone: DiffusersBackbone, folder: Path, guidance: float) -> list[Te
 
     draw_in_diffusers(partial(pipeline, callback_on_step_end=keep), backbone, guidance)
     return states
+
+
+@pytest.mark.parametrize(
+    ("model", "limit"),
+    [("sd3", 256), ("sd3_without_t5", 77), ("flux", 512), ("klein", 512), ("z_image", 512)],
+)
+def test_prompts_are_told_that_are_longer_than_what_is_read(
+    model: str, limit: int, flow_folder: Folder
+) -> None:
+    backbone = CLASSES[model](str(flow_folder(model)), size=(48, 32))
+    frame = limit - backbone.prompt_tokens("a")[0][0]  # every further letter is a token
+    whole = "a" * frame
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one, other = (backbone.encode([whole + end]).prompt for end in "ab")
+    assert any(not torch.equal(one[name], other[name]) for name in one)  # the last letter is read
+    with pytest.warns(UserWarning, match=f"1 of the first 1 prompts are longer than the {limit} tokens"):
+        backbone.encode([whole + "aa"])
+    beyond = whole + "a" * 64  # for chats, whose end comes after the prompt
+    one, other = (backbone.encode([beyond + end]).prompt for end in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(

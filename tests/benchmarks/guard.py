@@ -103,7 +103,7 @@ def run_cell(cell: Cell, out: Path, work: Path, launch: Launch) -> None:
             log.unlink(missing_ok=True)
             checkpoint = None
         write(made_by, fingerprint)
-        if status := launch(command(cell, "fit", folder, checkpoint), log, lock):
+        if status := launch(command(cell, "fit", folder, checkpoint), log, lock).status:
             tail = log.read_text(errors="replace").splitlines()[-20:]
             raise CellFailed("\n".join([f"fit ended with status {status}; the end of {log}:", *tail]))
         curves = scalars(run)

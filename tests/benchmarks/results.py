@@ -3,9 +3,10 @@
     python -m tests.benchmarks.results --plan tests/benchmarks/plans/ddpo.yaml [--workers 2]
 
 A cell is one ``lit_align fit`` and, once, ``lit_align test`` on prompts that were never used before, with the
-further tests that the plan names. Stop it when you like: the same command goes on where it was, to the bit. A
-cell runs again when its configuration, an override, its seed, a further test or the Shapes weights change.
-Exit status 1 if a cell failed; the others are finished.
+further tests that the plan names. Beside them the pretrained models are measured: several guidances with
+``validate``, then none and the best of them with ``validate`` and ``test``. Stop it when you like: the same
+command goes on where it was, to the bit. A cell runs again when its configuration, an override, its seed, a
+further test or the Shapes weights change. Exit status 1 if a cell failed; the others are finished.
 """
 
 import argparse
@@ -18,8 +19,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lit_align.errors import ConfigError
 from lit_align.files import write
+from tests.benchmarks.harness.baselines import measured
 from tests.benchmarks.harness.plan import ROOT, Cell, Plan, load_plan
-from tests.benchmarks.harness.plots import copy_images, plot_curves
+from tests.benchmarks.harness.plots import copy_images, plot_curves, plot_frontier
+from tests.benchmarks.harness.pretrained import distinct, pretrained_of
 from tests.benchmarks.harness.record import images, stored
 from tests.benchmarks.harness.report import markdown, verdict
 from tests.benchmarks.harness.run import Launch, Subprocesses, run_cells
@@ -39,7 +42,30 @@ def make(plan: Plan, out: Path, work: Path, launch: Launch, workers: int, source
     Returns:
         For each cell that failed, the reason.
     """
-    cells = plan.cells()
+
+    def run(cells: list[Cell]) -> dict[str, str]:
+        return _run(cells, out, work, launch, workers)
+
+    cells, models = plan.cells(), pretrained_of(plan, out)
+    once = distinct(models.values())
+    failed = run([cell for model in once for cell in model.tuning(plan)])
+    failed |= run([*(cell for model in once for cell in model.cells(plan, out)), *cells])
+    results = [result for cell in cells if (result := stored(cell, out))]
+    if results:
+        baselines = measured(plan, models, out)
+        shown = {(cell.config, cell.seed): images(cell, out) for cell in cells if stored(cell, out)}
+        drawn = plot_frontier(plan, results, out / f"{plan.name}_frontier.png", baselines)
+        plot_curves(plan, results, out / f"{plan.name}.png", baselines)
+        write(out / f"{plan.name}.md", markdown(plan, results, shown, source, baselines, drawn) + "\n")
+        copy_images(plan, results, out)
+    for config in plan.configs:
+        own = [result for result in results if result["config"] == config]
+        print(f"{config}: {verdict(own, plan.seeds)}")
+    return failed
+
+
+def _run(cells: list[Cell], out: Path, work: Path, launch: Launch, workers: int) -> dict[str, str]:
+    """Run the cells that have no result yet, and show what they do."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[does]}"))
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
         rows = {cell.name: progress.add_task(cell.name, does="waits", start=False, total=1) for cell in cells}
@@ -49,19 +75,7 @@ def make(plan: Plan, out: Path, work: Path, launch: Launch, workers: int, source
             ended = does.startswith(("done", "finished", "failed"))
             progress.update(rows[cell.name], does=does, completed=int(ended))
 
-        failed = run_cells(cells, out, work, launch, tell, workers)
-    results = [result for cell in cells if (result := stored(cell, out))]
-    if results:
-        compared = {name for pair in plan.compare for name in pair}
-        done = [cell for cell in cells if cell.config in compared and stored(cell, out)]
-        shown = {(cell.config, cell.seed): images(cell, out) for cell in done}
-        write(out / f"{plan.name}.md", markdown(plan, results, shown, source) + "\n")
-        plot_curves(plan, results, out / f"{plan.name}.png")
-        copy_images(plan, results, out)
-    for config in plan.configs:
-        own = [result for result in results if result["config"] == config]
-        print(f"{config}: {verdict(own, plan.seeds)}")
-    return failed
+        return run_cells(cells, out, work, launch, tell, workers)
 
 
 def options() -> argparse.Namespace:

@@ -43,7 +43,7 @@ def test_the_floor_counts_the_calls_on_pairs(method: str, tmp_path: Path, monkey
     sizes = ["--rounds", "1", "--prompts", "3", "--images", "1", "--sizes", "4", "--cpu_time"]
     options = ["--trainer.accelerator=cpu", "--model.optimisation.micro_batch=2"]
     if method == "spin":
-        options += ["--model.steps=1", "--model.sampler.init_args.num_steps=3"]
+        options += ["--model.steps=1", "--model.sampler.num_steps=3", "--model.sampler.noisy_steps=null"]
     metrics = main(["--config", str(ROOT / "configs" / f"{method}.yaml"), *sizes, *options])
     counted = {
         (row["part"], call["kind"]): (call["rows"], call["seen"])

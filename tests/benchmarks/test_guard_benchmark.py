@@ -9,7 +9,7 @@ from lit_align.shapes import WEIGHTS_HASH
 from tests.benchmarks.guard import EXPLOITED, HEALTHY, SEEDS, cells, judged, report, right, run_cell
 from tests.benchmarks.harness.plan import ROOT
 from tests.benchmarks.harness.record import result_path
-from tests.benchmarks.harness.run import CellFailed
+from tests.benchmarks.harness.run import CellFailed, Ended
 from tests.benchmarks.test_results import in_process
 
 TRUTH = [(0, 0.60), (8, 0.62), (16, 0.61), (24, 0.57)]
@@ -46,10 +46,10 @@ def test_the_verdict_is_that_of_the_curves():
 
 
 def test_a_cell_that_fails_says_why_and_is_begun_anew(tmp_path: Path):
-    def launch(arguments: list[str], log: Path, keep: int) -> int:
+    def launch(arguments: list[str], log: Path, keep: int) -> Ended:
         log.write_text("no such device\n")
         assert arguments[0] == "fit"
-        return 2
+        return Ended(2, 0.0)
 
     cell = cells(["redness"])[0]
     with pytest.raises(CellFailed, match=r"status 2(.|\n)*no such device"):
@@ -62,7 +62,7 @@ def test_a_small_cell_is_run_once(tmp_path: Path):
     """With the real model, overlay and guard."""
     calls = []
 
-    def launch(arguments: list[str], log: Path, keep: int) -> int:
+    def launch(arguments: list[str], log: Path, keep: int) -> Ended:
         calls.append(arguments)
         here = [a.replace("--config=configs", f"--config={ROOT}/configs") for a in arguments]
         return in_process(here, log, keep)

@@ -18,6 +18,7 @@ from lit_align.methods import DDPOModule
 from tests.benchmarks.harness.gains import shares, side_by_side
 from tests.benchmarks.harness.plan import ROOT, Plan, SideBySide, load_plan
 from tests.benchmarks.harness.report import verdict
+from tests.benchmarks.harness.run import Ended
 from tests.benchmarks.harness.sweeps import sweeps
 from tests.benchmarks.results import make
 
@@ -39,12 +40,14 @@ TINY = {
 def write_plan(folder: Path, **changes: Any) -> Path:
     path = folder / "tiny.yaml"
     content = {"name": "tiny", "configs": {"ddpo": ["configs/ddpo.yaml"]}, "seeds": [1, 2], "budget": TINY}
+    content |= {"guidances": [], "because": "other tests measure it"}
     path.write_text(yaml.safe_dump(content | changes))
     return path
 
 
-def in_process(arguments: list[str], log: Path, keep: int) -> int:
+def in_process(arguments: list[str], log: Path, keep: int) -> Ended:
     """The real entry point, without the seconds that a process needs to start."""
+    before = time.process_time()
     config = f"--config={DDPO}"
     try:
         lit_align(
@@ -52,8 +55,8 @@ def in_process(arguments: list[str], log: Path, keep: int) -> int:
         )
     except BaseException as error:
         log.write_text(f"died of {error!r}")
-        return 1
-    return 0
+        return Ended(1, time.process_time() - before)
+    return Ended(0, time.process_time() - before)
 
 
 @pytest.fixture
@@ -77,7 +80,15 @@ def read(folder: Path, seed: int) -> dict[str, Any]:
     return json.loads((folder / "results" / "tiny" / f"ddpo_seed{seed}.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_plan_that_was_interrupted_ends_as_the_one_that_was_not(plan, tmp_path, monkeypatch, capsys):
+    spent: list[tuple[str, str, float]] = []
+
+    def counting(arguments: list[str], log: Path, keep: int) -> Ended:
+        ended = in_process(arguments, log, keep)
+        spent.append((log.parent.name, log.stem, ended.cpu))
+        return ended
+
     plan = replace(plan, compare=[["ddpo", "ddpo"]])
     assert run(replace(plan, seeds=[1]), tmp_path / "whole") == {}
     with monkeypatch.context() as patch:
@@ -90,13 +101,13 @@ def test_a_plan_that_was_interrupted_ends_as_the_one_that_was_not(plan, tmp_path
             return collect(self, *arguments)
 
         patch.setattr(DDPOModule, "collect", dying)
-        failed = run(plan, tmp_path / "cut")
+        failed = run(plan, tmp_path / "cut", counting)
     assert list(failed) == ["ddpo_seed1"]
     assert "the lights went out" in failed["ddpo_seed1"]
     others = (tmp_path / "cut" / "results" / "tiny" / "ddpo_seed2.json").stat().st_mtime_ns
     assert "seed 1 has no result" in capsys.readouterr().out
 
-    assert run(plan, tmp_path / "cut") == {}
+    assert run(plan, tmp_path / "cut", counting) == {}
     assert (tmp_path / "cut" / "results" / "tiny" / "ddpo_seed2.json").stat().st_mtime_ns == others
     whole, cut = read(tmp_path / "whole", 1), read(tmp_path / "cut", 1)
     for part in ("validation", "test", "curves", "images", "reward_queries"):
@@ -106,6 +117,9 @@ def test_a_plan_that_was_interrupted_ends_as_the_one_that_was_not(plan, tmp_path
     ]
     assert "--ckpt_path" in cut["commands"][1]
     assert len(cut["commands"]) == 3
+    of_fit = [cpu for cell, stage, cpu in spent if (cell, stage) == ("ddpo_seed1", "fit")]
+    assert len(of_fit) == 2
+    assert cut["cpu_seconds"]["fit"] == pytest.approx(sum(of_fit), abs=0.06)
 
     assert [images for images, _ in whole["curves"]["val/reward"]] == [0, 4, 8]
     assert [images for images, _ in whole["curves"]["train/reward"]] == [4, 8]
@@ -119,6 +133,7 @@ def test_a_plan_that_was_interrupted_ends_as_the_one_that_was_not(plan, tmp_path
     assert f"{whole['test']['reward']['after']:.3f} (" in table
     assert f"| {whole['test']['kl']['after']:.2f} ± " in table
     assert "**inconclusive**" in table or "**fails**" in table
+    assert "not measured for itself: other tests measure it." in table
     assert table.count("| +0.000 ± 0.000, 50% ± 0% |") >= 2  # against itself, of each seed
     for image in ("tiny.png", "tiny/ddpo_before.png", "tiny/ddpo_after.png"):
         assert image in table
@@ -168,10 +183,10 @@ def test_sweeps_of_several_seeds_are_pooled():
 def test_a_longer_run_goes_on_from_a_shorter_one_and_is_tested_further(plan, tmp_path):
     """As if it had never stopped; what a sweep left is that of the test proper."""
 
-    def launch(arguments: list[str], log: Path, keep: int) -> int:
+    def launch(arguments: list[str], log: Path, keep: int) -> Ended:
         """Writes a sweep after a test, where one would be: beside any that is there."""
-        status = in_process(arguments, log, keep)
-        if arguments[0] == "test" and status == 0:
+        ended = in_process(arguments, log, keep)
+        if arguments[0] == "test" and ended.status == 0:
             cell = next(a for a in arguments if "logger.init_args.name" in a).partition("=")[2]
             run_folder = tmp_path / "further" / "runs" / "tiny" / cell / "version_0"
             place = run_folder / ("sweep-2" if (run_folder / "sweep").exists() else "sweep")
@@ -179,7 +194,7 @@ def test_a_longer_run_goes_on_from_a_shorter_one_and_is_tested_further(plan, tmp
             (place / "sweep.json").write_text(
                 json.dumps(made_up_sweep(float("--data.init_args.test_split=train" in arguments)))
             )
-        return status
+        return ended
 
     def found(which: str, config: str) -> dict[str, Any]:
         return json.loads((tmp_path / which / f"results/tiny/{config}_seed1.json").read_text())
@@ -230,10 +245,10 @@ def test_a_longer_run_goes_on_from_a_shorter_one_and_is_tested_further(plan, tmp
 def test_a_cell_runs_again_when_its_settings_change_and_others_go_on_after_a_failure(tmp_path):
     ran: list[str] = []
 
-    def launch(arguments: list[str], log: Path, keep: int) -> int:
+    def launch(arguments: list[str], log: Path, keep: int) -> Ended:
         ran.append(arguments[0])
         log.write_text("\n".join(f"line {i}" for i in range(50)))
-        return 3
+        return Ended(3, 0.0)
 
     plan = load_plan(write_plan(tmp_path))
     failed = run(plan, tmp_path, launch)
@@ -262,6 +277,9 @@ def test_a_cell_runs_again_when_its_settings_change_and_others_go_on_after_a_fai
     ("changes", "told"),
     [
         ({"seed": [1]}, "unknown seed"),
+        ({"because": ""}, "leaves out the pretrained model; say why"),
+        ({"guidances": 2}, "guidances: 2 is no list of numbers"),
+        ({"guidances": ["a"]}, "is no list of numbers"),
         ({"seeds": []}, "give configs"),
         ({"configs": {"a": ["configs/nothing.yaml"]}}, "there is no configs/nothing.yaml"),
         ({"overrides": ["trainer.max_epochs=1"]}, "overrides: .* --option=value"),

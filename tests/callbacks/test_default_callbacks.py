@@ -3,17 +3,19 @@
 import json
 from functools import partial
 
+import pytest
 import torch
 from lightning import Trainer
 
 from lit_align.advantages import GroupAdvantages
 from lit_align.backbones import StableDiffusionBackbone
-from lit_align.callbacks import RunFolder, default_callbacks
+from lit_align.callbacks import RunFolder, checkpoint_callbacks, default_callbacks
 from lit_align.data import PromptDataModule, ShapesPrompts
-from lit_align.methods import DDPOModule
+from lit_align.methods import AlignPropModule, DDPOModule
 from lit_align.methods.sampling import Sampling
 from lit_align.rewards import Brightness, RewardBank
 from lit_align.samplers import DDIM
+from tests.methods.build import fit, make, prompts
 
 
 def test_a_run_from_python_leaves_what_one_of_the_command_line_leaves(tiny, tmp_path, capsys):
@@ -61,6 +63,24 @@ def test_a_run_from_python_leaves_what_one_of_the_command_line_leaves(tiny, tmp_
     assert "epoch 1/1  batch 1/1" in printed
     assert "win rate" in printed
     assert not list(tmp_path.glob("lit_align*"))
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_a_best_checkpoint_below_the_pretrained_model_is_told(falls, tiny, tmp_path, caplog):
+    optimizer = partial(torch.optim.SGD, lr=10.0, maximize=falls)
+    module = make(AlignPropModule, tiny, Brightness(), optimizer=optimizer)
+    callbacks = [RunFolder(tmp_path), *checkpoint_callbacks()]
+    with caplog.at_level("INFO", "lit_align"):
+        seen = fit(module, tmp_path, 1, *callbacks, data=prompts(2, 2), limit_val_batches=1.0)
+    start, end = (float(one["reward"].mean()) for one in seen.validated)
+    assert (end < start) is falls
+    told = [message for message in caplog.messages if "than the pretrained model" in message]
+    best = tmp_path / "checkpoints" / "best.ckpt"
+    assert torch.load(best, weights_only=True)["progress"]["images"] == 4
+    expected = (
+        f"no validation after an update has a higher val/reward than the pretrained model ({start:.4f}); "
+    )
+    assert told == ([f"{expected}{best} is the best of them ({end:.4f})"] if falls else [])
 
 
 def test_the_folder_is_decided_first_and_the_best_score_is_in_the_last_checkpoint():

@@ -57,6 +57,25 @@ class Still(Reward):
         return images.new_zeros(len(images))
 
 
+class Served(Darkness):
+    """The darkness, from a server that is down at first; then for the first images of a batch it is up."""
+
+    def __init__(self, answered: int) -> None:
+        super().__init__()
+        self.answered = answered
+
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
+        scores = super().forward(images, prompts)
+        return torch.where(torch.arange(len(images)) < self.answered, scores, torch.nan)
+
+
+class Repaired(Callback):
+    """Lets :class:`Served` answer from the first rollout batch on."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        pl_module.rewards.rewards["dark"].answered = 10**6
+
+
 def exploited(tiny: Path, lr: float = 1e-2, method: type[Any] = AlignPropModule, **options: Any) -> Any:
     rewards = RewardBank({"bright": Brightness(), "dark": Darkness()}, {"bright": 1.0})
     return make(method, tiny, rewards=rewards, lr=lr, seed=0, **options)
@@ -206,6 +225,16 @@ def test_a_better_validation_is_the_best_and_older_files_go(tiny, tmp_path):
     assert saved(tmp_path)["callbacks"]["Guard"]["best_images"] == 32
 
 
+@pytest.mark.parametrize("answered", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_validation_without_scores_is_the_best_only_until_the_next(answered, tiny, tmp_path):
+    rewards = RewardBank({"bright": Brightness(), "dark": Served(answered)}, {"bright": 1.0})
+    module = make(AlignPropModule, tiny, rewards=rewards, lr=1e-2, seed=0)
+    with pytest.warns(UserWarning, match=r"reward/dark fell by .* since the best validation, at 8 images"):
+        run(module, tmp_path, Guard(), Repaired())
+    (kept,) = (tmp_path / "checkpoints").glob("guard_*")
+    assert kept.name == "guard_00000008.ckpt"
+
+
 def test_what_is_now_measured_otherwise_is_not_compared(tiny, tmp_path):
     module = exploited(tiny)
     guard = Guard()
@@ -216,6 +245,7 @@ def test_what_is_now_measured_otherwise_is_not_compared(tiny, tmp_path):
     assert guard._best == {}
 
 
+@pytest.mark.slow
 def test_two_processes_decide_alike(tiny, tmp_path):
     recorder = fit(
         exploited(tiny),

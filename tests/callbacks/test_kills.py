@@ -164,7 +164,7 @@ MOMENTS = {
     "after the last checkpoint": at_call(AdapterExport, "on_train_end", 1),
     "before the last words": at_call(RunSummary, "on_fit_end", 1),
 }
-IN_SHORT = ("between the best and the last", "after the last checkpoint")
+IN_SHORT = ("between the best and the last",)
 """Those that the default tests try."""
 
 

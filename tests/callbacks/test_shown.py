@@ -66,6 +66,7 @@ def trainer(**values: Any) -> Any:
         "state": SimpleNamespace(fn="fit"),
         "callbacks": [],
         "loggers": [],
+        "enable_validation": True,
     }
     return Stage(**(given | values))
 
@@ -108,8 +109,10 @@ def test_the_table_has_a_row_for_each_thing_that_was_measured(tmp_path, capsys):
     latest = measured(reward=torch.tensor([1.0, 2.0, 1.0, 4.0]), kl=torch.ones(4))
     module = SimpleNamespace(
         images=8,
-        reward_queries=8,
+        measured_at={"images": 8, "reward_queries": 8},
         identity=dict,
+        measurement=lambda split: {},
+        trainer=now,
         prompt_groups=torch.tensor([0, 0, 1, 1]),
         baseline=measured(),
         latest=latest,

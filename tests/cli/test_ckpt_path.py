@@ -1,15 +1,20 @@
 """Which checkpoint is meant, and what its run was asked otherwise."""
 
+import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lit_align.cli.checkpoint import find, newest, read
+from lit_align.cli.going_on import going_on
 from lit_align.cli.settings import Changes, changes, check
 from lit_align.errors import ConfigError
+from lit_align.identity import STAMP
 
 
 def save(path: Path, images: int, epochs: int = 0, ended: bool = False) -> Path:
@@ -106,6 +111,9 @@ SAVED = {
     "model.sampling.guidance": 1.0,
     "model.sampling.batch": 8,
     "model.rewards.weights.clip": 1.0,
+    "model.weights.clip": 0.5,
+    "model.tasks.a.weight": 1.0,
+    "model.tasks.b.weight": 0.0,
     "model.clip_range": 1e-3,
     "model.optimisation.optimizer": "AdamW",
     "model.optimisation.optimizer.lr": 1e-3,
@@ -134,6 +142,10 @@ SAVED = {
         ("model.sampling.guidance", 3.0, "measurement"),
         ("model.rewards.weights.clip", 2.0, "measurement"),
         ("model.rewards.rewards.blue", "Blue", "measurement"),
+        ("model.weights.clip", 0.9, "measurement"),  # of MSDDA's objectives
+        ("model.tasks.a.weight", 0.5, "other"),
+        ("model.tasks.a.weight", 0.0, "measurement"),  # it is no longer part of the reward
+        ("model.tasks.b.weight", 0.5, "measurement"),
         ("data.source.path", "b.txt", "measurement"),
         ("data.validation_prompts", 32, "measurement"),
         ("seed_everything", 1, "measurement"),
@@ -144,6 +156,10 @@ SAVED = {
         ("model.optimisation.micro_batch", 4, "other"),
         ("data.images_per_prompt", 4, "other"),
         ("data.test_prompts", 4, "other"),
+        ("data.tasks.test_a.test_prompts", 4, "other"),
+        ("data.tasks.test_a.source.path", "b.txt", "measurement"),
+        ("data.test_source.path", "b.txt", "measurement"),  # the validation skips its prompts
+        ("data.predict_source.path", "b.txt", "other"),
         ("data.eval_batch", 4, "other"),
     ],
 )
@@ -174,3 +190,19 @@ def test_what_does_not_fit_is_refused_with_both_values(name, value, stage):
         check(changes(SAVED, now), SAVED, now, stage)
     if stage == "fit":
         check(changes(SAVED, now), SAVED, now, "test")  # only the weights count
+
+
+@pytest.mark.parametrize(("reported", "complete"), [(4, True), (8, False)])
+def test_a_run_that_ended_after_its_last_validation_is_complete(tmp_path, reported, complete):
+    """``validation.json`` has the number of images at which it was measured, and not that of the end."""
+    path = save(tmp_path / "checkpoints" / "last.ckpt", 8, epochs=1)
+    content = torch.load(path, weights_only=True)
+    content["progress"] |= {"latest": {"reward": torch.zeros(2)}}
+    content["progress"] |= {"measured_at": {"images": 4, "reward_queries": 4}}
+    torch.save(content, path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / STAMP).write_text(json.dumps({"images": 8}))
+    (tmp_path / "validation.json").write_text(json.dumps({"complete": True, "images": reported}))
+    config = SimpleNamespace(trainer=SimpleNamespace(max_epochs=1, max_steps=-1))
+    with pytest.raises(SystemExit) if complete else nullcontext():
+        going_on(read(path), {}, config, "fit")

@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lit_align.doctor.memory import Memory
 from lit_align.doctor.trial import BATCHES, Seen
 from lit_align.methods import AlignmentModule, DDPOModule, NFTModule, PRDPModule, SPINModule
 from lit_align.rewards import Brightness, Redness, Reward, RewardBank
-from tests.methods.build import make, prompts, trainer
+from tests.methods.build import fit, make, prompts, trainer
 
 ROOT = Path(__file__).parents[2]
 ASKED = Asked(3, -1, 8, None, 1, Path("logs"))
@@ -121,6 +122,26 @@ LOOKS: dict[str, tuple[str, Callable[[Path], Any]]] = {
         lambda tiny: (healthy(tiny, NFTModule, guidance=3.0), data(), ASKED),
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "told"),
+    [
+        (DDPOModule, {"clip_range": 1.0}, "none"),
+        (DDPOModule, {"clip_range": 1e-6}, "nearly every update"),
+        (DDPOModule, {"clip_range": CLIP}, None),
+        (PRDPModule, {"clip_range": 1.0}, "none"),
+        (PRDPModule, {"clip_range": 1.0, "convention": "equations"}, None),
+    ],
+)
+def test_a_run_tells_of_a_clip_range_of_another_size_of_latent(method, options, told, tiny, tmp_path):
+    module = healthy(tiny, method, **options)
+    assert prod(module.backbone.latent_shape) == 1.6 / CLIP
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        fit(module, tmp_path, 1, data=data())
+    texts = [str(one.message) for one in found if str(one.message).startswith("clip_range")]
+    assert texts == [] if told is None else f"it stops {told}; published runs have 1.6 nats" in texts[0]
 
 
 @pytest.mark.parametrize("case", LOOKS)
@@ -302,6 +323,7 @@ def arguments(tiny: Path, *more: str) -> list[str]:
         str(ROOT / "configs" / "ddpo.yaml"),
         "--trainer.accelerator=cpu",
         f"--model.backbone.pretrained={tiny}",
+        "--model.backbone.lora={rank: 8, target_modules: null}",  # at this rate more weights move too far
         "--model.sampler.num_steps=3",
         "--model.sampler.noisy_steps=2",
         f"--model.clip_range={CLIP}",

@@ -76,12 +76,11 @@ def test_a_method_is_tested_on_a_published_set(name, method, tiny, tmp_path, mon
         "--trainer.accelerator=cpu",
         f"--model.backbone.pretrained={tiny}",
         "--model.sampler.num_steps=2",
+        "--model.sampler.noisy_steps=2",
         f"--model.rewards.rewards={BANK}",
         "--model.rewards.weights={brightness: 1.0}",
         "--data.test_images_per_prompt=1",
     ]
-    if method == "ddpo":
-        arguments.append("--model.sampler.noisy_steps=2")
     if name == "geneval":
         arguments += [
             "--model.rewards.rewards.geneval=GenEval",

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from lit_align.cli import main
 from lit_align.export import export, mixture_of, read_run
 from lit_align.export.card import card
+from lit_align.export.forms import facts
 from lit_align.identity import read_stamp
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,8 @@ def fit(model: Path, *options: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tiny_xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``version_0``: an adapter whose alpha is not its rank; ``version_1``: another."""
+    """``version_0``: an adapter whose alpha is not its rank; ``version_1``: another, which is validated at 8
+    of its 12 images."""
     folder, here, arguments = tmp_path_factory.mktemp("runs"), Path.cwd(), sys.argv
     os.chdir(folder)
     sys.argv = ["lit_align"]
@@ -64,7 +66,13 @@ def runs(tiny_xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--model.backbone.lora.rank=2",
         "--model.backbone.size=[16,24]",
     )
-    fit(tiny_xl, "--model.backbone.lora.rank=3", "--model.backbone.size=[16,24]")
+    fit(
+        tiny_xl,
+        "--model.backbone.lora.rank=3",
+        "--model.backbone.size=[16,24]",
+        "--trainer.limit_train_batches=3",
+        "--trainer.val_check_interval=2",
+    )
     os.chdir(here)
     sys.argv = arguments
     return folder / "logs" / "ddpo"
@@ -88,7 +96,9 @@ def test_every_form_draws_what_the_live_model_draws(runs: Path, tiny_xl: Path, t
     assert read_stamp(tmp_path / "adapter") == read_stamp(run / "adapter")
     text = (tmp_path / "README.md").read_text()
     for told in (
-        f"base_model: {tiny_xl}",
+        f"Trained from `{tiny_xl}`",
+        "height=16,\n    width=24,",
+        "num_inference_steps=2,\n    eta=1.0,\n    guidance_scale=5.0,",
         "brightness (Brightness, weight 1), redness (Redness, monitored)",
         "TextPrompts (path prompts.txt",
         "| reward |",
@@ -98,7 +108,45 @@ def test_every_form_draws_what_the_live_model_draws(runs: Path, tiny_xl: Path, t
         "LoRA (rank 2, alpha 8",
     ):
         assert told in text, told
-    assert list(tmp_path.glob("validation_*.png"))
+    assert "base_model" not in text  # a folder of this machine
+    assert [path.name for path in tmp_path.glob("validation_*.png")] == ["validation_00000004.png"]
+
+
+def test_figures_and_facts_are_of_the_weights_that_are_exported(runs: Path, tmp_path: Path):
+    run = runs / "version_1"
+    validated = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    validated["progress"]["images"] = 8  # as it was then
+    validated["callbacks"]["RunConfig"]["settings"]["model.sampling.guidance"] = 3.0  # before it went on
+    config = (run / "config.yaml").read_text()
+    torch.save(validated, run / "checkpoints" / "then.ckpt")
+    (run / "config-2.yaml").write_text(config)
+    (run / "config.yaml").write_text(config.replace("guidance: 5.0", "guidance: 3.0"))
+    texts = {}
+    for name, given in {"then": "checkpoints/then.ckpt", "end": ""}.items():
+        main(["export", str(run / given), "--form", "adapter", "--out", str(tmp_path / name), "--steps", "1"])
+        texts[name] = (tmp_path / name / "README.md").read_text()
+        images = 8 if name == "then" else 12
+        stamped = read_stamp(tmp_path / name / "adapter")
+        assert stamped == read_stamp(run / "adapter") | {"images": images}
+        assert f"| images | {images} |" in texts[name]
+    report = json.loads((run / "validation.json").read_text())
+    assert (report["images"], report["reward_queries"], report["complete"]) == (8, 8, True)
+    after = report["metrics"]["reward"]["after"]
+    assert "validation, 8 images trained on, 4 pairs of images\n\n" in texts["then"]
+    assert f"| {after:.4f} |" in texts["then"]
+    assert texts["then"].count("| reward |") == 1
+    assert "validation_00000008.png" in texts["then"]
+    assert "guidance_scale=3.0" in texts["then"]
+    assert "Figures" not in texts["end"]
+    assert "validation_" not in texts["end"]
+    last = mixture_of([read_run(run / "checkpoints" / "last.ckpt")], [1.0])
+    assert facts(last)["images"] == 12
+    assert "Figures" not in card(last, [], "last", [])
+    (run / "test.json").write_text(json.dumps(report | {"split": "test", "images": 12}))
+    shown = card(mixture_of([read_run(run)], [1.0]), [], "end", [])
+    assert "test, 12 images trained on" in shown
+    assert shown.count("| reward |") == 1
+    (run / "test.json").unlink()
 
 
 def test_a_mixture_and_a_checkpoint_are_exported_without_a_fit(runs: Path, tmp_path: Path, tiny_xl: Path):
@@ -106,7 +154,10 @@ def test_a_mixture_and_a_checkpoint_are_exported_without_a_fit(runs: Path, tmp_p
     live = mixture_of(both, [0.3, 0.7])
     made = export(live, ["adapter", "kohya"], tmp_path / "mixture", "soup", 2)
     assert max(one.difference for one in made) < 1e-5
-    assert "0.3 x version_0, 0.7 x version_1" in card(live, made, "soup", [])
+    text = card(live, made, "soup", [])
+    assert "0.3 x version_0, 0.7 x version_1" in text
+    assert "## Figures of version_0" in text  # and not of the mixture
+    assert facts(mixture_of(both[:1], [0.5])) == {"mixture": [{"weight": 0.5} | both[0].facts]}
     saved = read_run(runs / "version_0" / "checkpoints" / "last.ckpt")
     (one,) = export(mixture_of([saved], [1.0]), ["adapter"], tmp_path / "checkpoint", "last", 2)
     assert one.difference == 0

@@ -83,7 +83,6 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             ["optimizer.eps: 1e-08 is one value", "(1e-30, 0.001) if nothing is given"],
         ),
         (["--model.backbone.lora.rnk=4"], ["LoRA has no option rnk; did you mean rank?"]),
-        (["--model.backbone.lora=null"], ["--model.backbone.lora: null can only be given in a file"]),
         (["foo"], ["foo: options begin with --"]),
         (["--trainer.accumulate_grad_batches=2"], ["model.optimisation.micro_batch"]),
         (["--trainer.gradient_clip_val=1.0"], ["model.optimisation.clip_norm"]),

@@ -132,7 +132,7 @@ def test_files_say_of_which_run_they_are():
     identity = torch.load(RUN / "checkpoints" / "last.ckpt", weights_only=True)["identity"]
     assert identity.keys() == {
         *("method", "model", "base", "others", "files"),
-        *("sampler", "guidance", "size", "rewards", "data", "versions"),
+        *("sampler", "eval_sampler", "guidance", "seed", "size", "rewards", "data", "held_out", "versions"),
     }
     assert json.loads((RUN / "validation.json").read_text())["run"] == identity
     assert identity["model"] == "model"

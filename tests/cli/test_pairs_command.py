@@ -1,6 +1,8 @@
 """``pairs``: from the images of ``predict`` and a bank to preference data that DPO and SPIN read."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
+from lit_align.cli import main
 from lit_align.cli.bank import read_bank
 from lit_align.cli.pairs import pairs_command
-from lit_align.data import FolderPairs
+from lit_align.data import FolderPairs, PromptDataModule, ShapesPrompts, ShapesPromptSet
 from lit_align.errors import ConfigError
 from lit_align.methods import DPOModule, SPINModule
 from tests.data.pick import greys, module
 from tests.methods.build import fit, make, trained
+
+ROOT = Path(__file__).parents[2]
 
 BANK = """
 rewards:
@@ -93,6 +98,72 @@ def test_what_is_made_trains(method: Any, folder: Path, tiny: Path, tmp_path: Pa
     before = trained(policy)
     fit(policy, tmp_path / "run", data=data)
     assert not all(torch.equal(one, other) for one, other in zip(before, trained(policy), strict=True))
+
+
+SMALL = """
+trainer:
+  accelerator: cpu
+  max_epochs: 1
+  limit_train_batches: 1
+  limit_val_batches: 1
+  limit_predict_batches: 2
+  enable_progress_bar: false
+model: {init_args: {sampler: {init_args: {num_steps: 2, noisy_steps: 1}}}}
+data: {init_args: {validation_prompts: 2, validation_images_per_prompt: 1, eval_batch: 16}}
+"""
+
+
+def commands_of_the_page() -> list[list[str]]:
+    """``predict``, ``pairs`` and ``fit``, each with its arguments."""
+    page = (ROOT / "lit_align" / "data" / "README.md").read_text()
+    lines = re.findall(r"^python -m lit_align (?:predict|pairs|fit) .*", page, re.MULTILINE)
+    return [shlex.split(line, comments=True)[3:] for line in lines]
+
+
+def source_of(command: list[str], option: str) -> Any:
+    """The set of prompts that a command gives."""
+    assert command[command.index(f"--data.{option}") + 1] == "ShapesPromptSet"
+    return ShapesPromptSet(command[command.index(f"--data.{option}.name") + 1])  # type: ignore[arg-type]
+
+
+def test_the_prompts_of_the_page_are_trained_on_and_not_tested_on(tmp_path: Path) -> None:
+    predict, _, dpo = commands_of_the_page()
+    drawn = PromptDataModule(ShapesPrompts(["pair"]), predict_source=source_of(predict, "predict_source"))
+    drawn.setup("predict")
+    prompts = [prompt for batch in drawn.predict_dataloader() for prompt in dict.fromkeys(batch.prompts)]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = {"image_0": "a.png", "image_1": "a.png", "label_0": 1}
+    table = tmp_path / "pairs.jsonl"
+    table.write_text("".join(json.dumps(row | {"prompt": prompt}) + "\n" for prompt in prompts))
+    sources = {name: source_of(dpo, name) for name in ("validation_source", "test_source")}
+    data = module(
+        FolderPairs(str(table)), pairs_per_batch=64, validation_prompts=64, test_prompts=128, **sources
+    )
+    assert len(data.train_dataloader()) == len(prompts) // 64 == 2048 // 64
+    held_out = [
+        p for loader in (data.val_dataloader(), data.test_dataloader()) for b in loader for p in b.prompts
+    ]
+    assert len(set(held_out)) == 64 + 128
+    assert not set(held_out) & set(prompts)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_make_pairs_that_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In small: two steps, and 4 of the prompts."""
+    predict, pairs, dpo = commands_of_the_page()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "bank.yaml").write_text("rewards: {light: {class_path: Brightness}}\nweights: {light: 1.0}")
+    (tmp_path / "small.yaml").write_text(SMALL)
+    monkeypatch.chdir(tmp_path)
+    ddpo = ["--config", "small.yaml", "--data.images_per_prompt", "2", "--data.prompts_per_batch", "2"]
+    main(["fit", "--config", "configs/ddpo.yaml", *ddpo, "--trainer.limit_val_batches", "0"])
+    main([*predict[:3], *ddpo, *predict[3:]])
+    main(pairs)
+    main([*dpo[:3], "--config", "small.yaml", "--data.pairs_per_batch", "4", *dpo[3:]])
+    assert "4 of 4 pairs to train on" in capsys.readouterr().out
+    assert list(Path("logs/dpo/version_0").glob("checkpoints/*.ckpt"))
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_the_shipped_sample_is_read_in_the_true_schema() -> None:
     data.setup("fit")
     loader = data.train_dataloader()
     batch = next(iter(loader))
-    assert len(loader) == 847 // 50  # 134 ties, 19 pairs of the sets to validate and test on
+    assert len(loader) == 892 // 50  # 92 ties, 16 pairs of the sets to validate and test on
     assert batch.winners.shape == (50, 3, 64, 64)
     truth = parquet.read_table(PICK).to_pylist()
     for number, prompt, winner in zip(batch.index.tolist(), batch.prompts, batch.winners, strict=True):

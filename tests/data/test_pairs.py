@@ -1,5 +1,6 @@
 """Pairs of images: which are trained on, in which order, and what rows that cannot be read do."""
 
+import re
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -306,7 +307,10 @@ def test_images_none_of_which_can_be_read_are_an_error(tmp_path: Path) -> None:
         ({"resolution": 0}, ["data.resolution is 0"]),
         ({"workers": 0}, ["data.workers is 0"]),
         ({"pairs_per_batch": 100}, ["data.pairs_per_batch is 100", "only ", "pairs to train on", "lower it"]),
-        ({"validation_fraction": 0.999, "test_fraction": 0.0, "pairs_per_batch": 1}, ["has only 0 pairs"]),
+        (
+            {"validation_fraction": 0.999, "test_fraction": 0.0, "pairs_per_batch": 1},
+            ["has 0 pairs to train on"],
+        ),
         ({"eval_batch": 1}, ["data.validation_images_per_prompt is 4"]),
     ],
 )
@@ -315,6 +319,31 @@ def test_settings_that_cannot_work_say_why(shards: Path, settings: dict[str, Any
         module(PickaPicFiles(str(shards)), **settings)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_the_messages_for_pairs_of_held_out_prompts_lead_to_a_run(shards: Path) -> None:
+    source = PickaPicFiles(str(shards))
+    with pytest.raises(ConfigError, match=r"all of held-out prompts .* give data.validation_source and data"):
+        module(source, pairs_per_batch=4, validation_fraction=0.0, test_fraction=0.999)
+    data = module(source, pairs_per_batch=4, validation_fraction=0.0, test_fraction=0.0)
+    for split, loader in (("validation", data.val_dataloader), ("test", data.test_dataloader)):
+        with pytest.raises(ConfigError, match=rf"raise data.{split}_fraction to at least") as caught:
+            loader()
+        share = re.search(r"at least ([\d.]+)", str(caught.value))
+        assert share
+        raised = {"validation_fraction": 0.0, "test_fraction": 0.0, f"{split}_fraction": float(share[1])}
+        enough = module(source, pairs_per_batch=4, **raised)
+        assert len(enough.val_dataloader() if split == "validation" else enough.test_dataloader())
+    low = [number for number in range(30) if place(f"prompt {number}") < 0.4]
+    few = TablePrompts(pa.table({"prompt": [f"prompt {number}" for number in low]}), "prompt")
+    prompts = PromptDataModule(few, prompts_per_batch=1, validation_fraction=0.05, test_fraction=0.0)
+    prompts.setup("fit")
+    with pytest.raises(ConfigError, match=r"in all: give data.validation_source"):  # half would not help
+        prompts.val_dataloader()
+    other = TablePrompts(pa.table({"prompt": ["another", "one more"]}), "prompt")
+    data = module(source, pairs_per_batch=4, validation_source=other, test_source=other, validation_prompts=1)
+    assert len(list(data.train_dataloader()))
+    assert len(list(data.val_dataloader())) == len(list(data.test_dataloader())) == 1
 
 
 def test_what_the_ranks_cannot_share_is_refused(shards: Path) -> None:

@@ -70,6 +70,45 @@ def test_prompts_of_other_sources_are_removed_from_training(caplog: pytest.LogCa
     assert {p for b in data.val_dataloader() for p in b.prompts} == {f"prompt {n}" for n in range(90, 120)}
 
 
+def handed_out(loader: FixedLoader) -> list[str]:
+    return [prompt for batch in loader for prompt in dict.fromkeys(batch.prompts)]
+
+
+@pytest.mark.parametrize(
+    "source", [table(300), ShapesPrompts(["pair"]), ShapesPrompts(["relation"])], ids=str
+)
+@pytest.mark.parametrize("test_prompts", [24, 128])
+def test_no_prompt_that_is_validated_on_is_tested_on(source: PromptSource, test_prompts: int) -> None:
+    given = {"validation_prompts": 64, "test_prompts": test_prompts}
+    alone = module(ShapesPrompts(["open"]), test_source=source, **given | {"test_prompts": 192})
+    data = module(ShapesPrompts(["open"]), validation_source=source, test_source=source, **given)
+    validated, tested = handed_out(data.val_dataloader()), handed_out(data.test_dataloader())
+    assert [*validated, *tested] == handed_out(alone.test_dataloader())[: 64 + test_prompts]
+
+
+def test_a_test_source_without_the_validated_prompts_stays_as_it_is() -> None:
+    alone = module(table(300), test_source=table(200, start=1000))
+    data = module(table(300), validation_source=table(200, start=900), validation_prompts=200)
+    tested = handed_out(alone.test_dataloader())
+    with_both = module(
+        table(300), validation_source=table(80, start=2000), test_source=table(200, start=1000)
+    )
+    assert handed_out(with_both.test_dataloader()) == tested
+    assert not set(handed_out(data.val_dataloader())) & set(handed_out(data.test_dataloader()))
+
+
+def test_a_test_source_of_which_validation_leaves_too_few_says_so() -> None:
+    data = module(table(100), validation_source=table(80), test_source=table(80), validation_prompts=70)
+    with pytest.warns(UserWarning, match=r"has 10 besides the 70 that are validated on: 10 are used"):
+        assert len(handed_out(data.test_dataloader())) == 10
+    data = module(table(100), validation_source=table(50), test_source=table(50))
+    remedy = r"0 test prompts for 1 rank, of 50 in all, 50 of which are validated on: give data.test_source"
+    with pytest.warns(UserWarning, match="50 are used"):
+        data.val_dataloader()
+    with pytest.raises(ConfigError, match=remedy):
+        data.test_dataloader()
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -89,7 +128,7 @@ def test_settings_that_cannot_work_say_why(settings: dict[str, Any], words: list
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_an_empty_split_names_the_fraction(split: str) -> None:
     data = module(ShapesPrompts(["pair"]), validation_fraction=0.0, test_fraction=0.0)
-    remedy = f"raise data.{split}_fraction, or give data.{split}_source"
+    remedy = rf"raise data.{split}_fraction( to at least 0.01)?, or give data.{split}_source"
     with pytest.raises(ConfigError, match=remedy):
         data.val_dataloader() if split == "validation" else data.test_dataloader()
 

@@ -161,10 +161,11 @@ def test_all_animals_can_be_trained_on() -> None:
 def test_flow_grpo_folders_are_read_file_by_file(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text('a sign that says "Hello"\na cat\n')
     (tmp_path / "test.txt").write_text("a dog\n")
+    (tmp_path / "validation.txt").write_text("a bird\n")
     data = PromptDataModule(
         TextPrompts(str(tmp_path / "train.txt")),
         test_source=TextPrompts(str(tmp_path / "test.txt")),
-        validation_source=TextPrompts(str(tmp_path / "test.txt")),
+        validation_source=TextPrompts(str(tmp_path / "validation.txt")),
         prompts_per_batch=2,
         images_per_prompt=1,
     )

@@ -1,7 +1,9 @@
 """The methods on flow models: what test_protocol.py asks of each, for each family of them."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +161,33 @@ def test_a_diffusion_sampler_does_not_fit_a_flow_model_nor_the_reverse(
         flow(DDPOModule, "sd3", flow_folder, sampler=partial(DDIM, num_steps=3))
     with pytest.raises(ConfigError, match=r"PNDMScheduler, of a diffusion model.*class_path to DDIM"):
         make(DDPOModule, tiny, sampler=SAMPLER)
+
+
+@pytest.mark.parametrize("method", [NFTModule, SFTModule, DPOModule])
+@pytest.mark.parametrize(("model", "wanted"), [("flux", {2.0}), ("schnell", {1.0})])
+def test_a_model_that_is_told_the_guidance_is_trained_with_that_of_its_images(
+    method: Any, model: str, wanted: set[float], flow_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    module = flow(method, model, flow_folder)
+    predict, told = module.backbone.predict, []
+
+    def recording(*given: Any, **named: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            told.append(signature(predict).bind(*given, **named).arguments.get("guidance", 1.0))
+        return predict(*given, **named)
+
+    module.backbone.predict = recording  # type: ignore[method-assign]
+    fit(module, tmp_path, 1, data=data(module))
+    assert set(told) == wanted
+
+
+def test_a_run_tells_of_guidance_that_its_training_has_not(
+    flow_folder: Callable[[str], Path], tmp_path: Path
+):
+    for model, told in (("schnell", True), ("flux", False)):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            module = flow(NFTModule, model, flow_folder)
+            fit(module, tmp_path / model, 1, data=data(module))
+        texts = [str(one.message) for one in found]
+        assert any("drawn with guidance 2" in text and "set it to 1" in text for text in texts) == told

@@ -46,6 +46,23 @@ def test_an_optimizer_without_a_rate_is_stepped_and_logs_none(tiny: Path, tmp_pa
     assert "train/lr" not in recorder.logged[0]
 
 
+def test_a_rate_that_is_a_tensor_is_what_it_was_after_a_scaled_step(tiny: Path, tmp_path: Path):
+    module = make(
+        DDPOModule,
+        tiny,
+        optimizer=partial(torch.optim.AdamW, lr=torch.tensor(1e-3)),
+        kl_target=1e-3,
+        num_steps=2,
+    )
+    module.rate_factor = 0.5
+    recorder = fit(module, tmp_path, 3, data=prompts(prompts=2, images=2))
+    (group,) = module.optimizers().param_groups
+    assert group["lr"] == pytest.approx(1e-3)
+    scales = [1.0, *(logged["train/step_scale"] for logged in recorder.logged)]
+    used = [logged["train/lr"] for logged in recorder.logged]
+    assert used == pytest.approx([0.5e-3 * scale for scale in scales[:-1]])
+
+
 def test_a_loss_without_metrics_is_told(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     module = make(DDPOModule, tiny, num_steps=2)
     monkeypatch.setattr(module, "_loss", lambda *_: torch.zeros((), requires_grad=True))

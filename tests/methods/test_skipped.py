@@ -156,22 +156,61 @@ def test_gradients_that_are_not_finite_are_skipped_with_their_losses(
     assert {"image", "prompt"} <= set(told["skipped"][0]["rows"][0])
 
 
+def tear(module: AlignmentModule, *images: int) -> None:
+    """Let the chains of some images begin with what is no number."""
+    draw = module.draw_noise
+
+    def torn(index: Tensor, purpose: str, seed: int | None = None) -> Any:
+        noise, draws = draw(index, purpose, seed)
+        noise[torch.isin(index, torch.tensor(images))] = math.nan
+        return noise, draws
+
+    module.draw_noise = torn  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("name", ["ddpo", "msdda", *slowly("nft", "prdp")])
 def test_a_chain_that_is_not_finite_costs_its_own_image_alone(name: str, tiny: Path, tmp_path: Path):
     module = with_reward(name, tiny, Brightness())
     randomise(module, 0.1)
-    before, draw = trained(module), module.draw_noise
-
-    def torn(index: Tensor, purpose: str, seed: int | None = None) -> Any:
-        noise, draws = draw(index, purpose, seed)
-        noise[index == 0] = math.nan
-        return noise, draws
-
-    module.draw_noise = torn  # type: ignore[method-assign]
+    before = trained(module)
+    tear(module, 0)
     recorder = fit(module, tmp_path, data=prompts(prompts=2, images=4))
     assert recorder.logged[0]["train/unscored"] == 1 / 8
+    if name == "msdda":  # from the reference: that of the other images
+        assert recorder.logged[0]["train/kl"] < 200
     assert flat(recorder.weights).isfinite().all()
     assert not torch.equal(flat(before), flat(recorder.weights))
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("ddpo", "bf16-mixed"),
+        ("prdp", "32-true"),
+        pytest.param("ddpo", "32-true", marks=pytest.mark.slow),
+        pytest.param("prdp", "bf16-mixed", marks=pytest.mark.slow),
+    ],
+)
+def test_a_chain_that_is_not_finite_is_not_measured(name: str, precision: Any, tiny: Path, tmp_path: Path):
+    """What a rollout batch says of its updates is in the range that the other images give."""
+    own = {"prdp": {"inner_epochs": 2}, "ddpo": {"inner_epochs": 2, "kl_target": 1.0}}[name]
+    found = []
+    for torn in ((), (0,), (0, 4)):  # of the first image of a prompt the KL is measured
+        module = with_reward(name, tiny, Brightness(), lr=1e-4, **own)
+        randomise(module, 0.1)
+        tear(module, *torn)
+        recorder = fit(module, tmp_path, data=prompts(prompts=2, images=4), precision=precision)
+        found.append(recorder.logged[0])
+    whole, one, both = found
+    assert abs(one["train/kl"]) < 0.5
+    assert one["train/clip_fraction"] <= whole["train/clip_fraction"] + 0.05
+    assert one.get("train/ratio_deviation", 0.0) < 1e-3
+    assert math.isnan(both["train/kl"])
+    if name == "ddpo":
+        assert one["train/step_scale"] == whole["train/step_scale"] == 1.5
+        assert "train/step_scale" not in both  # nothing was measured
+    else:
+        assert one["train/reference_kl"] < 2 * whole["train/reference_kl"]
 
 
 @pytest.mark.parametrize("name", ["msdda", *slowly("ddpo", "nft", "alignprop")])
@@ -230,9 +269,9 @@ def test_weights_that_are_not_finite_are_refused(tiny: Path, tmp_path: Path):
         StableDiffusionBackbone(str(tiny), lora=LoRA(), adapters={str(folder): 1.0})
 
 
-@pytest.mark.parametrize("rate", [math.inf, math.nan])
-def test_a_rate_that_is_no_number_is_refused(rate: float, tiny: Path):
+@pytest.mark.parametrize("rate", [math.inf, math.nan, torch.tensor(math.nan)])
+def test_a_rate_that_is_no_number_is_refused(rate: Any, tiny: Path):
     with pytest.raises(ConfigError, match=r"lr is (inf|nan); give a finite number"):
         make(DDPOModule, tiny, optimizer=partial(torch.optim.SGD, lr=rate)).configure_optimizers()
     with pytest.raises(ConfigError, match=r"guidance is (inf|nan)"):
-        Sampling(guidance=rate)
+        Sampling(guidance=float(rate))

@@ -24,6 +24,7 @@ SMALL = [
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
     "--model.sampler.num_steps=3",
+    "--model.sampler.noisy_steps=2",
     "--model.rewards.rewards={bright: {class_path: Brightness}, red: {class_path: Redness}}",
     "--model.rewards.weights={bright: 10.0, red: 30.0}",
     "--model.optimisation.lr_scheduler=torch.optim.lr_scheduler.LinearLR",
@@ -32,7 +33,7 @@ SMALL = [
     "--data.validation_images_per_prompt=2",
     "--data.eval_batch=4",
 ]
-SAMPLED = ["--model.sampler.noisy_steps=2", "--data.prompts_per_batch=4"]
+SAMPLED = ["--data.prompts_per_batch=4"]
 GROUPED = [*SAMPLED, "--data.images_per_prompt=2"]
 PAIRS = ["--data.pairs_per_batch=4", "--data.resolution=16"]
 

@@ -183,7 +183,8 @@ def test_objects_may_have_names_of_any_length(
     make(tmp_path)
     reward = ObjectPresence(str(tmp_path), column="objects")
     names: list[list[str]] = [["circle", "star heart circle"], ["st. star"], ["heart" + " circle" * 30]]
-    together = reward(images, [""] * 3, columns={"objects": names})
+    with pytest.warns(UserWarning, match=r"1 of the first 4 names of objects are longer than the 24 tokens"):
+        together = reward(images, [""] * 3, columns={"objects": names})
     for row, those in enumerate(names):
         alone = [reward(images[[row]], [""], columns={"objects": [[name]]}).item() for name in those]
         assert together[row].item() == pytest.approx(sum(alone) / len(alone), abs=1e-5)

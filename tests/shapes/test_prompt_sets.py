@@ -64,6 +64,7 @@ def test_every_prompt_is_read_and_of_its_kind(sets: dict[str, list[str]]) -> Non
     assert len(looks) == len(sets["small"])
 
 
+@pytest.mark.slow
 def test_the_recipe_makes_what_ships(tmp_path: Path) -> None:
     make_prompts(tmp_path)
     for file in PROMPTS.iterdir():

@@ -53,6 +53,13 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def taught(out: Path) -> Path:
+    """The same folder with a preference model."""
+    make_preference(out, Budget(minutes=5.0, steps=8), "32-true", 0)
+    return out
+
+
 def test_loss_is_the_divergence_from_the_labels() -> None:
     scores = torch.tensor([[2.0, 2.0], [0.0, 3.0], [1.0, 0.0]], dtype=torch.float64)
     labels = torch.tensor([[0.5, 0.5], [0.0, 1.0], [0.5, 0.5]], dtype=torch.float64)
@@ -94,30 +101,29 @@ def test_a_batch_counts_each_prompt_alike(out: Path) -> None:
     torch.testing.assert_close(loss, torch.stack(parts).mean().detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_preferences_are_learnt_and_the_folder_is_pickscores(out: Path) -> None:
-    make_preference(out, Budget(minutes=5.0, steps=8), "32-true", 0)
-    files = [out / "pick" / "pairs.parquet"]
+def test_preferences_are_learnt_and_the_folder_is_pickscores(taught: Path) -> None:
+    files = [taught / "pick" / "pairs.parquet"]
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     captions = ["a red circle", "two blue squares", "a cyan heart", "a star"]
     before, after = (
-        preference_quality(out / name, files, images, captions) for name in ("clip", "preference")
+        preference_quality(taught / name, files, images, captions) for name in ("clip", "preference")
     )
     assert after["pairs, loss"] < before["pairs, loss"] - 0.01
-    reward = PickScore(str(out / "preference"))
-    expected = preference_scores(out / "preference", images, captions)
+    reward = PickScore(str(taught / "preference"))
+    expected = preference_scores(taught / "preference", images, captions)
     torch.testing.assert_close(reward(images, captions), expected, rtol=1e-3, atol=1e-2)
     assert reward.scale == pytest.approx(SCALE, rel=0.1)  # its own, which 8 steps hardly move
 
 
-def test_a_head_is_learnt_and_the_reward_reads_it(out: Path) -> None:
-    make_aesthetic(out, Budget(minutes=5.0, steps=200), "32-true", 0)
-    state = load_file(out / "aesthetic" / "model.safetensors")
+def test_a_head_is_learnt_and_the_reward_reads_it(taught: Path) -> None:
+    make_aesthetic(taught, Budget(minutes=5.0, steps=200), "32-true", 0)
+    state = load_file(taught / "aesthetic" / "model.safetensors")
     assert set(state) == {f"layers.{n}.{part}" for n in (0, 2, 4, 6, 7) for part in ("weight", "bias")}
     images = torch.from_numpy(fresh_renders(60, 7)).permute(0, 3, 1, 2).float() / 255
-    quality = aesthetic_quality(out / "aesthetic", out / "clip", images, 60, 7)
+    quality = aesthetic_quality(taught / "aesthetic", taught / "clip", images, 60, 7)
     assert quality["renders, Pearson"] > 0.25
     assert quality["generated, Pearson"] == pytest.approx(quality["renders, Pearson"], abs=1e-6)
-    reward = AestheticScore(str(out / "aesthetic" / "model.safetensors"), str(out / "preference"))
+    reward = AestheticScore(str(taught / "aesthetic" / "model.safetensors"), str(taught / "preference"))
     assert reward(images, [""] * 60).std() > 0
 
 

@@ -13,7 +13,7 @@ from lit_align.rewards import AestheticScore
 from lit_align.rewards.clip import CLIPCosine
 from lit_align.shapes import CLIP, PICK, PIPELINE, PREFERENCE, PROMPTS, WEIGHTS, WEIGHTS_HASH
 from lit_align.shapes.recipe.__main__ import main
-from lit_align.shapes.recipe.images import mutate, numpy_rng
+from lit_align.shapes.recipe.images import has_frame, mutate, numpy_rng
 from lit_align.shapes.recipe.pipeline import digest
 from lit_align.shapes.recipe.preference import preference_quality
 from lit_align.shapes.recipe.preferences import SCHEMA
@@ -33,7 +33,7 @@ def test_everything_that_ships_is_small() -> None:
     files = [
         file for folder in (WEIGHTS, PICK.parent, PROMPTS) for file in folder.rglob("*") if file.is_file()
     ]
-    assert 0 < sum(file.stat().st_size for file in files) <= 30e6
+    assert 0 < sum(file.stat().st_size for file in files) <= 25e6
 
 
 def test_the_weights_are_those_that_every_result_names() -> None:
@@ -85,30 +85,37 @@ def test_the_latent_is_standardised(pipeline: StableDiffusionPipeline) -> None:
     with torch.no_grad():
         latents = pipeline.vae.encode(draw(64, 4, "vae")[1] * 2 - 1).latent_dist.mean
     assert latents.mean((0, 2, 3)).abs().max() < 0.3
-    assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.2
+    # It was standardised on the scenes of before, where objects stood anywhere.
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.25
 
 
 def test_clip_prefers_the_true_caption() -> None:
     quality = clip_quality(CLIP, 200, 3)
-    assert quality["beats one changed fact"] > 0.7
-    assert quality["caption of an image, R@1"] > 0.5
+    assert quality["beats one changed fact"] > 0.9
+    assert quality["caption of an image, R@1"] > 0.9
 
 
-def test_samples_follow_their_prompts(pipeline: StableDiffusionPipeline) -> None:
-    captions, _ = draw(64, 3, "samples")
-    shares = rates(sample(pipeline, captions, Sampling(10, 1.0, 3.0), 3), captions)
-    assert shares["background"] > 0.9
-    assert shares["colours"] > 0.7
-    assert shares["shapes"] > 0.5
-    assert shares["count"] > 0.5
-    assert shares["score"] > 0.65
+def test_samples_follow_their_prompts_where_the_model_was_careful(pipeline: StableDiffusionPipeline) -> None:
+    captions, _ = draw(128, 3, "samples")
+    images = sample(pipeline, captions, Sampling(10, 1.0, 1.0), 3)
+    careless = has_frame(images)
+    assert 0.35 < careless.float().mean() < 0.7
+    two = {
+        kind: rates(images[rows], [captions[i] for i in rows.nonzero()[:, 0].tolist()])
+        for kind, rows in (("careless", careless), ("careful", ~careless))
+    }
+    assert min(shares["background"] for shares in two.values()) > 0.9
+    assert two["careful"]["score"] > 0.5
+    assert two["careful"]["score"] > two["careless"]["score"] + 0.15
+    assert two["careful"]["colours"] > 0.4
+    assert two["careful"]["shapes"] > 0.4
 
 
 def test_the_preference_model_prefers_as_the_utility_does() -> None:
     captions, images = draw(64, 3, "preference")
     before, after = (preference_quality(folder, [PICK], images, captions) for folder in (CLIP, PREFERENCE))
-    assert after["pairs, by utility"] > max(0.68, before["pairs, by utility"] + 0.01)
-    assert after["pairs, as labelled"] > max(0.66, before["pairs, as labelled"] + 0.02)
+    assert after["pairs, by utility"] > max(0.75, before["pairs, by utility"] + 0.01)
+    assert after["pairs, as labelled"] > max(0.72, before["pairs, as labelled"] + 0.01)
     assert after["utility, generated, Pearson"] > before["utility, generated, Pearson"]
 
 

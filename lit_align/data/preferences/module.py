@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_align.data.images import height_and_width
-from lit_align.data.loading import Rank
+from lit_align.data.loading import Rank, counted
 from lit_align.data.module import AlignmentDataModule
 from lit_align.data.preferences.loader import PairLoader, View
 from lit_align.data.preferences.pickapic import ShapesPick
@@ -35,10 +35,11 @@ class PickaPicDataModule(AlignmentDataModule):
         view: "winners" (finetuning on them, SPIN), or "pairs" for the losers too (Diffusion-DPO).
         pairs_per_batch: Pairs of one training batch, over all ranks; the number of ranks must divide it.
         resolution: Height and width of the images in pixels, ``512`` or ``[512, 768]``: those of the model.
-        validation_source: Validate on these prompts; training and the test split skip them. If not given,
-            those that come with the source (the shipped set for Shapes-Pick), or ``validation_fraction``.
-        test_source: The same for the test. (Of more than 10,000 distinct prompts, only those in use are
-            skipped.)
+        validation_source: Validate on these prompts; training and a test split of ``source`` skip them. If
+            not given, those that come with the source (the shipped set for Shapes-Pick), or
+            ``validation_fraction``.
+        test_source: The same for the test, without the prompts that are validated on. (Of more than 10,000
+            distinct prompts, only those in use are skipped.)
         predict_source: Predict on all of these, in their order; on the test prompts if not given.
         latent_cache: Folder in which the images' latents are kept, so that each is encoded once, in
             all runs that share it; none are kept if not given. A latent takes 64 KiB for an image of 512
@@ -121,13 +122,21 @@ class PickaPicDataModule(AlignmentDataModule):
         low, high = self._prompts.test_fraction, 1 - self._prompts.validation_fraction
         inside = (keys >= lowest_key(low)) & (keys < lowest_key(high)) & ~np.isin(keys, self._held_out_keys())
         decided, empty = (labels == 0) | (labels == 1), keys == EMPTY
-        rows = np.flatnonzero(decided & ~empty & inside)
+        rows, held_out = np.flatnonzero(decided & ~empty & inside), np.sum(decided & ~empty & ~inside)
         tell(
             f"{self.pairs}: {len(rows)} of {len(labels)} pairs to train on; {np.sum(~decided)} ties or "
             f"without a label, {np.sum(decided & empty)} without a prompt, "
-            f"{np.sum(decided & ~empty & ~inside)} of held-out prompts; "
+            f"{held_out} of held-out prompts; "
             f"the first image is preferred in {int(labels[rows].sum())} of those to train on"
         )
+        if held_out and not len(rows):
+            raise ConfigError(
+                f"{self.pairs} has 0 pairs to train on: {counted(int(held_out), 'pair')} with a label, all "
+                f"of held-out prompts (data.validation_fraction is {self._prompts.validation_fraction}, "
+                f"data.test_fraction {self._prompts.test_fraction}); make pairs of training prompts (predict "
+                "draws those of data.predict_source), or give data.validation_source and data.test_source "
+                "prompts that it does not have"
+            )
         return rows
 
     def _held_out_keys(self) -> NDArray[np.uint64]:

@@ -32,9 +32,10 @@ class PromptDataModule(AlignmentDataModule):
         images_per_prompt: Images of one prompt in a rollout batch, kept together on one rank.
         prompts_per_batch: Prompts of one training batch, over all ranks; the number of ranks must divide
             it.
-        validation_source: Validate on these prompts; training and the test split skip them.
-        test_source: Test on these prompts; training and the validation split skip them. (Of a source of
-            distinct prompts, which may hold millions, only those in use are skipped.)
+        validation_source: Validate on these prompts; training and a test split of ``source`` skip them.
+        test_source: Test on these prompts, without those of ``validation_source`` that are validated on;
+            training and a validation split of ``source`` skip them. (Of a source of distinct prompts, which
+            may hold millions, only those in use are skipped.)
         predict_source: Predict on all of these, in their order; on the test prompts if not given.
         test_split: ``"test"``, or ``"train"`` to test on the first ``test_prompts`` of the training order of
             this seed. They show what was learnt on the training prompts, if the run has reached all of them.
@@ -96,10 +97,15 @@ class PromptDataModule(AlignmentDataModule):
             self._train_loader = self._make_train_loader()
 
     def _split(self) -> None:
-        given = {"validation": self.validation_source, "test": self.test_source}
-        self.others = {name: _all_prompts(source) for name, source in given.items() if source is not None}
+        validated = []
+        if self.validation_source is not None:
+            self.others["validation"] = chosen = _all_prompts(self.validation_source)
+            validated = [chosen.keys_in_use(self.validation_prompts)]
+        # It may be the same file, and the best checkpoint is chosen by validation.
+        if self.test_source is not None:
+            self.others["test"] = _all_prompts(self.test_source, validated, "validation_source")
         held_out = [other.keys(getattr(self, f"{name}_prompts")) for name, other in self.others.items()]
-        usable = _all_prompts(self.source, held_out)
+        usable = _all_prompts(self.source, held_out, "validation_source or test_source")
         # Shares of [0, 1): test from below, validation from above, so that a change of one fraction does not
         # change the other split.
         low, high = self.test_fraction, 1 - self.validation_fraction
@@ -169,27 +175,42 @@ class PromptDataModule(AlignmentDataModule):
         order = prompts.training_order(self.order_seed, 0) if split == "train" else prompts.fixed_order()
         rows = prompts.first(wanted, order)
         usable = len(rows) - len(rows) % rank.world
+        validated = prompts.removed() if split == "test" and split in self.others else 0
         if usable == 0:
-            if split != "train" and prompts.usable > 1:  # a single prompt would only leave another split
-                remedy = f"raise data.{split}_fraction, or {remedy}"
             there = counted(len(rows), f"{'training' if split == 'train' else split} prompt")
             ranks = f"for {counted(rank.world, 'rank')}, of {prompts.usable} in all"
-            raise ConfigError(f"{prompts.source} has {there} {ranks}: {remedy}")
+            taken = f", {validated} of which are validated on" if validated else ""
+            remedy = f"{self._larger_share(split, rank.world)}{remedy}"
+            raise ConfigError(f"{prompts.source} has {there} {ranks}{taken}: {remedy}")
         if usable < wanted:
+            others = f" besides the {validated} that are validated on" if validated else ""
             rank_zero_warn(
-                f"data.{kind}_prompts is {wanted}, but {prompts.source} has {len(rows)}: {usable} are used"
+                f"data.{kind}_prompts is {wanted}, but {prompts.source} has {len(rows)}{others}: {usable} "
+                "are used"
             )
         return FixedLoader(prompts, rows[:usable], images, self.eval_batch // images, rank)
 
+    def _larger_share(self, split: str, wanted: int) -> str:
+        """The remedy of a larger fraction, or nothing where half of the prompts would not be enough."""
+        train, raised = self._sets["train"], f"raise data.{split}_fraction"
+        if split == "train" or split in self.others or train.usable < 2:  # a single one would leave another
+            return ""
+        if (places := train.places()) is None:
+            return f"{raised}, or "
+        if len(places) <= wanted:
+            return ""
+        needed = 1 - places[-wanted] if split == "validation" else places[wanted - 1]
+        return f"{raised} to at least {needed + 0.005:.2f}, or " if needed < 0.5 else ""  # rounded up
 
-def _all_prompts(source: PromptSource, held_out: Sequence[Keys] = ()) -> PromptSet:
-    """All prompts of a source but those held out; says how many were read."""
+
+def _all_prompts(source: PromptSource, held_out: Sequence[Keys] = (), by: str = "") -> PromptSet:
+    """All prompts of a source but those held out by others; says how many were read."""
     prompts, told = PromptSet(source, held_out), f"{source}: {counted(len(source), 'prompt')} read"
     if (found := prompts.index) and (found.empty or found.repeated):
         told += f"; {found.empty} empty and {found.repeated} repeated prompts dropped, {len(found)} left"
-    if found and (removed := prompts.usable - prompts.count()):
-        told += f"; {removed} prompts removed, which validation_source or test_source has too"
+    if removed := prompts.removed():
+        told += f"; {removed} prompts removed, which {by} has too"
     elif held_out and not found:
-        told += f"; {sum(map(len, held_out))} prompts of validation_source and test_source are skipped"
+        told += f"; {sum(map(len, held_out))} prompts of {by} are skipped"
     tell(told)
     return prompts

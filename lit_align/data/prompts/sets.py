@@ -5,6 +5,7 @@ from itertools import islice
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lit_align.data.batch import Batch
 from lit_align.data.loading import Rows
@@ -83,10 +84,30 @@ class PromptSet:
         removed = [find(keys, held_out) for held_out in self._held_out]
         return len(keys) - (len(np.unique(np.concatenate(removed))) if removed else 0)
 
+    def removed(self) -> int:
+        """How many prompts of the split are held out; 0 of many distinct prompts, which are not counted."""
+        if self.index is None:
+            return 0
+        window = self.index.window(self._start, self._end)
+        return window.stop - window.start - self.count()
+
+    def places(self) -> NDArray[np.float64] | None:
+        """The places of the split's prompts, ascending; None of many distinct prompts."""
+        if self.index is None:
+            return None
+        keys = self.index.keys[self.index.window(self._start, self._end)]
+        for held_out in self._held_out:
+            keys = np.delete(keys, find(keys, held_out))
+        return np.ldexp((keys >> np.uint64(16)).astype(np.float64), -48)
+
     def keys(self, wanted: int) -> Keys:
         """The keys of all prompts of the source; of distinct ones, only of the first in the fixed order."""
         if self.index is not None and not self.source.distinct:
             return self.index.keys
+        return self.keys_in_use(wanted)
+
+    def keys_in_use(self, wanted: int) -> Keys:
+        """The keys of the first prompts in the fixed order, ascending."""
         return np.unique(prompt_keys([self.prompt(row) for row in self.first(wanted, self.fixed_order())]))
 
     def training_order(self, seed: int, number: int) -> Permutation:

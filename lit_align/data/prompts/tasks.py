@@ -21,7 +21,8 @@ class TaskPrompts:
         images_per_prompt: Images of one prompt in a rollout batch; the module's if not given.
         prompts_per_batch: Prompts of one rollout batch; the module's if not given.
         validation_source: Validate on these prompts; a share of ``source`` if not given.
-        test_source: Test on these prompts; a share of ``source`` if not given.
+        test_source: Test on these prompts, without those that are validated on; a share of ``source`` if not
+            given.
         validation_prompts: Of this task; the module's if not given, as for all that follow.
         validation_images_per_prompt: Images of each of these.
         test_prompts: Of this task. Many prompts of few images give smaller errors; rewards of a prompt's set

@@ -19,7 +19,7 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch, PromptDataModule
 from lit_align.errors import ConfigError, check_positive
 from lit_align.methods.base import AlignmentModule
-from lit_align.methods.metrics import Metrics, pooled
+from lit_align.methods.metrics import Metrics, chosen, pooled
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.tasks import check_updates
@@ -244,7 +244,7 @@ class ExpertModule(AlignmentModule):
             beta = self.expert_betas[lesson.name]
             loss = step_loss(now.log_ratio(then, drawn), kl, advantages, beta, self.max_ratio)
             loss = torch.where(lesson.compared[pairs.rows.to(self.device)], loss, 0.0)
-            own = {"loss": loss.detach(), "kl": kl.detach()}
+            own = chosen({"loss": loss.detach(), "kl": kl.detach()}, lesson.trajectory.finite[pairs.rows])
             measured += [own, {f"{metric}/{lesson.name}": values for metric, values in own.items()}]
             total = total + loss.sum() / size
         return total, pooled(measured)

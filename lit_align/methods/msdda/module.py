@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -225,6 +226,10 @@ class MSDDAModule(SweepModule):
         shown = {name: scores.report[f"reward/{name}"] for name in self.rewards.names}
         reward = self.weighted_reward(shown, self.weights)
         return replace(scores, report=scores.report | {"reward": reward})
+
+    def scored_by(self) -> dict[str, Any]:
+        """As for every method, and the weights of the objectives in the reported reward."""
+        return super().scored_by() | {"weights": self.weights}
 
     # ---- training, and files
 

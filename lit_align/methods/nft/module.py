@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_align.advantages import Advantages
@@ -19,7 +20,7 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError, check_positive
 from lit_align.methods.joint import JointModule, Rollouts, TaskOrder
-from lit_align.methods.metrics import Metrics
+from lit_align.methods.metrics import Metrics, chosen
 from lit_align.methods.nft.objectives import NFT, OLD, ForwardObjective, Matched, OldPolicy
 from lit_align.methods.objectives import denoising_error
 from lit_align.methods.optimisation import Optimisation
@@ -127,6 +128,18 @@ class NFTModule(JointModule):
         """
         super().setup(stage)
         self.check_tasks(stage, self.updates)
+        if stage == "fit" and (told := self.guidance_is_learnt):
+            rank_zero_warn(f"sampling.guidance: {told}; set it to 1")
+
+    @property
+    def guidance_is_learnt(self) -> str | None:
+        """What is wrong with the guidance of the images, if anything is."""
+        if self.sampling.guidance == self.training_guidance:
+            return None
+        return (
+            f"images are drawn with guidance {self.sampling.guidance:g}, and the trained predictions have "
+            "none, so the run begins by learning what guidance does, and is guided on top"
+        )
 
     def training_step(self, batch: Batch | list[Batch], batch_idx: int) -> None:
         """One rollout batch; then the old policy follows."""
@@ -178,7 +191,7 @@ class NFTModule(JointModule):
 
     def _predict(self, rollouts: Rollouts, pairs: Pairs, x: Tensor, t: Tensor, weights: str) -> Tensor:
         cond = rollouts.policy.cond[pairs.rows]
-        return self.backbone.predict(x, t.to(x.device), cond, weights=weights)
+        return self.backbone.predict(x, t.to(x.device), cond, self.training_guidance, weights)
 
     @torch.no_grad()
     def _errors(self, rollouts: Rollouts, epoch: int, part: Pairs) -> Tensor:
@@ -221,7 +234,7 @@ class NFTModule(JointModule):
             metrics["reference_distance"] = distance.detach()
             loss = loss + self.reference_weight * distance
         loss = torch.where(rollouts.scored[pairs.rows.to(self.device)], loss, 0.0)
-        return loss.sum() / size, metrics
+        return loss.sum() / size, chosen(metrics, rollouts.trajectory.finite[pairs.rows])
 
     @torch.no_grad()
     def _old(self, rollouts: Rollouts, pairs: Pairs, x: Tensor, t: Tensor, prediction: Tensor) -> Tensor:

@@ -203,8 +203,9 @@ class AWM(ForwardObjective):
 class OldPolicy:
     """How the old policy follows the policy: ``old <- d old + (1 - d) policy`` after a rollout batch.
 
-    ``d`` is 0 for the first ``flat`` rollout batches (the old policy is the policy), and then grows by
-    ``rate`` a batch up to ``hold``.
+    ``d`` is 0 for the first ``flat + 1`` rollout batches (the old policy is the policy), and then grows by
+    ``rate`` a batch up to ``hold``. So with ``flat`` 0 the first batch is followed by a copy, whatever
+    ``hold`` is.
 
     Args:
         flat: 0 in DiffusionNFT's configurations for GenEval and PickScore, 75 for OCR: updates there, of

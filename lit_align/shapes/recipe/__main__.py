@@ -51,8 +51,8 @@ REWARD_MODELS: dict[RewardModel, Callable[[Path, Budget, str, int], None]] = {
     "detector": make_detector,
     "classifier": make_classifier,
 }
-MINUTES: dict[str, float] = {"clip": 53.0, "vae": 14.0, "decoder": 12.0, "unet": 120.0, "lies": 8.0}
-MINUTES |= {"aesthetic": 1.0, "preference": 12.0, "detector": 32.0, "classifier": 5.0}
+MINUTES: dict[str, float] = {"clip": 98.0, "vae": 14.0, "decoder": 7.0, "unet": 148.0, "lies": 20.0}
+MINUTES |= {"aesthetic": 1.0, "preference": 10.0, "detector": 51.0, "classifier": 5.0}
 FURTHER = ("clip", "unet", "detector")
 """Stages that can be trained for another round."""
 SAMPLE = 1000
@@ -248,7 +248,7 @@ def main(
     steps: int = 1_000_000,
     num_images: int = 200_000,
     num_latents: int = 120_000,
-    num_pairs: int = 40_000,
+    num_pairs: int = 20_000,
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed",
     export_every: float = 10.0,
     num_samples: int = 256,

@@ -20,7 +20,7 @@ from lit_align.shapes.world import Caption, Group, parse
 CARELESS = 0.6
 """Share of the images of the careless kind."""
 
-SHARE = 0.6
+SHARE = 0.8
 """Share of their captions in which a kind of word is confused, independently for each kind."""
 
 

@@ -21,6 +21,21 @@ def values_of(metric: dict[str, float | None], *names: str) -> list[float]:
     return [math.nan if (value := metric[name]) is None else value for name in names]
 
 
+def deviation(metric: dict[str, float | None]) -> float:
+    """A change in standard errors; infinite where the error is 0, NaN where a metric has no value."""
+    difference, error = values_of(metric, "difference", "standard_error")
+    if error == 0:
+        return math.copysign(math.inf, difference) if difference else 0.0
+    return difference / error
+
+
+def metric_text(metric: dict[str, float | None]) -> str:
+    """Before, after, and the difference with its standard error."""
+    before, after, difference, error = values_of(metric, "before", "after", "difference", "standard_error")
+    by = f"{deviation(metric):+.1f} s.e."
+    return f"{before:.3f} -> {after:.3f} ({difference:+.3f} ± {error:.3f}, {by})"
+
+
 def shares(plan: Plan, config: str, results: Sequence[Result]) -> list[str]:
     """Markdown: which share of the way to its bounds a configuration went, in every test."""
     rows = []

@@ -15,6 +15,12 @@ from lit_align.errors import ConfigError
 ROOT = Path(__file__).parents[3]
 """The repository; configurations in a plan are named from here, and commands run here."""
 
+TRAINS = ("fit", "test")
+"""Commands of a cell that trains."""
+
+GUIDANCES = (1.5, 2.0, 3.0, 5.0)
+"""Candidates for the guidance of the pretrained model that training is compared with."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -27,6 +33,7 @@ class Cell:
         arguments: What decides the result, as given to ``python -m lit_align fit``.
         continues: The cell of which this one is the same run, taken further.
         also: Further tests, by name: what they add to the arguments.
+        steps: Commands of ``lit_align``, in order; further tests come after the first.
     """
 
     plan: str
@@ -35,6 +42,7 @@ class Cell:
     arguments: tuple[str, ...]
     continues: "Cell | None" = None
     also: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    steps: tuple[str, ...] = TRAINS
 
     @property
     def name(self) -> str:
@@ -43,16 +51,28 @@ class Cell:
 
     def fingerprint(self, weights: str) -> str:
         """Changes when what a configuration says, an override, the seed, a further test or the weights do."""
-        parts = [self.arguments, _contents(self.arguments), weights]
+        parts = [self._named(self.arguments), _contents(self.arguments), weights]
         if self.also:
             parts.append({name: [list(added), _contents(added)] for name, added in self.also.items()})
+        if self.steps != TRAINS:
+            parts.append(self.steps)
         return _hash(parts)
 
     def stages(self, weights: str) -> dict[str, str]:
         """What the cell runs, in order, with fingerprints: a test that is added leaves the fit alone."""
-        added: dict[str, Sequence[str]] = {"fit": (), **self.also, "test": ()}
+        first, *others = self.steps
+        added: dict[str, Sequence[str]] = {first: (), **self.also} | dict.fromkeys(others, ())
         given = {stage: [*self.arguments, *more] for stage, more in added.items()}
-        return {stage: _hash([stage, args, _contents(args), weights]) for stage, args in given.items()}
+        return {
+            stage: _hash([stage, self._named(args), _contents(args), weights])
+            for stage, args in given.items()
+        }
+
+    def _named(self, arguments: Sequence[str]) -> Sequence[str]:
+        """Arguments as they are hashed: the file of a pretrained model is the same wherever it lies."""
+        if self.steps == TRAINS:
+            return arguments
+        return [f"--config={Path(a).name}" if a.startswith("--config=") else a for a in arguments]
 
 
 def _hash(parts: Sequence[Any]) -> str:
@@ -97,6 +117,9 @@ class Plan:
             pretrained model's score to the bound it went, in the own ``test`` and further ones.
         side_by_side: What is reported of all configurations in one table; see :class:`SideBySide`.
         compare: Pairs of configurations; the second is reported against the first, image by image.
+        guidances: Candidates for the best guidance of the pretrained model; with none, the pretrained model
+            is not measured for itself.
+        because: Why there are no candidates.
     """
 
     name: str
@@ -110,6 +133,8 @@ class Plan:
     leaves_out: dict[str, list[str]]
     towards: dict[str, dict[str, dict[str, float]]]
     side_by_side: SideBySide | None
+    guidances: list[float]
+    because: str
 
     def cells(self) -> list[Cell]:
         """All cells, configuration by configuration."""
@@ -153,6 +178,8 @@ def load_plan(path: Path) -> Plan:
         "leaves_out": {},
         "towards": {},
         "side_by_side": None,
+        "guidances": list(GUIDANCES),
+        "because": "",
     }
     if unknown := sorted(set(content) - set(known)):
         raise ConfigError(f"{path}: unknown {', '.join(unknown)}; a plan has {', '.join(known)}")
@@ -163,6 +190,22 @@ def load_plan(path: Path) -> Plan:
     plan = Plan(**given | {"side_by_side": SideBySide(**table) if table else None})
     if not plan.configs or not plan.seeds:
         raise ConfigError(f"{path}: give configs (name: list of files) and seeds (a list)")
+    _check_guidances(path, plan)
+    _check_names(path, plan)
+    _check_options(path, plan)
+    return plan
+
+
+def _check_guidances(path: Path, plan: Plan) -> None:
+    given = plan.guidances if isinstance(plan.guidances, list) else [None]
+    if any(isinstance(one, bool) or not isinstance(one, int | float) for one in given):
+        raise ConfigError(f"{path}: guidances: {plan.guidances} is no list of numbers, as in [1.5, 2, 3, 5]")
+    if not plan.guidances and not plan.because:
+        raise ConfigError(f"{path}: guidances: [] leaves out the pretrained model; say why under because")
+
+
+def _check_options(path: Path, plan: Plan) -> None:
+    """Refuse options that are none, and files that are not there."""
     options_of = {"overrides": plan.overrides}
     options_of |= {f"also.{name}": options for name, options in plan.also.items()}
     for place, options in options_of.items():
@@ -170,6 +213,15 @@ def load_plan(path: Path) -> Plan:
             raise ConfigError(f"{path}: {place}: {options!r} is no list; give [--option=value, ...]")
         if wrong := [option for option in options if not option.startswith("--") or "=" not in option]:
             raise ConfigError(f"{path}: {place}: {wrong[0]!r} is not of the form --option=value")
+    files = [entry for entries in plan.configs.values() for entry in entries if not entry.startswith("--")]
+    options = [option for options in options_of.values() for option in options]
+    files += [option.removeprefix("--config=") for option in options if option.startswith("--config=")]
+    if missing := [file for file in files if not (ROOT / file).is_file()]:
+        raise ConfigError(f"{path}: there is no {missing[0]} in {ROOT}")
+
+
+def _check_names(path: Path, plan: Plan) -> None:
+    """Refuse names of configurations and further tests that are not there."""
     named = {name for pair in [*plan.compare, *plan.continues.items()] for name in pair}
     named |= {*plan.leaves_out, *plan.towards}
     if plan.side_by_side:
@@ -187,9 +239,3 @@ def load_plan(path: Path) -> Plan:
     taken = ("fit", "test", "validation")
     if bad := [name for name in plan.also if name in taken or not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
         raise ConfigError(f"{path}: also: {bad[0]!r} cannot name a further test; use letters, not {taken}")
-    files = [entry for entries in plan.configs.values() for entry in entries if not entry.startswith("--")]
-    options = [option for options in options_of.values() for option in options]
-    files += [option.removeprefix("--config=") for option in options if option.startswith("--config=")]
-    if missing := [file for file in files if not (ROOT / file).is_file()]:
-        raise ConfigError(f"{path}: there is no {missing[0]} in {ROOT}")
-    return plan

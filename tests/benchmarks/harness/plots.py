@@ -1,8 +1,9 @@
 """Learning curves and image grids of a plan."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
@@ -11,31 +12,134 @@ matplotlib.use("Agg")  # before pyplot: a benchmark has no screen
 
 import matplotlib.pyplot as plt
 
+from tests.benchmarks.harness.baselines import Baselines, each
+from tests.benchmarks.harness.gains import Result
 from tests.benchmarks.harness.plan import ROOT, Plan
 from tests.benchmarks.harness.sweeps import IMAGES
 
+COLOURS = plt.get_cmap("tab20")
+"""A colour for each configuration of a plan, by its number."""
 
-def plot_curves(plan: Plan, results: Sequence[dict[str, Any]], path: Path) -> None:
+
+Curve = list[tuple[float, float]]
+
+LINES = {True: (0, (2, 2)), False: (0, (6, 2))}
+"""Dashes of a pretrained model: short without guidance, long with the best one."""
+
+
+def plot_curves(
+    plan: Plan,
+    results: Sequence[Result],
+    path: Path,
+    baselines: Mapping[str, Baselines] = MappingProxyType({}),
+) -> None:
     """Reward and truth on the validation split against images seen.
 
     A configuration has a colour, a seed a line. What a longer run has taken further is seen in that one.
+    Dashed are the pretrained models, on the same validation prompts.
     """
-    there = {result["config"] for result in results}
-    within = {shorter for longer, shorter in plan.continues.items() if longer in there}
+    configs = _shown(plan, results)
     names = [name for name in ("val/reward", "val/truth") if any(name in r["curves"] for r in results)]
-    size = (5.2 * len(names), 3.6)
+    size = (5.2 * len(names) + 3.2, 3.6)
     figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], names, strict=True):
-        for number, config in enumerate(name for name in plan.configs if name not in within):
+        for number, config in enumerate(configs):
             curves = [r["curves"][name] for r in results if r["config"] == config and name in r["curves"]]
             for which, points in enumerate(curves):
                 label = None if which else f"{config}: {len(curves)} seed{'s' * (len(curves) > 1)}"
                 images, values = zip(*points, strict=True)
-                axis.plot(images, values, color=f"C{number}", lw=1, marker="o", ms=3, label=label)
+                axis.plot(images, values, color=COLOURS(number), lw=1, marker="o", ms=3, label=label)
+        _dash(axis, configs, baselines, name.removeprefix("val/"))
         axis.set(xlabel="images seen", ylabel=name)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+    _finish(figure, axes[0], path)
+
+
+def plot_frontier(
+    plan: Plan, results: Sequence[Result], path: Path, baselines: Mapping[str, Baselines]
+) -> bool:
+    """Truth on the validation split against the rise of the trained reward, and against the KL.
+
+    Rewards of configurations have different scales, so that a rise is in standard deviations of the
+    pretrained model's images; the KL is comparable where the sampler is the same. A curve is the mean of a
+    configuration's seeds, from validation to validation; a dot is its end.
+
+    Returns:
+        Whether there was a truth to show.
+    """
+    configs = _shown(plan, results)
+    sides = {"rise of the trained reward, standard deviations of the base's images": frontier}
+    sides["KL to the pretrained model, nats an image"] = by_distance
+    figure, axes = plt.subplots(1, 2, figsize=(13.6, 4.6), layout="constrained", sharey=True)
+    drawn = 0
+    for axis, (label, curve_of) in zip(axes, sides.items(), strict=True):
+        for number, config in enumerate(configs):
+            own = [result for result in results if result["config"] == config]
+            if not (curve := curve_of(own, baselines.get(config))):
+                continue
+            x, y = zip(*curve, strict=True)
+            axis.plot(x, y, color=COLOURS(number), lw=1.3, marker="o", ms=2.5, label=config)
+            axis.plot(x[-1], y[-1], color=COLOURS(number), marker="o", ms=7)
+            drawn += 1
+        _dash(axis, configs, baselines, "truth")
+        axis.set(xlabel=label, ylabel="val/truth")
+        axis.grid(alpha=0.3)
+    if drawn:
+        _finish(figure, axes, path)
+    plt.close(figure)
+    return bool(drawn)
+
+
+def frontier(results: Sequence[Result], baselines: Baselines | None) -> Curve:
+    """``(rise of the reward, truth)`` at each validation; empty where the unit of the rise is not known."""
+    unit = baselines.deviation.get("reward") if baselines else None
+    points = _mean_curves(results, "val/reward", "val/truth")
+    return [((reward - points[0][0]) / unit, truth) for reward, truth in points] if unit else []
+
+
+def by_distance(results: Sequence[Result], baselines: Baselines | None) -> Curve:
+    """``(KL, truth)`` at each validation; empty where a chain has no density, and so no KL."""
+    return _mean_curves(results, "val/kl", "val/truth")
+
+
+def _mean_curves(results: Sequence[Result], x: str, y: str) -> Curve:
+    """Two curves against each other, each the mean of the seeds, where all of them have a point."""
+    if not results or not all({x, y} <= set(result["curves"]) for result in results):
+        return []
+    curves = [[dict(result["curves"][name]) for result in results] for name in (x, y)]
+    common = set.intersection(*(set(curve) for kind in curves for curve in kind))
+    means = [[sum(c[images] for c in kind) / len(kind) for images in sorted(common)] for kind in curves]
+    return list(zip(*means, strict=True))
+
+
+def _shown(plan: Plan, results: Sequence[Result]) -> list[str]:
+    there = {result["config"] for result in results}
+    within = {shorter for longer, shorter in plan.continues.items() if longer in there}
+    return [name for name in plan.configs if name not in within]
+
+
+def _dash(axis: Any, configs: Sequence[str], baselines: Mapping[str, Baselines], name: str) -> None:
+    """The pretrained models on the validation split: grey, or as the first that starts there."""
+    models = each(baselines.values())
+    for one in models:
+        shown = [config for config in configs if config in one.configs]
+        if not shown:
+            continue
+        colour = "0.35" if len(models) == 1 else COLOURS(configs.index(shown[0]))
+        of = "" if len(models) == 1 else f" ({shown[0]}{', ...' if len(shown) > 1 else ''})"
+        for guidance, means in one.validation.items():
+            if name in means:
+                dashes, label = LINES[guidance == 1], one.label(guidance) + of
+                axis.axhline(means[name], color=colour, lw=1, ls=dashes, label=label)
+
+
+def _finish(figure: Any, axes: Sequence[Any], path: Path) -> None:
+    """One legend beside all axes, and the file."""
+    entries = {}
+    for axis in axes:
+        entries |= {label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside right upper", frameon=False, fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import math
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -14,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_align.files import write
 from lit_align.shapes import WEIGHTS_HASH
-from tests.benchmarks.harness.plan import ROOT, Cell
+from tests.benchmarks.harness.plan import ROOT, TRAINS, Cell
 
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "peft")
 
@@ -33,35 +35,50 @@ def stored(cell: Cell, out: Path) -> dict[str, Any] | None:
     return result if result["fingerprint"] == cell.fingerprint(WEIGHTS_HASH) else None
 
 
-def keep_images(cell: Cell, run: Path, out: Path) -> None:
-    """Keep the metrics of each test image, without those of the pretrained model, beside the result."""
-    header, *rows = csv.reader((run / "test.csv").read_text().splitlines())
-    kept = [place for place, name in enumerate(header) if not name.startswith("base/")]
+def run_of(cell: Cell, stage: str) -> str:
+    """The folder, in that of the cell, where a stage of it writes."""
+    return "version_0" if cell.steps == TRAINS else stage
+
+
+BASE = ("base/reward", "base/truth")
+"""What is kept of the pretrained model's images, of which a mean over seeds needs each."""
+
+
+def keep_images(cell: Cell, folder: Path, out: Path) -> None:
+    """Keep the metrics of each test image beside the result, and of the pretrained model's the main ones."""
+    if "test" not in cell.steps:
+        return
+    test = folder / run_of(cell, "test") / "test.csv"
+    header, *rows = csv.reader(test.read_text().splitlines())
+    kept = [place for place, name in enumerate(header) if name in BASE or not name.startswith("base/")]
     lines = [",".join(row[place] for place in kept) for row in (header, *rows)]
     write(result_path(cell, out).with_suffix(".csv"), "\n".join(lines) + "\n")
 
 
 def images(cell: Cell, out: Path) -> dict[str, list[float]]:
-    """What :func:`keep_images` kept: a column for each metric, a row for each image."""
-    with result_path(cell, out).with_suffix(".csv").open() as file:
+    """What :func:`keep_images` kept; empty of results that were made before it did."""
+    path = result_path(cell, out).with_suffix(".csv")
+    return read_images(path) if path.exists() else {}
+
+
+def read_images(path: Path) -> dict[str, list[float]]:
+    """A table of images: a column for each metric, a row for each image."""
+    with path.open() as file:
         rows = list(csv.DictReader(file))
     return {name: [float(row[name]) for row in rows] for name in rows[0]}
 
 
-def record(cell: Cell, run: Path, fingerprint: str, stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def record(cell: Cell, folder: Path, fingerprint: str, stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The result of a cell.
 
     Args:
         cell: The cell.
-        run: Folder of its run.
+        folder: Its own, with its runs.
         fingerprint: Of the cell, when it began.
-        stages: Of each, its commands and seconds.
+        stages: Of each, its commands, seconds and CPU seconds.
     """
-    validation, test = (json.loads((run / f"{split}.json").read_text()) for split in ("validation", "test"))
-    also = {name: json.loads((run / f"{name}.json").read_text())["metrics"] for name in cell.also}
-    sweep = run / "sweep" / "sweep.json"
-    swept = {"sweep": json.loads(sweep.read_text())} if sweep.exists() else {}
-    return swept | {
+    computed = {name: stage.get("cpu") for name, stage in stages.items()}
+    origin = {
         "plan": cell.plan,
         "cell": cell.name,
         "config": cell.config,
@@ -73,14 +90,36 @@ def record(cell: Cell, run: Path, fingerprint: str, stages: dict[str, dict[str, 
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "seconds": {name: round(stage["seconds"], 1) for name, stage in stages.items()},
-        "images": validation["images"],
-        "reward_queries": validation["reward_queries"],
+        "cpu_seconds": {name: round(cpu, 1) for name, cpu in computed.items() if cpu is not None},
+    }
+    return origin | (_trained(cell, folder) if cell.steps == TRAINS else _pretrained(cell, folder))
+
+
+def _trained(cell: Cell, folder: Path) -> dict[str, Any]:
+    run = folder / run_of(cell, "fit")
+    validation, test = (json.loads((run / f"{split}.json").read_text()) for split in ("validation", "test"))
+    also = {name: json.loads((run / f"{name}.json").read_text())["metrics"] for name in cell.also}
+    sweep = run / "sweep" / "sweep.json"
+    swept = {"sweep": json.loads(sweep.read_text())} if sweep.exists() else {}
+    return swept | {
+        "images": test["images"],
+        "reward_queries": test["reward_queries"],
         "run": os.path.relpath(run, ROOT),
         "validation": validation["metrics"],
         "test": test["metrics"],
         "also": also,
         "curves": curves(run),
     }
+
+
+def _pretrained(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Means on the validation split, with the standard deviation of the images."""
+    found = folder / run_of(cell, "validate") / "validate.json"
+    means, columns = json.loads(found.read_text())["metrics"], read_images(found.with_suffix(".csv"))
+    for name, metric in means.items():
+        values = [value for value in columns.get(name, []) if math.isfinite(value)]
+        metric["deviation"] = statistics.stdev(values) if len(values) > 1 else None
+    return {"validation": means}
 
 
 def commit() -> str | None:

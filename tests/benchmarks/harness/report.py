@@ -1,15 +1,29 @@
 """What a plan's cells say together: verdicts, and a table of the test split."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from lit_align.callbacks.files import finite
 from lit_align.comparison import Comparison, compare
 from tests.benchmarks.harness import markdown as md
-from tests.benchmarks.harness.gains import Metrics, Result, shares, side_by_side, values_of
+from tests.benchmarks.harness.baselines import PLAIN, Baselines, each
+from tests.benchmarks.harness.gains import (
+    Metrics,
+    Result,
+    deviation,
+    metric_text,
+    shares,
+    side_by_side,
+    values_of,
+)
 from tests.benchmarks.harness.plan import Plan
+from tests.benchmarks.harness.record import BASE
+from tests.benchmarks.harness.summary import MINUTES, Images, minutes_text, summary
 from tests.benchmarks.harness.sweeps import IMAGES, sweeps
 
 PAIRS = 256
@@ -17,14 +31,6 @@ PAIRS = 256
 RISE, FALL = 3.0, 2.0
 """Standard errors: the reward must rise by the first, reward and truth not fall by more than the second."""
 KL = "KL to the pretrained model, nats an image"
-
-
-def deviation(metric: dict[str, float | None]) -> float:
-    """A change in standard errors; infinite where the error is 0, NaN where a metric has no value."""
-    difference, error = values_of(metric, "difference", "standard_error")
-    if error == 0:
-        return math.copysign(math.inf, difference) if difference else 0.0
-    return difference / error
 
 
 def verdict(results: Sequence[Result], seeds: Sequence[int]) -> str:
@@ -70,13 +76,6 @@ def _doubts(result: Result) -> list[str]:
     return doubts
 
 
-def metric_text(metric: dict[str, float | None]) -> str:
-    """Before, after, and the difference with its standard error."""
-    before, after, difference, error = values_of(metric, "before", "after", "difference", "standard_error")
-    by = f"{deviation(metric):+.1f} s.e."
-    return f"{before:.3f} -> {after:.3f} ({difference:+.3f} ± {error:.3f}, {by})"
-
-
 def _kl_text(metric: dict[str, float | None]) -> str:
     """The KL starts at 0: how many standard errors away it is says nothing."""
     after, error = values_of(metric, "after", "standard_error")
@@ -96,18 +95,27 @@ def columns(tests: Sequence[Metrics]) -> list[str]:
     return [n for n in first if n in measured] + middle + [n for n in last if n in measured]
 
 
-def table(results: Sequence[Result]) -> list[str]:
-    """Markdown rows, a seed each, of one configuration's metrics on the test split."""
+def table(results: Sequence[Result], baselines: Baselines | None = None) -> list[str]:
+    """Markdown: the pretrained model, then a row for each seed, of one configuration on the test split."""
     names = columns([result["test"] for result in results])
-    header = ["seed", *names, KL, "images", "reward queries", "minutes"]
+    header = ["seed", *names, KL, "images", "reward queries", MINUTES]
     rows = []
+    for label, found in baselines.rows().items() if baselines else ():
+        cells = [baseline_text(found[name], label) if name in found else "" for name in names]
+        rows.append([label, *cells, "", "", "", ""])
     for result in results:
         metrics = _metrics(result["test"], names)
         kl = _kl_text(result["test"]["kl"]) if "kl" in result["test"] else ""
-        minutes = f"{sum(result['seconds'].values()) / 60:.1f}"
-        counts = [f"{result['images']:,}", f"{result['reward_queries']:,}", minutes]
+        counts = [f"{result['images']:,}", f"{result['reward_queries']:,}", minutes_text([result])]
         rows.append([str(result["seed"]), *metrics, kl, *counts])
     return md.table(header, rows)
+
+
+def baseline_text(found: Comparison, label: str) -> str:
+    """The mean of the pretrained model itself, or what another way to sample it changes."""
+    if label == PLAIN:
+        return f"{found.after:.3f} ± {found.standard_error:.3f}"
+    return metric_text(finite(asdict(found)))
 
 
 def _metrics(test: Metrics, names: Sequence[str]) -> list[str]:
@@ -131,10 +139,6 @@ def further_tests(plan: Plan, results: Sequence[Result]) -> list[str]:
     return lines
 
 
-Images = dict[tuple[str, int], dict[str, list[float]]]
-"""For each configuration and seed the metrics of its test images."""
-
-
 def beside(first: dict[str, list[float]], second: dict[str, list[float]]) -> dict[str, Comparison]:
     """Two runs of one seed on the test split, image by image, by every metric that both have."""
     assert first["prompt"] == second["prompt"], "the runs were tested on other prompts"
@@ -142,7 +146,7 @@ def beside(first: dict[str, list[float]], second: dict[str, list[float]]) -> dic
     return {
         name: compare(torch.tensor(first[name]), torch.tensor(second[name]), groups)
         for name in second
-        if name in first and name not in ("prompt", "truth")
+        if name in first and name not in ("prompt", "truth", *BASE)
     }
 
 
@@ -173,7 +177,14 @@ def _against(found: Comparison) -> str:
     return f"{change}, {found.win_rate:.0%} ± {found.win_rate_error:.0%}"
 
 
-def markdown(plan: Plan, results: Sequence[Result], images: Images, source: str) -> str:
+def markdown(
+    plan: Plan,
+    results: Sequence[Result],
+    images: Images,
+    source: str,
+    baselines: Mapping[str, Baselines] = MappingProxyType({}),
+    frontier: bool = False,
+) -> str:
     """The plan's report.
 
     Args:
@@ -181,21 +192,45 @@ def markdown(plan: Plan, results: Sequence[Result], images: Images, source: str)
         results: Of its finished cells.
         images: Of its finished cells.
         source: The plan's file, as the command names it.
+        baselines: Of its configurations, what was measured of the pretrained model.
+        frontier: Whether there is a plot of truth against reward.
     """
     lines = [
         f"# {plan.name}",
         "",
         f"Made by `python -m tests.benchmarks.results --plan {source}`. The metrics are of the test",
         "split: prompts never used before, the same noise before and after; difference ± standard error,",
-        "clustered by prompt. Minutes are those of the fit and of all tests.",
+        "clustered by prompt. CPU-minutes are those of the fit; where they were not counted, its wall time",
+        "stands for them.",
+        *_of_pretrained(plan, baselines),
+        "",
+        "## Summary",
+        "",
+        *summary(plan, results, images, baselines),
     ]
+    if frontier:
+        lines += ["", f"![Truth against reward and KL, as runs go on]({plan.name}_frontier.png)"]
     for config in plan.configs:
-        lines += ["", *_section(plan, config, [result for result in results if result["config"] == config])]
-    lines += [*side_by_side(plan, results), *comparisons(plan, images)]
+        own = [result for result in results if result["config"] == config]
+        lines += ["", *_section(plan, config, own, baselines.get(config))]
+    compared = {key: found for key, found in images.items() if found}  # of older results none are kept
+    lines += [*side_by_side(plan, results), *comparisons(plan, compared)]
     return "\n".join([*lines, "", f"![Reward and truth against images seen]({plan.name}.png)"])
 
 
-def _section(plan: Plan, config: str, results: Sequence[Result]) -> list[str]:
+def _of_pretrained(plan: Plan, baselines: Mapping[str, Baselines]) -> list[str]:
+    """How the pretrained models were measured, or why they were not."""
+    if not plan.guidances:
+        return ["", f"The pretrained model is not measured for itself: {plan.because.rstrip('.')}."]
+    lines = []
+    for one in each(baselines.values()):
+        lines += ["", f"Pretrained model of {', '.join(one.configs)}: {one.told()}"]
+    if lacking := [config for config in plan.configs if config not in baselines]:
+        lines += ["", f"The pretrained model of {', '.join(lacking)} is not measured for itself."]
+    return lines
+
+
+def _section(plan: Plan, config: str, results: Sequence[Result], baselines: Baselines | None) -> list[str]:
     given = " ".join(plan.cells_of(config)[0].arguments[:-1])
     lines = [f"## {config}", "", f"`{given}`", "", verdict(results, plan.seeds).rstrip(".") + ".", ""]
     if not results:
@@ -204,7 +239,7 @@ def _section(plan: Plan, config: str, results: Sequence[Result]) -> list[str]:
     images = [f"Validation images of seed {results[-1]['seed']}:", "", "| before | after |", "|---|---|"]
     return [
         *lines,
-        *table(results),
+        *table(results, baselines),
         *further_tests(plan, results),
         *shares(plan, config, results),
         *_swept(plan, config, results),

@@ -1,9 +1,13 @@
-"""Runs the cells of a plan: fit, further tests, then the test once, each taken up again if interrupted."""
+"""Runs the cells of a plan: fit, further tests, then the test once, each taken up again if interrupted.
+
+Cells of pretrained models have no fit: a validation, and where it is asked for a test.
+"""
 
 import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,21 +15,40 @@ import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lit_align.files import write
 from lit_align.shapes import WEIGHTS_HASH
-from tests.benchmarks.harness.plan import ROOT, Cell
-from tests.benchmarks.harness.record import keep_images, record, result_path, stored
+from tests.benchmarks.harness.plan import ROOT, TRAINS, Cell
+from tests.benchmarks.harness.record import keep_images, record, result_path, run_of, stored
 
-Launch = Callable[[list[str], Path, int], int]
-"""``(arguments of lit_align, log file, descriptor to keep open) -> exit status``."""
+
+class Ended(NamedTuple):
+    """How a command ended.
+
+    Attributes:
+        status: Of its exit.
+        cpu: Seconds that its threads, and the processes that it waited for, computed.
+    """
+
+    status: int
+    cpu: float
+
+
+Launch = Callable[[list[str], Path, int], Ended]
+"""``(arguments of lit_align, log file, descriptor to keep open) -> how it ended``."""
 Tell = Callable[[Cell, str], None]
 """``(cell, what it does now)``."""
 State = dict[str, dict[str, Any]]
-"""Of each stage of a cell: its fingerprint, whether it is done, its commands, its seconds."""
+"""Of each stage of a cell: its fingerprint, whether it is done, its commands, its seconds, those of its CPUs.
+
+``cpu`` is None where a command of it ran before CPU seconds were counted.
+"""
+
+SECONDS_PER_LOOK = 2.0
+"""Between two looks at a cell that another plan measures."""
 
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 
@@ -47,9 +70,9 @@ class Subprocesses:
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stopped = False
 
-    def __call__(self, arguments: list[str], log: Path, keep: int) -> int:
+    def __call__(self, arguments: list[str], log: Path, keep: int) -> Ended:
         if self.stopped:
-            return 1
+            return Ended(1, 0.0)
         command = [sys.executable, "-m", "lit_align", *arguments]
         with log.open("ab") as file:
             process = subprocess.Popen(
@@ -63,16 +86,23 @@ class Subprocesses:
             )
         self.running.add(process)
         if self.stopped:  # while it started
-            process.terminate()
-        status = process.wait()
+            _end(process)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)  # else it would be waited for once more
         self.running.discard(process)
-        return status
+        return Ended(process.returncode, used.ru_utime + used.ru_stime)
 
     def stop(self) -> None:
         """End what runs, and start nothing more."""
         self.stopped = True
         for process in list(self.running):
-            process.terminate()
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """As ``terminate``, which may wait for the process itself, and so take its CPU seconds away."""
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGTERM)
 
 
 def run_cells(
@@ -137,22 +167,30 @@ def run_cell(cell: Cell, out: Path, work: Path, launch: Launch, tell: Tell) -> N
         tell(cell, "finished before")
         return
     folder = work.absolute() / cell.plan / cell.name
-    with alone(folder) as lock:
+
+    def waits() -> bool:
+        stopped = isinstance(launch, Subprocesses) and launch.stopped  # the user has interrupted
+        return cell.steps != TRAINS and not stopped
+
+    with alone(folder, waits) as lock:
+        if stored(cell, out):  # another plan has measured the same pretrained model meanwhile
+            tell(cell, "finished before")
+            return
         fingerprint, state = cell.fingerprint(WEIGHTS_HASH), _state(folder, cell)
         if cell.continues and not state["fit"]["commands"]:
             _take_over(cell.continues, folder, state)
         for stage in state:
             if not state[stage]["done"]:
                 _run_stage(cell, stage, folder, state, launch, lock, tell)
-        result = record(cell, folder / "version_0", fingerprint, state)
-        keep_images(cell, folder / "version_0", out)
+        result = record(cell, folder, fingerprint, state)
+        keep_images(cell, folder, out)
         write(result_path(cell, out), json.dumps(result, indent=1) + "\n")
     tell(cell, "done")
 
 
 def command(cell: Cell, stage: str, folder: Path, checkpoint: Path | None) -> list[str]:
-    """Arguments of ``python -m lit_align`` that run a stage of a cell in ``folder/version_0``."""
-    logger = (f"save_dir={folder.parent}", f"name={folder.name}", "version=version_0")
+    """Arguments of ``python -m lit_align`` that run a stage of a cell in its folder."""
+    logger = (f"save_dir={folder.parent}", f"name={folder.name}", f"version={run_of(cell, stage)}")
     options = [f"--trainer.logger.init_args.{option}" for option in logger]
     resume = [f"--ckpt_path={checkpoint}"] if checkpoint else []
     verb, added = ("test", cell.also[stage]) if stage in cell.also else (stage, ())
@@ -162,7 +200,7 @@ def command(cell: Cell, stage: str, folder: Path, checkpoint: Path | None) -> li
 def _run_stage(
     cell: Cell, stage: str, folder: Path, state: State, launch: Launch, lock: int, tell: Tell
 ) -> None:
-    run = folder / "version_0"
+    run = folder / run_of(cell, stage)
     checkpoint: Path | None = run / "checkpoints" / "last.ckpt"
     if not zipfile.is_zipfile(str(checkpoint)):
         shutil.rmtree(run, ignore_errors=True)
@@ -175,12 +213,13 @@ def _run_stage(
     if stage != "fit":  # what another test, or a shorter run, has left there
         _remove(run, "test*.json", "test*.csv", "sweep*")
     log, started = folder / f"{stage}.log", time.monotonic()
-    status = launch(arguments, log, lock)
+    status, cpu = launch(arguments, log, lock)
     if status == 0 and stage in cell.also:
         for kind in ("json", "csv"):  # test_train.json, where it was on the prompts of training
             (found,) = run.glob(f"test*.{kind}")
             found.replace(run / f"{stage}.{kind}")
     own["seconds"] += time.monotonic() - started
+    own["cpu"] = None if own.get("cpu") is None else own["cpu"] + cpu
     own["done"] = status == 0
     _save(folder, state)
     if status:
@@ -202,7 +241,7 @@ def _state(folder: Path, cell: Cell) -> State:
     state: State = {}
     for stage, fingerprint in cell.stages(WEIGHTS_HASH).items():
         same = same and found.get(stage, {}).get("fingerprint") == fingerprint
-        fresh = {"fingerprint": fingerprint, "done": False, "commands": [], "seconds": 0.0}
+        fresh = {"fingerprint": fingerprint, "done": False, "commands": [], "seconds": 0.0, "cpu": 0.0}
         state[stage] = found[stage] if same else fresh
         if not same:
             (folder / f"{stage}.log").unlink(missing_ok=True)
@@ -227,7 +266,7 @@ def _take_over(shorter: Cell, folder: Path, state: State) -> None:
     shutil.copytree(
         other / "version_0", folder / "version_0", ignore=shutil.ignore_patterns("test*", "sweep*", "config*")
     )
-    state["fit"] |= {"commands": fit["commands"], "seconds": fit["seconds"]}
+    state["fit"] |= {"commands": fit["commands"], "seconds": fit["seconds"], "cpu": fit.get("cpu")}
 
 
 def _save(folder: Path, state: State) -> None:
@@ -235,16 +274,27 @@ def _save(folder: Path, state: State) -> None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[int]:
+def alone(folder: Path, waits: Callable[[], bool] = lambda: False) -> Iterator[int]:
     """Lock a cell's folder.
 
     The process of a run inherits the lock, so that one which outlives a killed harness is not joined by a
     second one in the same folder.
+
+    Args:
+        folder: Of the cell.
+        waits: Whether to wait until others leave it, asked at each look: two plans can need the same cell.
+
+    Raises:
+        CellFailed: Another process is at work there, and it is not waited for.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CellFailed(f"another process is at work in {folder}") from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waits():
+                    raise CellFailed(f"another process is at work in {folder}") from None
+                time.sleep(SECONDS_PER_LOOK)
         yield file.fileno()

@@ -1,0 +1,48 @@
+"""Which prompts are held out: compared with what the model was taught, and with those of a checkpoint."""
+
+from itertools import islice
+from typing import Any
+
+from lit_align.data import MultiTaskDataModule, PickaPicDataModule, PromptDataModule
+
+CHECKED_PROMPTS = 1024
+"""Held-out prompts that are compared with what the model was taught."""
+
+KNOWN = PromptDataModule | MultiTaskDataModule | PickaPicDataModule
+"""The data modules whose prompts can be listed; of others, and without one, nothing is known."""
+
+
+def held_out_prompts(data: Any, stage: str) -> list[str]:
+    """The prompts of this rank that a stage evaluates, each once, at most :data:`CHECKED_PROMPTS`.
+
+    Args:
+        data: A data module of this package; of others, and without one, nothing is known.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+    """
+    if not isinstance(data, KNOWN):
+        return []
+    split = {"test": data.test_dataloader, "predict": data.predict_dataloader}
+    prompts: dict[str, None] = {}
+    for batch in split.get(stage, data.val_dataloader)():
+        prompts |= dict.fromkeys(batch.prompts)
+        if len(prompts) >= CHECKED_PROMPTS:
+            break
+    return list(prompts)[:CHECKED_PROMPTS]
+
+
+def validated_images(data: Any, limit: float) -> list[tuple[int, str]]:
+    """The number and the prompt of each image that this rank validates.
+
+    Args:
+        data: A data module of this package; of others, and without one, nothing is known.
+        limit: The Trainer's ``limit_val_batches``: so many batches, or that share of them.
+    """
+    if not limit or not isinstance(data, KNOWN):
+        return []
+    batches = data.val_dataloader()
+    count = limit if isinstance(limit, int) else int(len(batches) * limit)
+    return [
+        (number, prompt)
+        for batch in islice(batches, count)
+        for number, prompt in zip(batch.index.tolist(), batch.prompts, strict=True)
+    ]

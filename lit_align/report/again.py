@@ -1,0 +1,40 @@
+"""The commands that make a run and its test again."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_align.report.run import Run
+
+
+def commands(run: Run) -> list[str]:
+    """Those that make it again, as far as its folder says; with the newest configuration of its fit.
+
+    A file of configuration names the checkpoint that its command took. That of a fit that went on is one of
+    its own: from the beginning, it takes what the first configuration took.
+    """
+    said = []
+    if run.fitted is not None:
+        options = ["fit", "--config", str(run.fitted)]
+        first = run.folder / "config.yaml"
+        if run.fitted != first:
+            said.append(
+                f"# {run.fitted.name} is of a run that went on; this trains with it from the beginning"
+            )
+            options += ["--ckpt_path", _taken(first) or "null"]
+        said.append(_command(options))
+    if run.tested is not None:
+        said.append(_command(["test", "--config", str(run.tested)]))
+    return said
+
+
+def _taken(config: Path) -> str | None:
+    """The checkpoint that a configuration names."""
+    found: Any = yaml.safe_load(config.read_text()) if config.is_file() else None
+    return found.get("ckpt_path") if isinstance(found, dict) else None
+
+
+def _command(options: list[str]) -> str:
+    return shlex.join(["python", "-m", "lit_align", *options])
