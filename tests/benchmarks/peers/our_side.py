@@ -28,7 +28,10 @@ def arguments(work: Work, descriptor: int, folder: Path) -> list[str]:
     lr, decay = (3e-4, 1e-4) if work.method == "ddpo" else (1e-3, 1e-4)
     model = {
         "backbone.pretrained": work.pipeline,
-        "backbone.lora": {"rank": work.rank},
+        "backbone.lora": {
+            "rank": work.rank,
+            "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+        },  # TRL's layers
         "sampler.init_args.num_steps": work.steps,
         "sampler.init_args.eta": 1.0,
         "sampler.init_args.noisy_steps": work.steps,

@@ -225,7 +225,9 @@ class Racer:
         trained = {n: p.detach() for n, p in self.pipeline.unet.named_parameters() if p.requires_grad}
         tracker = getattr(self.trainer, "stat_tracker", None)
         stats = (
-            {prompt: [float(r) for r in kept] for prompt, kept in tracker.stats.items()} if tracker else {}
+            {str(prompt): [float(r) for r in kept] for prompt, kept in tracker.stats.items()}
+            if tracker
+            else {}
         )
         state = {
             "trained": trained,
