@@ -156,5 +156,5 @@ def test_the_whole_recipe_runs(tmp_path: Path) -> None:
     for name in ("pipeline", "flow"):
         drawn = sample(load_pipeline(tmp_path / name), ["a red circle"], Sampling(2, 1.0, 1.0), 0)
         assert drawn.shape == (1, 3, 64, 64)
-    assert "| flow | 10 |" in (tmp_path / "quality" / "quality.md").read_text()
+    assert "\nflow samples:\n" in (tmp_path / "quality" / "quality.md").read_text()
     assert {file.name for file in (tmp_path / "quality").glob("*.png")} == {"samples.png", "flow.png"}

@@ -20,11 +20,7 @@ from lit_align.shapes.recipe.images import Images, draw_images, frame
 from lit_align.shapes.recipe.kinds import UNET, Kind, flow_kind
 from lit_align.shapes.recipe.lies import CARELESS, SHARE, confuse
 from lit_align.shapes.recipe.pick import make_pick
-from lit_align.shapes.recipe.pipeline import (
-    load_pipeline,
-    replace_folder,
-    save_clip,
-)
+from lit_align.shapes.recipe.pipeline import load_pipeline, replace_folder, save_clip
 from lit_align.shapes.recipe.preference import make_preference
 from lit_align.shapes.recipe.quality import measure
 from lit_align.shapes.recipe.tokenizer import make_tokenizer
@@ -57,7 +53,7 @@ REWARD_MODELS: dict[RewardModel, Callable[[Path, Budget, str, int], None]] = {
 MINUTES: dict[str, float] = {"clip": 98.0, "vae": 14.0, "decoder": 7.0, "unet": 148.0, "lies": 20.0}
 MINUTES |= {"flow": 60.0, "flow_lies": 12.0}
 MINUTES |= {"aesthetic": 1.0, "preference": 10.0, "detector": 51.0, "classifier": 5.0}
-FURTHER = ("clip", "unet", "detector")
+FURTHER = ("clip", "unet", "flow", "detector")
 """Stages that can be trained for another round."""
 DENOISERS = ("unet", "lies", "flow", "flow_lies")
 """Stages that several processes can train."""
@@ -192,10 +188,11 @@ class Recipe:
 
     def flow(self) -> None:
         """Train the flow model on the clean denoiser's velocities."""
+        made = (self.out / "flow_clean").exists() and not self.unfinished("flow")
+        if made and not self.further:
+            return
         teacher = load_pipeline(self.found("clean"))
-        if (self.out / "flow_clean").exists() and not self.unfinished("flow"):
-            if not self.further:
-                return
+        if made:
             last = load_pipeline(self.found("flow_clean"))
             text, transformer = last.text_encoder, last.transformer
         else:

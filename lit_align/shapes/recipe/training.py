@@ -73,7 +73,7 @@ class Stage(L.LightningModule):
 
     Args:
         model: What is trained.
-        peak: Highest learning rate of AdamW.
+        peak: Highest learning rate; a group of parameters has ``scale`` times it.
         budget: How long to train.
         decay: Of the moving average.
         warmup: Steps of linear warm-up.
@@ -176,7 +176,7 @@ def fit(
         strategy="ddp" if num_processes > 1 else "auto",
         precision=precision,  # type: ignore[arg-type]
         max_epochs=1,
-        gradient_clip_val=1.0 if stage.automatic_optimization else None,
+        gradient_clip_val=1.0 if stage.automatic_optimization else None,  # such a stage clips by itself
         log_every_n_steps=20,
         logger=CSVLogger(folder, name="", version="log"),
         callbacks=[RichProgressBar(refresh_rate=20), saving, *callbacks],
