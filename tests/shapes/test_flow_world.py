@@ -18,7 +18,7 @@ from lit_align.shapes.recipe.flow import FlowStage, Teacher, embed, make_transfo
 from lit_align.shapes.recipe.images import numpy_rng
 from lit_align.shapes.recipe.pipeline import load_pipeline, save_flow_pipeline
 from lit_align.shapes.recipe.quality import FLOW_RECOMMENDED, Sampling, draw, rates, sample
-from lit_align.shapes.recipe.training import Budget
+from lit_align.shapes.recipe.training import CHECKPOINT, Batches, Budget, fit
 from lit_align.shapes.recipe.unet import make_scheduler, make_unet
 from lit_align.shapes.recipe.vae import make_vae
 from lit_align.shapes.world import PromptSpace
@@ -33,12 +33,14 @@ def tokenizer() -> CLIPTokenizer:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) -> Path:
-    """An untrained pipeline as the recipe writes it, but of one block, and with a velocity that is not 0."""
+    """An untrained pipeline as the recipe writes it, but of one block, which is not the identity."""
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flow, "LAYERS", 1)
         transformer = make_transformer()
-    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.Linear) and not module.weight.any():
+            torch.nn.init.normal_(module.weight, std=0.1)
     tower = CLIPTextModel.from_pretrained(PIPELINE, subfolder="text_encoder")
     text = with_projection(tower, load_clip(CLIP).text_projection)
     place = tmp_path_factory.mktemp("flow") / "flow"
@@ -77,7 +79,8 @@ def test_the_teacher_says_noise_minus_image() -> None:
     assert velocities == pytest.approx(noise - image, abs=1e-4)
 
 
-def test_the_transformer_begins_with_a_velocity_of_0() -> None:
+def make_stage(budget: Budget, kind: type[FlowStage] = FlowStage) -> FlowStage:
+    """The whole model, on latents that are noise, with a teacher whose velocity is known from the state."""
     tower = CLIPTextModel(
         CLIPTextConfig(hidden_size=128, projection_dim=128, num_hidden_layers=2, num_attention_heads=4)
     )
@@ -87,7 +90,11 @@ def test_the_transformer_begins_with_a_velocity_of_0() -> None:
     torch.nn.init.zeros_(unet.conv_out.weight)  # it says v = 0: its velocity is known from the state alone
     torch.nn.init.zeros_(unet.conv_out.bias)
     teacher = Teacher(unet, make_scheduler())
-    stage = FlowStage(text, make_transformer(), teacher, latents, tokens, tokens[0], Budget(1.0))
+    return kind(text, make_transformer(), teacher, latents, tokens, tokens[0], budget)
+
+
+def test_the_transformer_begins_with_a_velocity_of_0() -> None:
+    stage = make_stage(Budget(1.0))
     torch.manual_seed(0)
     with torch.no_grad():
         errors = stage.errors(torch.arange(64))
@@ -95,6 +102,31 @@ def test_the_transformer_begins_with_a_velocity_of_0() -> None:
     sigmas = (torch.randn(100_000) + flow.MEAN).sigmoid()
     expected = ((2 * sigmas - 1) ** 2 / ((1 - sigmas) ** 2 + sigmas**2)).mean()
     assert errors.mean() == pytest.approx(float(expected), rel=0.1)
+
+
+def test_an_interrupted_stage_goes_on_with_both_optimizers(tmp_path: Path) -> None:
+    class Interrupted(FlowStage):
+        def on_train_batch_end(self, outputs: object, batch: torch.Tensor, batch_idx: int) -> None:
+            super().on_train_batch_end(outputs, batch, batch_idx)
+            if self.global_step == 2:
+                self.trainer.save_checkpoint(tmp_path / CHECKPOINT)
+                raise KeyError("the plug is pulled")
+
+    budget, batches = Budget(60.0, steps=3), partial(Batches, 256, 4, 0)
+    with pytest.raises(KeyError):
+        fit(make_stage(budget, Interrupted), batches(), tmp_path, "32-true")
+    stage = make_stage(budget)
+    fit(stage, batches(), tmp_path, "32-true")
+    assert stage.global_step == 4  # the last at a rate of 0
+    muon, adamw = stage.trainer.optimizers
+    assert {float(state["step"]) for state in adamw.state.values()} == {4.0}
+    trained = [weight for one in (muon, adamw) for group in one.param_groups for weight in group["params"]]
+    every = [*stage.model["transformer"].parameters()]
+    assert {id(weight) for weight in trained} == {id(weight) for weight in every}
+    assert len(trained) == len(every)
+    assert len(muon.state) + len(adamw.state) == len(every)  # DDP would wait for one without a gradient
+    assert all(torch.isfinite(weight).all() for weight in every)
+    assert stage.model["transformer"].proj_out.weight.any()
 
 
 def test_one_more_layer_changes_nothing_that_is_read() -> None:
@@ -157,12 +189,18 @@ def test_it_has_the_autoencoder_and_the_text_tower_of_the_other_pipeline(
     assert pipeline.vae.config.scaling_factor == vae.config.scaling_factor
     assert (vae.config.shift_factor, pipeline.vae.config.shift_factor) == (None, 0.0)  # this one adds it
     tower = CLIPTextModel.from_pretrained(PIPELINE, subfolder="text_encoder").state_dict()
+    assert pipeline.vae.state_dict().keys() == vae.state_dict().keys()
+    for text in (pipeline.text_encoder, pipeline.text_encoder_2):
+        *_, last = text.text_model.encoder.layers  # the tower has no such layer, and it adds nothing
+        assert len(text.text_model.state_dict()) == len(tower) + len(last.state_dict())
+        assert not any(
+            part.any() for one in (last.self_attn.out_proj, last.mlp.fc2) for part in one.parameters()
+        )
     pairs = [(pipeline.vae.state_dict(), vae.state_dict())]
     pairs += [
         (text.text_model.state_dict(), tower) for text in (pipeline.text_encoder, pipeline.text_encoder_2)
     ]
     for own, other in pairs:
-        assert own.keys() == other.keys()
         assert all(torch.equal(own[name], value) for name, value in other.items())
 
 

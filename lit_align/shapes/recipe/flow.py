@@ -92,10 +92,12 @@ def with_projection(tower: CLIPTextModel, projection: nn.Linear) -> CLIPTextMode
     """
     config = CLIPTextConfig(**tower.config.to_dict())
     config.num_hidden_layers += 1
-    config._attn_implementation = "eager"  # the fastest backward pass in bfloat16 on a CPU
+    config._attn_implementation = "eager"  # as that of `load_clip`
     text = CLIPTextModelWithProjection(config)
-    text.text_model.load_state_dict(tower.state_dict(), strict=False)
     last = text.text_model.encoder.layers[-1]
+    found = text.text_model.load_state_dict(tower.state_dict(), strict=False)
+    assert len(found.missing_keys) == len(last.state_dict())
+    assert not found.unexpected_keys
     for part in (last.self_attn.out_proj, last.mlp.fc2):
         nn.init.zeros_(part.weight)
         nn.init.zeros_(part.bias)
@@ -190,7 +192,7 @@ class FlowStage(Stage):
         self.teacher, self.latents, self.tokens, self.empty = teacher, latents, tokens, empty
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Muon for the matrices of the blocks, AdamW for the rest."""
+        """Muon for the matrices of the blocks, but for those of their modulation; AdamW for the rest."""
         named = dict(self.model["transformer"].named_parameters())
         in_blocks = [name for name in named if name.startswith("transformer_blocks") and "norm" not in name]
         hidden = [name for name in in_blocks if named[name].ndim == 2]
