@@ -91,6 +91,13 @@ def choose_size(
             f"backbone.size: this model cannot draw {size}; give height and width in pixels, each a multiple "
             f"of {scale * patch}, or one number for both"
         )
+    if (places := config.get("pos_embed_max_size")) and max(sides) > (
+        most := places * config["patch_size"] * scale
+    ):
+        raise ConfigError(
+            f"backbone.size: this model cannot draw {size}: it has positions up to {most} "
+            "pixels a side; give no more"
+        )
     return sides[0], sides[1]
 
 

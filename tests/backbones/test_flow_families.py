@@ -40,6 +40,17 @@ CLASSES: dict[str, type[TransformerBackbone]] = {
 Folder = Callable[[str], Path]
 
 
+def test_a_size_beyond_the_positions_is_refused(flow_folder: Folder) -> None:
+    place = str(flow_folder("sd3_without_t5"))
+    own = StableDiffusion3Backbone(place)
+    most = 16 * 2 * own.size[0] // own.latent_shape[1]  # pos_embed_max_size patches of 2 x 2 latent pixels
+    backbone = StableDiffusion3Backbone(place, size=(32, most))
+    with torch.no_grad():
+        backbone.predict(latents(backbone, 1), 500.0, backbone.encode(["a"]))
+    with pytest.raises(ConfigError, match=f"backbone.size: .* up to {most} pixels a side"):
+        StableDiffusion3Backbone(place, size=(32, most + 32))
+
+
 def chain(backbone: DiffusersBackbone, folder: Path, guidance: float) -> list[Tensor]:
     """The latents after each step of the pipeline's own loop: its encoders, transformer and scheduler."""
     absent = {name: None for name in backbone.optional if not (folder / name).is_dir()}
