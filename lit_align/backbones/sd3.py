@@ -34,7 +34,7 @@ class StableDiffusion3Backbone(TransformerBackbone):
         return 0 if self.is_shapes and self.pipeline.text_encoder_3 is None else WORDS
 
     def prompt_tokens(self, prompt: str) -> Counts:
-        """Of T5, where it is there: the others read 77."""
+        """Of T5, where it is there: the others read fewer."""
         t5 = self.pipeline.tokenizer_3
         return super().prompt_tokens(prompt) if t5 is None else [(count_tokens(t5, prompt), WORDS)]
 

@@ -25,7 +25,7 @@ class Kind:
         stage: How it is trained.
         part: Its name in the stage's model.
         save: How its pipeline is written: folder, tokenizer, text tower, autoencoder, denoiser.
-        positions: Tokens of a caption.
+        positions: Tokens that the saved pipeline pads or cuts a prompt to.
         batch_size: Images of a step, in all processes.
     """
 

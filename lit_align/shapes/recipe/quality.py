@@ -223,7 +223,7 @@ def measure_reward_models(
 def measure(
     weights: Path, flow: Path, pairs: Sequence[Path], folder: Path, num_samples: int, seed: int
 ) -> None:
-    """Measure everything; leave ``quality.json``, ``quality.md`` and two grids in ``folder``.
+    """Measure everything; leave ``quality.json``, ``quality.md`` and grids of images in ``folder``.
 
     Args:
         weights: Folder with ``pipeline``, ``clip`` and the reward models; where ``clean`` and ``flow_clean``
@@ -253,8 +253,9 @@ def measure(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
     write_table(folder / "quality.md", report)
-    write_grid(folder / "samples.png", shown["pipeline"], captions)
-    write_grid(folder / "flow.png", shown["flow"], captions)
+    for name, file in {"pipeline": "samples.png", "flow": "flow.png"}.items():
+        if name in shown:
+            write_grid(folder / file, shown[name], captions)
 
 
 def main(
