@@ -78,7 +78,7 @@ class Recipe:
         seed: Of everything.
         further: Train what the stage made (one of ``FURTHER``) for another round.
         num_processes: Processes that train the denoiser, one thread each (set OMP_NUM_THREADS=1).
-        compile: Compile the flow model: a fifth faster, after some minutes; needs a C++ compiler.
+        compile: Compile the flow model: a quarter faster, after some minutes; needs a C++ compiler.
     """
 
     out: Path
