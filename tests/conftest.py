@@ -46,6 +46,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_attentive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, but adapters move it further: for tests of how far."""
+    from diffusers import PNDMScheduler
+
+    from tests.pipelines import SCHEDULE, make_pipeline
+
+    folder = tmp_path_factory.mktemp("tiny_attentive")
+    make_pipeline(PNDMScheduler(**SCHEDULE, skip_prk_steps=True), attentive=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny pipeline that predicts v, as Stable Diffusion 2.1 does, with another latent size."""
     from diffusers import DDIMScheduler
@@ -54,7 +66,7 @@ def tiny_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny_v")
     scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, prediction_type="v_prediction")
-    make_pipeline(scheduler, sample_size=16).save_pretrained(folder)
+    make_pipeline(scheduler, sample_size=16, attentive=True).save_pretrained(folder)
     return folder
 
 

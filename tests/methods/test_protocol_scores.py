@@ -244,9 +244,11 @@ the files of these methods; a joint run's updates are DDPO's (see test_joint.py)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "awm")) for name in LEARNERS]
 )
-def test_learns_a_reward_past_a_threshold(name: str, tiny: Path, tiny_v: Path, tmp_path: Path) -> None:
+def test_learns_a_reward_past_a_threshold(
+    name: str, tiny_attentive: Path, tiny_v: Path, tmp_path: Path
+) -> None:
     learner = LEARNERS[name]
-    folder = tiny_v if learner.predicts_v else tiny
+    folder = tiny_v if learner.predicts_v else tiny_attentive
     module = make(learner.method, folder, noisy_steps=2, micro_batch=128, batch=64, **learner.options)
     fit(module, tmp_path, learner.batches, data=prompts(**learner.data), limit_val_batches=None)
     before, after = module.baseline, module.latest
