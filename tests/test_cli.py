@@ -252,7 +252,7 @@ def test_help_comes_at_once_and_names_every_command():
     [
         (["sd15"], "tiny"),
         (["sd15", "sd21"], "tiny_v"),
-        (["sdxl"], "tiny_xl"),
+        pytest.param(["sdxl"], "tiny_xl", marks=pytest.mark.slow),  # the next has it too
         (["sdxl", "sdxl_turbo"], "tiny_xl"),
         (["sdxl", "sdxl_lightning"], "single_xl"),
     ],
@@ -360,7 +360,13 @@ def whole(long: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("method", "call"),
-    [("look_back", 1), ("look_back", 2), ("look_back", 3), ("look_back", 4), ("validation_step", 2)],
+    [
+        ("look_back", 1),
+        ("look_back", 2),
+        ("look_back", 3),
+        pytest.param("look_back", 4, marks=pytest.mark.slow),  # in mid-epoch too
+        ("validation_step", 2),
+    ],
     ids=["first", "mid-epoch", "first-of-epoch", "last", "in a validation"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(method, call, long, whole, monkeypatch):
