@@ -1,5 +1,6 @@
 """Entry point of ``python -m lit_align``."""
 
+import gc
 import os
 import signal
 import sys
@@ -42,6 +43,9 @@ if __name__ == "__main__":
     else:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load: no traceback of them
+        gc.disable()  # a fifth of the time to load them goes into looking for garbage, of which there is none
         from lit_align.cli import main
 
+        gc.freeze()  # what is loaded stays: later collections need not look at it
+        gc.enable()
         main()

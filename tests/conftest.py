@@ -1,157 +1,30 @@
+"""What all tests share. Libraries are imported inside: the process that only hands tests out needs none."""
+
+import gc
 import json
 import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread each
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-# Before any test module imports rich: typing would remember rich's Optional[Union[float, int]] and hand it to
-# Lightning, whose hints say int first; then the command line reads `limit_train_batches=1` as a whole epoch.
-import lightning  # noqa: F401
 import pytest
-import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lit_align.shapes import PIPELINE
-from tests.backbones.original_layout import save_original
-
-SCHEDULE = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
-"""The noise schedule of Stable Diffusion."""
-
-SCHEDULE_XL = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-}
-"""The noise schedule of Stable Diffusion XL."""
-
-CARRIED = {"clip_sample": False, "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True}
-"""What its configuration says beside, for other schedulers than its own."""
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.disable()  # until all is imported, which stays: looking for garbage would take a fifth of the time
 
 
-def make_pipeline(scheduler: DDIMScheduler | PNDMScheduler, sample_size: int = 8) -> StableDiffusionPipeline:
-    """A Stable Diffusion of the usual architecture with random weights, small enough for a CPU."""
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(PIPELINE / "tokenizer")
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=sample_size,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=2,
-        latent_channels=4,
-        sample_size=2 * sample_size,
-    )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+def pytest_pycollect_makemodule() -> None:
+    # Before any test module imports rich: typing would remember rich's Optional[Union[float, int]] and hand
+    # it to Lightning, whose hints say int first: the command line reads `limit_train_batches=1` as an epoch.
+    import lightning  # noqa: F401
 
 
-def make_xl_pipeline(sample_size: int = 8) -> StableDiffusionXLPipeline:
-    """A Stable Diffusion XL of the usual architecture and schedule with random weights."""
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(PIPELINE / "tokenizer")
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": tokenizer.model_max_length,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    unet = UNet2DConditionModel(
-        sample_size=sample_size,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        cross_attention_dim=16 + 24,  # both encoders, side by side
-        attention_head_dim=(2, 4),
-        transformer_layers_per_block=(1, 2),
-        use_linear_projection=True,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=12 + 6 * 8,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=2,
-        latent_channels=4,
-        sample_size=2 * sample_size,
-        scaling_factor=0.13025,
-    )
-    return StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
-        text_encoder_2=CLIPTextModelWithProjection(
-            CLIPTextConfig(**text | {"hidden_size": 24, "projection_dim": 12})
-        ),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(**SCHEDULE_XL),
-        add_watermarker=False,
-    )
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.set_threshold(3000)  # Python's 700 would take 3 % of the time, with models that are nearly all small
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +36,10 @@ def _no_seed_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny pipeline with Stable Diffusion 1's scheduler."""
+    from diffusers import PNDMScheduler
+
+    from tests.pipelines import SCHEDULE, make_pipeline
+
     folder = tmp_path_factory.mktemp("tiny")
     scheduler = PNDMScheduler(**SCHEDULE, skip_prk_steps=True)
     make_pipeline(scheduler).save_pretrained(folder)
@@ -170,17 +47,35 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_attentive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, but adapters move it further: for tests of how far."""
+    from diffusers import PNDMScheduler
+
+    from tests.pipelines import SCHEDULE, make_pipeline
+
+    folder = tmp_path_factory.mktemp("tiny_attentive")
+    make_pipeline(PNDMScheduler(**SCHEDULE, skip_prk_steps=True), attentive=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny pipeline that predicts v, as Stable Diffusion 2.1 does, with another latent size."""
+    from diffusers import DDIMScheduler
+
+    from tests.pipelines import SCHEDULE, make_pipeline
+
     folder = tmp_path_factory.mktemp("tiny_v")
     scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, prediction_type="v_prediction")
-    make_pipeline(scheduler, sample_size=16).save_pretrained(folder)
+    make_pipeline(scheduler, sample_size=16, attentive=True).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny Stable Diffusion XL with its own scheduler."""
+    from tests.pipelines import CARRIED, make_xl_pipeline
+
     folder = tmp_path_factory.mktemp("tiny_xl")
     make_xl_pipeline().save_pretrained(folder)
     file = folder / "scheduler" / "scheduler_config.json"
@@ -205,6 +100,8 @@ def flow_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 @pytest.fixture(scope="session")
 def single_xl(tiny_xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as one file in the layout of the original."""
+    from tests.backbones.original_layout import save_original
+
     file = tmp_path_factory.mktemp("single_xl") / "model.safetensors"
     save_original(tiny_xl, file)
     return file

@@ -44,9 +44,15 @@ SMALL = [
     "--data.test_images_per_prompt=2",
     "--data.eval_batch=4",
 ]
+STEPS = ["--model.sampler.num_steps=3", "--model.sampler.noisy_steps=2"]
+"""A short chain: more steps take longer and run no other line."""
 ON_PAIRS = {"dpo", "sft", "spin"}
 """Methods on pairs of images: no reward scores what they train on."""
-OWN = {"msdda": ["--model.updates=1"]}
+OWN = {
+    "alignprop": ["--model.truncation.high=3"],
+    "msdda": ["--model.updates=1"],
+    "nft": ["--model.timesteps=2"],
+}
 OF_PROMPTS = ("--data.images_per_prompt", "--data.prompts_per_batch")
 SMALL_PAIRS = [a for a in SMALL if not a.startswith(OF_PROMPTS)] + ["--data.pairs_per_batch=2"]
 BRIGHT = [
@@ -67,8 +73,7 @@ def small(tiny: Path) -> list[str]:
     """Arguments that make DDPO's configuration small; the model is a tiny one of the same format."""
     model = [
         f"--model.backbone.pretrained={tiny}",
-        "--model.sampler.num_steps=4",
-        "--model.sampler.noisy_steps=3",
+        *STEPS,
     ]
     return ["--config", str(DDPO), *SMALL, *model, *BRIGHT]
 
@@ -122,7 +127,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_every_method_trains_through_the_real_entry_point(config: Path):
     on_pairs = config.stem in ON_PAIRS
     sizes = [*(SMALL_PAIRS if on_pairs else SMALL), *OWN.get(config.stem, [])]
-    main(["fit", "--config", str(config), *sizes, "--trainer.max_epochs=1"])
+    main(["fit", "--config", str(config), *sizes, *STEPS, "--trainer.max_epochs=1"])
     run = Path("logs", config.stem, "version_0")
     names = scalars(run).Tags()["scalars"]
     wanted = {"train/loss", "train/reward", "val/reward", "val/kl", "val/diversity", "val/truth"}
@@ -157,7 +162,7 @@ def test_every_overlay_is_read_after_the_configuration_that_it_names(config: Pat
 
 
 def test_a_run_leaves_what_it_promises(capsys):
-    main(["fit", "--config", str(DDPO), *SMALL])
+    main(["fit", "--config", str(DDPO), *SMALL, *STEPS])
     run = Path("logs/ddpo/version_0")
     events = scalars(run)
     assert [step for step, _ in curve(run, "val/reward")] == [0, 4, 8]
@@ -247,7 +252,7 @@ def test_help_comes_at_once_and_names_every_command():
     [
         (["sd15"], "tiny"),
         (["sd15", "sd21"], "tiny_v"),
-        (["sdxl"], "tiny_xl"),
+        pytest.param(["sdxl"], "tiny_xl", marks=pytest.mark.slow),  # the next has it too
         (["sdxl", "sdxl_turbo"], "tiny_xl"),
         (["sdxl", "sdxl_lightning"], "single_xl"),
     ],
@@ -355,7 +360,13 @@ def whole(long: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("method", "call"),
-    [("look_back", 1), ("look_back", 2), ("look_back", 3), ("look_back", 4), ("validation_step", 2)],
+    [
+        ("look_back", 1),
+        ("look_back", 2),
+        ("look_back", 3),
+        pytest.param("look_back", 4, marks=pytest.mark.slow),  # in mid-epoch too
+        ("validation_step", 2),
+    ],
     ids=["first", "mid-epoch", "first-of-epoch", "last", "in a validation"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(method, call, long, whole, monkeypatch):

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -50,11 +51,12 @@ data:
     eval_batch: 4
 """
 PROMPTS = "data: {init_args: {images_per_prompt: 2, prompts_per_batch: 2}}"
+STEPS = "sampler: {init_args: {num_steps: 3, noisy_steps: 2}}"
 SMALLER = {
-    "ddpo": f"{PROMPTS}\nmodel: {{init_args: {{updates: 1}}}}",
-    "nft": f"{PROMPTS}\nmodel: {{init_args: {{timesteps: 1}}}}",
-    "prdp": f"{PROMPTS}\nmodel: {{init_args: {{updates: 1}}}}",
-    "msdda": f"{PROMPTS}\nmodel: {{init_args: {{updates: 1}}}}",
+    "ddpo": f"{PROMPTS}\nmodel: {{init_args: {{{STEPS}, updates: 1}}}}",
+    "nft": f"{PROMPTS}\nmodel: {{init_args: {{{STEPS}, timesteps: 1}}}}",
+    "prdp": f"{PROMPTS}\nmodel: {{init_args: {{{STEPS}, updates: 1}}}}",
+    "msdda": f"{PROMPTS}\nmodel: {{init_args: {{{STEPS}, updates: 1}}}}",
     "alignprop": "data: {init_args: {prompts_per_batch: 2}}",
     "spin": "data: {init_args: {pairs_per_batch: 2}}\nmodel: {init_args: {steps: 1, iterations: 1}}",
     "my_method": PROMPTS,
@@ -163,12 +165,22 @@ def small(line: str, work: Path) -> list[str]:
     return arguments
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the runs that several commands go on with, by configuration."""
+    return tmp_path_factory.mktemp("runs")
+
+
 @pytest.mark.parametrize("line", ONE)
-def test_a_command_of_the_pages_runs(line: str, work: Path):
+def test_a_command_of_the_pages_runs(line: str, work: Path, runs: Path):
     if "--ckpt_path last" in line or "version_0" in line:
         config = re.search(r"--config (\S+)", line)
         name = config[1] if config else "configs/ddpo.yaml"  # the run that is exported
-        main(small(f"python -m lit_align fit --config {name}", work))
+        kept = runs / Path(name).stem
+        if not kept.exists():
+            main(small(f"python -m lit_align fit --config {name}", work))
+            Path("logs").rename(kept)
+        shutil.copytree(kept, "logs")
         if line.split()[3] == "fit":
             line += " --trainer.max_epochs 2"  # the run is complete after one
     if line.split()[3] == "fit" and "pinterest_joint" in line:

@@ -24,8 +24,8 @@ from lit_align.data.splits import Permutation, find, prompt_keys
 from lit_align.errors import ConfigError
 from lit_align.randomness import place
 from lit_align.samplers import DDIM, DiffusionSchedule
-from tests.conftest import SCHEDULE
 from tests.corpus.files import image
+from tests.pipelines import SCHEDULE
 
 settings.register_profile(
     "here",

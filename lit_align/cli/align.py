@@ -58,6 +58,14 @@ class AlignCLI(LightningCLI):
         parser.given = self.given
         return parser
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
+        """Of another command than this one, a parser without options: to look for them takes time."""
+        first = next(iter(self.command.arguments), None)
+        if first in self.subcommands() and first != subcommand:
+            self._subcommand_method_arguments[subcommand] = []
+            return self.init_parser(**kwargs)
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for kind in WRITTEN:
             parser.add_instantiator(built, kind, subclasses=True)
@@ -89,17 +97,17 @@ class AlignCLI(LightningCLI):
         stage = str(self.subcommand)
         config = self.config[stage]
         check_trainer_options(config.trainer)
-        parser = self._subcommand_parsers[stage]
-        now = settings_of(yaml.safe_load(parser.dump(config, skip_none=False)))
+        text = self._dump(config)
+        now = settings_of(yaml.safe_load(text))
         if self.auto:
             self.saved = find_equal(runs_of(config), now)
         if self.saved is not None:
             config.ckpt_path = str(self.saved.path)
+            text = self._dump(config)
         elif self.subcommand != "fit":
             rank_zero_warn(
                 "no --ckpt_path: this is the pretrained model; --ckpt_path last takes the newest run"
             )
-        text = parser.dump(config, skip_none=False)
         self.run_config = RunConfig(text, now)
         extra: list[Callback] = [self.run_config, Preemption(self.command, self.saved)]
         if self.saved is not None:
@@ -113,6 +121,11 @@ class AlignCLI(LightningCLI):
         # First the folder, then what is new, and last what says that all is written.
         folder, *others = _callbacks(config.trainer, self.folder)
         self.trainer_defaults["callbacks"] = [folder, *extra, *others]
+
+    def _dump(self, config: Any) -> str:
+        """The configuration of this command as YAML; it was validated when it was parsed."""
+        parser = self._subcommand_parsers[str(self.subcommand)]
+        return parser.dump(config, skip_none=False, skip_validation=True)
 
     def _choose_folder(self, config: Any) -> None:
         if config.trainer.fast_dev_run:

@@ -147,7 +147,7 @@ def one_batch(tiny, folder, lr, dtype="float32", precision="32-true"):
 
 
 @pytest.mark.parametrize("half", HALF, ids=str)
-def test_flipped_roundings_are_no_movement(tiny, tmp_path, half, monkeypatch):
+def test_flipped_roundings_are_no_movement(tiny_attentive, tmp_path, half, monkeypatch):
     """The squared difference at the stored states is above the target, where nothing has moved."""
     raw, read = [], Yardstick.read
 
@@ -156,7 +156,7 @@ def test_flipped_roundings_are_no_movement(tiny, tmp_path, half, monkeypatch):
         return read(yardstick)
 
     monkeypatch.setattr(Yardstick, "read", look)
-    logged = one_batch(tiny, tmp_path, 1e-5, **half)
+    logged = one_batch(tiny_attentive, tmp_path, 1e-5, **half)
     assert raw[0] > 1e-2 > 3 * abs(logged["train/kl"])
     assert logged["train/step_scale"] == 1.5  # the rate moves by less than the target: up, not down
     assert logged["train/kl_error"] < 3e-3

@@ -154,8 +154,10 @@ def test_one_expert_per_step_draws_other_images_that_do_not_depend_on_the_batch(
 # ---- training
 
 
-def test_each_expert_makes_what_its_own_reward_prefers_more_likely(tiny, tmp_path):
-    learner = module(tiny, lr=4e-3, lora=LoRA(8, 8.0), beta=3e-3, updates=2, inner_epochs=4, micro_batch=128)
+def test_each_expert_makes_what_its_own_reward_prefers_more_likely(tiny_attentive, tmp_path):
+    learner = module(
+        tiny_attentive, lr=4e-3, lora=LoRA(8, 8.0), beta=3e-3, updates=2, inner_epochs=4, micro_batch=128
+    )
     recorder, data = fit(learner, tmp_path, data=prompts(2, 16)), prompts(2, 16)
     data.setup("fit")
     seen = next(iter(data.train_dataloader()))
@@ -177,9 +179,9 @@ def test_each_expert_makes_what_its_own_reward_prefers_more_likely(tiny, tmp_pat
 
 
 @pytest.mark.slow
-def test_each_expert_learns_its_own_reward_and_the_fused_policy_lies_between(tiny, tmp_path):
+def test_each_expert_learns_its_own_reward_and_the_fused_policy_lies_between(tiny_attentive, tmp_path):
     options = {"beta": 3e-3, "updates": 2, "inner_epochs": 2, "micro_batch": 128}
-    learner = module(tiny, lr=4e-3, lora=LoRA(8, 8.0), **options)
+    learner = module(tiny_attentive, lr=4e-3, lora=LoRA(8, 8.0), **options)
     recorder = fit(learner, tmp_path, 8, data=prompts(4, 16), limit_val_batches=None)
     validated = held_out(learner)
     means: dict[str, dict[str, float]] = {}

@@ -243,11 +243,11 @@ def two_passes(module: PRDPModule, replay: Replay, rewards: torch.Tensor, monkey
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize(("micro_batch", "guidance"), [(1000, 1.0), (5, 3.0)])
-def test_two_passes_give_the_gradient_of_one(tiny, monkeypatch, convention, micro_batch, guidance):
+def test_two_passes_give_the_gradient_of_one(tiny_attentive, monkeypatch, convention, micro_batch, guidance):
     scale = 1 if convention == "listing" else 256
     module = make(
         PRDPModule,
-        tiny,
+        tiny_attentive,
         convention=convention,
         clip_range=1e-3 * scale,
         beta=1e-2,

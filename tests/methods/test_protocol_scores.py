@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from lit_align.advantages import GroupAdvantages
@@ -44,6 +45,7 @@ from tests.methods.build import (
     trained,
     trainer,
 )
+from tests.pipelines import SCHEDULE, make_pipeline
 
 # ---- images without a score
 
@@ -241,12 +243,23 @@ LEARNERS = {
 the files of these methods; a joint run's updates are DDPO's (see test_joint.py)."""
 
 
+@pytest.fixture(scope="module")
+def of_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model that predicts v."""
+    folder = tmp_path_factory.mktemp("of_v")
+    scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, prediction_type="v_prediction")
+    make_pipeline(scheduler, attentive=True).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "awm")) for name in LEARNERS]
 )
-def test_learns_a_reward_past_a_threshold(name: str, tiny: Path, tiny_v: Path, tmp_path: Path) -> None:
+def test_learns_a_reward_past_a_threshold(
+    name: str, tiny_attentive: Path, of_v: Path, tmp_path: Path
+) -> None:
     learner = LEARNERS[name]
-    folder = tiny_v if learner.predicts_v else tiny
+    folder = of_v if learner.predicts_v else tiny_attentive
     module = make(learner.method, folder, noisy_steps=2, micro_batch=128, batch=64, **learner.options)
     fit(module, tmp_path, learner.batches, data=prompts(**learner.data), limit_val_batches=None)
     before, after = module.baseline, module.latest

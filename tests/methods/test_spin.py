@@ -20,9 +20,9 @@ from lit_align.methods.spin.module import forward_chain
 from lit_align.methods.spin.opponent import OPPONENT
 from lit_align.pool import Pool
 from lit_align.samplers import DDIM
-from tests.conftest import SCHEDULE
 from tests.methods.build import fit, make, pairs, prompts
 from tests.methods.recorders import Recorder
+from tests.pipelines import SCHEDULE
 
 BATCH = 4
 

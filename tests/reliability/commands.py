@@ -4,7 +4,7 @@ from pathlib import Path
 
 from diffusers import PNDMScheduler
 
-from tests.conftest import SCHEDULE, make_pipeline
+from tests.pipelines import SCHEDULE, make_pipeline
 
 ROOT = Path(__file__).parents[2]
 

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from functools import cache
 from itertools import combinations_with_replacement, product
+from math import prod
 from typing import Literal, get_args
-
-import numpy as np
 
 from lit_align.errors import ConfigError
 from lit_align.shapes.world.grammar import COLOURS, PAIR_COUNTS, RADII, RELATIONS, SHAPES, Caption, Group
@@ -86,7 +85,7 @@ def _radices(kind: Kind, pairs: ShapePairs) -> tuple[int, ...]:
 
 
 def _kind_length(kind: Kind, pairs: ShapePairs) -> int:
-    return int(np.prod(_radices(kind, pairs)))
+    return prod(_radices(kind, pairs))
 
 
 def _numbered(kind: Kind, index: int, pairs: ShapePairs) -> Caption:
