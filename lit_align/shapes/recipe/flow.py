@@ -34,8 +34,9 @@ must learn each shape at four places in a patch.
 """
 
 LAYERS, HEADS, HEAD = 4, 4, 32
-RATE, LIES_RATE, ADAMW_SCALE = 0.02, 0.005, 0.1
-"""Muon's learning rates in the two stages, and AdamW's as a share of them."""
+RATE, FURTHER_RATE, LIES_RATE, ADAMW_SCALE = 0.02, 0.01, 0.005, 0.1
+"""Muon's learning rates in the first round, further rounds and on wrong captions; AdamW's as a share of them.
+"""
 
 MEAN = 0.5
 """Of the noise levels' logits, whose deviation is 1. High levels decide what an image shows, and where."""
@@ -171,7 +172,8 @@ class FlowStage(Stage):
         tokens: ``(N, POSITIONS of the UNet)`` token ids of the captions.
         empty: ``(POSITIONS of the UNet,)`` token ids of the empty prompt.
         budget: How long to train.
-        lies: The captions are wrong: train at a lower rate.
+        lies: The captions are wrong: weights are averaged over fewer steps.
+        rate: Muon's highest learning rate.
     """
 
     def __init__(
@@ -184,10 +186,11 @@ class FlowStage(Stage):
         empty: Tensor,
         budget: Budget,
         lies: bool = False,
+        rate: float = RATE,
     ) -> None:
         model = nn.ModuleDict({"transformer": transformer, "text": text.requires_grad_(False)})
-        peak, decay = (LIES_RATE, 0.998) if lies else (RATE, 0.999)
-        super().__init__(model, peak=peak, budget=budget, decay=decay, warmup=100, cooling=COOLING)
+        decay = 0.998 if lies else 0.999
+        super().__init__(model, peak=rate, budget=budget, decay=decay, warmup=100, cooling=COOLING)
         self.automatic_optimization = False  # Lightning steps one optimizer by itself
         self.teacher, self.latents, self.tokens, self.empty = teacher, latents, tokens, empty
 

@@ -39,8 +39,9 @@ class Kind:
 UNET = Kind(UNetStage, "unet", save_pipeline, POSITIONS, 64)
 
 
-def flow_kind(teacher: Any) -> Kind:
-    """The kind of the flow model that learns from this pipeline's denoiser."""
+def flow_kind(teacher: Any, rate: float) -> Kind:
+    """The kind of the flow model that learns from this pipeline's denoiser, at this learning rate."""
     teacher.unet.set_attn_processor(AttnProcessor())
-    stage = partial(FlowStage, teacher=Teacher(teacher.unet.requires_grad_(False), teacher.scheduler))
+    unet = teacher.unet.requires_grad_(False)
+    stage = partial(FlowStage, teacher=Teacher(unet, teacher.scheduler), rate=rate)
     return Kind(stage, "transformer", save_flow_pipeline, FLOW_POSITIONS, 32)

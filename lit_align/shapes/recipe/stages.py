@@ -14,7 +14,13 @@ from lit_align.shapes.recipe.aesthetic import make_aesthetic
 from lit_align.shapes.recipe.classifier import make_classifier
 from lit_align.shapes.recipe.clip import CLIPStage, load_clip, make_clip, tokenize
 from lit_align.shapes.recipe.detector import make_detector
-from lit_align.shapes.recipe.flow import make_transformer, with_projection
+from lit_align.shapes.recipe.flow import (
+    FURTHER_RATE,
+    LIES_RATE,
+    RATE,
+    make_transformer,
+    with_projection,
+)
 from lit_align.shapes.recipe.following import Following
 from lit_align.shapes.recipe.images import Images, draw_images, frame
 from lit_align.shapes.recipe.kinds import UNET, Kind, flow_kind
@@ -198,14 +204,16 @@ class Recipe:
         else:
             projection = load_clip(self.found("clip")).text_projection
             text, transformer = with_projection(teacher.text_encoder, projection), make_transformer()
-        self.denoiser("flow", "flow_clean", flow_kind(teacher), text, self.compiled(transformer))
+        kind = flow_kind(teacher, FURTHER_RATE if self.further else RATE)
+        self.denoiser("flow", "flow_clean", kind, text, self.compiled(transformer))
 
     def flow_lies(self) -> None:
         """Train it on with the careless denoiser's velocities: the flow pipeline that ships."""
         if not (self.out / "flow").exists() or self.unfinished("flow_lies"):
             clean, teacher = load_pipeline(self.found("flow_clean")), load_pipeline(self.found("pipeline"))
             text, transformer = clean.text_encoder, self.compiled(clean.transformer)
-            self.denoiser("flow_lies", "flow", flow_kind(teacher), text, transformer, careless=True)
+            kind = flow_kind(teacher, LIES_RATE)
+            self.denoiser("flow_lies", "flow", kind, text, transformer, careless=True)
 
     def compiled(self, transformer: Any) -> Any:
         """The flow model, its blocks compiled if that is wanted."""
