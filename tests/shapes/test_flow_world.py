@@ -1,5 +1,6 @@
 """The flow model of Shapes: how it is made, and the one that ships."""
 
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +13,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from lit_align.backbones import StableDiffusion3Backbone
 from lit_align.samplers.flow import FlowSDE
 from lit_align.shapes import CLIP, FLOW_PIPELINE, PIPELINE
-from lit_align.shapes.recipe import flow
+from lit_align.shapes.recipe import flow, training
 from lit_align.shapes.recipe.clip import load_clip, tokenize
 from lit_align.shapes.recipe.flow import FlowStage, Teacher, embed, make_transformer, with_projection
 from lit_align.shapes.recipe.images import numpy_rng
 from lit_align.shapes.recipe.pipeline import load_pipeline, save_flow_pipeline
 from lit_align.shapes.recipe.quality import FLOW_RECOMMENDED, Sampling, draw, rates, sample
-from lit_align.shapes.recipe.training import CHECKPOINT, Batches, Budget, fit
+from lit_align.shapes.recipe.training import Batches, Budget, fit
 from lit_align.shapes.recipe.unet import make_scheduler, make_unet
 from lit_align.shapes.recipe.vae import make_vae
 from lit_align.shapes.world import PromptSpace
@@ -104,12 +105,15 @@ def test_the_transformer_begins_with_a_velocity_of_0() -> None:
     assert errors.mean() == pytest.approx(float(expected), rel=0.1)
 
 
-def test_an_interrupted_stage_goes_on_with_both_optimizers(tmp_path: Path) -> None:
+def test_an_interrupted_stage_goes_on_with_both_optimizers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", timedelta(0))
+
     class Interrupted(FlowStage):
         def on_train_batch_end(self, outputs: object, batch: torch.Tensor, batch_idx: int) -> None:
             super().on_train_batch_end(outputs, batch, batch_idx)
             if self.global_step == 2:
-                self.trainer.save_checkpoint(tmp_path / CHECKPOINT)
                 raise KeyError("the plug is pulled")
 
     budget, batches = Budget(60.0, steps=3), partial(Batches, 256, 4, 0)

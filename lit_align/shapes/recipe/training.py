@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
@@ -148,6 +148,31 @@ class Stage(L.LightningModule):
             self.trainer.should_stop = True
 
 
+class Saving(L.Callback):
+    """Write a checkpoint every so often.
+
+    Lightning's ``ModelCheckpoint`` does not look at ``train_time_interval`` where a module steps its
+    optimizers itself.
+
+    Args:
+        file: The checkpoint, replaced each time.
+        every: Time between two.
+    """
+
+    def __init__(self, file: Path, every: timedelta) -> None:
+        self.file, self.every = file, every.total_seconds()
+        self.last = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        """Save when it is time; the first process says when."""
+        if trainer.strategy.broadcast(time.monotonic() - self.last >= self.every):
+            part = self.file.with_suffix(".part")
+            trainer.save_checkpoint(part)
+            if trainer.is_global_zero:
+                part.replace(self.file)
+            self.last = time.monotonic()
+
+
 def fit(
     stage: Stage,
     batches: Batches,
@@ -167,9 +192,6 @@ def fit(
         callbacks: Besides the progress bar.
     """
     newest = folder / CHECKPOINT
-    saving = ModelCheckpoint(
-        folder, newest.stem, train_time_interval=CHECKPOINT_EVERY, enable_version_counter=False
-    )
     trainer = L.Trainer(
         accelerator="cpu",
         devices=num_processes,
@@ -179,7 +201,8 @@ def fit(
         gradient_clip_val=1.0 if stage.automatic_optimization else None,  # such a stage clips by itself
         log_every_n_steps=20,
         logger=CSVLogger(folder, name="", version="log"),
-        callbacks=[RichProgressBar(refresh_rate=20), saving, *callbacks],
+        callbacks=[RichProgressBar(refresh_rate=20), Saving(newest, CHECKPOINT_EVERY), *callbacks],
+        enable_checkpointing=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
