@@ -10,7 +10,13 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from lit_align.shapes import PIPELINE
 
@@ -49,17 +55,7 @@ def make_pipeline(
     """
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(PIPELINE / "tokenizer")
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    text = _text_config(tokenizer)
     unet = UNet2DConditionModel(
         sample_size=sample_size,
         in_channels=4,
@@ -72,15 +68,7 @@ def make_pipeline(
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D" if attentive else "UpBlock2D"),
     )
-    vae = AutoencoderKL(
-        block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=2,
-        latent_channels=4,
-        sample_size=2 * sample_size,
-    )
+    vae = _autoencoder(sample_size)
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(text),
@@ -97,17 +85,6 @@ def make_xl_pipeline(sample_size: int = 8) -> StableDiffusionXLPipeline:
     """A Stable Diffusion XL of the usual architecture and schedule with random weights."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(PIPELINE / "tokenizer")
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": tokenizer.model_max_length,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
     unet = UNet2DConditionModel(
         sample_size=sample_size,
         in_channels=4,
@@ -125,7 +102,42 @@ def make_xl_pipeline(sample_size: int = 8) -> StableDiffusionXLPipeline:
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=12 + 6 * 8,
     )
-    vae = AutoencoderKL(
+    vae = _autoencoder(sample_size, scaling_factor=0.13025)
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(_text_config(tokenizer, num_layers=2)),
+        text_encoder_2=CLIPTextModelWithProjection(
+            _text_config(tokenizer, num_layers=2, width=24, projection=12)
+        ),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**SCHEDULE_XL),
+        add_watermarker=False,
+    )
+
+
+def _text_config(
+    tokenizer: CLIPTokenizer, num_layers: int = 1, width: int = 16, projection: int = 512
+) -> CLIPTextConfig:
+    """Of a text tower for this tokenizer; 512 is the projection of CLIP's own configuration."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=32,
+        projection_dim=projection,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _autoencoder(sample_size: int, scaling_factor: float = 0.18215) -> AutoencoderKL:
+    """For latents of this size; 0.18215 is the factor of Stable Diffusion 1 and of the class."""
+    return AutoencoderKL(
         block_out_channels=(4, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -133,17 +145,5 @@ def make_xl_pipeline(sample_size: int = 8) -> StableDiffusionXLPipeline:
         norm_num_groups=2,
         latent_channels=4,
         sample_size=2 * sample_size,
-        scaling_factor=0.13025,
-    )
-    return StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
-        text_encoder_2=CLIPTextModelWithProjection(
-            CLIPTextConfig(**text | {"hidden_size": 24, "projection_dim": 12})
-        ),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(**SCHEDULE_XL),
-        add_watermarker=False,
+        scaling_factor=scaling_factor,
     )

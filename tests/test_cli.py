@@ -22,9 +22,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+import lit_align.methods.alignprop
 from lit_align.cli import main
 from lit_align.cli.align import AlignCLI
 from lit_align.methods import DDPOModule
+from lit_align.samplers import DDIM
 from lit_align.shapes import PIPELINE
 
 ROOT = Path(__file__).parents[1]
@@ -134,6 +136,18 @@ def test_every_method_trains_through_the_real_entry_point(config: Path):
     assert wanted - ({"train/reward"} if on_pairs else set()) <= set(names)
     assert not [name for name in names if name == "epoch" or name.startswith("final/")]
     assert (run / "adapter" / "pytorch_lora_weights.safetensors").exists()
+
+
+@pytest.mark.parametrize("config", METHODS, ids=lambda path: path.stem)
+def test_the_chain_that_ships_is_possible(config: Path):
+    """The runs here are of shorter chains."""
+    options = yaml.safe_load(config.read_text())["model"]["init_args"]
+    scheduler = json.loads((PIPELINE / "scheduler" / "scheduler_config.json").read_text())
+    steps = DDIM(scheduler, **options["sampler"]["init_args"]).num_steps
+    assert options.get("timesteps", 1) <= steps
+    if window := options.get("truncation"):
+        truncation = getattr(lit_align.methods.alignprop, window["class_path"])(**window["init_args"])
+        assert truncation.attached(steps, torch.Generator()).any()
 
 
 class Parsed(Exception):
@@ -633,6 +647,7 @@ def in_two_processes(*arguments: str) -> None:
 
 
 def _rank(rank: int, arguments: tuple[str, ...]) -> None:
+    torch.set_num_threads(1)  # a forked process would wait for the threads of its parent, which it has not
     place = {"LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531", "GROUP_RANK": "0"})

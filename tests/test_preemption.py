@@ -220,6 +220,7 @@ def test_a_signal_to_one_process_ends_both_after_the_rollout_batch():
 
 
 def _start_apart(rank: int, file: str) -> None:
+    torch.set_num_threads(1)  # a forked process would wait for the threads of its parent, which it has not
     torch.distributed.init_process_group("gloo", f"file://{file}.meeting", rank=rank, world_size=2)
     try:
         _check_same_start(None if rank else Saved(Path("a.ckpt"), 8, 2, 1, None), 2)

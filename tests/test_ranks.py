@@ -3,9 +3,12 @@
 import math
 import re
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from lit_align.errors import ConfigError
@@ -131,3 +134,11 @@ def test_processes_that_would_each_train_alone_are_refused(place, tmp_path, monk
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"2 processes were started together, and the Trainer knows of 1"):
         check_trainer(alone)
+
+
+def test_checkpoints_by_the_clock_are_refused_as_nothing_would_write_them(tmp_path):
+    clock = ModelCheckpoint(tmp_path, train_time_interval=timedelta(minutes=10))
+    with pytest.raises(ConfigError, match=r"train_time_interval 0:10:00 would write nothing.*every_n_train"):
+        check_trainer(Trainer(accelerator="cpu", logger=False, callbacks=[clock]))
+    steps = ModelCheckpoint(tmp_path, every_n_train_steps=1)
+    check_trainer(Trainer(accelerator="cpu", logger=False, callbacks=[steps]))

@@ -59,7 +59,7 @@ class AlignCLI(LightningCLI):
         return parser
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
-        """Of another command than this one, a parser without options: to look for them takes time."""
+        """The parser of a command; without options for all but the given one, as finding them takes time."""
         first = next(iter(self.command.arguments), None)
         if first in self.subcommands() and first != subcommand:
             self._subcommand_method_arguments[subcommand] = []

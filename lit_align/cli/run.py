@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -84,9 +85,26 @@ def _run(command: Command, cli: type[AlignCLI] = AlignCLI) -> None:
             args=arguments_with_functions(translated_arguments(arguments)),
         )
     except ArgumentError as error:
-        raise ConfigError(explain(error, given)) from None
+        raise ConfigError(_late_command(arguments) or explain(error, given)) from None
     finally:
         set_loader("yaml", LOAD_YAML, exceptions=(yaml.YAMLError,))
+
+
+def _late_command(arguments: Sequence[str]) -> str | None:
+    """What to say where options stand before the command, or without one; None where they may.
+
+    A file with a section for each command may stand there, as LightningCLI has it.
+    """
+    if not arguments or not arguments[0].startswith("-"):
+        return None
+    sections = {key.value for path in given_files(arguments) for key, _ in read(path).root.value}
+    if sections & AlignCLI.subcommands().keys():
+        return None
+    name = next((a for a in arguments if a in {*AlignCLI.subcommands(), *TOOLS, "doctor"}), None)
+    example = "as in python -m lit_align fit --config configs/ddpo.yaml"
+    if name is None:
+        return f"{arguments[0]}: there is no command; give one first, {example}"
+    return f"{arguments[0]}: options stand after the command, {name}, {example}"
 
 
 def _sentence(error: BaseException) -> str | None:

@@ -1,18 +1,20 @@
 """Which Trainers the methods run on: others would round the stored chains, or train copies apart."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 
 from lit_align.errors import ConfigError
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Refuse a precision or a strategy that the methods do not know.
+    """Refuse a precision, a strategy or checkpoints that the methods do not know.
 
     Raises:
         ConfigError: With what to change.
@@ -24,6 +26,7 @@ def check_trainer(trainer: Trainer) -> None:
         )
     _check_world(trainer.world_size)
     _check_strategy(trainer.strategy, trainer.world_size)
+    _check_checkpoints(trainer.checkpoint_callbacks)
 
 
 def _check_world(world: int) -> None:
@@ -34,6 +37,17 @@ def _check_world(world: int) -> None:
                 f"trainer.devices: {started} processes were started together, and the Trainer knows of "
                 f"{world}; set trainer.num_nodes to the number of nodes, and trainer.devices to that of "
                 "processes on each"
+            )
+
+
+def _check_checkpoints(callbacks: Sequence[Checkpoint]) -> None:
+    """Refuse checkpoints by the clock: Lightning writes none where a module steps its optimizer itself."""
+    for one in callbacks:
+        if isinstance(one, ModelCheckpoint) and one._train_time_interval is not None:
+            raise ConfigError(
+                f"ModelCheckpoint: train_time_interval {one._train_time_interval} would write nothing, since "
+                "methods step their optimizer themselves; use every_n_train_steps, or leave it out: a run "
+                "writes its last.ckpt anyway"
             )
 
 

@@ -52,6 +52,7 @@ def gradients(
 
 
 def worker(rank: int, folder: str, out: Path) -> None:
+    torch.set_num_threads(1)  # a forked process would wait for the threads of its parent, which it has not
     torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
     for kind, (lora, options) in KINDS.items():
         found = gradients(folder, rank, 2, lora, out / kind / "sharded", options)

@@ -41,6 +41,11 @@ def peak_bytes() -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
+def peak_above(before: int) -> int:
+    """Highest memory since :func:`reset_peak`, above ``before``; the kernel's count is some pages late."""
+    return max(0, peak_bytes() - before)
+
+
 def each_alone(calls: Iterable[Callable[[], dict[str, Any]]]) -> list[dict[str, Any]]:
     """What the calls return, each made in a process of its own: an allocator keeps what it once had."""
     spawn = multiprocessing.get_context("spawn")

@@ -26,7 +26,7 @@ from lit_align.methods import AlignPropModule, Sampling
 from lit_align.methods.alignprop import FixedWindow
 from lit_align.rewards import CLIPScore, RewardBank
 from lit_align.samplers import DDIM
-from tests.benchmarks.machine import each_alone, machine, now, peak_bytes, reset_peak
+from tests.benchmarks.machine import each_alone, machine, now, peak_above, peak_bytes, reset_peak
 
 Checkpointing = Literal["none", "prediction"]
 
@@ -51,7 +51,7 @@ def measure(options: argparse.Namespace, steps: int, checkpointing: Checkpointin
         latents, _ = module.differentiable_sample(batch, cond, attached[:, None].expand(-1, len(batch)))
         module.rewards(module.backbone.decode(latents), batch.prompts).total.sum().backward()
         seconds = now(module, cpu_time=module.device.type == "cpu") - started
-    peak = peak_bytes() - before
+    peak = peak_above(before)
     cell = {"steps": steps, "checkpointing": checkpointing, "peak_bytes": peak, "seconds": seconds}
     return cell | {"machine": machine(module)}
 

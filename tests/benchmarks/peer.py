@@ -20,6 +20,7 @@ that the table shows whether the work is the same.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,9 @@ from rich.table import Table
 
 from lit_align.data import ShapesPrompts
 from lit_align.errors import ConfigError
+from lit_align.files import write
 from lit_align.shapes import PIPELINE
+from tests.benchmarks.harness.run import CellFailed
 from tests.benchmarks.peers import race
 from tests.benchmarks.peers.our_side import ROOT, arguments
 from tests.benchmarks.peers.turns import Work
@@ -260,7 +263,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
         show(work, told, Console())
         found[method] = {"work": asdict(work), "summary": summary(told), "sides": told}
         if options.out:
-            options.out.write_text(json.dumps(found, indent=1) + "\n")
+            write(options.out, json.dumps(found, indent=1) + "\n")
     return found
 
 
@@ -292,9 +295,11 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse(given)
+    if shutil.which(options.trl) is None:
+        sys.exit(f"peer: --trl {options.trl}: there is no such program; give the Python that has TRL")
     try:
         speed(options) if options.command == "speed" else race.run(options)
-    except (ConfigError, RuntimeError) as error:
+    except (CellFailed, ConfigError, RuntimeError) as error:
         sys.exit(f"peer: {error}")
 
 

@@ -20,6 +20,7 @@ from lit_align.cli import main as lit_align
 from lit_align.errors import ConfigError
 from lit_align.rewards import Redness
 from tests.benchmarks.harness.plan import ROOT
+from tests.benchmarks.harness.run import CellFailed
 from tests.benchmarks.peer import check, main, parse, receive, start, summary, warnings_of
 from tests.benchmarks.peers.our_side import REDNESS, arguments
 from tests.benchmarks.peers.race import (
@@ -121,6 +122,20 @@ def test_sizes_that_the_sides_cannot_share_are_refused():
             check(given(*sizes))
 
 
+def test_a_python_that_is_not_there_is_said_in_a_sentence(tmp_path: Path):
+    with pytest.raises(SystemExit, match=r"peer: --trl .*/python: there is no such program"):
+        main(["speed", f"--trl={tmp_path / 'python'}"])
+
+
+def test_a_run_of_the_race_that_fails_is_said_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(_options: argparse.Namespace) -> None:
+        raise CellFailed("ended with status 1")
+
+    monkeypatch.setattr("tests.benchmarks.peers.race.run", fails)
+    with pytest.raises(SystemExit, match="peer: ended with status 1"):
+        main(["race", f"--trl={sys.executable}"])
+
+
 def side(seconds: list[float], **changes: Any) -> dict[str, Any]:
     rounds = [
         {"seconds": s, "peak_bytes": 10 * s, "resident_bytes": 5.0, "reward": 0.1, "rows": {"denoiser": 4}}
@@ -159,7 +174,9 @@ def test_the_time_to_a_level_lies_between_two_points():
     assert time_to(OUR_CURVE, 2.5) == 15.0
     assert time_to(OUR_CURVE, 1.0) == 0.0
     assert time_to(OUR_CURVE, 3.1) is None
-    assert time_to([(0.0, 0, 1.0), (1.0, 1, 0.5), (2.0, 2, 1.5)], 1.25) == 1.75  # the way back up
+    dip = [(0.0, 0, 1.0), (1.0, 1, 0.5), (2.0, 2, 1.5)]
+    assert time_to(dip, 1.25) == 1.75  # the way back up
+    assert time_to(dip, 0.75) == 0.0  # it began above
 
 
 def test_the_verdict_takes_a_level_above_both_starts():
@@ -172,6 +189,8 @@ def test_the_verdict_takes_a_level_above_both_starts():
     assert (told["level"], told["ratio"], told["below"]) == (3.0, 4.0, None)
     ahead = [(0.0, 0, 4.0), (10.0, 24, 5.0)]  # its pretrained reward is above all of ours
     assert verdict(OUR_CURVE, ahead)["ratio"] is None
+    worse = [(0.0, 0, 2.0), (10.0, 64, 1.5)]  # training made ours worse: nothing to say of its time
+    assert verdict(worse, [(0.0, 0, 1.0), (10.0, 24, 1.2)])["below"] is None
     tables = report([{"method": "ddpo", "seed": 1, "verdict": verdict(OUR_CURVE, slow)}])
     assert tables.row_count == 1
 

@@ -26,7 +26,7 @@ from lit_align.replay import Replay
 from lit_align.rewards import Redness, RewardBank
 from lit_align.rollout import Trajectory
 from lit_align.samplers import DDIM
-from tests.benchmarks.machine import each_alone, machine, now, peak_bytes, reset_peak
+from tests.benchmarks.machine import each_alone, machine, now, peak_above, peak_bytes, reset_peak
 
 SIZES = ((4, 5), (16, 20), (64, 50))
 """Images and steps of the cells."""
@@ -54,7 +54,7 @@ def measure(options: argparse.Namespace, images: int, steps: int) -> dict[str, A
     module._learn(replay, old.view(*rewards.shape, -1), rewards)
     seconds = now(module, cpu_time=module.device.type == "cpu") - started
     chains = (states.numel() * 2 - states[0].numel()) * states.element_size()
-    found = {"images": images, "steps": steps, "peak_bytes": peak_bytes() - before, "chain_bytes": chains}
+    found = {"images": images, "steps": steps, "peak_bytes": peak_above(before), "chain_bytes": chains}
     return found | {"seconds": seconds, "machine": machine(module)}
 
 

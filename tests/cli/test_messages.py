@@ -186,7 +186,17 @@ def test_an_overlay_without_a_configuration_before_it(capsys):
         (["fit"], "no configuration: give one, as in --config configs/ddpo.yaml"),
         (["fit", "--confg", "x.yaml"], "--confg: there is no such option; did you mean --config?"),
         (["ft", "--config", str(DDPO)], "there is no command ft; did you mean fit?"),
+        (["--config", str(DDPO), "fit"], "--config: options stand after the command, fit"),
+        (["--rewards", "bank.yaml", "serve"], "--rewards: options stand after the command, serve"),
+        (["--print_config"], "--print_config: there is no command; give one first"),
     ],
 )
 def test_a_command_without_a_configuration(arguments, part, capsys):
     assert part in told(capsys, *arguments)
+
+
+def test_a_mistake_in_a_section_for_a_command_is_told_as_such(capsys):
+    Path("sections.yaml").write_text("fit: {trainer: {max_epochs: many}}\n")
+    message = told(capsys, "--config", "sections.yaml", "fit")
+    assert "max_epochs" in message
+    assert "after the command" not in message

@@ -263,6 +263,7 @@ def test_a_classifier_of_ones_own_is_read_with_its_processor(four: str) -> None:
 
 
 def gather_and_score(rank: int, folder: str, file: str) -> None:
+    torch.set_num_threads(1)  # a forked process would wait for the threads of its parent, which it has not
     torch.distributed.init_process_group("gloo", f"file://{file}.meeting", rank=rank, world_size=2)
     features = torch.load(file)
     reward: BatchStatisticalParity = BatchStatisticalParity(folder)

@@ -206,10 +206,12 @@ def _launch(command: list[str], log: Path) -> None:
 
 def time_to(curve: Sequence[Point], level: float) -> float | None:
     """CPU seconds until the held-out reward is first at a level, between two points on a line."""
+    if curve[0][2] >= level:
+        return curve[0][0]
     for (before, _, low), (after, _, high) in pairwise(curve):
         if low < level <= high:
             return before + (after - before) * (level - low) / (high - low)
-    return curve[0][0] if curve[0][2] >= level else None
+    return None
 
 
 def verdict(ours: Sequence[Point], trl: Sequence[Point]) -> dict[str, Any]:
@@ -217,7 +219,8 @@ def verdict(ours: Sequence[Point], trl: Sequence[Point]) -> dict[str, Any]:
 
     Returns:
         ``level``, ``ours``, ``trl`` and ``ratio``, all None without a level above both pretrained rewards;
-        ``below``: where TRL never had our best reward, its ratio there is below this.
+        ``below``: where TRL never had our best reward, the ratio there is below this; None if our best is
+        the pretrained reward, which takes no time.
     """
     best = {side: max(reward for _, _, reward in points) for side, points in (("ours", ours), ("trl", trl))}
     found: dict[str, Any] = dict.fromkeys(("level", "ours", "trl", "ratio", "below"))
@@ -228,7 +231,7 @@ def verdict(ours: Sequence[Point], trl: Sequence[Point]) -> dict[str, Any]:
         assert times[0] is not None, "it had this reward"
         assert times[1], "it had this reward, and not at its start"
         found |= {"level": level, "ours": times[0], "trl": times[1], "ratio": times[0] / times[1]}
-    if best["trl"] < best["ours"]:
+    if max(best["trl"], ours[0][2]) < best["ours"]:
         ours_best = time_to(ours, best["ours"])
         assert ours_best is not None
         found["below"] = ours_best / trl[-1][0]

@@ -101,7 +101,8 @@ class Turns:
     def end(self, reward: float) -> None:
         """Tell what the turn took, and the mean reward of its images."""
         seconds = time.process_time() - self.started
-        measured = {"seconds": seconds, "peak_bytes": peak_bytes(), "resident_bytes": self.resident}
+        peak = max(peak_bytes(), self.resident)  # the kernel's count is some pages late
+        measured = {"seconds": seconds, "peak_bytes": peak, "resident_bytes": self.resident}
         told = measured | {"reward": reward, "rows": dict(self.rows)}
         self.connection.send_bytes(json.dumps(told).encode())
 
