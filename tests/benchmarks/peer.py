@@ -30,11 +30,9 @@ from dataclasses import asdict
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from lit_align.data import ShapesPrompts
 from lit_align.errors import ConfigError
@@ -43,38 +41,11 @@ from lit_align.shapes import PIPELINE
 from tests.benchmarks.harness.run import CellFailed
 from tests.benchmarks.peers import race
 from tests.benchmarks.peers.our_side import ROOT, arguments
+from tests.benchmarks.peers.shown import SIDES, show, summary
 from tests.benchmarks.peers.turns import Work
 
 METHODS = ("ddpo", "alignprop")
-SIDES = ("ours", "trl")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-SAME = ("torch", "diffusers", "transformers", "peft")
-"""Libraries that must be the same on both sides: they do most of the work."""
-
-DIFFERENCES = {
-    "ddpo": (
-        "TRL samples through its copy of the diffusers pipeline: a progress bar, the schedule looked up and "
-        "a log-probability at every step; ours has a step's coefficients in a table, and stores the mean.",
-        "TRL replays one step of a batch at a time; ours any (image, step) pairs, as many at once.",
-        "TRL's loss needs log-probabilities of both policies; ours the difference of two Gaussians.",
-        "Ours measures the KL of each round on the first image of each prompt (more denoiser rows without "
-        "gradient, see the table); TRL takes half the squared difference of log-probabilities as it goes.",
-        "Ours writes TensorBoard logs and a checkpoint from which a run goes on to the bit; TRL saves the "
-        "state of accelerate and logs nothing, since its default has no tracker.",
-        "Both compute in float32: TRL's default, fp16, is for GPUs.",
-        "LoRA factors start as Gaussians in TRL, and as PEFT's default in ours; alpha is the rank in both.",
-    ),
-    "alignprop": (
-        "Both recompute each differentiated prediction in the backward pass. TRL runs the steps before the "
-        "window under gradient, too, and then detaches them; ours runs them without.",
-        "Ours recomputes the decoder, too; TRL keeps its activations.",
-        "TRL computes a log-probability at every step, which nothing uses.",
-        "Ours writes TensorBoard logs and a whole checkpoint; TRL saves the state of accelerate and logs "
-        "nothing.",
-        "Both compute in float32: TRL's default, fp16, is for GPUs.",
-        "LoRA factors start as Gaussians in TRL, and as PEFT's default in ours; alpha is the rank in both.",
-    ),
-}
 
 
 def check(options: argparse.Namespace) -> None:
@@ -83,6 +54,9 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: They do not divide, or there are more attached steps than steps.
     """
+    for name in ("images", "prompts", "steps", "rank", "batch", "rounds"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} {getattr(options, name)}: give at least 1")
     if options.images % options.batch:
         raise ConfigError(f"--images {options.images} is not a multiple of --batch {options.batch}")
     if options.images % options.prompts:
@@ -174,68 +148,6 @@ def finish(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def summary(told: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the rounds but the first, of each side and of the ratios ours / TRL of each round."""
-    rounds = {side: told[side]["rounds"][1:] for side in SIDES}
-    found: dict[str, Any] = {}
-    for name in ("seconds", "peak_bytes", "resident_bytes"):
-        values = {side: [one[name] for one in rounds[side]] for side in SIDES}
-        ratios = [a / b for a, b in zip(*values.values(), strict=True)]
-        found[name] = {side: median(values[side]) for side in SIDES} | {"ratio": median(ratios)}
-        found[name] |= {"lowest": min(ratios), "highest": max(ratios)}
-    kinds = sorted({kind for side in SIDES for one in rounds[side] for kind in one["rows"]})
-    found["rows"] = {k: {side: rounds[side][0]["rows"].get(k, 0) for side in SIDES} for k in kinds}
-    found["first_reward"] = {side: told[side]["rounds"][0]["reward"] for side in SIDES}
-    found["trained"] = {side: told[side]["trained"] for side in SIDES}
-    return found
-
-
-def warnings_of(told: dict[str, dict[str, Any]]) -> list[str]:
-    """What makes the comparison unfair."""
-    ours, trl = (told[side]["versions"] for side in SIDES)
-    found = [
-        f"{name} is {ours.get(name)} here and {trl.get(name)} there"
-        for name in SAME
-        if ours.get(name) != trl.get(name)
-    ]
-    if told["ours"]["trained"] != told["trl"]["trained"]:
-        found.append(f"ours trains {told['ours']['trained']} numbers, TRL {told['trl']['trained']}")
-    found += [f"{side} runs {told[side]['threads']} threads" for side in SIDES if told[side]["threads"] != 1]
-    return found
-
-
-def show(work: Work, told: dict[str, dict[str, Any]], console: Console) -> None:
-    """Print the table of a method, and what differs."""
-    found = summary(told)
-    table = Table(title=f"{work.method}: a round of {work.images} images, medians of {work.rounds}")
-    for header in ("", "ours", "TRL", "ours / TRL", "lowest to highest"):
-        table.add_column(header, justify="right" if header else "left")
-    lines = {"CPU seconds": ("seconds", 1.0), "peak memory, MB": ("peak_bytes", 1e6)}
-    lines["memory before a round, MB"] = ("resident_bytes", 1e6)
-    for title, (name, unit) in lines.items():
-        one = found[name]
-        table.add_row(
-            title,
-            *(f"{one[side] / unit:,.2f}" for side in SIDES),
-            f"{one['ratio']:.3f}",
-            f"{one['lowest']:.3f} to {one['highest']:.3f}",
-        )
-    table.add_section()
-    for kind, rows in found["rows"].items():
-        ratio = f"{rows['ours'] / rows['trl']:.3f}" if rows["trl"] else ""
-        table.add_row(f"rows: {kind}", *(f"{rows[side]:,}" for side in SIDES), ratio, "")
-    table.add_row("trained numbers", *(f"{found['trained'][side]:,}" for side in SIDES), "", "")
-    table.add_row("first mean reward", *(f"{found['first_reward'][side]:.4f}" for side in SIDES), "", "")
-    console.print(table)
-    for side in SIDES:
-        given = ", ".join(f"{name} {number}" for name, number in told[side]["versions"].items())
-        console.print(f"{side:<5} {given}", soft_wrap=True, highlight=False)
-    for warning in warnings_of(told):
-        console.print(f"unfair: {warning}", soft_wrap=True, highlight=False)
-    for line in DIFFERENCES[work.method]:
-        console.print(f"- {line}", soft_wrap=True, highlight=False)
 
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:

@@ -14,7 +14,13 @@ from lit_align.files import write
 from tests.benchmarks.harness.baselines import PLAIN, Baselines, best_of, measured
 from tests.benchmarks.harness.plan import ROOT, Cell, Plan, load_plan
 from tests.benchmarks.harness.plots import by_distance, frontier, plot_curves, plot_frontier
-from tests.benchmarks.harness.pretrained import FOLDER, Pretrained, best_guidance, pretrained_of
+from tests.benchmarks.harness.pretrained import (
+    FOLDER,
+    Pretrained,
+    best_guidance,
+    configuration,
+    pretrained_of,
+)
 from tests.benchmarks.harness.report import markdown
 from tests.benchmarks.harness.run import SECONDS_PER_LOOK, CellFailed, Subprocesses, alone, run_cell
 from tests.benchmarks.harness.summary import HEADER, change, summary
@@ -200,6 +206,15 @@ def test_what_starts_from_the_same_model_shares_its_cells(tmp_path):
     assert moved.fingerprint("w") == unguided.fingerprint("w")
     assert moved.stages("w") == unguided.stages("w")
     assert pretrained_of(replace(shared, guidances=[]), tmp_path) == {}
+
+
+def test_the_reward_of_a_mixture_is_that_of_its_run():
+    """A row of the pretrained model stands beside those of the run: same rewards, same scale."""
+    given = configuration(["--config=configs/msdda.yaml", "--model.init_args.weights={aesthetic: 0.25}"])
+    assert given is not None
+    bank = given["model"]["init_args"]["rewards"]["init_args"]
+    assert bank["weights"] == {"preference": 0.0, "aesthetic": 0.75}
+    assert list(bank["rewards"]) == ["preference", "aesthetic", "truth"]
 
 
 @pytest.mark.slow

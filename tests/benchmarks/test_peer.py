@@ -21,7 +21,7 @@ from lit_align.errors import ConfigError
 from lit_align.rewards import Redness
 from tests.benchmarks.harness.plan import ROOT
 from tests.benchmarks.harness.run import CellFailed
-from tests.benchmarks.peer import check, main, parse, receive, start, summary, warnings_of
+from tests.benchmarks.peer import check, main, parse, receive, start
 from tests.benchmarks.peers.our_side import REDNESS, arguments
 from tests.benchmarks.peers.race import (
     CLOCK,
@@ -36,6 +36,7 @@ from tests.benchmarks.peers.race import (
     training,
     verdict,
 )
+from tests.benchmarks.peers.shown import summary, warnings_of
 from tests.benchmarks.peers.turns import Work, redness
 
 PEER = os.environ.get("LIT_ALIGN_PEER")
@@ -117,6 +118,8 @@ def test_sizes_that_the_sides_cannot_share_are_refused():
         ("--prompts=7",): "--prompts 7",
         ("--prompts=2",): "4 updates",
         ("--attached=21",): "--steps, 20",
+        ("--rounds=0",): "--rounds 0: give at least 1",
+        ("--batch=0",): "--batch 0: give at least 1",
     }.items():
         with pytest.raises(ConfigError, match=told):
             check(given(*sizes))
@@ -296,6 +299,7 @@ def test_a_race_of_trl_goes_on_as_if_it_had_not_been_stopped(method: str, tmp_pa
             environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
             given = [*command, str(folder / "settings.json"), str(folder)]
             subprocess.run(given, cwd=ROOT, env=environment, check=True, capture_output=True)
+        assert "trl" in json.loads((folder / "versions.json").read_text())
         return [point[1:] for point in json.loads((folder / "curve.json").read_text())]
 
     assert race("whole", 2) == race("parts", 1, 2)

@@ -153,12 +153,21 @@ def configuration(arguments: Sequence[str]) -> dict[str, Any] | None:
             "init_args": {
                 "backbone": backbone | {"init_args": kept | lora},
                 "sampler": model["sampler"],
-                "rewards": model["rewards"],
+                "rewards": _mixed(model["rewards"], model.get("weights")),
                 "sampling": sampling,
             },
         },
         "data": data | {"init_args": prompts},
     }
+
+
+def _mixed(bank: dict[str, Any], weights: Mapping[str, float] | None) -> dict[str, Any]:
+    """The rewards of a configuration; MSDDA has weights of its objectives beside the bank's."""
+    if weights is None:
+        return bank
+    options = bank["init_args"]
+    mixed = {name: scale * weights.get(name, 0.0) for name, scale in options["weights"].items()}
+    return bank | {"init_args": options | {"weights": mixed}}
 
 
 def settings(arguments: Sequence[str]) -> dict[str, Any]:

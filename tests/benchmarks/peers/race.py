@@ -273,6 +273,8 @@ def run(options: argparse.Namespace) -> None:
             result = {"method": method, "seed": seed, "verdict": verdict(ours, trl), "ours": ours, "trl": trl}
             result |= {"budget": options.budget, "trl_settings": TRL[method], "our_settings": OURS[method]}
             result |= {"with": options.also, "held_out": options.held_out, "versions": versions()}
+            theirs = options.work.absolute() / name / "trl" / "versions.json"
+            result |= {"trl_versions": json.loads(theirs.read_text())}
             result |= {"commit": commit(), "shapes_weights": WEIGHTS_HASH}
             options.out.mkdir(parents=True, exist_ok=True)
             write(options.out / f"{name}.json", json.dumps(result, indent=1) + "\n")

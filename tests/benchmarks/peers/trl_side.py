@@ -30,7 +30,7 @@ from trl import (
     DefaultDDPOStableDiffusionPipeline,
 )
 
-from tests.benchmarks.peers.turns import Turns, Work, redness
+from tests.benchmarks.peers.turns import Turns, Work, redness, versions
 
 TRL_RANK = 4
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -274,6 +274,7 @@ def main() -> None:
     racer = Racer(settings, folder)
     racer.run()
     (folder / "curve.json").write_text(json.dumps(racer.curve))
+    (folder / "versions.json").write_text(json.dumps(versions()))
 
 
 if __name__ == "__main__":
