@@ -57,7 +57,7 @@ REWARD_MODELS: dict[RewardModel, Callable[[Path, Budget, str, int], None]] = {
     "classifier": make_classifier,
 }
 MINUTES: dict[str, float] = {"clip": 98.0, "vae": 14.0, "decoder": 7.0, "unet": 148.0, "lies": 20.0}
-MINUTES |= {"flow": 60.0, "flow_lies": 12.0}
+MINUTES |= {"flow": 153.0, "flow_lies": 20.0}
 MINUTES |= {"aesthetic": 1.0, "preference": 10.0, "detector": 51.0, "classifier": 5.0}
 FURTHER = ("clip", "unet", "flow", "detector")
 """Stages that can be trained for another round."""
