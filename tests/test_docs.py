@@ -57,7 +57,8 @@ SMALLER = {
     "nft": f"{PROMPTS}\nmodel: {{init_args: {{{STEPS}, timesteps: 1}}}}",
     "prdp": f"{PROMPTS}\nmodel: {{init_args: {{{STEPS}, updates: 1}}}}",
     "msdda": f"{PROMPTS}\nmodel: {{init_args: {{{STEPS}, updates: 1}}}}",
-    "alignprop": "data: {init_args: {prompts_per_batch: 2}}",
+    "alignprop": "data: {init_args: {prompts_per_batch: 2}}\n"
+    f"model: {{init_args: {{{STEPS}, truncation: {{init_args: {{high: 3}}}}}}}}",
     "spin": "data: {init_args: {pairs_per_batch: 2}}\nmodel: {init_args: {steps: 1, iterations: 1}}",
     "my_method": PROMPTS,
 }
@@ -201,6 +202,7 @@ def test_the_script_of_the_page_on_configurations_runs(work: Path):
         "limit_train_batches=8": "limit_train_batches=1",
         "images_per_prompt=8": "images_per_prompt=2, eval_batch=4",
         "prompts_per_batch=16": "prompts_per_batch=2",
+        "num_steps=10, noisy_steps=8": "num_steps=3, noisy_steps=2",
     }.items():
         assert large in script
         script = script.replace(large, little)
