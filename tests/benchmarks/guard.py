@@ -92,7 +92,7 @@ def run_cell(cell: Cell, out: Path, work: Path, launch: Launch) -> None:
     """
     if stored(cell, out):
         return
-    folder, fingerprint = work.absolute() / cell.plan / cell.name, cell.fingerprint(cell.weights)
+    folder, fingerprint = work.absolute() / cell.plan / cell.name, cell.fingerprint()
     with alone(folder) as lock:
         made_by, run, log = folder / "fingerprint", folder / "version_0", folder / "fit.log"
         checkpoint: Path | None = run / "checkpoints" / "last.ckpt"

@@ -196,15 +196,15 @@ def test_what_starts_from_the_same_model_shares_its_cells(tmp_path):
     assert list(models) == ["ddpo", "quick", "steps"]
     assert models["ddpo"] == models["quick"] != models["steps"]
     tuning = models["ddpo"].tuning(shared)
-    assert [(cell.seed, list(cell.stages("w"))) for cell in tuning] == [(11, ["validate"])] * 2
+    assert [(cell.seed, list(cell.stages())) for cell in tuning] == [(11, ["validate"])] * 2
     (unguided, other) = models["ddpo"].cells(shared, tmp_path)  # nothing was chosen yet
-    assert list(unguided.stages("w")) == ["validate", "test"]
-    assert len({cell.fingerprint("w") for cell in (*tuning, unguided, other)}) == 4
+    assert list(unguided.stages()) == ["validate", "test"]
+    assert len({cell.fingerprint() for cell in (*tuning, unguided, other)}) == 4
     elsewhere = tmp_path / "elsewhere" / models["ddpo"].path.name
     write(elsewhere, models["ddpo"].configuration)
     moved = replace(models["ddpo"], path=elsewhere).cell(1.0, 1)  # results that are copied stay valid
-    assert moved.fingerprint("w") == unguided.fingerprint("w")
-    assert moved.stages("w") == unguided.stages("w")
+    assert moved.fingerprint() == unguided.fingerprint()
+    assert moved.stages() == unguided.stages()
     assert pretrained_of(replace(shared, guidances=[]), tmp_path) == {}
 
 

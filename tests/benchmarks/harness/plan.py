@@ -59,22 +59,22 @@ class Cell:
         said = json.dumps([self.arguments, _contents(self.arguments)])
         return f"{WEIGHTS_HASH}, {FLOW_WEIGHTS_HASH}" if FLOW_BACKBONE in said else WEIGHTS_HASH
 
-    def fingerprint(self, weights: str) -> str:
+    def fingerprint(self) -> str:
         """Changes when what a configuration says, an override, the seed, a further test or the weights do."""
-        parts = [self._named(self.arguments), _contents(self.arguments), weights]
+        parts = [self._named(self.arguments), _contents(self.arguments), self.weights]
         if self.also:
             parts.append({name: [list(added), _contents(added)] for name, added in self.also.items()})
         if self.steps != TRAINS:
             parts.append(self.steps)
         return _hash(parts)
 
-    def stages(self, weights: str) -> dict[str, str]:
+    def stages(self) -> dict[str, str]:
         """What the cell runs, in order, with fingerprints: a test that is added leaves the fit alone."""
         first, *others = self.steps
         added: dict[str, Sequence[str]] = {first: (), **self.also} | dict.fromkeys(others, ())
         given = {stage: [*self.arguments, *more] for stage, more in added.items()}
         return {
-            stage: _hash([stage, self._named(args), _contents(args), weights])
+            stage: _hash([stage, self._named(args), _contents(args), self.weights])
             for stage, args in given.items()
         }
 

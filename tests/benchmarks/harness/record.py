@@ -31,7 +31,7 @@ def stored(cell: Cell, out: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     result = json.loads(path.read_text())
-    return result if result["fingerprint"] == cell.fingerprint(cell.weights) else None
+    return result if result["fingerprint"] == cell.fingerprint() else None
 
 
 def run_of(cell: Cell, stage: str) -> str:

@@ -175,7 +175,7 @@ def run_cell(cell: Cell, out: Path, work: Path, launch: Launch, tell: Tell) -> N
         if stored(cell, out):  # another plan has measured the same pretrained model meanwhile
             tell(cell, "finished before")
             return
-        fingerprint, state = cell.fingerprint(cell.weights), _state(folder, cell)
+        fingerprint, state = cell.fingerprint(), _state(folder, cell)
         if cell.continues and not state["fit"]["commands"]:
             _take_over(cell.continues, folder, state)
         for stage in state:
@@ -238,7 +238,7 @@ def _state(folder: Path, cell: Cell) -> State:
     """
     found, same = _read_state(folder), True
     state: State = {}
-    for stage, fingerprint in cell.stages(cell.weights).items():
+    for stage, fingerprint in cell.stages().items():
         same = same and found.get(stage, {}).get("fingerprint") == fingerprint
         fresh = {"fingerprint": fingerprint, "done": False, "commands": [], "seconds": 0.0, "cpu": 0.0}
         state[stage] = found[stage] if same else fresh
@@ -259,7 +259,7 @@ def _take_over(shorter: Cell, folder: Path, state: State) -> None:
     """Let a run begin as a copy of a shorter one, if that is finished and of what its cell is now."""
     other = folder.parent / shorter.name
     fit = _read_state(other).get("fit")
-    if fit is None or not fit["done"] or fit["fingerprint"] != shorter.stages(shorter.weights)["fit"]:
+    if fit is None or not fit["done"] or fit["fingerprint"] != shorter.stages()["fit"]:
         return
     shutil.rmtree(folder / "version_0", ignore_errors=True)
     shutil.copytree(
