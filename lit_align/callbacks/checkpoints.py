@@ -93,6 +93,22 @@ def flush(trainer: Trainer) -> None:
         logger.save()
 
 
+def take_back(trainer: Trainer, path: Path) -> None:
+    """Take back weights and the optimizer's state; rates stay those of now, with every counter."""
+    settings = [
+        [{name: value for name, value in group.items() if name != "params"} for group in one.param_groups]
+        for one in trainer.optimizers
+    ]
+    # Tensors that are made in a validation could not be trained.
+    with torch.inference_mode(False), torch.no_grad():
+        content = trainer.strategy.load_checkpoint(path, weights_only=True)
+        trainer.strategy.load_model_state_dict(content, strict=False)
+        trainer.strategy.load_optimizer_state_dict(content)
+    for optimizer, groups in zip(trainer.optimizers, settings, strict=True):
+        for group, kept in zip(optimizer.param_groups, groups, strict=True):
+            group.update(kept)
+
+
 class BatchCheckpoint(Checkpoint):
     """Writes ``checkpoints/last.ckpt`` at the end of rollout batches: an interrupt loses at most one batch.
 

@@ -5,16 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_align.callbacks.adapter import AdapterExport
-from lit_align.callbacks.checkpoints import flush, write_whole
+from lit_align.callbacks.checkpoints import flush, take_back, write_whole
 from lit_align.callbacks.files import writes
 from lit_align.callbacks.summary import RunSummary
-from lit_align.callbacks.trouble import FEWEST, Change, bounds, changed, since
+from lit_align.callbacks.trouble import FEWEST, TRAINED, Change, bounds, changed, since, validations
 from lit_align.errors import ConfigError
 from lit_align.folder import run_folder
 from lit_align.methods import AlignmentModule
@@ -23,9 +22,6 @@ Action = Literal["warn", "stop", "lower_rate", "rollback"]
 
 KEPT = "guard_"
 """With what the names of its files begin."""
-
-UNKNOWN = 100
-"""Validations that a run without an end is taken to have."""
 
 
 class Guard(Callback):
@@ -36,12 +32,14 @@ class Guard(Callback):
     change since then that chance does not explain (see :mod:`lit_align.callbacks.trouble`):
 
     - a held-out reward has fallen;
+    - the trained reward has risen in vain: ``patience`` validations in a row found it higher, and the
+      held-out reward not;
     - diversity has fallen by more than a tenth;
     - saturation or fine texture has moved by more than half of its spread over images;
     - ``kl``, or ``drift``, is above ``max_distance``.
 
     While the held-out reward rises there is none. What was told, or answered with a lower rate, is trouble
-    again only when it has certainly become worse since.
+    again only when it has certainly moved on since.
 
     The weights of the best validation lie in ``checkpoints/guard_<images>.ckpt``. Where it stands among the
     callbacks matters: before those of :func:`~lit_align.callbacks.default_callbacks`.
@@ -53,10 +51,11 @@ class Guard(Callback):
         factor: On the learning rate; with ``kl_target``, on the step that it aims at.
         reward: Name of the held-out reward that decides which validation is best. If not given, ``truth``
             where that is one, else the first.
-        false_alarms: Probability of an alarm in a whole run in which no held-out reward changes.
+        false_alarms: Probability of an alarm in a whole run in which no reward changes.
         max_distance: Largest mean ``kl``, in nats per image, or ``drift``. There is no default: shipped runs
             that gain end between 1 and 25 nats, and one at 42 had lost more than half of the truth. Below
             float32 roundings are in both, about 0.01 nats for each noisy step and 1024 latent elements.
+        patience: Validations after which a reward has risen in vain; that of Lightning's ``EarlyStopping``.
 
     Raises:
         ConfigError: A value cannot work.
@@ -69,6 +68,7 @@ class Guard(Callback):
         reward: str | None = None,
         false_alarms: float = 0.01,
         max_distance: float | None = None,
+        patience: int = 3,
     ) -> None:
         if action not in (known := get_args(Action)):
             raise ConfigError(f"Guard: action {action!r} is none of {', '.join(known)}")
@@ -77,16 +77,20 @@ class Guard(Callback):
                 raise ConfigError(f"Guard: {name} {value} must be between 0 and 1")
         if max_distance is not None and not max_distance > 0:
             raise ConfigError(f"Guard: max_distance {max_distance} must be positive")
+        if patience < 1:
+            raise ConfigError(f"Guard: patience {patience} must be at least 1 validation")
         self.action = action
         self.factor = factor
         self.reward = reward
         self.false_alarms = false_alarms
         self.max_distance = max_distance
+        self.patience = patience
         self._rewards: list[str] = []  # the one that decides comes first
         self._best: dict[str, Tensor] = {}
         self._best_images = 0
         self._acted: dict[str, Tensor] = {}  # what was measured when it last acted, since the best
         self._pretrained: dict[str, float] = {}
+        self._in_vain = 0
         self._stopped = False
         self._tidy = False
 
@@ -164,7 +168,9 @@ class Guard(Callback):
             not changes or changes[0].difference > 0 or self._has_more_scores(now, pl_module.prompt_groups)
         )
         # The same on all ranks, whatever their processors make of the last bit.
-        better, troubles = trainer.strategy.broadcast((better, [one for one in changes if one.certain]))
+        better, changes = trainer.strategy.broadcast((better, changes))
+        changes = self._counted(changes, better)
+        troubles = [one for one in changes if one.certain]
         if better:
             self._keep(trainer, pl_module)
         elif troubles:
@@ -197,6 +203,13 @@ class Guard(Callback):
             found.append(change)
         return found
 
+    def _counted(self, changes: list[Change], better: bool) -> list[Change]:
+        """The changes; a rise of the trained reward is trouble only when it was in vain for long enough."""
+        risen = any(one.certain for one in changes if one.name == TRAINED)
+        self._in_vain = self._in_vain + 1 if risen and not better else 0
+        so_far = self._in_vain / self.patience
+        return [replace(one, evidence=so_far) if one.name == TRAINED else one for one in changes]
+
     def _has_more_scores(self, now: dict[str, Tensor], groups: Tensor) -> bool:
         """Whether the best validation has too few scores to be compared with, and this one has more."""
         deciding = self._rewards[0]
@@ -224,28 +237,22 @@ class Guard(Callback):
             done = f"the learning rate is {module.rate_factor:g} of what it was configured"
             if self.action == "rollback":
                 done = f"the weights from then are back, and {done}"
-        told = ", ".join(map(str, troubles))
+        told = ", ".join(map(self._described, troubles))
+        self._in_vain = 0
         rank_zero_warn(
             f"guard: after {module.images} images {told} since the best validation, at {self._best_images} "
             f"images: {done}"
         )
 
+    def _described(self, trouble: Change) -> str:
+        if trouble.name != TRAINED:
+            return str(trouble)
+        return f"{trouble} and {self._rewards[0]} did not, for {self._in_vain} validations,"
+
     def _go_back(self, trainer: Trainer, module: AlignmentModule) -> None:
-        """Take back weights and the optimizer's state; rates stay those of now, with every counter."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        settings = [
-            [{name: value for name, value in group.items() if name != "params"} for group in one.param_groups]
-            for one in trainer.optimizers
-        ]
-        # Tensors that are made in a validation could not be trained.
-        with torch.inference_mode(False), torch.no_grad():
-            content = trainer.strategy.load_checkpoint(self._file(trainer), weights_only=True)
-            trainer.strategy.load_model_state_dict(content, strict=False)
-            trainer.strategy.load_optimizer_state_dict(content)
-        for optimizer, groups in zip(trainer.optimizers, settings, strict=True):
-            for group, kept in zip(optimizer.param_groups, groups, strict=True):
-                group.update(kept)
+        take_back(trainer, self._file(trainer))
         # So that no file says of these weights what was measured of others.
         module.taken_back, self._acted = self._best, {}
 
@@ -275,6 +282,7 @@ class Guard(Callback):
             "best": self._best,
             "best_images": self._best_images,
             "acted": self._acted,
+            "in_vain": self._in_vain,
             "pretrained": self._pretrained,
             "stopped": self._stopped,
         }
@@ -282,15 +290,4 @@ class Guard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best, self._best_images = state_dict["best"], state_dict["best_images"]
         self._acted, self._pretrained = state_dict["acted"], state_dict["pretrained"]
-        self._stopped = state_dict["stopped"]
-
-
-def validations(trainer: Trainer) -> int:
-    """How many a fit has, beside the one before its first update."""
-    epochs, batches, each = trainer.max_epochs, trainer.num_training_batches, trainer.val_check_batch
-    if epochs is None or epochs < 0 or math.isinf(batches):
-        return UNKNOWN
-    if (every := trainer.check_val_every_n_epoch) is None:  # counted over the ends of epochs
-        return max(1, int(epochs * batches // (each or 1)))
-    in_epoch = 1 if each is None or math.isinf(each) else max(1, int(batches // each))
-    return max(1, epochs // every * in_epoch)
+        self._stopped, self._in_vain = state_dict["stopped"], state_dict["in_vain"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
+from lightning import Trainer
 from torch import Tensor
 
 from lit_align.comparison import compare
@@ -25,6 +26,12 @@ validation: a medium effect (Cohen 1988, section 2.2)."""
 
 DISTANCES = ("kl", "drift")
 """From the pretrained model; a chain has one of them."""
+
+TRAINED = "reward"
+"""The weighted sum of rewards, as a validation names it."""
+
+UNKNOWN = 100
+"""Validations that a run without an end is taken to have."""
 
 FEWEST = 8
 """Prompts below which a standard error is a guess, and nothing is certain."""
@@ -104,7 +111,10 @@ def bounds(
         Bound(name, 0, OTHER_LOOK * _spread(best[name]), level) for name in ("saturation", "high_frequency")
     ]
     limit = math.inf if max_distance is None else max_distance
-    return found + [Bound(name, 1, limit, level) for name in DISTANCES if name in best]
+    found += [Bound(name, 1, limit, level) for name in DISTANCES if name in best]
+    if any(name.startswith("reward/") and name not in rewards for name in best):  # some are trained on
+        found.append(Bound(TRAINED, 1, 0.0, level))
+    return found
 
 
 def since(best: Mapping[str, Tensor], name: str) -> Tensor:
@@ -147,3 +157,14 @@ def _mean(values: Tensor) -> float:
 def _spread(values: Tensor) -> float:
     known = values[values.isfinite()].double()
     return float(known.std()) if len(known) > 1 else math.nan
+
+
+def validations(trainer: Trainer) -> int:
+    """How many a fit has, beside the one before its first update."""
+    epochs, batches, each = trainer.max_epochs, trainer.num_training_batches, trainer.val_check_batch
+    if epochs is None or epochs < 0 or math.isinf(batches):
+        return UNKNOWN
+    if (every := trainer.check_val_every_n_epoch) is None:  # counted over the ends of epochs
+        return max(1, int(epochs * batches // (each or 1)))
+    in_epoch = 1 if each is None or math.isinf(each) else max(1, int(batches // each))
+    return max(1, epochs // every * in_epoch)

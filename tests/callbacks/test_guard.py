@@ -19,7 +19,7 @@ from lit_align.callbacks import (
     Guard,
     RunFolder,
 )
-from lit_align.callbacks.guard import UNKNOWN, validations
+from lit_align.callbacks.trouble import UNKNOWN, bounds, validations
 from lit_align.errors import ConfigError
 from lit_align.methods import AlignmentModule, AlignPropModule, DDPOModule, DPOModule, NFTModule, SPINModule
 from lit_align.methods.tasks import Task
@@ -215,6 +215,47 @@ def equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+def in_vain(tiny: Path) -> Any:
+    """A run whose trained reward rises, and the held-out one neither rises nor falls."""
+    rewards = RewardBank({"bright": Brightness(), "still": Still()}, {"bright": 1.0})
+    return make(AlignPropModule, tiny, rewards=rewards, lr=1e-2, seed=0)
+
+
+def test_a_reward_that_rises_in_vain_is_trouble_after_some_validations(tiny, tmp_path):
+    with pytest.warns(UserWarning, match="guard: ") as told:
+        found = run(in_vain(tiny), tmp_path / "guard", Guard("stop", patience=2), BatchCheckpoint())
+    assert found.at == [0, 8, 16]
+    (told,) = [str(one.message) for one in told if "guard: " in str(one.message)]
+    assert "after 16 images reward rose by 0." in told
+    assert "and reward/still did not, for 2 validations, since the best validation, at 0 images" in told
+    with pytest.warns(UserWarning, match=r"after 24 images reward rose .* for 3 validations"):
+        run(in_vain(tiny), tmp_path / "patient", Guard())
+
+
+def test_what_rises_in_vain_is_counted_on_when_a_run_goes_on(tiny, tmp_path):
+    run(in_vain(tiny), tmp_path, Guard("stop", patience=6), BatchCheckpoint())
+    assert saved(tmp_path)["callbacks"]["Guard"]["in_vain"] == BATCHES
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    with pytest.warns(UserWarning, match="for 6 validations"):
+        run(
+            in_vain(tiny),
+            tmp_path,
+            Guard("stop", patience=6),
+            BatchCheckpoint(),
+            ckpt_path=last,
+            max_epochs=2,
+        )
+
+
+def test_where_no_reward_is_trained_on_none_rises_in_vain():
+    rewards = ["reward/bright", "reward/dark"]
+    names = ("reward", *rewards, "diversity", "saturation", "high_frequency")
+    measured = {name: torch.rand(24) for name in names}
+    on_pairs, on_bright = (bounds(measured, held, 4, 0.01, None) for held in (rewards, rewards[1:]))
+    assert "reward" not in [one.name for one in on_pairs]
+    assert "reward" in [one.name for one in on_bright]
+
+
 def test_a_better_validation_is_the_best_and_older_files_go(tiny, tmp_path):
     rewards = RewardBank({"bright": Brightness(), "watched": Brightness()}, {"bright": 1.0})
     module = make(AlignPropModule, tiny, rewards=rewards, lr=1e-2, seed=0)
@@ -302,6 +343,7 @@ def test_a_run_without_validation_or_with_the_guard_too_late_is_refused(tiny, tm
         ({"factor": 1.0}, "factor 1.0 must be between 0 and 1"),
         ({"false_alarms": 0}, "false_alarms 0 must be between 0 and 1"),
         ({"max_distance": -1.0}, "max_distance -1.0 must be positive"),
+        ({"patience": 0}, "patience 0 must be at least 1 validation"),
     ],
 )
 def test_values_that_cannot_work_are_refused(options, told):
