@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 from lightning import Callback, Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
@@ -23,16 +22,13 @@ from lit_align.cli.loggers import keep_metrics, new_folder, runs_of, use_folder
 from lit_align.cli.preemption import Command, Preemption
 from lit_align.cli.settings import settings_of
 from lit_align.cli.signals import SIGNALS
+from lit_align.cli.trainer_options import REFUSED, check_seed, check_trainer_options
 from lit_align.data import CaptionedImages, PairSource, PromptSource
 from lit_align.errors import ConfigError, built, tell
-from lit_align.methods.strategies import check_trainer
 from lit_align.rewards import Reward
 
 WRITTEN = (Advantages, CaptionedImages, PairSource, PromptSource, Reward)
 """What people write classes of: a constructor that raises is one sentence."""
-
-REFUSED = (ValueError, TypeError, RuntimeError, MisconfigurationException)
-"""What Trainer raises where its options cannot work together."""
 
 
 class AlignCLI(LightningCLI):
@@ -86,6 +82,7 @@ class AlignCLI(LightningCLI):
         self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
         use_own_defaults(config, self.given)
+        check_seed(config.seed_everything)
         self.auto = config.ckpt_path == AUTO
         if self.auto and self.config.subcommand != "fit":
             raise ConfigError("ckpt_path: auto is for fit, which may begin anew; give last")
@@ -96,7 +93,7 @@ class AlignCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         stage = str(self.subcommand)
         config = self.config[stage]
-        check_trainer_options(config.trainer)
+        check_trainer_options(config.trainer, stage)
         text = self._dump(config)
         now = settings_of(yaml.safe_load(text))
         if self.auto:
@@ -212,28 +209,3 @@ def _callbacks(trainer: Any, folder: RunFolder) -> list[Any]:
 def _has_bar(trainer: Any) -> bool:
     """Whether a progress bar is drawn: if the user says so, else on a terminal."""
     return sys.stdout.isatty() if trainer.enable_progress_bar is None else trainer.enable_progress_bar
-
-
-def check_trainer_options(config: Any) -> None:
-    """Refuse what cannot work before any model is loaded."""
-    if config.accumulate_grad_batches not in (None, 1):
-        raise ConfigError(
-            f"trainer.accumulate_grad_batches: {config.accumulate_grad_batches} does nothing here, since "
-            "methods make their updates themselves; set model.optimisation.micro_batch to bound memory, and "
-            "data.prompts_per_batch for more images in an update"
-        )
-    if config.gradient_clip_val:
-        raise ConfigError(
-            f"trainer.gradient_clip_val: {config.gradient_clip_val} does nothing here, since methods make "
-            "their updates themselves; set model.optimisation.clip_norm"
-        )
-    if isinstance(config.strategy, str):
-        names = ("accelerator", "devices", "num_nodes", "precision", "strategy")
-        off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-        options: dict[str, Any] = {name: config[name] for name in names} | dict.fromkeys(off, False)
-        try:
-            check_trainer(Trainer(**options))
-        except ConfigError:
-            raise
-        except REFUSED as error:
-            raise ConfigError(f"trainer: {error}") from None

@@ -14,7 +14,7 @@ def unusable(value: str) -> tuple[str, str] | None:
         value: A class path, or the text of a mapping with class paths.
     """
     paths = re.findall(r"'class_path': '(\w+(?:\.\w+)+)'", value)
-    if re.fullmatch(r"\w+(\.\w+)+", value):
+    if re.fullmatch(r"\w+(\.[^\W\d]\w*)+", value):  # 1.5 is a number
         paths = [value]
     return next(((path, fault) for path in paths for fault in _faults(path)), None)
 

@@ -42,7 +42,7 @@ class ConfigFile:
         key: yaml.Node = self.root
         value: yaml.Node = self.root
         for name in path:
-            entries = [entry for level in _levels(value) for entry in level.value if entry[0].value == name]
+            entries = [entry for level in _levels(value) for entry in level.value if _name(entry[0]) == name]
             if not entries:
                 return None
             key, value = entries[-1]
@@ -178,8 +178,15 @@ def check_order(files: Sequence[ConfigFile], arguments: Sequence[str], model: st
         )
 
 
+def _name(key: yaml.Node) -> str:
+    """The option that a key names; ``callbacks+`` adds to ``callbacks``."""
+    return str(key.value).removesuffix("+")
+
+
 def _levels(node: yaml.Node) -> list[yaml.MappingNode]:
-    """A mapping and its ``init_args``."""
+    """A mapping and its ``init_args``, or those of a list."""
+    if isinstance(node, yaml.SequenceNode):
+        return [level for part in node.value for level in _levels(part)]
     if not isinstance(node, yaml.MappingNode):
         return []
     inner = [v for k, v in node.value if k.value == "init_args" and isinstance(v, yaml.MappingNode)]

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from lit_align.callbacks.console import show
-from lit_align.cli.align import AlignCLI, check_trainer_options
+from lit_align.cli.align import AlignCLI
 from lit_align.cli.loggers import runs_of
+from lit_align.cli.trainer_options import check_trainer_options
 from lit_align.doctor import Asked, Finding, Trial, judge, look
 from lit_align.doctor.trial import BATCHES
 from lit_align.errors import ConfigError, tell
@@ -24,7 +25,7 @@ class DoctorCLI(AlignCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config["fit"]
         trainer = config.trainer
-        check_trainer_options(trainer)
+        check_trainer_options(trainer, "fit")
         self.asked = Asked(
             trainer.max_epochs,
             trainer.max_steps,

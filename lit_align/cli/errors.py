@@ -57,7 +57,7 @@ KINDS = {
 
 def explain(error: BaseException, given: Given) -> str:
     """The parser's message, which quotes its types, as a sentence for a user."""
-    text = str(error)
+    text = _of_the_class_that_was_given(str(error))
     for pattern, tell in (
         (r"unrecognized arguments: (.*)", _unrecognised),
         (r"does not accept option '([^']+)'", _unknown_section),
@@ -75,13 +75,28 @@ def explain(error: BaseException, given: Given) -> str:
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
+def _of_the_class_that_was_given(text: str) -> str:
+    """The message without what is wrong with other readings of a value, if its class was given.
+
+    Where a list of callbacks is asked for, or one, the parser tries the options on their base as well.
+    """
+    given = re.search(r"^( *)- Problem with given class_path '(?!lightning\.Callback')", text, re.MULTILINE)
+    if given is None:
+        return text
+    others = rf"^{given[1]}- (?:Not a valid subclass|Problem with given class_path 'lightning\.Callback')"
+    return re.sub(rf"{others}.*\n(?:{given[1]} .*\n)*", "", text, flags=re.MULTILINE)
+
+
 def _path(text: str) -> list[str]:
     """The option that the message is about, without ``init_args``."""
-    keys = re.findall(r'Parser key "([^"]+)"', text)
-    path = [part for key in keys for part in key.split(".") if part not in ("init_args", *COMMANDS)]
+    keys = [
+        [part for part in key.split(".") if part not in ("init_args", *COMMANDS)]
+        for key in re.findall(r'Parser key "([^"]+)"', text)
+    ]
+    path = [part for key in keys for part in key]
     nested = re.findall(r"NestedArg\(key='([^']+)'", text)
     longest = [part for part in (nested[-1].split(".") if nested else []) if part != "init_args"]
-    return [path[0], *longest] if nested and len(longest) >= len(path) - 1 else path
+    return [*keys[0], *longest] if nested and len(longest) >= len(path) - len(keys[0]) else path
 
 
 def _unrecognised(text: str, found: re.Match[str], given: Given) -> str:
@@ -112,7 +127,12 @@ def _unknown_section(text: str, found: re.Match[str], given: Given) -> str:
 
 
 def _unknown_option(text: str, found: re.Match[str], given: Given) -> str:
-    name, owner = found[1], re.findall(r"class_path '([\w.]+)'", text)
+    # A class that is made later, such as an optimizer, is quoted after its option, others before it.
+    later = re.match(
+        r"\. Got value: Namespace\((?:.*, )?class_path='([\w.]+)'(?:, init_args=.*)?\)$",
+        text[found.end() :].partition("\n")[0],
+    )
+    name, owner = found[1], [later[1]] if later else re.findall(r"class_path '([\w.]+)'", text)
     path = _path(text)
     parts = [part for part in name.split(".") if part != "init_args"]
     path = path if path[-len(parts) :] == parts else [*path, *parts]

@@ -6,6 +6,9 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_align.cli.config_files import ConfigFile
+from lit_align.errors import ConfigError
+
 OPTIONS = {
     "model.optimizer": "model.optimisation.optimizer",
     "model.lr_scheduler": "model.optimisation.lr_scheduler",
@@ -33,6 +36,21 @@ CLASSES = {
     "lit_align.truncation": "lit_align.methods.alignprop",
 }
 """Names in the path of a class: of the class, or of its module."""
+
+
+def refuse_both(file: ConfigFile) -> None:
+    """Refuse an option under its old and its new name, of which one would be passed over.
+
+    Raises:
+        ConfigError: The file has such a pair.
+    """
+    for old, new in OPTIONS.items():
+        first, second = file.line(old.split(".")), file.line(new.split("."))
+        if first is not None and second is not None:
+            raise ConfigError(
+                f"{file.path}, line {first}: {old} is now {new}, which line {second} gives too; take the old "
+                "one out"
+            )
 
 
 def translated(config: Mapping[str, Any]) -> dict[str, Any]:

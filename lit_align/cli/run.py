@@ -23,7 +23,7 @@ from lit_align.cli.method import model_argument, use_method
 from lit_align.cli.pairs import pairs_command
 from lit_align.cli.preemption import Command, lost_process, say
 from lit_align.cli.quiet import quiet
-from lit_align.cli.renamed import translated, translated_arguments
+from lit_align.cli.renamed import refuse_both, translated, translated_arguments
 from lit_align.cli.report import report
 from lit_align.cli.serve import serve_command
 from lit_align.cli.signals import SIGNALS, exit_code
@@ -47,6 +47,8 @@ def _run(command: Command, cli: type[AlignCLI] = AlignCLI) -> None:
     helps = any(argument in ("-h", "--help") or ".help" in argument for argument in arguments)
     if arguments and arguments[0] in AlignCLI.subcommands() and not helps:
         given = Given([read(path) for path in given_files(arguments)], arguments)
+        for file in given.files:
+            refuse_both(file)
         model = model_argument(arguments)
         check_order(given.files, arguments, model)
         method = use_method(given, model)

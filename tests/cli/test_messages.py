@@ -10,6 +10,7 @@ from lit_align.cli.align import AlignCLI
 
 ROOT = Path(__file__).parents[2]
 DDPO = ROOT / "configs" / "ddpo.yaml"
+GUARD = "--trainer.callbacks+=lit_align.callbacks.Guard"
 REDNESS = ROOT / "configs" / "variant" / "redness.yaml"
 
 
@@ -46,6 +47,28 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ),
         (["--model.optimisation.optimizer.lr=fast"], ["optimizer.lr: 'fast' is not a number"]),
         (["--model.optimisation.micro_batch=many"], ["micro_batch: 'many' is not a whole number"]),
+        (
+            ["--model.optimisation.optimizer.lrr=1"],
+            ["optimizer.lrr: AdamW has no option lrr; did you mean lr?"],
+        ),
+        (["--model.sampler.etaa=1"], ["--model.sampler.etaa: DDIM has no option etaa; did you mean eta?"]),
+        (
+            ["--model.optimisation.optimizer=torch.optim.SGD", "--model.optimisation.optimizer.momentun=0.9"],
+            ["optimizer.momentun: SGD has no option momentun; did you mean momentum?"],
+        ),
+        (["--model.updates=1.5"], ["--model.updates: '1.5' is not a whole number"]),
+        (["--trainer.max_epochs=2.0"], ["--trainer.max_epochs: '2.0' is not a whole number"]),
+        (
+            [GUARD, "--trainer.callbacks.patience=2.5"],
+            ["--trainer.callbacks.patience: '2.5' is not a whole number"],
+        ),
+        ([GUARD, "--trainer.callbacks.patiance=2"], ["--trainer.callbacks.patiance: Guard", "patience"]),
+        (["--seed_everything=-1"], ["seed_everything: -1 is no seed; give 0 to 4294967295"]),
+        (["--trainer.max_epochs=0"], ["trainer.max_epochs: 0 leaves nothing to do for fit; give 1 or more"]),
+        (["--trainer.limit_train_batches=0"], ["trainer.limit_train_batches: 0 leaves nothing to do"]),
+        (["--trainer.val_check_interval=0"], ["trainer.val_check_interval: 0 is no interval"]),
+        (["--trainer.check_val_every_n_epoch=0"], ["trainer.check_val_every_n_epoch: 0 is no interval"]),
+        (["--trainer.val_check_interval=9"], ["9 is never reached in an epoch", "limit_train_batches 8"]),
         (["--model.rewards.weights.clip=high"], ["--model.rewards.weights.clip: 'high' is not a number"]),
         (["--trainer.max_epochs=three"], ["--trainer.max_epochs: 'three' is not a whole number"]),
         (["--trainer.max_epochs"], ["--trainer.max_epochs: a value is missing"]),
@@ -146,6 +169,19 @@ def test_a_mistake_on_the_command_line(arguments, parts, capsys):
             "            class_path: nowhere.Red\n",
             ["line 7: model.rewards.rewards.mine: nowhere.Red cannot be imported"],
         ),
+        (
+            "trainer:\n  callbacks+:\n    - class_path: lit_align.callbacks.Guard\n"
+            "      init_args: {patience: three}\n",
+            ["line 4: trainer.callbacks.patience: 'three' is not a whole number"],
+        ),
+        (
+            "model:\n  init_args:\n    optimisation:\n      optimizer:\n        init_args: {lrr: 1}\n",
+            ["line 5: model.optimisation.optimizer.lrr: AdamW has no option lrr; did you mean lr?"],
+        ),
+        (
+            "model:\n  init_args:\n    guidance: 3.0\n    sampling: {guidance: 2.0}\n",
+            ["line 3: model.guidance is now model.sampling.guidance, which line 4 gives too; take"],
+        ),
         ("model:\n  class_path: AlignPropModule\n", ["start from", "alignprop.yaml"]),
         ("trainer:\n  max_epochs:3\n", ["line 2: trainer:", "a space after the colon"]),
         ("trainer:\n\tmax_epochs: 3\n", ["line 2: a tab"]),
@@ -156,7 +192,7 @@ def test_a_mistake_on_the_command_line(arguments, parts, capsys):
         ("", ["has the sections trainer, model and data"]),
         ("\x00", ["not a text file"]),
     ],
-    ids=range(22),
+    ids=range(25),
 )
 def test_a_mistake_in_a_file(text, parts, capsys):
     Path("mine.yaml").write_text(text)
@@ -164,6 +200,13 @@ def test_a_mistake_in_a_file(text, parts, capsys):
     assert "mine.yaml" in message or parts[0] == "start from"
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_command_that_would_do_nothing(stage, capsys):
+    option = f"limit_{stage.removesuffix('idate')}_batches"
+    message = told(capsys, stage, "--config", str(DDPO), f"--trainer.{option}=0")
+    assert f"trainer.{option}: 0 leaves nothing to do for {stage}" in message
 
 
 def test_a_misspelt_truncation_is_met_with_the_nearest(capsys):

@@ -1,0 +1,89 @@
+"""Options of the Trainer that cannot work, told before any model is loaded."""
+
+from typing import Any
+
+from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.seed import max_seed_value
+
+from lit_align.errors import ConfigError
+from lit_align.methods.strategies import check_trainer
+
+REFUSED = (ValueError, TypeError, RuntimeError, MisconfigurationException)
+"""What Trainer raises where its options cannot work together."""
+
+LENGTHS = {
+    "fit": ("max_epochs", "max_steps", "limit_train_batches"),
+    "validate": ("limit_val_batches",),
+    "test": ("limit_test_batches",),
+    "predict": ("limit_predict_batches",),
+}
+"""Options that say how much a command does."""
+
+
+def check_seed(seed: int | bool | None) -> None:
+    """Refuse a seed that numpy does not take.
+
+    Raises:
+        ConfigError: It is negative or too large.
+    """
+    if seed is not None and not 0 <= seed <= max_seed_value:
+        raise ConfigError(f"seed_everything: {seed} is no seed; give 0 to {max_seed_value}")
+
+
+def check_trainer_options(config: Any, stage: str) -> None:
+    """Refuse what cannot work.
+
+    Args:
+        config: The section ``trainer``.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Raises:
+        ConfigError: With what to change.
+    """
+    if config.accumulate_grad_batches not in (None, 1):
+        raise ConfigError(
+            f"trainer.accumulate_grad_batches: {config.accumulate_grad_batches} does nothing here, since "
+            "methods make their updates themselves; set model.optimisation.micro_batch to bound memory, and "
+            "data.prompts_per_batch for more images in an update"
+        )
+    if config.gradient_clip_val:
+        raise ConfigError(
+            f"trainer.gradient_clip_val: {config.gradient_clip_val} does nothing here, since methods make "
+            "their updates themselves; set model.optimisation.clip_norm"
+        )
+    _check_lengths(config, stage)
+    if isinstance(config.strategy, str):
+        names = ("accelerator", "devices", "num_nodes", "precision", "strategy")
+        off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        options: dict[str, Any] = {name: config[name] for name in names} | dict.fromkeys(off, False)
+        try:
+            check_trainer(Trainer(**options))
+        except ConfigError:
+            raise
+        except REFUSED as error:
+            raise ConfigError(f"trainer: {error}") from None
+
+
+def _check_lengths(config: Any, stage: str) -> None:
+    """Refuse a command that would do nothing, and validations at no interval."""
+    for name in LENGTHS[stage]:
+        if config[name] == 0 and not config.fast_dev_run:
+            raise ConfigError(f"trainer.{name}: 0 leaves nothing to do for {stage}; give 1 or more")
+    if stage != "fit":
+        return
+    for name, least in (("val_check_interval", 0.0), ("check_val_every_n_epoch", 0)):
+        value = config[name]
+        if isinstance(value, int | float) and value <= least:
+            raise ConfigError(
+                f"trainer.{name}: {value} is no interval; give more than 0, or set trainer.limit_val_batches "
+                "to 0 for no validation"
+            )
+    every, batches = config.val_check_interval, config.limit_train_batches
+    by_epoch = isinstance(every, int) and isinstance(batches, int) and config.check_val_every_n_epoch
+    if by_epoch and every > batches:
+        raise ConfigError(
+            f"trainer.val_check_interval: {every} is never reached in an epoch of "
+            f"trainer.limit_train_batches {batches}; give at most {batches}, or set "
+            "trainer.check_val_every_n_epoch to null, which counts on over the ends of epochs"
+        )
