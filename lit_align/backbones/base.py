@@ -149,13 +149,24 @@ class DiffusionBackbone(nn.Module, ABC):
         Raises:
             ConfigError: The images are not of the model's size.
         """
-        size = tuple(images.shape[-2:])
+        self.check_size((images.shape[-2], images.shape[-1]), remedy)
+        return self.latents(images).float().contiguous()
+
+    def check_size(self, size: tuple[int, int], remedy: str) -> None:
+        """Refuse a dataset's images of another height and width than the model's.
+
+        Args:
+            size: Of the images, in pixels.
+            remedy: What to do then.
+
+        Raises:
+            ConfigError: They have another.
+        """
         if size != self.size:
             raise ConfigError(
                 f"the dataset's images are {size[0]} x {size[1]} pixels (height x width), but the model "
                 f"draws {self.size[0]} x {self.size[1]}; {remedy}"
             )
-        return self.latents(images).float().contiguous()
 
     def autoencoder_hash(self) -> str:
         """Changes with what decides :meth:`latents`; needed where latents are kept on disk."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
-from lit_align.data import MultiTaskDataModule
+from lit_align.data import MultiTaskDataModule, PickaPicDataModule
 from lit_align.errors import ConfigError
 from lit_align.methods.held_out import held_out_prompts
 from lit_align.methods.identity import IdentifiedModule, measurement_of
@@ -41,6 +41,9 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
 
     several_tasks: ClassVar[bool] = False
     """Whether a training batch may be a list with a rollout batch of each task."""
+
+    learns_from_pairs: ClassVar[bool] = False
+    """Whether a training batch is one of :class:`~lit_align.data.PickaPicDataModule`."""
 
     goes_back: ClassVar[bool] = True
     """Whether a run can go on from earlier weights: nothing else that it uses was made by later ones."""
@@ -89,14 +92,19 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         """Check what depends on the Trainer and the data.
 
         Raises:
-            ConfigError: The Trainer is one that methods do not know, or the data has several tasks and the
-                method learns one, or a reward does not fit the model.
+            ConfigError: The Trainer is one that methods do not know, the data has pairs of images, or several
+                tasks, and the method learns from prompts, or one task, or a reward does not fit the model.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit" and isinstance(data, MultiTaskDataModule) and not self.several_tasks:
             raise ConfigError(
                 f"data: MultiTaskDataModule has several tasks, and {type(self).__name__} learns one; use "
                 "PromptDataModule"
+            )
+        if stage == "fit" and isinstance(data, PickaPicDataModule) and not self.learns_from_pairs:
+            raise ConfigError(
+                f"data: {type(self).__name__} learns from images that it draws, and PickaPicDataModule has "
+                "those of a dataset; use PromptDataModule (PickaPicPrompts is a source of the same prompts)"
             )
         check_trainer(self.trainer)
         read_safely(self.trainer)

@@ -57,16 +57,20 @@ class DPOModule(PairModule[tuple[Noised, Noised]]):
         self.beta = beta
         self.shared_noise = shared_noise
 
-    def prepare(self, batch: PairBatch) -> tuple[Noised, Noised]:
-        """Winners and losers at one timestep a pair.
+    def setup(self, stage: str) -> None:
+        """Check what depends on the data.
 
         Raises:
             ConfigError: The data hands out winners only.
         """
-        if batch.losers is None:
+        super().setup(stage)
+        if stage == "fit" and self.trainer.datamodule.view != "pairs":  # type: ignore[attr-defined]
             raise ConfigError(
                 "data.view: Diffusion-DPO compares images, and this view has winners only; set it to pairs"
             )
+
+    def prepare(self, batch: PairBatch) -> tuple[Noised, Noised]:
+        """Winners and losers at one timestep a pair."""
         return self.noised_pairs(batch, self.losers(batch), self.shared_noise)
 
     def loss(self, prepared: tuple[Noised, Noised], rows: Tensor) -> tuple[Tensor, Metrics]:

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from lit_align.backbones import POLICY, Conditioning, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import PairBatch, PickaPicDataModule
+from lit_align.data.images import height_and_width
 from lit_align.errors import ConfigError
 from lit_align.latents import LatentCache
 from lit_align.methods.base import AlignmentModule
@@ -26,6 +27,9 @@ from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.sampling import Sampling
 from lit_align.randomness import generator
 from lit_align.rewards import RewardBank
+
+OTHER_SIZE = "set data.resolution to it"
+"""What to do where the images of a dataset are not of the model's size."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class PairModule(AlignmentModule, Generic[Prepared]):
     weight in the bank makes ``val/reward``, by which the best checkpoint is chosen, and nothing is trained on
     it. ``progress/images`` counts the images that updates have looked at.
     """
+
+    learns_from_pairs: ClassVar[bool] = True
 
     @property
     def held_out(self) -> tuple[str, ...]:
@@ -127,7 +133,7 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         return self._latents.get(rows, side, lambda places: self._encode(images[places])).to(self.device)
 
     def _encode(self, images: Tensor) -> Tensor:
-        return self.backbone.clean_latents(images.to(self.device), "set data.resolution to it")
+        return self.backbone.clean_latents(images.to(self.device), OTHER_SIZE)
 
     def draws(self, index: Tensor) -> list[torch.Generator]:
         """Where the timestep and the noise of each pair of this batch come from, whatever its rank."""
@@ -172,15 +178,17 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         """Check what depends on the data.
 
         Raises:
-            ConfigError: The data has no images.
+            ConfigError: The data has no images, or they are not of the model's size.
         """
         super().setup(stage)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if stage == "fit" and not isinstance(data, PickaPicDataModule):
-            raise ConfigError(
-                f"data: {type(self).__name__} learns from images of a dataset, and {type(data).__name__} "
-                "has none; use PickaPicDataModule"
-            )
+        if stage == "fit":
+            if not isinstance(data, PickaPicDataModule):
+                raise ConfigError(
+                    f"data: {type(self).__name__} learns from images of a dataset, and {type(data).__name__} "
+                    "has none; use PickaPicDataModule"
+                )
+            self.backbone.check_size(height_and_width(data.resolution), OTHER_SIZE)
         dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]
         if stage == "fit" and data.latent_cache is not None and not dry:
             self._latents = LatentCache(Path(data.latent_cache), self._latent_key(data))

@@ -1,10 +1,11 @@
 """Which Trainers the methods run on: others would round the stored chains, or train copies apart."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
@@ -49,6 +50,22 @@ def _check_checkpoints(callbacks: Sequence[Checkpoint]) -> None:
                 "methods step their optimizer themselves; use every_n_train_steps, or leave it out: a run "
                 "writes its last.ckpt anyway"
             )
+
+
+def check_monitors(trainer: Trainer) -> None:
+    """Refuse callbacks that wait for a metric which the first validation has not, before any training.
+
+    Raises:
+        ConfigError: With the names that may have been meant.
+    """
+    there = [name for name in trainer.callback_metrics if name.startswith("val/")]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for one in callbacks:
+        wanted = str(getattr(one, "monitor", None) or "")
+        if wanted.startswith("val/") and wanted not in (*there, "val/unscored"):  # which is there if not 0
+            near = difflib.get_close_matches(wanted, there, n=2)
+            meant = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(there)}"
+            raise ConfigError(f"{type(one).__name__}: monitor {wanted} is not in the validation; {meant}")
 
 
 def read_safely(trainer: Trainer) -> None:

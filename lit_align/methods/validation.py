@@ -14,6 +14,7 @@ from lit_align.data import Batch
 from lit_align.gaussian import GaussianStep
 from lit_align.methods.sampling import BatchPolicy, SamplingModule
 from lit_align.methods.skipped import SkippingModule
+from lit_align.methods.strategies import check_monitors
 from lit_align.rewards import RewardBank, RewardOutput
 from lit_align.rollout import Trajectory
 from lit_align.samplers import Sampler
@@ -179,7 +180,11 @@ class ValidatedModule(SamplingModule, SkippingModule):
         self.baseline, self.latest, self.taken_back = {}, {}, {}
 
     def on_train_start(self) -> None:
-        """Measure the pretrained model where that was not done: every curve has a point at 0 images."""
+        """Measure the pretrained model where that was not done: every curve has a point at 0 images.
+
+        Raises:
+            ConfigError: A callback waits for a metric that is not measured.
+        """
         if self.baseline or not self.trainer.enable_validation:
             return
         if self.images:
@@ -189,6 +194,7 @@ class ValidatedModule(SamplingModule, SkippingModule):
         self.trainer.validating = True
         self.trainer.fit_loop.epoch_loop.val_loop.run()
         self.trainer.training = True
+        check_monitors(self.trainer)
 
     @torch.no_grad()
     def _measure_reference(self) -> None:

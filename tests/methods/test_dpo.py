@@ -129,11 +129,6 @@ def test_timesteps_are_uniform_over_all_that_the_network_knows(tiny):
     assert draw_t(module.draws(torch.tensor([7]))).item() != drawn[7].item()
 
 
-def test_winners_alone_are_refused(tiny, tmp_path):
-    with pytest.raises(ConfigError, match=r"data.view.*pairs"):
-        fit(make(DPOModule, tiny), tmp_path, 1, data=pairs("winners"))
-
-
 def test_a_strength_that_is_not_positive_is_refused(tiny):
     with pytest.raises(ConfigError, match="beta"):
         make(DPOModule, tiny, beta=0.0)

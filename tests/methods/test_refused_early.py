@@ -1,0 +1,51 @@
+"""What a run would meet after minutes is refused before its first validation, or before its first update."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning import Callback
+from lightning.pytorch.callbacks import EarlyStopping
+
+from lit_align.errors import ConfigError
+from lit_align.methods import DDPOModule, DPOModule
+from tests.methods.build import fit, make, pairs, prompts
+
+VALIDATED = {"limit_val_batches": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("waits", "told"),
+    [
+        (lambda: EarlyStopping("val/rewards"), r"EarlyStopping: monitor val/rewards is not in .* val/reward"),
+        (lambda: EarlyStopping("val/0123456789"), r"monitor val/0\d+ is not in .*; there are val/"),
+    ],
+)
+def test_a_metric_that_no_validation_has(
+    waits: Callable[[], Callback], told: str, tiny: Path, tmp_path: Path
+) -> None:
+    module = make(DDPOModule, tiny, num_steps=2)
+    with pytest.raises(ConfigError, match=told):
+        fit(module, tmp_path, 1, waits(), data=prompts(2, 2), **VALIDATED)
+    assert module.images == 0
+    fit(module, tmp_path, 1, EarlyStopping("val/reward"), data=prompts(2, 2), **VALIDATED)
+    assert module.images
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "told"),
+    [
+        (DDPOModule, pairs, "DDPOModule learns from images that it draws, .*; use PromptDataModule"),
+        (DPOModule, lambda: prompts(2, 2), "DPOModule learns from images .*; use PickaPicDataModule"),
+        (DPOModule, lambda: pairs(resolution=32), r"images are 32 x 32 pixels .*set data\.resolution to it"),
+        (DPOModule, lambda: pairs("winners"), r"data\.view: .* set it to pairs"),
+    ],
+)
+def test_data_from_which_a_method_does_not_learn(
+    method: Any, data: Callable[[], Any], told: str, tiny: Path, tmp_path: Path
+) -> None:
+    module = make(method, tiny)
+    with pytest.raises(ConfigError, match=told):
+        fit(module, tmp_path, 1, data=data(), **VALIDATED)
+    assert not module.baseline
