@@ -13,7 +13,7 @@ from lit_align.callbacks.adapter import AdapterExport
 from lit_align.callbacks.checkpoints import flush, take_back, write_whole
 from lit_align.callbacks.files import writes
 from lit_align.callbacks.summary import RunSummary
-from lit_align.callbacks.trouble import FEWEST, TRAINED, Change, bounds, changed, since, validations
+from lit_align.callbacks.trouble import FEWEST, TRAINED, Change, bounds, changed, since, trains, validations
 from lit_align.errors import ConfigError
 from lit_align.folder import run_folder
 from lit_align.methods import AlignmentModule
@@ -77,7 +77,7 @@ class Guard(Callback):
                 raise ConfigError(f"Guard: {name} {value} must be between 0 and 1")
         if max_distance is not None and not max_distance > 0:
             raise ConfigError(f"Guard: max_distance {max_distance} must be positive")
-        if patience < 1:
+        if not patience >= 1:
             raise ConfigError(f"Guard: patience {patience} must be at least 1 validation")
         self.action = action
         self.factor = factor
@@ -163,6 +163,11 @@ class Guard(Callback):
             return
         now = pl_module.latest
         self._forget_other_measurements(pl_module)
+        if not self._best and trains(now, self._rewards) and self.patience > (there := validations(trainer)):
+            rank_zero_warn(
+                f"guard: patience {self.patience} is more than the validations of this fit ({there}), so a "
+                "reward that rises in vain is not told; lower it, or set trainer.val_check_interval"
+            )
         changes = self._changes(trainer, now, pl_module.prompt_groups) if self._best else []
         better = (
             not changes or changes[0].difference > 0 or self._has_more_scores(now, pl_module.prompt_groups)
@@ -290,4 +295,4 @@ class Guard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best, self._best_images = state_dict["best"], state_dict["best_images"]
         self._acted, self._pretrained = state_dict["acted"], state_dict["pretrained"]
-        self._stopped, self._in_vain = state_dict["stopped"], state_dict["in_vain"]
+        self._stopped, self._in_vain = state_dict["stopped"], state_dict.get("in_vain", 0)

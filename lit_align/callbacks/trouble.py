@@ -112,9 +112,14 @@ def bounds(
     ]
     limit = math.inf if max_distance is None else max_distance
     found += [Bound(name, 1, limit, level) for name in DISTANCES if name in best]
-    if any(name.startswith("reward/") and name not in rewards for name in best):  # some are trained on
+    if trains(best, rewards):
         found.append(Bound(TRAINED, 1, 0.0, level))
     return found
+
+
+def trains(measured: Mapping[str, Tensor], rewards: Sequence[str]) -> bool:
+    """Whether a validation has rewards that are not held out."""
+    return any(name.startswith("reward/") and name not in rewards for name in measured)
 
 
 def since(best: Mapping[str, Tensor], name: str) -> Tensor:

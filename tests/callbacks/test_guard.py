@@ -247,6 +247,18 @@ def test_what_rises_in_vain_is_counted_on_when_a_run_goes_on(tiny, tmp_path):
         )
 
 
+def test_a_patience_that_outlasts_the_fit_is_told(tiny, tmp_path):
+    with pytest.warns(UserWarning, match=r"guard: patience 3 is more than the validations of this fit \(1\)"):
+        run(in_vain(tiny), tmp_path, Guard(), val_check_interval=BATCHES)
+
+
+def test_a_checkpoint_that_counted_nothing_in_vain_is_taken():
+    guard, earlier = Guard(), Guard().state_dict()
+    del earlier["in_vain"]
+    guard.load_state_dict(earlier)
+    assert guard.state_dict()["in_vain"] == 0
+
+
 def test_where_no_reward_is_trained_on_none_rises_in_vain():
     rewards = ["reward/bright", "reward/dark"]
     names = ("reward", *rewards, "diversity", "saturation", "high_frequency")
@@ -344,6 +356,7 @@ def test_a_run_without_validation_or_with_the_guard_too_late_is_refused(tiny, tm
         ({"false_alarms": 0}, "false_alarms 0 must be between 0 and 1"),
         ({"max_distance": -1.0}, "max_distance -1.0 must be positive"),
         ({"patience": 0}, "patience 0 must be at least 1 validation"),
+        ({"patience": float("nan")}, "patience nan must be at least 1 validation"),
     ],
 )
 def test_values_that_cannot_work_are_refused(options, told):
