@@ -38,6 +38,9 @@ cache whatever their names are, a thousand times as large."""
 SPLIT = re.compile(r"(?:^|[_-])(train|val|valid|validation|test|dev)(?:$|[_.-])")
 """How names of files say of which split they are."""
 
+DELIMITERS = (",", ";", "\t", "|")
+"""What programs write between columns; spreadsheets write semicolons where the comma is in numbers."""
+
 MAX_DEPTH = 500
 """Brackets inside of brackets in a line of JSON; at some thousands the reader of pyarrow ends the process."""
 
@@ -57,7 +60,7 @@ def find_files(path: str, ending: str) -> list[Path]:
     place = user_path(path)
     if place.is_dir():
         files = [file for file in place.rglob(f"*{ending}") if file.is_file()]
-        _check_splits(path, files)
+        _check_splits(path, place, files)
         remedy = f"give the path of a file, or a folder with files whose names end in {ending}"
         missing = f"{path} is a folder without {ending} files: {remedy}"
     elif place.is_file():
@@ -78,19 +81,26 @@ def find_files(path: str, ending: str) -> list[Path]:
     return sorted(files)
 
 
-def _check_splits(path: str, files: list[Path]) -> None:
+def _check_splits(path: str, folder: Path, files: list[Path]) -> None:
     """Refuse a folder with the files of several splits, which would be read as one.
 
     Raises:
         ConfigError: Its files are called ``train.txt`` and ``test.txt``, or ``color_train.txt`` and
-            ``color_val.txt``.
+            ``color_val.txt``, or are in folders of such names.
     """
-    splits = {found[1]: file for file in files if (found := SPLIT.search(file.stem.lower()))}
+    splits: dict[str, Path] = {}
+    for file in files:
+        inside = file.relative_to(folder)
+        for name in (*inside.parts[:-1], inside.stem):
+            if found := SPLIT.search(name.lower()):
+                splits.setdefault(found[1], inside)
     if len(splits) > 1:
-        named = " and ".join(file.name for file in list(splits.values())[:2])
+        (split, first), (_, second), *_ = splits.items()
+        inside, name = (first.parent, "*") if first.parent.parts else (Path(), f"*{split}*")
         raise ConfigError(
-            f"{path} holds the files of several splits, such as {named}: give one of them, or a pattern such "
-            f"as {Path(path) / '*train*'}{files[0].suffix}, and others under validation_source, test_source"
+            f"{path} holds the files of several splits, such as {first} and {second}: give one of them, or "
+            f"a pattern such as {Path(path) / inside / name}{first.suffix}, and others under "
+            "validation_source, test_source"
         )
 
 
@@ -142,9 +152,16 @@ def read_delimited(path: str, ending: str, texts: list[str], delimiter: str, quo
     )
     convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()))
     try:
-        return pa.csv.read_csv(io.BytesIO(text.encode()), parse_options=parse, convert_options=convert)
+        table = pa.csv.read_csv(io.BytesIO(text.encode()), parse_options=parse, convert_options=convert)
     except pa.ArrowException as error:
         raise unreadable(file, form, first_line(error)) from error
+    (name, *others) = table.column_names
+    if not others and (used := next((one for one in DELIMITERS if one != delimiter and one in name), None)):
+        raise ConfigError(
+            f"{file} has {used!r} between its columns, and {ending[1:].upper()} has {delimiter!r}: save it "
+            "with these, and quotes around prompts that hold them"
+        )
+    return table
 
 
 def _check_quotes(file: Path, text: str, form: str) -> None:
@@ -263,5 +280,7 @@ def check_columns(there: list[str], wanted: list[str], name: str, setting: str =
     for column in wanted:
         if column not in there:
             near = difflib.get_close_matches(column.lower(), small, n=1)
-            hint = f"did you mean {setting}: {small[near[0]]}?" if near else f"set {setting} to one of them"
+            meant = small[near[0]] if near else ""
+            shown = meant if meant == meant.strip() else repr(meant)  # with the spaces that are in the file
+            hint = f"did you mean {setting}: {shown}?" if near else f"set {setting} to one of them"
             raise ConfigError(f"{name} has no column '{column}', only {', '.join(there) or 'none'}: {hint}")

@@ -227,6 +227,11 @@ def test_a_table_that_cannot_work_says_why(tmp_path: Path, rows: Any, words: lis
         assert word in str(caught.value)
 
 
+def test_one_column_for_both_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="first and second are both 'image_0'"):
+        FolderPairs(folder_table(tmp_path, "csv"), second="image_0")
+
+
 def test_a_table_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pairs.txt ends in '.txt': give a table \*.csv or \*.jsonl"):
         FolderPairs(str(tmp_path / "pairs.txt"))

@@ -321,6 +321,14 @@ def test_settings_that_cannot_work_say_why(shards: Path, settings: dict[str, Any
         assert word in str(caught.value)
 
 
+def test_ties_alone_are_told_as_such(tmp_path: Path) -> None:
+    source = PickaPicFiles(str(write(tmp_path, {row: {"label_0": 0.5} for row in range(60)})))
+    with pytest.raises(
+        ConfigError, match=r"0 pairs to train on: all 60 are ties or without a label; give pairs"
+    ):
+        module(source)
+
+
 def test_the_messages_for_pairs_of_held_out_prompts_lead_to_a_run(shards: Path) -> None:
     source = PickaPicFiles(str(shards))
     with pytest.raises(ConfigError, match=r"all of held-out prompts .* give data.validation_source and data"):

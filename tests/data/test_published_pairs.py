@@ -259,6 +259,21 @@ def test_each_set_trains_a_method_for_a_batch(name: str, tiny: Path, tmp_path: P
         ([{"prompt": "x", "file_path": ["a"], "human_preference": [1]}], {}, "has no pairs"),
         ([{"prompt": "x", "image_path": ["a", "b"], "rank": ["1st", "2nd"]}], {}, "'1st' is no number"),
         ([{"prompt": "x", "image_0": "a", "image_1": "b", "label_0": 3}], {}, "3.* is no label: give 1"),
+        (
+            [{"prompt": one, "prompt_id": "7", "image": "a", "rank": 1} for one in ("x", "y")],
+            {},
+            "rows 0 and 1 of .* have the prompt_id '7' and different prompts",
+        ),
+        (
+            [{"prompt": "x", "prompt_id": None, "image": "a", "rank": rank} for rank in (1, 2)],
+            {},
+            "row 0 of .*, column 'prompt_id': it is empty",
+        ),
+        (
+            [{"prompt": "x", "image1": "a", "image2": "b", "votes_image1": 1, "votes_image2": -2}],
+            {},
+            "column 'votes_image2': -2 is no number of votes",
+        ),
         ([{"prompt": 3, "path1": "a", "path2": "b"}], {}, "prompt names a column of int64, not text"),
         ([{"prompt": "x", "path1": "a", "path2": "b"}], {"margin": 2}, "margin is 2"),
         ([{"prompt": "x", "path1": "a", "path2": "b"}], {"row_groups": 0}, "row_groups is 0"),
@@ -282,6 +297,8 @@ def test_columns_that_make_no_pairs() -> None:
         PairColumns(first="a")
     with pytest.raises(ConfigError, match="columns: nothing make no pairs"):
         PairColumns()
+    with pytest.raises(ConfigError, match="first and second are both a"):
+        PairColumns(first="a", second="a")
 
 
 def test_what_is_no_table(tmp_path: Path) -> None:

@@ -114,6 +114,12 @@ def test_geneval_lists_of_several_types_are_read_as_they_are(folder: Path) -> No
         assert source.columns(number) | {"prompt": source.prompt(number)} == row
 
 
+def test_views_of_text_are_text(folder: Path) -> None:
+    table = pa.table({"prompt": pa.array(["a cat", "a dog"], pa.string_view())})
+    pyarrow.parquet.write_table(table, folder / "p.parquet")
+    assert ParquetPrompts(str(folder)).prompts(range(2)) == ["a cat", "a dog"]
+
+
 # What cannot be read
 
 
@@ -137,6 +143,14 @@ def two(folder: Path, name: str, content: str | bytes) -> str:
     return str(folder)
 
 
+def parted(folder: Path) -> str:
+    """Folders of the splits, with files of one name."""
+    for split in ("train", "test"):
+        (folder / split).mkdir()
+        write(folder / split / "a.txt", f"a cat of {split}\n")
+    return str(folder)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -150,6 +164,17 @@ def two(folder: Path, name: str, content: str | bytes) -> str:
         (lambda d: TextPrompts(two(d, "p.txt", b"a\nb\xe4r")), ["p.txt", "not UTF-8", "0xe4", "line 2"]),
         (lambda d: CSVPrompts(write(d / "p.csv", b"prompt\nb\xe4r")), ["not UTF-8", "line 2"]),
         (lambda d: JSONLPrompts(two(d, "p.jsonl", b'{"prompt": "b\xe4r"}\n')), ["p.jsonl", "not UTF-8"]),
+        (
+            lambda d: TextPrompts(write(d / "p.csv", "prompt\na\n")),
+            ["a table by its name", "give CSVPrompts"],
+        ),
+        (lambda d: TextPrompts(write(d / "p.JSONL", '{"prompt": "a"}\n')), ["give JSONLPrompts"]),
+        (lambda d: TextPrompts(write(d / "p.txt", b"\xef\xbb\xbf")), ["has no rows"]),
+        (lambda d: CSVPrompts(write(d / "p.csv", "prompt;style\na;b\n")), ["has ';' between its columns"]),
+        (lambda d: CSVPrompts(write(d / "p.csv", "prompt\tstyle\na\tb\n")), ["has '\\t' between", "save it"]),
+        (lambda d: TSVPrompts(write(d / "p.tsv", "prompt,style\na,b\n")), ["has ',' between its columns"]),
+        (lambda d: CSVPrompts(write(d / "p.csv", "id, prompt\n1, a\n")), ["did you mean column: ' prompt'?"]),
+        (lambda d: TextPrompts(parted(d)), ["several splits", "test/a.txt and train/a.txt", "/test/*.txt"]),
         (lambda d: CSVPrompts(write(d / "p.csv", "promt,level\na,1\n")), ["promt, level", "column: promt"]),
         (lambda d: CSVPrompts(write(d / "p.csv", "prompt\n")), ["no rows"]),
         (lambda d: CSVPrompts(write(d / "p.csv", "prompt,level\na,b,c\n")), ["p.csv", "not CSV"]),

@@ -84,6 +84,10 @@ class PairColumns:
                 f"columns: {', '.join(sorted(given)) or 'nothing'} make no pairs; give prompt and one of "
                 f"these: {known}"
             )
+        if self.first is not None and self.first == self.second:
+            raise ConfigError(
+                f"columns: first and second are both {self.first}; give the column of each image"
+            )
 
     def names(self) -> dict[str, str]:
         """The columns that are given, by what they mean."""
@@ -143,10 +147,20 @@ class PairColumns:
     def _of_groups(self, table: pa.Table, name: str) -> Iterator[Pair]:
         column = self.preference or self.rank or ""
         values = table[column].to_pylist()
+        prompts = [(prompt or "").strip() for prompt in table[self.prompt].to_pylist()]
         members: dict[Any, list[int]] = {}
         for row, group in enumerate(table[self.group].to_pylist()):
+            if group is None:
+                raise ConfigError(
+                    f"row {row} of {name}, column '{self.group}': it is empty, so nothing belongs to it"
+                )
             members.setdefault(group, []).append(row)
-        for rows in members.values():
+        for group, rows in members.items():
+            if (other := next((row for row in rows if prompts[row] != prompts[rows[0]]), None)) is not None:
+                raise ConfigError(
+                    f"rows {rows[0]} and {other} of {name} have the {self.group} {group!r} and different "
+                    f"prompts, so their images cannot be compared: give each prompt a {self.group} of its own"
+                )
             scores = {
                 row: self._worth(values[row], f"row {row} of {name}, column '{column}'") for row in rows
             }
@@ -217,10 +231,13 @@ def _better(first: float, second: float) -> float:
 
 
 def _numbers(table: pa.Table, column: str, name: str) -> list[float]:
-    values = table[column].to_pylist()
-    return [
-        _number(value or 0, f"row {row} of {name}, column '{column}'") for row, value in enumerate(values)
-    ]
+    found = []
+    for row, value in enumerate(table[column].to_pylist()):
+        where = f"row {row} of {name}, column '{column}'"
+        found.append(_number(value or 0, where))
+        if found[-1] < 0:
+            raise ConfigError(f"{where}: {value!r} is no number of votes")
+    return found
 
 
 def _number(value: Any, where: str) -> float:

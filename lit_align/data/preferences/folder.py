@@ -41,6 +41,8 @@ class FolderPairs(PairSource):
         file = user_path(path)
         if file.suffix not in (".csv", ".jsonl"):
             raise ConfigError(f"{path} ends in '{file.suffix}': give a table *.csv or *.jsonl")
+        if first == second:
+            raise ConfigError(f"first and second are both {first!r}: give the column of each image")
         self.path, self.folder = path, file.parent
         names = [first, second]
         # 0001 is a name too, so the names stay text.

@@ -123,12 +123,18 @@ class PickaPicDataModule(AlignmentDataModule):
         inside = (keys >= lowest_key(low)) & (keys < lowest_key(high)) & ~np.isin(keys, self._held_out_keys())
         decided, empty = (labels == 0) | (labels == 1), keys == EMPTY
         rows, held_out = np.flatnonzero(decided & ~empty & inside), np.sum(decided & ~empty & ~inside)
+        ties = int(np.sum(~decided))
         tell(
-            f"{self.pairs}: {len(rows)} of {len(labels)} pairs to train on; {np.sum(~decided)} ties or "
+            f"{self.pairs}: {len(rows)} of {len(labels)} pairs to train on; {ties} ties or "
             f"without a label, {np.sum(decided & empty)} without a prompt, "
             f"{held_out} of held-out prompts; "
             f"the first image is preferred in {int(labels[rows].sum())} of those to train on"
         )
+        if ties == len(labels):
+            raise ConfigError(
+                f"{self.pairs} has 0 pairs to train on: all {ties} are ties or without a label; give pairs "
+                "with a winner, or name the column that says it"
+            )
         if held_out and not len(rows):
             raise ConfigError(
                 f"{self.pairs} has 0 pairs to train on: {counted(int(held_out), 'pair')} with a label, all "

@@ -83,7 +83,7 @@ class FileForm:
         """What to tell of files that could not be read: which one is to blame, if one is."""
         import datasets
 
-        if "no data" in str(reason):
+        if "no data" in str(reason) or "at least one example" in str(reason):
             return ConfigError(f"{path} has no rows: give a source with at least one prompt")
         if isinstance(reason, OSError) and reason.errno:  # of the system, not of what a file holds
             return ConfigError(

@@ -41,6 +41,15 @@ UTF8 = {"encoding": "utf-8-sig"}
 
 TEXT = FileForm("UTF-8 text", ".txt", "text", UTF8)
 JSONL = FileForm("JSON lines", ".jsonl", "json", UTF8)
+TABLES = {
+    ".csv": "CSVPrompts",
+    ".tsv": "TSVPrompts",
+    ".jsonl": "JSONLPrompts",
+    ".json": "JSONPrompts",
+    ".parquet": "ParquetPrompts",
+}
+"""Endings of files that are no text with a prompt a line, and the sources that read them."""
+
 JSON = FileForm("one JSON list of texts or of objects that are alike", ".json", "json", UTF8)
 
 
@@ -111,6 +120,11 @@ class TablePrompts(PromptSource):
             raise ConfigError(f"{name} has no rows: give a source with at least one prompt")
         kind = table.schema.field(column).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if pa.types.is_string_view(kind):  # as Polars may write it; what reads rows here knows the others
+            table = table.set_column(
+                names.index(column), column, table.column(column).cast(pa.large_string())
+            )
+            kind = pa.large_string()
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise ConfigError(f"column '{column}' of {name} holds {kind}, not text: name the prompts' column")
         self._prompts = table.column(column)
@@ -159,6 +173,12 @@ class TextPrompts(TablePrompts):
     """
 
     def __init__(self, path: str) -> None:
+        for ending, kind in TABLES.items():
+            if path.lower().endswith(ending):
+                raise ConfigError(
+                    f"{path} is a table by its name, of which TextPrompts would take each line as a prompt: "
+                    f"give {kind} as the source, or a file with another ending"
+                )
         table, files = TEXT.read(path)
         super().__init__(table, "text", path, files=files)
 
