@@ -8,11 +8,12 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_align.backbones import POLICY, REFERENCE, LoRA, StableDiffusionBackbone, StableDiffusionXLBackbone
 from lit_align.errors import ConfigError
+from lit_align.identity import ADAPTER
 from lit_align.rollout import rollout
 from lit_align.samplers import DDIM
 from tests.backbones.conftest import PROMPTS, trained
@@ -217,11 +218,21 @@ def test_an_adapter_of_lora_has_the_scale_1_unless_said_otherwise(tiny):
         (LoRA(rank=0), "lora.rank: 0 must be positive"),
         (LoRA(alpha=-1), "lora.alpha: -1 must be positive"),
         (LoRA(target_modules=["to_nothing"]), "to_nothing.* match no layer of the unet"),
+        (LoRA(target_modules=["to_k", "to_qq"]), "the unet has no layer to_qq; did you mean to_q?"),
+        (LoRA(target_modules=["to_k", "add_k_proj"]), "the unet has no layer add_k_proj; take it out"),
     ],
 )
 def test_settings_of_lora_that_cannot_work_are_named(tiny, lora, message):
     with pytest.raises(ConfigError, match=message):
         StableDiffusionBackbone(str(tiny), lora=lora)
+
+
+def test_an_adapter_of_another_network_is_named_by_a_layer(tiny, saved, tmp_path):
+    factors = load_file(saved[0]["a"] / ADAPTER)
+    renamed = {name.replace("attn", "joint"): value for name, value in factors.items()}
+    save_file(renamed, tmp_path / "other.safetensors")
+    with pytest.raises(ConfigError, match=r"of another network, since this unet has no \S*joint\S*; give"):
+        StableDiffusionBackbone(str(tiny)).weight_sets.load("x", tmp_path / "other.safetensors")
 
 
 def test_what_cannot_be_loaded_is_named(tiny, saved, tmp_path):
