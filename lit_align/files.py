@@ -12,7 +12,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 
 from lit_align.errors import ConfigError, chain
@@ -75,6 +77,21 @@ def unused(path: Path) -> Path:
         number += 1
         candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
     return candidate
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A configuration in the folder of a run.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        found = yaml.safe_load(path.read_text()) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is no configuration; put back what the run wrote")
+    return found
 
 
 def numbered(path: Path) -> list[Path]:

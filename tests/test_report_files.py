@@ -6,6 +6,7 @@ import shlex
 import pytest
 
 from lit_align.cli.run import main
+from lit_align.errors import ConfigError
 from lit_align.files import numbered
 from lit_align.report import read_run, render
 from tests.methods.build import prompts
@@ -76,6 +77,9 @@ def test_a_fit_is_made_again_by_its_newest_configuration(tmp_path):
     (run / "config.yaml").write_text("{model: {class_path: DDPOModule}, ckpt_path: of another.ckpt}")
     (found,) = commands(render([read_run(run)]))
     assert found[-2:] == ["--ckpt_path", "of another.ckpt"]
+    (run / "config-2.yaml").write_text("model: [1")
+    with pytest.raises(ConfigError, match=r"config-2.yaml is no configuration; put back what the run wrote"):
+        render([read_run(run)])
 
 
 def test_a_test_is_made_again_by_its_own_configuration(tiny, tmp_path):

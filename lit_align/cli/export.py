@@ -5,8 +5,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from lit_align.backbones.adapter_files import reason
+from lit_align.backbones.text import without_a_line_each
 from lit_align.callbacks.console import show
-from lit_align.errors import ConfigError, tell
+from lit_align.errors import ConfigError, check_positive, tell
 from lit_align.export import FORMS, Live, export, mixture_of, read_run
 from lit_align.export.card import card
 from lit_align.files import write
@@ -47,17 +51,20 @@ def export_command(arguments: Sequence[str]) -> None:
         ConfigError: Something that was given cannot work.
     """
     options = parser().parse_args(arguments)
+    check_positive({"export: --steps": options.steps})
+    _check_device(options.device)
     runs = [read_run(path) for path in options.run]
     weights = options.weights or [1.0] * len(runs)
     if len(weights) != len(runs) or (len(runs) > 1 and not options.weights):
         raise ConfigError(f"export: {len(runs)} runs need --weights with a number for each")
     live = mixture_of(runs, weights, options.device)
-    first = runs[0].folder
+    first = runs[0].folder.resolve()
     name = options.name or f"{first.parent.name}_{first.name}"
     of_adapter = ["adapter", "kohya"] if live.backbone.denoiser == "unet" else ["adapter"]
     forms = options.form or (["pipeline"] if live.whole else of_adapter)
-    folder = options.out or first / "export"
-    made = export(live, forms, folder, name, options.steps)
+    folder = options.out or runs[0].folder / "export"
+    with without_a_line_each():  # of prompts and names of layers on which nobody can act
+        made = export(live, forms, folder, name, options.steps)
     grids = _grids(live)
     for grid in grids:
         shutil.copyfile(grid, folder / grid.name)
@@ -65,10 +72,22 @@ def export_command(arguments: Sequence[str]) -> None:
     for one in made:
         show(f"{one.form:<12} {one.path}")
         show(f"             largest pixel difference to the live model: {one.difference:.3g}")
-        if one.difference > ROUNDING:
+        if not one.difference <= ROUNDING:  # NaN is none
             tell(f"{one.path} draws other images than the model that was trained")
     show(f"{'model card':<12} {folder / 'README.md'}")
     _tell_of_best(runs[0].folder, options.run[0])
+
+
+def _check_device(name: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"export: --device {name} cannot be used ({reason(error)}); give cpu") from None
 
 
 def _grids(live: Live) -> list[Path]:

@@ -1,18 +1,18 @@
 """The model of a run as it was trained, from the run's folder."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_align.backbones import POLICY, DiffusersBackbone
 from lit_align.callbacks.run_config import flat
 from lit_align.errors import ConfigError
-from lit_align.files import numbered
+from lit_align.files import numbered, read_config
 from lit_align.identity import ADAPTER, read_stamp
 
 SET = "exported"
@@ -108,7 +108,7 @@ def read_run(path: Path) -> Run:
     weights = path / "adapter" if path == folder else path
     if not weights.exists():
         raise ConfigError(f"export: {folder} has no adapter/ yet; give a checkpoint of it")
-    configs = [yaml.safe_load(file.read_text()) for file in reversed(numbered(folder / "config.yaml"))]
+    configs = [_read_config(file) for file in reversed(numbered(folder / "config.yaml"))]
     if weights.suffix != ".ckpt":
         return Run(folder, weights, configs[0])
     saved = _read(weights)
@@ -120,6 +120,18 @@ def read_run(path: Path) -> Run:
         raise _no_checkpoint(weights) from None
     config = next((one for one in configs if _flat(one) == _of_model(settings)), configs[0])
     return Run(folder, weights, config, identity, progress)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """A configuration that says what the model is."""
+    config: Any = read_config(file)
+    try:
+        dict(config["model"]["init_args"]["backbone"]["init_args"])["pretrained"]
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(
+            f"export: {file} does not say what the model is; put back what the run wrote"
+        ) from None
+    return dict(config)
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,9 +162,12 @@ def mixture_of(runs: Sequence[Run], weights: Sequence[float], device: str = "cpu
     """The model of one run, or the mixture of several, linear in the updates.
 
     Raises:
-        ConfigError: They have different base models, or one cannot be mixed.
+        ConfigError: They have different base models, or one cannot be mixed, or a weight is none.
     """
     first = runs[0]
+    if not all(map(math.isfinite, weights)) or not any(weights):
+        said = " ".join(f"{weight:g}" for weight in weights)
+        raise ConfigError(f"export: --weights {said} make no mixture; give numbers, of which one is not 0")
     for run in runs[1:]:
         if run.backbone["pretrained"] != first.backbone["pretrained"]:
             raise ConfigError(
@@ -168,16 +183,33 @@ def mixture_of(runs: Sequence[Run], weights: Sequence[float], device: str = "cpu
         if mixed:
             raise ConfigError("export: mixtures are made of the adapter/ folders of runs, not of checkpoints")
         backbone = _build(first, {}).to(device)
+        _check_base(backbone, runs)
         _take(backbone, first.weights)
         return Live(backbone, sources, POLICY, whole)
     if whole:
         backbone = _build(first, {"pretrained": str(first.weights), "config": None, "variant": None})
         return Live(backbone.to(device), sources, POLICY, whole)
     backbone = _build(first, {"adapters": None})
+    _check_base(backbone, runs)
     for number, run in enumerate(runs):
         backbone.weight_sets.load(f"run{number}", run.weights)
     backbone.weight_sets.mix(SET, {f"run{number}": weight for number, weight in enumerate(weights)})
     return Live(backbone.to(device), sources, SET, whole)
+
+
+def _check_base(backbone: DiffusersBackbone, runs: Sequence[Run]) -> None:
+    """Refuse a base model that has other weights than the one under a run.
+
+    Raises:
+        ConfigError: It has.
+    """
+    now = backbone.weight_sets.base_hash
+    for run in runs:
+        if (then := run.facts.get("base")) not in (None, now):
+            raise ConfigError(
+                f"export: {run.weights} was trained over other weights ({then}) than those now in "
+                f"{run.backbone['pretrained']} ({now}); put the old ones back"
+            )
 
 
 def _build(run: Run, changes: Mapping[str, Any]) -> Any:
@@ -185,7 +217,14 @@ def _build(run: Run, changes: Mapping[str, Any]) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(DiffusersBackbone, "backbone")
     given = {"class_path": run.model["backbone"]["class_path"], "init_args": options}
-    return parser.instantiate(parser.parse_object({"backbone": given})).backbone
+    try:
+        config = parser.parse_object({"backbone": given})
+    except ArgumentError:
+        raise ConfigError(
+            f"export: the backbone of {run.folder}, {given['class_path']}, cannot be made; run the command "
+            "where its module is, with the version of lit_align that trained it"
+        ) from None
+    return parser.instantiate(config).backbone
 
 
 def _take(backbone: DiffusersBackbone, checkpoint: Path) -> None:

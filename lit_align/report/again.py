@@ -2,10 +2,8 @@
 
 import shlex
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from lit_align.files import read_config
 from lit_align.report.run import Run
 
 
@@ -32,8 +30,7 @@ def commands(run: Run) -> list[str]:
 
 def _taken(config: Path) -> str | None:
     """The checkpoint that a configuration names."""
-    found: Any = yaml.safe_load(config.read_text()) if config.is_file() else None
-    return found.get("ckpt_path") if isinstance(found, dict) else None
+    return read_config(config).get("ckpt_path") if config.is_file() else None
 
 
 def _command(options: list[str]) -> str:

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lit_align.errors import ConfigError
-from lit_align.files import numbered, read_rows
+from lit_align.files import numbered, read_config, read_rows
 from lit_align.report.curves import Curves, read_curves
 
 DISTANCES = ("kl", "drift")
@@ -68,7 +66,7 @@ class Run:
     def method(self) -> str:
         """Name of its method's class."""
         config = self.fitted or self.tested
-        model = (yaml.safe_load(config.read_text()) or {}).get("model") if config else None
+        model = read_config(config).get("model") if config else None
         return str((model or {}).get("class_path", "model")).rpartition(".")[2].removesuffix("Module")
 
     @property

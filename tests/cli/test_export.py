@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lit_align.cli import main
+from lit_align.errors import ConfigError
 from lit_align.export import export, mixture_of, read_run
 from lit_align.export.card import card
 from lit_align.export.forms import facts
@@ -172,12 +174,51 @@ def test_a_mixture_and_a_checkpoint_are_exported_without_a_fit(runs: Path, tmp_p
         (["nowhere"], "there is no nowhere; give the folder of a run"),
         (["{runs}"], "is in no folder with a config.yaml"),
         (["{runs}/version_0", "{runs}/version_1"], "2 runs need --weights with a number for each"),
+        (["{runs}/version_0", "--weights", "nan"], "--weights nan make no mixture"),
+        (["{runs}/version_0", "{runs}/version_1", "--weights", "0", "0"], "--weights 0 0 make no mixture"),
+        (["{runs}/version_0", "--steps", "0"], "export: --steps: 0 must be positive"),
+        (["{runs}/version_0", "--device", "gpu"], "export: --device gpu cannot be used"),
     ],
 )
 def test_what_cannot_be_exported_is_named(runs: Path, capsys: Any, arguments: list[str], message: str):
     with pytest.raises(SystemExit):
         main(["export", *(argument.format(runs=runs) for argument in arguments)])
     assert message in capsys.readouterr().err
+
+
+def test_other_weights_under_the_name_of_the_base_are_refused(
+    runs: Path, tiny_xl: Path, tmp_path: Path
+) -> None:
+    base, run = tmp_path / tiny_xl.name, tmp_path / "run"
+    shutil.copytree(tiny_xl, base)
+    shutil.copytree(runs / "version_0", run)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(tiny_xl), str(base)))
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(file).items()}, file, {"format": "pt"})
+    for place in (run, run / "checkpoints" / "best.ckpt"):
+        with pytest.raises(ConfigError, match=r"was trained over other weights \(\w+\) than those now in"):
+            mixture_of([read_run(place)], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("model: [1", "config.yaml is no configuration; put back"),
+        ("model: 1\n", "config.yaml does not say what the model is"),
+        (
+            "StableDiffusionXLBackbone -> mine.Backbone",
+            "the backbone of .*run, mine.Backbone, cannot be made",
+        ),
+    ],
+)
+def test_a_run_without_its_configuration_is_named(runs: Path, tmp_path: Path, text: str, told: str) -> None:
+    shutil.copytree(runs / "version_0", run := tmp_path / "run")
+    old, arrow, new = text.partition(" -> ")
+    whole = (run / "config.yaml").read_text()
+    changed = re.sub(rf"[\w.]*\b{old}", new, whole) if arrow else text
+    (run / "config.yaml").write_text(changed)
+    with pytest.raises(ConfigError, match=told):
+        mixture_of([read_run(run)], [1.0])
 
 
 def test_the_snippet_of_the_readme_draws_an_image_of_predict_again(
