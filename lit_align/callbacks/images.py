@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
 
@@ -153,7 +154,7 @@ class ImageWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         images, scores = outputs
-        rows = []
+        rows, row = [], dict[str, Any]()
         for i, image in enumerate(uint8(images)):
             number = int(batch.index[i])
             row = {
@@ -167,6 +168,11 @@ class ImageWriter(Callback):
                 place.write_bytes(png(Image.fromarray(pixels(image))))
             row |= finite({name: float(values[i]) for name, values in scores.items()})
             rows.append({name: values[i] for name, values in batch.columns.items()} | row)
+        if not batch_idx and (lost := [name for name in batch.columns if name in row]):
+            rank_zero_warn(
+                f"metadata.jsonl has its own {', '.join(lost)}, so these columns of the prompts are not in "
+                "it; rename them in the data to keep them"
+            )
         ranks = pl_module.gather(rows)
         if trainer.is_global_zero:
             path = self._folder / "metadata.jsonl"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_align.callbacks.checkpoints import check_whole
 from lit_align.callbacks.guard import KEPT
@@ -110,16 +111,22 @@ def newest(run: Path) -> Saved | None:
 
     Those of a guard are left out: they are written in the middle of what follows a validation.
     """
-    found = []
+    found, broken = [], []
     for path in (run / "checkpoints").glob("*.ckpt"):
         if path.is_file() and not path.name.startswith(KEPT):
             try:
                 found.append(read(path))
             except ConfigError:
-                continue  # cut by a kill, or another program's
-    return max(
+                broken.append(path)  # cut by a kill, or another program's
+    taken = max(
         found, key=lambda saved: (saved.images, saved.steps, saved.path.name == "last.ckpt"), default=None
     )
+    if taken is not None and broken:
+        rank_zero_warn(
+            f"{broken[0]} cannot be read and is passed over; the newest that can is {taken.path}, at "
+            f"{taken.images} images"
+        )
+    return taken
 
 
 def find_equal(runs: Path, settings: Mapping[str, Any]) -> Saved | None:

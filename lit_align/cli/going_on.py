@@ -8,7 +8,7 @@ from lit_align.callbacks import NewSettings
 from lit_align.callbacks.adapter import images_of
 from lit_align.callbacks.summary import read_report
 from lit_align.cli.checkpoint import Saved, newest
-from lit_align.cli.settings import changes, check, told
+from lit_align.cli.settings import changes, check, check_method, told
 from lit_align.errors import tell
 
 
@@ -26,6 +26,8 @@ def going_on(saved: Saved, now: dict[str, Any], config: Any, stage: str) -> list
         SystemExit: With status 0, where a fit has nothing left to do.
     """
     fit = stage == "fit"
+    if fit and saved.settings is not None:
+        check_method(saved.settings, now)
     if fit:
         _stop_if_complete(saved, config.trainer)
     tell(f"{'goes on from' if fit else 'takes'} {saved.path}, at {saved.images} images")

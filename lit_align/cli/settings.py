@@ -102,13 +102,25 @@ def check(found: Changes, saved: Mapping[str, Any], now: Mapping[str, Any], stag
         )
     if stage != "fit":
         return
-    if (old := saved.get("model")) != (new := now.get("model")):
-        raise ConfigError(f"ckpt_path: the checkpoint is of {old}, and the configuration of {new}")
+    check_method(saved, now)
     fixed = [name for name in found.optimizer if "lr_scheduler" in name.split(".") or not _is_value(name)]
     if fixed:
         raise ConfigError(
             f"ckpt_path: in a run that goes on, the kind of the optimizer and the schedule cannot change "
             f"({told(fixed, saved, now)}); set this back, or start a new run"
+        )
+
+
+def check_method(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with another method.
+
+    Raises:
+        ConfigError: It is another.
+    """
+    if (old := saved.get("model")) != (new := now.get("model")):
+        raise ConfigError(
+            f"ckpt_path: the checkpoint is of {old}, and the configuration of {new}; give the config.yaml of "
+            "its run, or start a new run"
         )
 
 

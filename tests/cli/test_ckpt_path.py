@@ -35,6 +35,11 @@ def test_last_is_what_the_counters_say_and_not_the_clock(tmp_path):
     save(best, 16)
     os.utime(last, (1, 1))
     assert find("last", tmp_path).path == last
+    whole = last.read_bytes()
+    last.write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"last.ckpt cannot be read and is passed over; .*best.ckpt, at 16"):
+        assert find("last", tmp_path).path == best
+    last.write_bytes(whole)
     best.write_bytes(best.read_bytes()[:300])
     last.write_bytes(last.read_bytes()[:300])  # cut by a kill
     with pytest.raises(ConfigError, match="no whole checkpoint"):

@@ -112,6 +112,11 @@ def test_a_checkpoint_from_python_does_not_go_on_with_another_method(capsys):
     assert "the checkpoint is of DDPOModule, and AlignPropModule counts and optimises otherwise" in told
 
 
+def test_a_complete_run_of_another_method_is_told_as_such(capsys):
+    told = refused(capsys, "fit", *ALIGNPROP, f"--ckpt_path={RUN}")
+    assert "the checkpoint is of DDPOModule, and the configuration of AlignPropModule" in told
+
+
 def test_a_run_that_another_process_trains_is_left_alone(capsys):
     """Its curves would be cut, and its checkpoints overwritten."""
     read, told = os.pipe()
