@@ -28,6 +28,9 @@ def _faults(path: str) -> Iterator[str]:
         yield f"{path} cannot be imported ({type(error).__name__}: {error}); mend or install {module}"
         return
     if kind is None:
+        if name == "py":
+            yield f"{path} is a file; give the import path of a class in it, such as {module}.CLASS"
+            return
         near = difflib.get_close_matches(name, dir(room), n=1)
         yield f"{module} has no {name}" + (f"; did you mean {near[0]}?" if near else "")
         return

@@ -72,6 +72,11 @@ class ConfigFile:
             value = {k.value: v for k, v in value.value}.get("class_path", value)
         return value.value if isinstance(value, yaml.ScalarNode) else None
 
+    def value_at(self, path: Sequence[str]) -> str | None:
+        """The single value that the file gives for an option, as it is written; None if it gives none."""
+        found = self.find(path)
+        return found[1].value if found and isinstance(found[1], yaml.ScalarNode) else None
+
     def model_class(self) -> str | None:
         """The class that the file gives for the model, if it gives one."""
         return self.class_at(["model"])

@@ -57,6 +57,25 @@ class Given:
         ]
         return any(re.search(rf"\b{re.escape(path[-1])}\b", text) for text in mappings)
 
+    def overruled(self) -> list[str]:
+        """What to tell of options before a file that gives them another value, which wins."""
+        told, before = list[str](), list[tuple[str, str]]()
+        for argument, following in zip(self.arguments, [*self.arguments[1:], ""], strict=True):
+            option, equals, value = argument.partition("=")
+            value = value if equals else following
+            if option not in ("--config", "-c"):
+                before += [(option, value)] if option_of(option) and not option.endswith("+") else []
+                continue
+            for file in (file for file in self.files if file.path == value):
+                for earlier, wanted in before:
+                    written = file.value_at(option_of(earlier))
+                    if written not in (None, wanted):
+                        told.append(
+                            f"{earlier} {wanted} stands before --config {file.path}, whose {written} wins; "
+                            "put options after the files"
+                        )
+        return told
+
     def argument(self, option: str) -> str:
         """The argument as the user wrote it, of which the parser names the end."""
         names = [argument.partition("=")[0] for argument in self.arguments]

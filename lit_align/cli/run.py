@@ -10,7 +10,7 @@ import yaml
 from jsonargparse import ArgumentError, get_loader, set_loader
 from lightning import LightningDataModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lit_align.cli.align import AlignCLI
 from lit_align.cli.config_files import check_order, given_files, read
@@ -49,6 +49,8 @@ def _run(command: Command, cli: type[AlignCLI] = AlignCLI) -> None:
         given = Given([read(path) for path in given_files(arguments)], arguments)
         for file in given.files:
             refuse_both(file)
+        for overruled in given.overruled():
+            rank_zero_warn(overruled)
         model = model_argument(arguments)
         check_order(given.files, arguments, model)
         method = use_method(given, model)

@@ -214,6 +214,24 @@ def test_a_misspelt_truncation_is_met_with_the_nearest(capsys):
     assert "did you mean LowVariance" in told(capsys, "fit", alignprop, "--model.truncation=LowVarianz")
 
 
+def test_an_option_before_a_file_that_overrules_it_is_told(capsys):
+    Path("later.yaml").write_text("trainer: {max_epochs: 9, devices: 1}\nmodel: {init_args: {updates: 1}}\n")
+    options = ["--trainer.max_epochs", "2", "--model.updates=1", "--trainer.devices=1"]
+    with pytest.warns(
+        UserWarning, match=r"max_epochs 2 stands before --config later.yaml, whose 9 wins"
+    ) as told_of:
+        told(capsys, "fit", "--config", str(DDPO), *options, "--config=later.yaml", "--trainer.devices=0")
+    assert len([one for one in told_of if "stands before" in str(one.message)]) == 1
+
+
+def test_a_reward_that_is_named_by_its_file(capsys):
+    Path("mine.py").write_text("")
+    sys.path.insert(0, ".")
+    message = told(capsys, "fit", "--config", str(DDPO), "--model.rewards.rewards.x=mine.py")
+    sys.path.remove(".")
+    assert "mine.py is a file; give the import path of a class in it, such as mine.CLASS" in message
+
+
 def test_an_overlay_without_a_configuration_before_it(capsys):
     meant = f"--config configs/ddpo.yaml --config {REDNESS}"
     assert f"is an overlay: give a configuration before it, as in {meant}" in told(
