@@ -83,8 +83,12 @@ class ConfigFile:
 
     def base(self) -> str:
         """The configuration that an overlay is for, as its first line says."""
+        return self.named_base() or "configs/ddpo.yaml"
+
+    def named_base(self) -> str | None:
+        """The configuration that the first line of an overlay names."""
         named = re.search(r"[Oo]verlay (?:for|after) (\S+\.yaml)", self.text.partition("\n")[0])
-        return named[1] if named else "configs/ddpo.yaml"
+        return named[1] if named else None
 
 
 def given_files(arguments: Sequence[str]) -> list[str]:

@@ -47,6 +47,7 @@ COMMANDS = ("fit", "validate", "test", "predict")
 KINDS = {
     "dict": "a mapping (name: value)",
     "list": "a list",
+    "tuple": "a list, such as [1, 2]",
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
@@ -139,6 +140,8 @@ def _unknown_option(text: str, found: re.Match[str], given: Given) -> str:
     accepted = _parameters(_imported(owner[-1])) if owner else []
     class_name = owner[-1].rpartition(".")[2] if owner else "this part"
     meant = _did_you_mean(parts[0], accepted) or _elsewhere(name, given, but=path)
+    if base := given.other_base(path):
+        meant = f"; this is an overlay for {base}"
     listed = meant or (f"; it has {', '.join(accepted)}" if accepted else "")
     return f"{given.place(path)}: {class_name} has no option {name}{listed}"
 

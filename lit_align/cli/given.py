@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lit_align.cli.config_files import ConfigFile
 from lit_align.cli.renamed import first_edition
@@ -56,6 +57,13 @@ class Given:
             text for argument in self.arguments if "{" in (text := argument.partition("=")[2] or argument)
         ]
         return any(re.search(rf"\b{re.escape(path[-1])}\b", text) for text in mappings)
+
+    def other_base(self, path: Sequence[str]) -> str | None:
+        """The configuration that the overlay with an option is for, if that is not among the files."""
+        names = {Path(file.path).name for file in self.files}
+        overlays = (file for file in reversed(self.files) if file.line(path) is not None)
+        base = next((file.named_base() for file in overlays), None)
+        return base if base and Path(base).name not in names else None
 
     def overruled(self) -> list[str]:
         """What to tell of options before a file that gives them another value, which wins."""

@@ -56,6 +56,10 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             ["--model.optimisation.optimizer=torch.optim.SGD", "--model.optimisation.optimizer.momentun=0.9"],
             ["optimizer.momentun: SGD has no option momentun; did you mean momentum?"],
         ),
+        (
+            ["--model.backbone.size=512x768"],
+            ["size: '512x768' is not a whole number or a list, such as [1, 2]"],
+        ),
         (["--model.updates=1.5"], ["--model.updates: '1.5' is not a whole number"]),
         (["--trainer.max_epochs=2.0"], ["--trainer.max_epochs: '2.0' is not a whole number"]),
         (
@@ -212,6 +216,14 @@ def test_a_command_that_would_do_nothing(stage, capsys):
 def test_a_misspelt_truncation_is_met_with_the_nearest(capsys):
     alignprop = f"--config={DDPO.with_name('alignprop.yaml')}"
     assert "did you mean LowVariance" in told(capsys, "fit", alignprop, "--model.truncation=LowVarianz")
+
+
+@pytest.mark.parametrize(("method", "overlay"), [("ddpo", "draft_k"), ("nft", "flow_grpo")])
+def test_an_overlay_for_another_configuration(method, overlay, capsys):
+    files = [ROOT / "configs" / f"{method}.yaml", ROOT / "configs" / "variant" / f"{overlay}.yaml"]
+    message = told(capsys, "fit", *(f"--config={file}" for file in files))
+    assert f"{overlay}.yaml, line " in message
+    assert f"; this is an overlay for configs/{'ddpo' if method == 'nft' else 'alignprop'}.yaml" in message
 
 
 def test_an_option_before_a_file_that_overrules_it_is_told(capsys):
