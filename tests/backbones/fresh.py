@@ -15,7 +15,7 @@ _made: dict[tuple[Any, ...], tuple[DiffusersBackbone, Tensor]] = {}
 
 
 def fresh(kind: type[Kind], folder: Path, **options: Any) -> Kind:
-    """What ``kind(folder, **options)`` makes after seed 0; from the second time on a copy of the first.
+    """What ``kind(folder, **options)`` makes after seed 0: a copy of one that is made once.
 
     To read the files and to inject the adapter takes more than twice as long as the copy. The generator is
     left as the constructor leaves it.
@@ -27,7 +27,8 @@ def fresh(kind: type[Kind], folder: Path, **options: Any) -> Kind:
     """
     torch.manual_seed(0)
     if options.get("adapters") or options.get("compile") or options.get("checkpointing") == "blocks":
-        return kind(str(folder), **options)  # of files that may change, or with functions that know the sets
+        # Of files that may change, or with functions in the network that belong to one backbone.
+        return kind(str(folder), **options)
     key = (kind, folder, repr(sorted(options.items())), torch.get_default_dtype())
     if key not in _made:
         _made[key] = kind(str(folder), **options), torch.get_rng_state()
