@@ -65,7 +65,7 @@ def make_pipeline(
         cross_attention_dim=16,
         attention_head_dim=2,
         norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D" if attentive else "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D" if attentive else "UpBlock2D"),
     )
     vae = _autoencoder(sample_size)
@@ -93,7 +93,7 @@ def make_xl_pipeline(sample_size: int = 8) -> StableDiffusionXLPipeline:
         layers_per_block=1,
         cross_attention_dim=16 + 24,  # both encoders, side by side
         attention_head_dim=(2, 4),
-        transformer_layers_per_block=(1, 2),
+        transformer_layers_per_block=(1, 1),
         use_linear_projection=True,
         norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),

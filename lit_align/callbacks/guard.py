@@ -51,7 +51,8 @@ class Guard(Callback):
         factor: On the learning rate; with ``kl_target``, on the step that it aims at.
         reward: Name of the held-out reward that decides which validation is best. If not given, ``truth``
             where that is one, else the first.
-        false_alarms: Probability of an alarm in a whole run in which no reward changes.
+        false_alarms: Probability of an alarm in a whole run in which no held-out reward changes. A rise in
+            vain is tested with it in each validation, since it takes several in a row.
         max_distance: Largest mean ``kl``, in nats per image, or ``drift``. There is no default: shipped runs
             that gain end between 1 and 25 nats, and one at 42 had lost more than half of the truth. Below
             float32 roundings are in both, about 0.01 nats for each noisy step and 1024 latent elements.

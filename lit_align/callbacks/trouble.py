@@ -99,8 +99,8 @@ def bounds(
         best: What the best validation measured, ``(N,)`` each.
         rewards: Names of the held-out rewards in it.
         validations: Of the run, after the first.
-        false_alarms: Probability that chance alone makes a reward's fall certain, once in a whole run. What
-            has slack is further from that.
+        false_alarms: Probability that chance alone makes a held-out reward's fall certain, once in a whole
+            run. What has slack is further from that.
         max_distance: Mean ``kl``, or ``drift``, that is allowed; any if not given.
     """
     pairs = validations * (validations + 1) / 2
@@ -113,7 +113,7 @@ def bounds(
     limit = math.inf if max_distance is None else max_distance
     found += [Bound(name, 1, limit, level) for name in DISTANCES if name in best]
     if trains(best, rewards):
-        found.append(Bound(TRAINED, 1, 0.0, level))
+        found.append(Bound(TRAINED, 1, 0.0, false_alarms))  # not shared: several in a row make it certain
     return found
 
 

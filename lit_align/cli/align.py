@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from lightning import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -79,7 +80,7 @@ class AlignCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
+        self.config = self._parsed(parser, args)
         config = self.config[self.config.subcommand]
         use_own_defaults(config, self.given)
         check_seed(config.seed_everything)
@@ -89,6 +90,18 @@ class AlignCLI(LightningCLI):
         if config.ckpt_path and not self.auto:
             self.saved = find(config.ckpt_path, runs_of(config))
         config.ckpt_path = None  # Lightning would read all of it, for hyper-parameters that it has not
+
+    def _parsed(self, parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
+        """The configuration of a command, from the parser of this command alone where that can be.
+
+        The parser of all commands would fill in every default and check every value a second time. It is
+        asked where no command comes first, and where the configuration is printed, which only it does.
+        """
+        name, *options = arguments or [""]
+        printed = any(option.partition("=")[0] == "--print_config" for option in options)
+        if name not in self._subcommand_parsers or printed:
+            return parser.parse_args(arguments)
+        return Namespace({"subcommand": name, name: self._subcommand_parsers[name].parse_args(options)})
 
     def before_instantiate_classes(self) -> None:
         stage = str(self.subcommand)

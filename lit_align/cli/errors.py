@@ -61,6 +61,9 @@ def explain(error: BaseException, given: Given) -> str:
     text = _of_the_class_that_was_given(str(error))
     for pattern, tell in (
         (r"unrecognized arguments: (.*)", _unrecognised),
+        # With the parser's key before it, the message is about a part of a class.
+        (r"\AGroup '([^']+)' does not accept option '([^']+)'", _unknown_section),
+        (r"\AOption '([^']+)' is not accepted\Z", _unknown_section),
         (r"does not accept option '([^']+)'", _unknown_section),
         (r"Option '([^']+)' is not accepted", _unknown_option),
         (r"No module named '([^']+)'", _no_module),
@@ -115,7 +118,7 @@ def _unrecognised(text: str, found: re.Match[str], given: Given) -> str:
 
 
 def _unknown_section(text: str, found: re.Match[str], given: Given) -> str:
-    path = found[1].split(".")
+    path = ".".join(found.groups()).split(".")
     place = given.place(path)
     if path[0] == "trainer" and len(path) > 1:
         return (

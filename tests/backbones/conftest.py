@@ -25,6 +25,7 @@ from lit_align.backbones.transformer import TransformerBackbone
 from lit_align.rollout import rollout
 from lit_align.samplers import DDIM, FlowSDE, Sampler
 from tests.backbones.flow_models import MODELS
+from tests.backbones.fresh import fresh
 
 PROMPTS = ["a red circle on a white background", "two stars"]
 
@@ -45,9 +46,7 @@ class Family:
 
     def make(self, **options: Any) -> DiffusersBackbone:
         """A backbone whose trained weights are not those it starts with: a new adapter's update is 0."""
-        torch.manual_seed(0)
-        backbone = self.backbone(str(self.folder), **options)
-        return perturb(backbone)
+        return perturb(fresh(self.backbone, self.folder, **options))
 
     def pipeline(self, backbone: DiffusersBackbone | None = None) -> DiffusionPipeline:
         """Diffusers' own pipeline with our sampler, and with the policy of a backbone if one is given."""

@@ -118,10 +118,8 @@ def draw_in_diffusers(pipeline: Any, unet: Any, backbone: Any) -> Tensor:
     return images
 
 
-TWO = [pytest.param(name, marks=[] if name == "ddpo" else [pytest.mark.slow]) for name in METHODS]
-
-
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
 def test_two_processes_are_one_on_xl(name: str, tiny_xl: Path, tmp_path: Path) -> None:
     case = CASES[name]
     alone = descended(case, tiny_xl, tmp_path / "one", 1, micro_batch=case.items)

@@ -9,7 +9,8 @@ import torch
 from scipy.stats import norm, t
 from torch import Tensor
 
-from lit_align.callbacks.trouble import FEWEST, Bound, bounds, changed, normal_of, since
+from lit_align.callbacks import Guard
+from lit_align.callbacks.trouble import FEWEST, TRAINED, Bound, bounds, changed, normal_of, since
 
 PROMPTS, EACH = 64, 4
 GROUPS = torch.arange(PROMPTS).repeat_interleave(EACH)
@@ -65,7 +66,33 @@ def alarms(
     return found
 
 
+def in_vain(walk: float, noise: float, runs: int, validations: int, level: float) -> int:
+    """In how many runs without a change of any mean the guard finds that a reward has risen in vain."""
+    draw, found = torch.Generator().manual_seed(0), 0
+    for _ in range(runs):
+        guard = Guard(false_alarms=level)
+        place = {name: 0 * values for name, values in images(draw, 16).items()}
+        best = added(place, images(draw, 16), noise)
+        for _ in range(validations):
+            place = added(place, images(draw, 16), walk)
+            now = added(place, images(draw, 16), noise)
+            better = bool(now["reward/truth"].mean() > best["reward/truth"].mean())
+            bound = Bound(TRAINED, 1, 0.0, level)
+            risen = changed(bound, best["reward/clip"], now["reward/clip"], GROUPS[: 16 * EACH])
+            (change,) = guard._counted([risen], better)
+            if change.certain:
+                found += 1
+                break
+            best = now if better else best
+    return found
+
+
 KINDS = {"noise": (0.0, 1.0), "a walk": (1.0, 0.0), "both": (0.5, 1.0)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chance_seldom_lets_a_reward_rise_in_vain(kind):
+    assert in_vain(*KINDS[kind], runs=100, validations=8, level=0.05) <= 5
 
 
 @pytest.mark.parametrize("kind", KINDS)

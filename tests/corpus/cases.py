@@ -574,8 +574,8 @@ def adapters(tiny: Path) -> dict[str, Case]:
         "a folder of that name": made(use, "a.safetensors", Path.mkdir),
         "an empty folder": made(use, "adapter", Path.mkdir),
         "no tensors": of({}),
-        "NaN": of(lora(**{layer: torch.full((2, 8), torch.nan)})),
-        "infinity": of(lora(**{layer: torch.full((2, 8), torch.inf)})),
+        "NaN": of(lora(**{layer: torch.full((2, 16), torch.nan)})),
+        "infinity": of(lora(**{layer: torch.full((2, 16), torch.inf)})),
         "another model's width": of(lora(width=320)),
         "another model's names": of(
             {
@@ -583,9 +583,9 @@ def adapters(tiny: Path) -> dict[str, Case]:
                 "unet.nowhere.lora.up.weight": torch.zeros(8, 2),
             }
         ),
-        "half of a layer": of({layer: torch.zeros(2, 8)}),
+        "half of a layer": of({layer: torch.zeros(2, 16)}),
         "a text encoder's": of({"text_encoder.layer.lora.down.weight": torch.zeros(2, 8)}),
-        "no matrix": of(lora(**{layer: torch.zeros(8)})),
+        "no matrix": of(lora(**{layer: torch.zeros(16)})),
         "metadata that are no JSON": of(lora(), "{rank"),
         "metadata of a list": of(lora(), [1, 2]),
         "metadata with a rank of 10^9": of(

@@ -56,9 +56,9 @@ def header(content: bytes, length: int | None = None, data: bytes = b"") -> byte
     return struct.pack("<Q", len(content) if length is None else length) + content + data
 
 
-def lora(rank: int = 2, width: int = 8, **changes: Any) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter of the tiny UNet's first attention, by diffusers' names."""
-    place = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+def lora(rank: int = 2, width: int = 16, **changes: Any) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter of the tiny UNet's attention, by diffusers' names."""
+    place = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     return {
         f"{place}.lora.down.weight": torch.full((rank, width), 0.1),
         f"{place}.lora.up.weight": torch.full((width, rank), 0.1),

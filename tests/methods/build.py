@@ -45,6 +45,7 @@ from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.sampling import Samples, Sampling
 from lit_align.rewards import Brightness, Redness, Reward, RewardBank, SetReward
 from lit_align.samplers import DDIM
+from tests.backbones.fresh import fresh
 from tests.methods.recorders import Recorder
 
 Method = TypeVar("Method", bound=AlignmentModule)
@@ -107,7 +108,6 @@ def make(
         sampler: Instead of DDIM with ``num_steps``, ``eta`` and ``noisy_steps``.
         options: Of any group.
     """
-    torch.manual_seed(0)
     given = {"lr": 1e-3, "num_steps": 4, "guidance": 1.0, "micro_batch": 16} | OWN[method] | options
     if lr is not None:
         given["lr"] = lr
@@ -128,7 +128,7 @@ def make(
         if method in (DDPOModule, NFTModule):
             given.setdefault("advantages", GroupAdvantages())
     return method(
-        backbone_of(folder)(str(folder), **backbone),
+        fresh(backbone_of(folder), folder, **backbone),
         sampler=sampler or partial(DDIM, **steps),
         optimisation=Optimisation(**{"optimizer": optimizer} | optimisation),
         sampling=Sampling(**sampling),

@@ -163,8 +163,8 @@ def test_flipped_roundings_are_no_movement(tiny_attentive, tmp_path, half, monke
 
 
 @pytest.mark.parametrize("half", HALF, ids=str)
-def test_movement_is_measured_below_float32_as_in_float32(tiny, tmp_path, half):
-    whole, rounded = (one_batch(tiny, tmp_path, 3e-3, **kind) for kind in ({}, half))
+def test_movement_is_measured_below_float32_as_in_float32(tiny_attentive, tmp_path, half):
+    whole, rounded = (one_batch(tiny_attentive, tmp_path, 3e-3, **kind) for kind in ({}, half))
     assert "train/kl_error" not in whole  # the KL itself
     assert whole["train/kl"] / 3 < rounded["train/kl"] < whole["train/kl"] * 3
 

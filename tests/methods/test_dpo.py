@@ -25,9 +25,9 @@ def test_diffusion_dpo_starts_at_log_2(tiny, tmp_path):
     assert first["progress/images"] == 2 * BATCH
 
 
-def test_diffusion_dpo_learns_which_images_won(tiny):
+def test_diffusion_dpo_learns_which_images_won(tiny_attentive):
     """Of the same pairs, with the same noise: a batch of other noise says little of so few updates."""
-    module, source = make(DPOModule, tiny, beta=500.0), pairs()
+    module, source = make(DPOModule, tiny_attentive, beta=500.0), pairs()
     source.setup("fit")
     with torch.no_grad():
         prepared = module.prepare(next(iter(source.train_dataloader())))
@@ -63,8 +63,8 @@ def test_equals_the_released_loss_of_diffusion_dpo(tiny):
     torch.testing.assert_close(loss, -logsigmoid(inside), rtol=1e-3, atol=1e-4)
 
 
-def test_finetuning_lowers_the_error_on_winners(tiny, tmp_path):
-    module, source = make(SFTModule, tiny), pairs("winners")
+def test_finetuning_lowers_the_error_on_winners(tiny_attentive, tmp_path):
+    module, source = make(SFTModule, tiny_attentive), pairs("winners")
     source.setup("fit")
     with torch.no_grad():
         winners = module.prepare(next(iter(source.train_dataloader())))

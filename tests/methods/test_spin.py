@@ -57,11 +57,13 @@ class Players(Recorder):
 
 
 @pytest.mark.parametrize(
-    "options", [{"lr": 3e-3}, {"exact": True, "beta": 10.0, "lr": 1e-3}], ids=["step", "exact"]
+    ("model", "options"),
+    [("tiny_attentive", {"lr": 3e-3}), ("tiny", {"exact": True, "beta": 10.0, "lr": 1e-3})],
+    ids=["step", "exact"],
 )
-def test_the_first_loss_of_each_iteration_is_log_2_and_it_falls(tiny, tmp_path, options):
-    steps = 8
-    logged = fit(module(tiny, steps=steps, **options), tmp_path, 2 * steps).logged
+def test_the_first_loss_of_each_iteration_is_log_2_and_it_falls(model, request, tmp_path, options):
+    steps, folder = 8, request.getfixturevalue(model)
+    logged = fit(module(folder, steps=steps, **options), tmp_path, 2 * steps).logged
     for first, *later in (logged[:steps], logged[steps:]):
         assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-7)
         assert first["train/margin"] == 0

@@ -1,5 +1,6 @@
 """The detector: exact matching, the set loss, boxes; and the shipped weights against floors."""
 
+import shutil
 from itertools import permutations
 from pathlib import Path
 
@@ -138,19 +139,26 @@ def test_softening_keeps_the_image_and_changes_it() -> None:
     assert torch.equal(soft, soften(images, torch.Generator().manual_seed(0)))
 
 
-def test_the_folder_is_a_transformers_model(tmp_path: Path) -> None:
-    make_detector(tmp_path, Budget(5, steps=2), "32-true", 0)
-    model = YolosForObjectDetection.from_pretrained(tmp_path / "detector")
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe folder with a detector that has hardly learnt."""
+    out = tmp_path_factory.mktemp("recipe")
+    make_detector(out, Budget(5, steps=1), "32-true", 0)
+    return out
+
+
+def test_the_folder_is_a_transformers_model(made: Path) -> None:
+    model = YolosForObjectDetection.from_pretrained(made / "detector")
     assert model.dtype == torch.float32
     assert model.config.id2label == dict(enumerate(SHAPES))
-    assert (tmp_path / "detector" / "model.safetensors").stat().st_size <= 2e6
+    assert (made / "detector" / "model.safetensors").stat().st_size <= 2e6
     captions, images = draw(4, 0, "detector")
     assert all(0 <= value <= 1 for value in render_quality(model, 8, 0).values() if value == value)
-    assert "samples, count agrees" in detector_quality(tmp_path / "detector", images, captions, 4, 0)
+    assert "samples, count agrees" in detector_quality(made / "detector", images, captions, 4, 0)
 
 
-def test_a_further_round_begins_with_the_last_weights(tmp_path: Path) -> None:
-    make_detector(tmp_path, Budget(5, steps=1), "32-true", 0)
+def test_a_further_round_begins_with_the_last_weights(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "detector", tmp_path / "detector")
     first = YolosForObjectDetection.from_pretrained(tmp_path / "detector").state_dict()
     make_detector(tmp_path, Budget(5, steps=1), "32-true", 1)
     second = YolosForObjectDetection.from_pretrained(tmp_path / "detector").state_dict()

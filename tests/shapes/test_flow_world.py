@@ -208,6 +208,7 @@ def test_it_has_the_autoencoder_and_the_text_tower_of_the_other_pipeline(
         assert all(torch.equal(own[name], value) for name, value in other.items())
 
 
+@pytest.mark.slow  # test_weights.py has the samples of the other pipeline
 def test_flow_samples_follow_their_prompts(pipeline: StableDiffusion3Pipeline) -> None:
     captions, _ = draw(64, 3, "samples")
     images = sample(pipeline, captions, FLOW_RECOMMENDED, 3)
@@ -217,6 +218,7 @@ def test_flow_samples_follow_their_prompts(pipeline: StableDiffusion3Pipeline) -
     assert shares["score"] > others["score"] + 0.15  # .35 and .12
 
 
+@pytest.mark.slow
 def test_zeros_in_the_place_of_t5_do_no_harm(pipeline: StableDiffusion3Pipeline) -> None:
     captions, _ = draw(16, 3, "samples")
     without = rates(sample(pipeline, captions, Sampling(5, 0.0, 3.0), 3), captions)

@@ -124,6 +124,7 @@ def test_samples_follow_their_prompts_where_the_model_was_careful(pipeline: Stab
     assert two["careful"]["shapes"] > 0.4
 
 
+@pytest.mark.slow  # with other weights test_reward_models.py measures the same
 def test_the_preference_model_prefers_as_the_utility_does() -> None:
     captions, images = draw(64, 3, "preference")
     before, after = (preference_quality(folder, [PICK], images, captions) for folder in (CLIP, PREFERENCE))
