@@ -96,8 +96,8 @@ def test_the_overlays_go_on_the_other_methods_on_prompts(
         method,
         [f"backbone/{overlay}", *variant],
         flow_folder(MODELS[overlay]),
-        # AlignProp's windows have up to 5 steps, and DiffusionNFT takes 4 timesteps.
-        **{"model.backbone.size": 32, "model.sampler.num_steps": 6, "model.sampler.noisy_steps": 5},
+        # AlignProp's windows have up to 10 steps, and DiffusionNFT takes 4 timesteps.
+        **{"model.backbone.size": 32, "model.sampler.num_steps": 10, "model.sampler.noisy_steps": 5},
     )
     assert logged["train/loss"] == logged["train/loss"]
     assert "val/reward" in logged

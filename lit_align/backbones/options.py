@@ -1,12 +1,15 @@
 """The options of every backbone: what they may be, and what they mean for a model."""
 
+import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DDIMScheduler
+from torch import nn
 
+from lit_align.backbones.adapters import LoRA
 from lit_align.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -117,3 +120,28 @@ def with_entries(scheduler: Any, entries: Mapping[str, Any]) -> Any:
     # What the folder did not say is dropped when another class reads the configuration.
     config["_use_default_values"] = [n for n in config.get("_use_default_values", []) if n not in entries]
     return type(scheduler).from_config(config)
+
+
+def targeted(lora: LoRA | None, network: nn.Module, part: str, layers: list[str]) -> LoRA | None:
+    """The adapter with the layers of its family, if a user gave none.
+
+    Args:
+        lora: Its settings.
+        network: The denoiser.
+        part: What the pipeline calls it.
+        layers: Ends of the names of the family's layers. A model with a single block lacks some, so that
+            they are not checked.
+
+    Raises:
+        ConfigError: No layer has one name that was given, which peft passes over; if none has any, peft says
+            so.
+    """
+    if lora is None or not (ends := lora.target_modules):
+        return lora and lora.on(layers)
+    names = [name for name, _ in network.named_modules()]
+    lost = [end for end in ends if not any(f".{name}".endswith(f".{end}") for name in names)]
+    if lost and len(lost) < len(ends):
+        near = difflib.get_close_matches(lost[0], {name.rpartition(".")[2] for name in names}, n=1)
+        remedy = f"did you mean {near[0]}?" if near else "take it out, or give null for the family's"
+        raise ConfigError(f"lora.target_modules: the {part} has no layer {lost[0]}; {remedy}")
+    return lora

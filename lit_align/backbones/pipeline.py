@@ -24,6 +24,7 @@ from lit_align.backbones.options import (
     check_choices,
     check_inputs,
     choose_size,
+    targeted,
     wants_plain,
     with_entries,
 )
@@ -121,8 +122,7 @@ class DiffusersBackbone(DiffusionBackbone):
             self.pipeline.scheduler = with_entries(self.pipeline.scheduler, scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
         self.checkpointing = checkpointing
-        self._compile = compile
-        self.attention = attention
+        self._compile, self.attention = compile, attention
         self.decode_batch = decode_batch
         self.elsewhere = away = {}
         for name, component in self.pipeline.components.items():
@@ -138,7 +138,7 @@ class DiffusersBackbone(DiffusionBackbone):
         network = getattr(self.pipeline, self.denoiser)
         self.size = choose_size(size, own := network.config, self.pipeline, self.patch)
         check_inputs(pretrained, own, self.no_input_for, self.input_channels, self.asks_more(own))
-        lora = lora and lora.on(self.adapted(network))
+        lora = targeted(lora, network, self.denoiser, self.adapted(network))
         self.weight_sets = WeightSets(self.pipeline, self.denoiser, lora, adapters or {}, self._prepare)
         self.eval()
 
