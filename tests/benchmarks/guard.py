@@ -152,8 +152,8 @@ def right(result: Result) -> bool:
     return result["acted"] is not None and result["late"] is None
 
 
-def report(results: Sequence[Result]) -> str:
-    """Markdown: what became of every run."""
+def report(results: Sequence[Result], missing: Sequence[str] = ()) -> str:
+    """Markdown: what became of every run, and which were not made."""
     rows = []
     for one in results:
         kind = "healthy" if one["config"] in HEALTHY else "exploited"
@@ -172,6 +172,7 @@ def report(results: Sequence[Result]) -> str:
         *table(header, rows),
         "",
         f"{done} of {len(results)} runs as they must be.",
+        *(["", f"Not run: {', '.join(missing)}."] if missing else []),
     ]
     return "\n".join(told) + "\n"
 
@@ -197,8 +198,9 @@ def main() -> int:
     launch = Subprocesses(given.workers)
     one = partial(run_cell, out=given.out, work=given.work, launch=launch)
     failed = run_all(wanted, one, launch, given.workers)
-    results = [result for cell in wanted if (result := stored(cell, given.out))]
-    text = report(results)
+    made = {cell.name: stored(cell, given.out) for cell in wanted}
+    results = [result for result in made.values() if result]
+    text = report(results, [name for name, result in made.items() if not result])
     if not given.only:
         write(given.out / "guard.md", text)
     print(text)
