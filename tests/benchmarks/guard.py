@@ -4,7 +4,8 @@
 
 A cell is one ``lit_align fit`` with ``configs/variant/guard.yaml`` and the guard's action ``stop``: a run
 ends where the guard acts. Where a reward is exploited, it must act before a validation finds the truth, which
-is monitored, 5 % below its best; a healthy run must come to its end.
+is monitored, 5 % below its best; where none does so to the end of the run, there is nothing to act on. A
+healthy run must come to its end.
 
 Stop it when you like: finished cells are kept, and an interrupted one goes on to the bit. A cell runs again
 when a configuration, its seed, an option or the Shapes weights change. Exit status 1 if a cell failed or did
@@ -149,7 +150,7 @@ def right(result: Result) -> bool:
     """Whether the guard did what it must."""
     if result["config"] in HEALTHY:
         return result["acted"] is None
-    return result["acted"] is not None and result["late"] is None
+    return result["late"] is None
 
 
 def report(results: Sequence[Result], missing: Sequence[str] = ()) -> str:
@@ -166,8 +167,8 @@ def report(results: Sequence[Result], missing: Sequence[str] = ()) -> str:
         "# The guard",
         "",
         "Made by `python -m tests.benchmarks.guard`: every run stops where the guard acts. Where the reward",
-        f"is exploited, that must be before the truth is {FALL:.0%} below its best; a healthy run comes to",
-        "its end.",
+        f"is exploited, that must be before the truth is {FALL:.0%} below its best, if it ever is; a healthy",
+        "run comes to its end.",
         "",
         *table(header, rows),
         "",

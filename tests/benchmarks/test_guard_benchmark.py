@@ -38,6 +38,7 @@ def test_the_verdict_is_that_of_the_curves():
     assert (never["acted"], never["late"]) == (None, 24)
     exploited, healthy = ({"config": name, "seed": 1} for name in ("clip", "ddpo"))
     assert [right(exploited | one) for one in (early, late, never)] == [True, False, False]
+    assert right(exploited | never | {"late": None})  # the truth did not fall
     assert [right(healthy | one) for one in (early, late, never)] == [False, False, True]
     told = report([exploited | early, healthy | never])
     assert "16 images, reward/truth | 0.620 -> 0.610 (1.6% below) | yes" in told
