@@ -107,7 +107,8 @@ def run_cell(cell: Cell, out: Path, work: Path, launch: Launch) -> None:
             tail = log.read_text(errors="replace").splitlines()[-20:]
             raise CellFailed("\n".join([f"fit ended with status {status}; the end of {log}:", *tail]))
         curves = scalars(run)
-        told = [line for line in log.read_text(errors="replace").splitlines() if "guard: " in line]
+        lines = log.read_text(errors="replace").replace(f"{ROOT}/", "").splitlines()
+        told = [line for line in lines if "guard: " in line]
         result = {"fingerprint": fingerprint, "config": cell.config, "seed": cell.seed, "told": told}
         result |= {"arguments": cell.arguments, "commit": commit(), "shapes_weights": cell.weights}
         write(
