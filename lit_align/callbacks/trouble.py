@@ -3,7 +3,8 @@
 A run is validated many times, always with the same prompts and noise, and each time compared with the best
 validation so far. Chance alone makes some of these comparisons look bad. So the level is that of the whole
 run: the ``N (N + 1) / 2`` pairs of a validation and an earlier one share it (Bonferroni), which holds however
-the best is chosen and however validations depend on each other.
+the best is chosen and however validations depend on each other. A rise of the trained reward is compared at
+the level of one comparison: the guard asks for several in a row.
 """
 
 import math
