@@ -85,6 +85,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         self._evaluated, self._skipped, self._unscored = [], 0, 0
         self._losses, self._rows, self._recent = [], [], deque(maxlen=LIMIT)
         self._facts, self._validated_with = {}, {}
+        self._logged: dict[str, Tensor] = {}
 
     # ---- training
 
@@ -110,6 +111,11 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         read_safely(self.trainer)
         self.identify(data, stage)
         self._check_domain(held_out_prompts(data, stage))
+
+    def on_train_start(self) -> None:
+        # A callback may look at the end of an epoch, at which a run goes on without logging anything before.
+        self.trainer.callback_metrics.update(self._logged)
+        super().on_train_start()
 
     def _check_domain(self, prompts: list[str]) -> None:
         """Tell of rewards, and of prompts, that do not fit the model."""
@@ -242,6 +248,11 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
             "measured_at": self.measured_at,
             "prompt_groups": self.prompt_groups,
             "trained": {name: list(p.shape) for name, p in kept.items()},
+            "logged": {
+                name: value.cpu()
+                for name, value in self.trainer.callback_metrics.items()
+                if name.startswith(("train/", "val/"))
+            },
         }
         checkpoint["identity"] = self._facts
 
@@ -273,6 +284,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
             self.latest = progress.get("latest", {}) if self.measured_at else {}
             self.rate_factor = progress.get("rate_factor", 1.0)
             self.prompt_groups = progress.get("prompt_groups", self.prompt_groups)
+            self._logged = progress.get("logged", {})
         self._validated_with = identity
         if stage in ("fit", "validate"):
             self.compare_measurement()
