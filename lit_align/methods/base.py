@@ -17,11 +17,11 @@ from lit_align.data import MultiTaskDataModule, PickaPicDataModule
 from lit_align.errors import ConfigError
 from lit_align.methods.held_out import held_out_prompts
 from lit_align.methods.identity import IdentifiedModule, measurement_of
-from lit_align.methods.metrics import Metrics
+from lit_align.methods.metrics import Metrics, waited_for
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.skipped import LIMIT, check_weights
-from lit_align.methods.strategies import check_trainer, read_safely
+from lit_align.methods.strategies import check_monitors, check_train_monitors, check_trainer, read_safely
 from lit_align.randomness import run_seed
 from lit_align.rewards import RewardBank
 from lit_align.shapes.world import IMAGE_SIDE, untaught
@@ -107,15 +107,17 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
                 f"data: {type(self).__name__} learns from images that it draws, and PickaPicDataModule has "
                 "those of a dataset; use PromptDataModule (PickaPicPrompts is a source of the same prompts)"
             )
-        check_trainer(self.trainer)
+        check_trainer(self.trainer, stage)
         read_safely(self.trainer)
         self.identify(data, stage)
         self._check_domain(held_out_prompts(data, stage))
 
     def on_train_start(self) -> None:
-        # A callback may look at the end of an epoch, at which a run goes on without logging anything before.
+        """Measure the pretrained model where that was not done, and look what callbacks wait for."""
+        # A run may go on at the end of an epoch, where callbacks look at what was logged before.
         self.trainer.callback_metrics.update(self._logged)
         super().on_train_start()
+        check_monitors(self.trainer)
 
     def _check_domain(self, prompts: list[str]) -> None:
         """Tell of rewards, and of prompts, that do not fit the model."""
@@ -194,6 +196,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
             "perf/images_per_second": speed,
             "step": float(self.images),
         }
+        check_train_monitors(self.trainer, logged)
         self.log_dict(logged, logger=False, batch_size=1)
         self._log_now(logged)
         shown = {bar: logged[f"train/{bar}"], "images/s": speed}
@@ -248,11 +251,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
             "measured_at": self.measured_at,
             "prompt_groups": self.prompt_groups,
             "trained": {name: list(p.shape) for name, p in kept.items()},
-            "logged": {
-                name: value.cpu()
-                for name, value in self.trainer.callback_metrics.items()
-                if name.startswith(("train/", "val/"))
-            },
+            "logged": waited_for(self.trainer.callback_metrics),
         }
         checkpoint["identity"] = self._facts
 

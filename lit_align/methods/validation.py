@@ -14,7 +14,6 @@ from lit_align.data import Batch
 from lit_align.gaussian import GaussianStep
 from lit_align.methods.sampling import BatchPolicy, SamplingModule
 from lit_align.methods.skipped import SkippingModule
-from lit_align.methods.strategies import check_monitors
 from lit_align.rewards import RewardBank, RewardOutput
 from lit_align.rollout import Trajectory
 from lit_align.samplers import Sampler
@@ -180,11 +179,7 @@ class ValidatedModule(SamplingModule, SkippingModule):
         self.baseline, self.latest, self.taken_back = {}, {}, {}
 
     def on_train_start(self) -> None:
-        """Measure the pretrained model where that was not done: every curve has a point at 0 images.
-
-        Raises:
-            ConfigError: A callback waits for a metric that is not measured.
-        """
+        """Measure the pretrained model where that was not done: every curve has a point at 0 images."""
         if self.baseline or not self.trainer.enable_validation:
             return
         if self.images:
@@ -194,7 +189,6 @@ class ValidatedModule(SamplingModule, SkippingModule):
         self.trainer.validating = True
         self.trainer.fit_loop.epoch_loop.val_loop.run()
         self.trainer.training = True
-        check_monitors(self.trainer)
 
     @torch.no_grad()
     def _measure_reference(self) -> None:

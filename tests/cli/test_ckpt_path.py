@@ -211,3 +211,18 @@ def test_a_run_that_ended_after_its_last_validation_is_complete(tmp_path, report
     config = SimpleNamespace(trainer=SimpleNamespace(max_epochs=1, max_steps=-1))
     with pytest.raises(SystemExit) if complete else nullcontext():
         going_on(read(path), {}, config, "fit")
+
+
+@pytest.mark.parametrize(("limit", "complete"), [("00:00:00:09", True), ({"seconds": 11}, False)])
+def test_a_run_whose_time_is_over_is_complete(limit, complete, tmp_path, caplog):
+    """It would be loaded, do nothing and end with 0."""
+    path = save(tmp_path / "last.ckpt", 8)
+    content = torch.load(path, weights_only=True)
+    content["callbacks"] = {"Timer": {"time_elapsed": {"train": 10.0}}}
+    torch.save(content, path)
+    config = SimpleNamespace(trainer=SimpleNamespace(max_epochs=9, max_steps=-1, max_time=limit))
+    with (
+        pytest.raises(SystemExit) if complete else pytest.warns(UserWarning, match="does not say with which")
+    ):
+        going_on(read(path), {}, config, "fit")
+    assert ("is complete (10 seconds); add --trainer.max_time 0:00:20" in caplog.text) == complete
