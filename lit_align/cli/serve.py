@@ -4,9 +4,7 @@ import argparse
 import socket
 from collections.abc import Sequence
 
-import torch
-
-from lit_align.cli.bank import read_bank
+from lit_align.cli.bank import device_of, read_bank
 from lit_align.errors import ConfigError, tell
 from lit_align.rewards.serving import application
 
@@ -52,7 +50,7 @@ def serve_command(arguments: Sequence[str]) -> None:
             "what listens there"
         ) from error
     with listening:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = device_of(options.device)
         bank = read_bank(options.rewards)
         app = application(bank, device)
         place = f"http://{options.host}:{listening.getsockname()[1]}"

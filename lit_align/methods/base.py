@@ -97,6 +97,11 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
                 tasks, and the method learns from prompts, or one task, or a reward does not fit the model.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is None:
+            raise ConfigError(
+                "data: loaders alone know nothing of ranks and of runs that go on; give a data module of "
+                "lit_align.data, as in trainer.fit(module, PromptDataModule(...))"
+            )
         if stage == "fit" and isinstance(data, MultiTaskDataModule) and not self.several_tasks:
             raise ConfigError(
                 f"data: MultiTaskDataModule has several tasks, and {type(self).__name__} learns one; use "
@@ -118,6 +123,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         self.trainer.callback_metrics.update(self._logged)
         super().on_train_start()
         check_monitors(self.trainer)
+        self.backbone.weight_sets.trained = True
 
     def _check_domain(self, prompts: list[str]) -> None:
         """Tell of rewards, and of prompts, that do not fit the model."""

@@ -208,12 +208,14 @@ class ValidatedModule(SamplingModule, SkippingModule):
     def _is_pretrained(self) -> bool:
         """Whether the policy of the newest validation, before any training, was the pretrained model.
 
-        It starts elsewhere from adapters, and where some experts of several are loaded. Roundings count
-        only then: a fusion of untrained experts is the pretrained model up to them.
+        It starts elsewhere from adapters, where some experts of several are loaded, and where another module
+        has trained its backbone. Roundings count only then: a fusion of untrained experts is the pretrained
+        model up to them.
         """
         distances = [self.latest[name] for name in ("kl", "drift") if name in self.latest]
-        loaded = bool(self.backbone.weight_sets.file_hashes)
-        return not (loaded and any(bool((values != 0).any()) for values in distances))
+        sets = self.backbone.weight_sets
+        moved = bool(sets.file_hashes) or sets.trained
+        return not (moved and any(bool((values != 0).any()) for values in distances))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """A rollout on held-out prompts with the same noise every time; returns the images."""

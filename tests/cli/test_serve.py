@@ -63,3 +63,8 @@ def test_a_package_that_is_missing(package: str, bank: str, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=r"serve needs the package .*pip install 'lit_align\[serve\]'"):
         serve_command(["--rewards", bank, "--port", "0"])
+
+
+def test_a_device_that_is_not_there(bank: str) -> None:
+    with pytest.raises(ConfigError, match=r"--device tpu cannot be used \(.*\); give cpu"):
+        serve_command(["--rewards", bank, "--port", "0", "--device", "tpu"])

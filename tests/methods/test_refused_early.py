@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from lightning import Callback
 from lightning.pytorch.callbacks import EarlyStopping
+from torch.utils.data import DataLoader
 
 from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule, DPOModule
-from tests.methods.build import fit, make, pairs, prompts
+from tests.methods.build import fit, make, pairs, prompts, trainer
 
 VALIDATED = {"limit_val_batches": 1.0}
 
@@ -49,3 +50,15 @@ def test_data_from_which_a_method_does_not_learn(
     with pytest.raises(ConfigError, match=told):
         fit(module, tmp_path, 1, data=data(), **VALIDATED)
     assert not module.baseline
+
+
+def test_what_is_no_list_of_prompts_and_what_is_no_data_module(tiny: Path, tmp_path: Path) -> None:
+    """Each letter of a text would be a prompt."""
+    module, data = make(DDPOModule, tiny, num_steps=2), prompts(2, 2)
+    for given in ("a red star", []):
+        with pytest.raises(ConfigError, match="is no list of prompts; give one, as in "):
+            module.generate(given)
+    data.setup("fit")
+    for loader in (data.train_dataloader(), DataLoader(["a star", "a circle"])):
+        with pytest.raises(ConfigError, match=r"as in trainer.fit\(module, PromptDataModule"):
+            trainer(tmp_path, 1).fit(module, loader)
