@@ -23,6 +23,13 @@ LENGTHS = {
 """Options that say how much a command does."""
 
 
+MADE = ("callbacks", "logger", "plugins", "profiler")
+"""Options that are objects, which are not made to find out whether the others can work together."""
+
+OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+"""What a Trainer would make that is only looked at."""
+
+
 def check_seed(seed: int | bool | None) -> None:
     """Refuse a seed that numpy does not take.
 
@@ -57,11 +64,14 @@ def check_trainer_options(config: Any, stage: str) -> None:
     _check_lengths(config, stage)
     if stage == "fit":
         check_callbacks(_classes(config.callbacks))
+    if config.barebones:
+        raise ConfigError(
+            "trainer.barebones: true takes away what a run says and leaves; set it to false, and "
+            "trainer.logger and trainer.enable_checkpointing as you want them"
+        )
     if isinstance(config.strategy, str):
-        names = ["accelerator", "devices", "num_nodes", "precision", "strategy"]
-        names += ["overfit_batches", "barebones"]
-        off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-        options: dict[str, Any] = {name: config[name] for name in names} | dict.fromkeys(off, False)
+        options = {name: value for name, value in vars(config).items() if name not in MADE}
+        options |= dict.fromkeys(OFF, False)
         try:
             check_trainer(Trainer(**options))
         except ConfigError:

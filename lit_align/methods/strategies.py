@@ -66,14 +66,14 @@ def check_trainer(trainer: Trainer, stage: str = "") -> None:
             "which goes on where the last one ended; give data.source a file of a few prompts, and set "
             "trainer.limit_train_batches"
         )
-    if trainer.barebones:
-        raise ConfigError(
-            "trainer.barebones: true takes away what a run says and leaves; set it to false, and "
-            "trainer.logger and trainer.enable_checkpointing as you want them"
-        )
     _check_world(trainer.world_size)
     _check_strategy(trainer.strategy, trainer.world_size)
     _check_checkpoints(trainer.checkpoint_callbacks)
+    if getattr(trainer.lightning_module, "_compiler_ctx", None) is not None:
+        raise ConfigError(
+            "torch.compile: the loops of a method cannot be compiled; give the module itself, and set "
+            "backbone.compile, which compiles the denoiser"
+        )
     if stage == "fit":
         check_callbacks(map(type, trainer.callbacks))  # type: ignore[attr-defined]
 

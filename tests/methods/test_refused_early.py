@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from torch.utils.data import DataLoader
@@ -50,6 +51,12 @@ def test_data_from_which_a_method_does_not_learn(
     with pytest.raises(ConfigError, match=told):
         fit(module, tmp_path, 1, data=data(), **VALIDATED)
     assert not module.baseline
+
+
+def test_a_module_that_is_compiled_as_a_whole(tiny: Path, tmp_path: Path) -> None:
+    compiled: Any = torch.compile(make(DDPOModule, tiny, num_steps=2))
+    with pytest.raises(ConfigError, match=r"give the module itself, and set backbone\.compile"):
+        fit(compiled, tmp_path, 1, data=prompts(2, 2))
 
 
 def test_what_is_no_list_of_prompts_and_what_is_no_data_module(tiny: Path, tmp_path: Path) -> None:
