@@ -19,10 +19,6 @@ MOST = 100_000
 """Values of a configuration, those of its aliases each time that they are used."""
 
 
-SECTIONS = ("trainer", "model", "data", "init_args", "optimisation", "sampling")
-"""What cannot be null."""
-
-
 @dataclass(frozen=True)
 class ConfigFile:
     """A YAML (or JSON) file, with the places of all its values.
@@ -113,7 +109,7 @@ def read(path: str, option: str = "--config") -> ConfigFile:
         option: Under which it was given.
 
     Raises:
-        ConfigError: It is not there, is not YAML, or says something twice.
+        ConfigError: It is not there, is not YAML, says something twice, or has a name that is none.
     """
     if os.path.isdir(path):
         inside = sorted(file.name for file in Path(path).glob("*.yaml"))
@@ -153,17 +149,6 @@ def read(path: str, option: str = "--config") -> ConfigFile:
     _values(path, root, {})
     _refuse_twice(path, root)
     return ConfigFile(path, text, root)
-
-
-def without_empty(value: Any) -> Any:
-    """A configuration without the sections that have nothing below them, all of it being commented out."""
-    if isinstance(value, list):
-        return [without_empty(part) for part in value]
-    if not isinstance(value, dict):
-        return value
-    return {
-        name: without_empty(part) for name, part in value.items() if part is not None or name not in SECTIONS
-    }
 
 
 def check_order(files: Sequence[ConfigFile], arguments: Sequence[str], model: str | None) -> None:
@@ -269,6 +254,10 @@ def _refuse_twice(path: str, node: yaml.Node) -> None:
     first: dict[str, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
+        if key.tag in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:null"):
+            raise ConfigError(
+                f"{path}, line {line}: YAML does not read {key.value!r} as a name; put it into quotes"
+            )
         if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, line) != line:
             raise ConfigError(
                 f"{path}, line {line}: {key.value} stands in line {first[key.value]} already; the second "

@@ -212,8 +212,12 @@ def test_a_mistake_on_the_command_line(arguments, parts, capsys):
         ("- a\n", ["has the sections trainer, model and data"]),
         ("", ["has the sections trainer, model and data"]),
         ("\x00", ["not a text file"]),
+        (
+            "model: {init_args: {rewards: {init_args: {weights: {on: 1}}}}}\n",
+            ["line 1: YAML does not read 'on' as a name; put it into quotes"],
+        ),
     ],
-    ids=range(25),
+    ids=range(26),
 )
 def test_a_mistake_in_a_file(text, parts, capsys):
     Path("mine.yaml").write_text(text)

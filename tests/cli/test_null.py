@@ -33,12 +33,12 @@ def test_a_null_is_no_text(option: str, place: str, capsys, monkeypatch) -> None
 
 
 def test_sections_with_nothing_below_them_are_not_there(tmp_path: Path, capsys, monkeypatch) -> None:
-    """All of each is commented out."""
+    """All of each is commented out; options that no command takes from a file are passed over too."""
     monkeypatch.setattr(sys, "argv", ["lit_align"])
     empty = tmp_path / "empty.yaml"
-    empty.write_text(
-        "trainer:\ndata:\n  init_args:\nmodel:\n  init_args:\n    sampling:\n    optimisation:\n"
-    )
+    sections = {"data": {"init_args": None}, "model": {"init_args": {"sampling": None, "optimisation": None}}}
+    decided = {"verbose": True, "return_predictions": False}
+    empty.write_text(yaml.safe_dump({"trainer": None} | sections | decided))
     printed = []
     for more in ([], [f"--config={empty}"]):
         with pytest.raises(SystemExit):
