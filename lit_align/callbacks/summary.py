@@ -134,6 +134,8 @@ def compared(
     if baseline is latest:  # a validation of an untrained model is its own baseline
         return {}
     before = {name: values for name, values in baseline.items() if len(values) == len(groups)}
+    if before and "unscored" in {*baseline, *latest}:  # which is not there where it is 0
+        before, latest = ({**one, "unscored": one.get("unscored", 0 * groups)} for one in (before, latest))
     return {name: compare(old, latest[name], groups) for name, old in before.items() if name in latest}
 
 

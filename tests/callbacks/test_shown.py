@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_align.callbacks import image_grid
 from lit_align.callbacks.grid import FONT_SIZE, GAP, MARGIN, shrink, uint8, wrap
 from lit_align.callbacks.progress import ProgressLines
-from lit_align.callbacks.summary import RunSummary
+from lit_align.callbacks.summary import RunSummary, compared
 
 LONG = "two small yellow stars above a large cyan triangle, left of three medium pink squares on a black star"
 
@@ -126,3 +126,13 @@ def test_the_table_has_a_row_for_each_thing_that_was_measured(tmp_path, capsys):
     assert "%" not in rows["kl"]
     assert "%" not in rows["diversity"]
     assert "nan" not in "".join(rows.values())
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_images_that_have_no_score_on_one_side_only_have_a_row(side):
+    some, none = measured(unscored=torch.tensor([0.0, 1.0, 0.0, 0.0])), measured()
+    del none["unscored"]  # it is measured where it is not 0
+    before, after = (some, none) if side == "before" else (none, some)
+    found = compared(before, after, torch.tensor([0, 0, 1, 1]))["unscored"]
+    assert (found.before, found.after) == ((0.25, 0.0) if side == "before" else (0.0, 0.25))
+    assert compared({}, some, torch.tensor([0, 0, 1, 1])) == {}
