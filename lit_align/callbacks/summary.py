@@ -233,7 +233,8 @@ def _show_change(found: dict[str, Comparison], split: str) -> None:
         if name in ("kl", "drift"):  # the distance to the pretrained model, which is 0 before
             table.add_row(name, "", _number(c.after), "", "")
             continue
-        error = f" ± {c.win_rate_error:.0%}" if math.isfinite(c.win_rate_error) else ""
+        known = c.win_rate_error and math.isfinite(c.win_rate_error)  # 0 where all images agree
+        error = f" ± {c.win_rate_error:.0%}" if known else ""
         wins = f"{c.win_rate:.0%}{error}" if name == "truth" or name.startswith("reward") else ""
         change = _number(c.difference, c.standard_error, "+")
         table.add_row(name, _number(c.before), _number(c.after), change, wins)
