@@ -121,7 +121,7 @@ def at_equal(runs: Sequence[Run]) -> list[dict[str, Any]]:
     if len(runs) < 2:
         return []
     apart = incomparable(runs)
-    names = [name for name in CURVES[:2] if all(name in run.curves for run in runs) and name not in apart]
+    names = [name for name in CURVES[:2] if all(run.curves.get(name) for run in runs) and name not in apart]
     rows = []
     images = min((run.curves[names[0]][-1][0] for run in runs), default=0) if names else 0
     if images:
