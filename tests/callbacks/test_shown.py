@@ -62,6 +62,7 @@ def trainer(**values: Any) -> Any:
         "current_epoch": 1,
         "num_training_batches": 4,
         "check_val_every_n_epoch": 1,
+        "val_check_batch": 4,
         "callback_metrics": {"train/reward": torch.tensor(1.5), "perf/images_per_second": 2.0},
         "state": SimpleNamespace(fn="fit"),
         "callbacks": [],
@@ -83,6 +84,10 @@ def test_a_line_says_where_the_run_is_and_how_long_it_takes(capsys, monkeypatch)
     assert capsys.readouterr().out.splitlines()[1] == (
         "epoch 2/3  batch 2/4  reward 1.5000  2.0 images/s  0:01:20 left"
     )
+    often = trainer(val_check_batch=2)  # four validations to come: one after this batch, and each second one
+    lines.on_train_batch_start(often, module, None, 1)
+    lines.on_train_batch_end(often, module, None, None, 1)  # type: ignore[arg-type]
+    assert capsys.readouterr().out.endswith("0:01:40 left\n")
     pairs = trainer(callback_metrics={"train/loss": torch.tensor(0.25)}, max_epochs=-1)
     lines.on_train_batch_end(pairs, module, None, None, 0)  # type: ignore[arg-type]
     assert capsys.readouterr().out == "epoch 2/?  batch 1/4  loss 0.2500\n"
