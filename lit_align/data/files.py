@@ -60,7 +60,7 @@ def find_files(path: str, ending: str) -> list[Path]:
     place = user_path(path)
     if place.is_dir():
         files = [file for file in place.rglob(f"*{ending}") if file.is_file()]
-        _check_splits(path, place, files)
+        check_splits(path, place, files)
         remedy = f"give the path of a file, or a folder with files whose names end in {ending}"
         missing = f"{path} is a folder without {ending} files: {remedy}"
     elif place.is_file():
@@ -81,7 +81,7 @@ def find_files(path: str, ending: str) -> list[Path]:
     return sorted(files)
 
 
-def _check_splits(path: str, folder: Path, files: list[Path]) -> None:
+def check_splits(path: str, folder: Path, files: list[Path]) -> None:
     """Refuse a folder with the files of several splits, which would be read as one.
 
     Raises:

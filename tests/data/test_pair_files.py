@@ -46,7 +46,9 @@ def test_files_reach_a_spawned_process(shards: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["{}", "{}/", "{}/train-*.parquet", "file://{}"])
-def test_files_are_found_by_folder_pattern_and_url(shards: Path, form: str) -> None:
+def test_files_are_found_by_folder_pattern_and_url(shards: Path, form: str, tmp_path: Path) -> None:
+    (place := tmp_path / "pairs [v2]").symlink_to(shards)
+    assert len(PickaPicFiles(str(place))) == 60
     assert len(PickaPicFiles(form.format(shards))) == 60
     assert len(PickaPicFiles(str(shards / "train-00001-of-00003-abc.parquet"))) == 20
 
@@ -291,3 +293,8 @@ def test_a_folder_with_several_splits_is_refused(tmp_path: Path) -> None:
     (tmp_path / "test_unique-00000-of-00001-abc.parquet").write_bytes(PICK.read_bytes())
     with pytest.raises(ConfigError, match=r"several splits \(test_unique, train\): give a pattern"):
         PickaPicFiles(str(tmp_path))
+    (other := tmp_path / "by-name").mkdir()
+    for name in ("train", "test"):
+        (other / f"{name}.parquet").write_bytes(PICK.read_bytes())
+    with pytest.raises(ConfigError, match=r"several splits, such as test.parquet and train.parq"):
+        PickaPicFiles(str(other))

@@ -14,7 +14,7 @@ import fsspec  # type: ignore[import-untyped]
 import pyarrow as pa
 from pyarrow import dataset, fs
 
-from lit_align.data.files import first_line
+from lit_align.data.files import check_splits, first_line
 from lit_align.data.images import UnreadableImage
 from lit_align.errors import ConfigError
 
@@ -128,9 +128,10 @@ def _find(path: str) -> tuple[list[str], Any]:
     """The files in the order of their names, and the file system, None for the local one."""
     try:
         system, root = fsspec.core.url_to_fs(path)
-        folder = system.isdir(root)
-        pattern = f"{root.rstrip('/')}/*.parquet" if folder else root
-        files = sorted(map(str, system.glob(pattern))) if folder or "*" in root else [root]
+        folder, files = system.isdir(root), [root]
+        if folder or "*" in root:
+            found = system.ls(root, detail=False) if folder else system.glob(root)
+            files = sorted(str(file) for file in found if not folder or str(file).endswith(".parquet"))
         there = bool(files) and system.isfile(files[0])
     except Exception as error:  # each file system raises errors of its own
         raise ConfigError(
@@ -139,10 +140,12 @@ def _find(path: str) -> tuple[list[str], Any]:
         ) from error
     if not there:
         raise ConfigError(f"{path} has no Parquet file: give a file, a folder of *.parquet, or a pattern")
-    splits = {found[1] for file in files if (found := SPLIT.search(file))}
+    splits = {named[1] for file in files if (named := SPLIT.search(file))}
     if len(splits) > 1:
         raise ConfigError(
             f"{path} holds the files of several splits ({', '.join(sorted(splits))}): give a pattern for "
             "one of them, such as train-*.parquet"
         )
+    if folder:
+        check_splits(path, Path(root), [Path(file) for file in files])
     return files, None if "file" in system.protocol else system
