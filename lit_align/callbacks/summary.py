@@ -171,7 +171,7 @@ def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Pat
     if split == "validation":
         write(path.with_suffix(".csv"), rows)
     else:  # the table takes the name, and the JSON says that all is there
-        path = write_new(path.with_suffix(".csv"), rows).with_suffix(".json")
+        path = write_new(path.with_suffix(".csv"), rows, ".json").with_suffix(".json")
     write(path, json.dumps(result | more, indent=2))
     return path
 

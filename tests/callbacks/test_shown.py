@@ -131,6 +131,14 @@ def test_the_table_has_a_row_for_each_thing_that_was_measured(tmp_path, capsys):
     assert "%" not in rows["kl"]
     assert "%" not in rows["diversity"]
     assert "nan" not in "".join(rows.values())
+    # Nothing that was measured is overwritten, not even where its table was deleted.
+    now.state.fn, now.datamodule, module.tested = "test", None, latest
+    module.tested_groups, module.reward_queries, module.set_metrics = module.prompt_groups, 8, {}
+    (tmp_path / "test.json").write_text("of an earlier test")
+    RunSummary().on_test_end(now, module)
+    assert (tmp_path / "test.json").read_text() == "of an earlier test"
+    assert (tmp_path / "test-2.json").exists()
+    assert (tmp_path / "test-2.csv").exists()
 
 
 @pytest.mark.parametrize("side", ["before", "after"])
