@@ -87,7 +87,7 @@ class PickaPicDataModule(AlignmentDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Index the prompts and, for "fit", the pairs; check that they can fill a batch on every rank."""
         self._prompts.trainer = self.trainer
-        self._prompts.setup("test")
+        self._prompts.setup("validate" if stage in ("fit", None) else stage)
         if stage in ("fit", None):
             self._train_loader = self._make_train_loader()
 
