@@ -21,9 +21,9 @@ from lit_align.cli.doctor import _processes, _warned
 from lit_align.doctor import Asked, Trial, judge, look
 from lit_align.doctor.memory import Memory
 from lit_align.doctor.trial import BATCHES, Seen
-from lit_align.methods import AlignmentModule, DDPOModule, NFTModule, PRDPModule, SPINModule
+from lit_align.methods import AlignmentModule, DDPOModule, DPOModule, NFTModule, PRDPModule, SPINModule
 from lit_align.rewards import Brightness, Redness, Reward, RewardBank
-from tests.methods.build import fit, make, prompts, trainer
+from tests.methods.build import fit, make, pairs, prompts, trainer
 
 ROOT = Path(__file__).parents[2]
 ASKED = Asked(3, -1, 8, None, 1, Path("logs"))
@@ -237,6 +237,13 @@ TRIALS: dict[str, tuple[set[str], dict[str, Any]]] = {
 def test_what_a_trial_shows_is_named(case: str, tiny: Path, tmp_path: Path):
     names, options = TRIALS[case]
     assert set(tried(healthy(tiny, **options), tmp_path)) == names
+
+
+def test_a_trial_leaves_no_latents_where_the_run_would_keep_them(tiny, tmp_path):
+    of_pairs = pairs(latent_cache=str(tmp_path / "latents"))
+    trainer(tmp_path, BATCHES, trial := Trial()).fit(make(DPOModule, tiny), of_pairs)
+    assert len(trial.seen.images) == BATCHES
+    assert not (tmp_path / "latents").exists()
 
 
 def test_weights_out_of_reach_and_ratios_that_are_not_1_are_named(tiny, tmp_path):
