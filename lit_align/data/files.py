@@ -49,7 +49,8 @@ def find_files(path: str, ending: str) -> list[Path]:
     """The files that a path means, sorted by name.
 
     Args:
-        path: A file, a folder, or a pattern such as ``shards/*.parquet``.
+        path: A file, a folder, or a pattern such as ``shards/*.parquet``. Hidden files of a folder are not
+            meant.
         ending: How the names of a folder's files end.
 
     Raises:
@@ -59,7 +60,8 @@ def find_files(path: str, ending: str) -> list[Path]:
         raise ConfigError("path is empty: give the path of a file, or of a folder")
     place = user_path(path)
     if place.is_dir():
-        files = [file for file in place.rglob(f"*{ending}") if file.is_file()]
+        inside = (file for file in place.rglob(f"*{ending}") if file.is_file())
+        files = [file for file in inside if not _is_hidden(file.relative_to(place))]
         check_splits(path, place, files)
         remedy = f"give the path of a file, or a folder with files whose names end in {ending}"
         missing = f"{path} is a folder without {ending} files: {remedy}"
@@ -79,6 +81,11 @@ def find_files(path: str, ending: str) -> list[Path]:
             remedy = "give a file with at least one prompt" if len(files) == 1 else "delete or restore it"
             raise ConfigError(f"{file} is empty: {remedy}")
     return sorted(files)
+
+
+def _is_hidden(inside: Path) -> bool:
+    """Whether people do not see a file: a checkpoint of Jupyter, or what macOS writes beside it."""
+    return any(part.startswith(".") for part in inside.parts)
 
 
 def check_splits(path: str, folder: Path, files: list[Path]) -> None:

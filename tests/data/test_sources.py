@@ -81,6 +81,16 @@ def test_files_of_unusual_names_are_read(folder: Path, name: str) -> None:
     assert TextPrompts(write(folder / name, "a cat\na dog\n")).prompts(range(2)) == ["a cat", "a dog"]
 
 
+@pytest.mark.parametrize("hidden", [".ipynb_checkpoints/p-checkpoint.txt", "__MACOSX/._p.txt"])
+def test_hidden_files_of_a_folder_are_not_read(folder: Path, hidden: str) -> None:
+    """What Jupyter and macOS leave beside the files that a person sees."""
+    (folder / ".hidden" / "prompts" / hidden).parent.mkdir(parents=True)
+    write(folder / ".hidden" / "prompts" / hidden, "an old cat\n")
+    write(folder / ".hidden" / "prompts" / "p.txt", "a cat\n")
+    assert TextPrompts(str(folder / ".hidden" / "prompts")).prompts(range(1)) == ["a cat"]
+    assert len(TextPrompts(str(folder / ".hidden" / "prompts"))) == 1
+
+
 def test_a_file_that_changes_is_read_anew(folder: Path) -> None:
     assert len(TextPrompts(write(folder / "p.txt", "a cat\n"))) == 1
     assert len(TextPrompts(write(folder / "p.txt", "a cat\na dog\n"))) == 2
