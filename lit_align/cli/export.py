@@ -5,11 +5,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from lit_align.backbones.adapter_files import reason
 from lit_align.backbones.text import without_a_line_each
 from lit_align.callbacks.console import show
+from lit_align.cli.device import device_of
 from lit_align.errors import ConfigError, check_positive, tell
 from lit_align.export import FORMS, Live, export, mixture_of, read_run
 from lit_align.export.card import card, is_card
@@ -52,7 +50,7 @@ def export_command(arguments: Sequence[str]) -> None:
     """
     options = parser().parse_args(arguments)
     check_positive({"export: --steps": options.steps})
-    _check_device(options.device)
+    device_of(options.device, "export")
     runs = [read_run(path) for path in options.run]
     weights = options.weights or [1.0] * len(runs)
     if len(weights) != len(runs) or (len(runs) > 1 and not options.weights):
@@ -95,18 +93,6 @@ def check_replaced(folder: Path, forms: Sequence[str], name: str) -> None:
             raise ConfigError(
                 f"export: --out: {folder / written} is there and no earlier export; give another folder"
             )
-
-
-def _check_device(name: str) -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        ConfigError: It is not.
-    """
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"export: --device {name} cannot be used ({reason(error)}); give cpu") from None
 
 
 def _grids(live: Live) -> list[Path]:

@@ -6,11 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from lit_align.cli.pairs import pairs_command
 from lit_align.cli.serve import serve_command
 from lit_align.errors import ConfigError
 from lit_align.rewards import JPEGCompressibility, RemoteReward
@@ -49,6 +51,14 @@ def test_the_command_serves_until_it_is_ended(bank: str) -> None:
         assert torch.equal(remote(images, [""] * 5), JPEGCompressibility()(images, [""] * 5))
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("command", [serve_command, pairs_command])
+def test_a_device_that_is_not_there(command: Callable[[list[str]], None], bank: str, tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text('{"prompt": "a", "file_name": "a.png"}\n')
+    folder = [str(tmp_path)] if command is pairs_command else ["--port", "0"]
+    with pytest.raises(ConfigError, match=r"--device gpu cannot be used \(.*\); give cpu"):
+        command([*folder, "--rewards", bank, "--device", "gpu"])
 
 
 def test_a_port_that_is_taken(bank: str) -> None:
