@@ -21,7 +21,7 @@ from lit_align.methods.metrics import Metrics
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.skipped import LIMIT, check_weights
-from lit_align.methods.strategies import check_trainer, read_safely
+from lit_align.methods.strategies import check_scaled, check_trainer, read_safely
 from lit_align.randomness import run_seed
 from lit_align.rewards import RewardBank
 from lit_align.shapes.world import IMAGE_SIDE, untaught
@@ -92,8 +92,9 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         """Check what depends on the Trainer and the data.
 
         Raises:
-            ConfigError: The Trainer is one that methods do not know, the data has pairs of images, or several
-                tasks, and the method learns from prompts, or one task, or a reward does not fit the model.
+            ConfigError: The Trainer is one that methods do not know, or not for this model, the data has
+                pairs of images, or several tasks, and the method learns from prompts, or one task, or a
+                reward does not fit the model.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit" and isinstance(data, MultiTaskDataModule) and not self.several_tasks:
@@ -107,6 +108,8 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
                 "those of a dataset; use PromptDataModule (PickaPicPrompts is a source of the same prompts)"
             )
         check_trainer(self.trainer)
+        if stage == "fit":
+            check_scaled(self.trainer, self.backbone.weight_sets.parameters(), "backbone.dtype")
         read_safely(self.trainer)
         self.identify(data, stage)
         self._check_domain(held_out_prompts(data, stage))

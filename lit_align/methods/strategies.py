@@ -1,15 +1,17 @@
 """Which Trainers the methods run on: others would round the stored chains, or train copies apart."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor
 
 from lit_align.errors import ConfigError
 
@@ -28,6 +30,26 @@ def check_trainer(trainer: Trainer) -> None:
     _check_world(trainer.world_size)
     _check_strategy(trainer.strategy, trainer.world_size)
     _check_checkpoints(trainer.checkpoint_callbacks)
+
+
+def check_scaled(trainer: Trainer, weights: Iterable[Tensor], place: str) -> None:
+    """Refuse weights in float16 through which gradients would go as they are: nearly all would be 0.
+
+    Args:
+        trainer: Scales losses, or does not.
+        weights: That gradients go through.
+        place: Where their precision is set, for the message.
+
+    Raises:
+        ConfigError: They are in float16, and nothing is scaled.
+    """
+    if getattr(trainer.precision_plugin, "scaler", None) is None and any(
+        weight.dtype == torch.float16 for weight in weights
+    ):
+        raise ConfigError(
+            f"{place}: float16 would round gradients to 0, as precision {trainer.precision} does not scale "
+            "them; set it to bfloat16, or trainer.precision to 16-mixed"
+        )
 
 
 def _check_world(world: int) -> None:

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 from lightning import Callback
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.plugins import MixedPrecision
 
 from lit_align.errors import ConfigError
-from lit_align.methods import DDPOModule, DPOModule
-from tests.methods.build import fit, make, pairs, prompts
+from lit_align.methods import AlignPropModule, DDPOModule, DPOModule
+from lit_align.methods.strategies import check_scaled
+from lit_align.rewards import PickScore
+from tests.methods.build import fit, make, pairs, prompts, trainer
 
 VALIDATED = {"limit_val_batches": 1.0}
 
@@ -49,3 +52,16 @@ def test_data_from_which_a_method_does_not_learn(
     with pytest.raises(ConfigError, match=told):
         fit(module, tmp_path, 1, data=data(), **VALIDATED)
     assert not module.baseline
+
+
+def test_float16_through_which_gradients_go_unscaled(tiny: Path, tmp_path: Path) -> None:
+    module = make(DDPOModule, tiny, num_steps=2, dtype="float16")
+    with pytest.raises(
+        ConfigError, match=r"backbone\.dtype: float16 .* set it to bfloat16, or trainer\.prec"
+    ):
+        fit(module, tmp_path, data=prompts(2, 2))
+    scaled = trainer(tmp_path, 1, plugins=MixedPrecision("16-mixed", "cpu"))
+    check_scaled(scaled, module.parameters(), "backbone.dtype")
+    reward = PickScore("shapes", dtype="float16")
+    with pytest.raises(ConfigError, match=r"rewards\.trained\.init_args\.dtype: float16"):
+        fit(make(AlignPropModule, tiny, reward, num_steps=2), tmp_path)
