@@ -9,7 +9,7 @@ from lightning import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lit_align.errors import ConfigError
-from lit_align.methods import DDPOModule, DPOModule
+from lit_align.methods import DDPOModule, DPOModule, SPINModule
 from tests.methods.build import fit, make, pairs, prompts
 
 VALIDATED = {"limit_val_batches": 1.0}
@@ -49,3 +49,18 @@ def test_data_from_which_a_method_does_not_learn(
     with pytest.raises(ConfigError, match=told):
         fit(module, tmp_path, 1, data=data(), **VALIDATED)
     assert not module.baseline
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "told"),
+    [
+        (DDPOModule, {"guidance": 0.0}, r"sampling\.guidance is 0: .*; set it to 1, which is none"),
+        (DDPOModule, {"guidance": 0.99}, r"sampling\.guidance is 0\.99: below 1 the prompt counts for less"),
+        (SPINModule, {"opponent_guidance": 0.0}, r"opponent_guidance is 0: .*at 0 for nothing"),
+    ],
+)
+def test_a_scale_of_guidance_that_pipelines_take_for_none(
+    method: Any, options: dict[str, Any], told: str, tiny: Path
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        make(method, tiny, **options)
