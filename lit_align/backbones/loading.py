@@ -93,7 +93,9 @@ def load_pipeline(
     pipeline_class, without = family.pipeline_class, family.without
     file = user_path(pretrained)
     if file.suffix in (".safetensors", ".ckpt") and not file.is_dir():
-        return _load_file(pipeline_class, file, without, dtypes, config)
+        pipeline = _load_file(pipeline_class, file, without, dtypes, config)
+        _check_complete(pretrained, pipeline, config or pretrained)
+        return pipeline
     if config is not None:
         raise ConfigError(f"config: {config!r} is for a single file; take it out, or give one as pretrained")
     with loading(pretrained):
@@ -114,7 +116,7 @@ def load_pipeline(
         pipeline = pipeline_class.from_pretrained(
             source, dtype=dict(dtypes), use_safetensors=True, variant=variant, **without
         )
-    _check_complete(pretrained, pipeline)
+    _check_complete(pretrained, pipeline, pretrained)
     return pipeline
 
 
@@ -146,13 +148,13 @@ def _is_absent(index: Mapping[str, Any], source: str | Path, part: str) -> bool:
     return not (index.get(part) or [None])[0] or (folder.is_dir() and not (folder / part).is_dir())
 
 
-def _check_complete(pretrained: str, pipeline: Any) -> None:
+def _check_complete(pretrained: str, pipeline: Any, config: str) -> None:
     for part, component in pipeline.components.items():
         weights = component.named_parameters() if isinstance(component, nn.Module) else ()
         if missing := [name for name, weight in weights if weight.is_meta]:
             raise _lacking(pretrained, part, missing)
         if isinstance(component, PreTrainedTokenizerBase):
-            _check_tokenizer(pretrained, part, component)
+            _check_tokenizer(config, part, component)
 
 
 def _lacking(pretrained: str, part: str, missing: Sequence[str]) -> ConfigError:
@@ -162,14 +164,14 @@ def _lacking(pretrained: str, part: str, missing: Sequence[str]) -> ConfigError:
     )
 
 
-def _check_tokenizer(pretrained: str, part: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_tokenizer(folder: str, part: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer whose files were left behind: to it all prompts are alike, or of any length."""
     lost = None if has_words(tokenizer) else "words"
     if isinstance(tokenizer, CLIPTokenizer) and tokenizer.model_max_length > LONGEST:
         lost = lost or "length, which is in tokenizer_config.json"
     if lost:
         raise ConfigError(
-            f"pretrained: the {part} of {pretrained!r} has no {lost}; copy or download all of its files"
+            f"pretrained: the {part} of {folder!r} has no {lost}; copy or download all of its files"
         )
 
 
