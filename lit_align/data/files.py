@@ -57,9 +57,11 @@ def find_files(path: str, ending: str) -> list[Path]:
     """
     if not path:
         raise ConfigError("path is empty: give the path of a file, or of a folder")
+    if "://" in path:
+        raise ConfigError(f"{path} is an address: download what is there, and give the path of the file")
     place = user_path(path)
     if place.is_dir():
-        files = [file for file in place.rglob(f"*{ending}") if file.is_file()]
+        files = [file for file in place.rglob(f"*{ending}") if file.is_file() and not _hidden(file, place)]
         _check_splits(path, place, files)
         remedy = f"give the path of a file, or a folder with files whose names end in {ending}"
         missing = f"{path} is a folder without {ending} files: {remedy}"
@@ -79,6 +81,11 @@ def find_files(path: str, ending: str) -> list[Path]:
             remedy = "give a file with at least one prompt" if len(files) == 1 else "delete or restore it"
             raise ConfigError(f"{file} is empty: {remedy}")
     return sorted(files)
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    """Whether a program keeps it for itself, as ``.ipynb_checkpoints`` are."""
+    return any(name.startswith(".") for name in file.relative_to(folder).parts)
 
 
 def _check_splits(path: str, folder: Path, files: list[Path]) -> None:
@@ -102,23 +109,6 @@ def _check_splits(path: str, folder: Path, files: list[Path]) -> None:
             f"a pattern such as {Path(path) / inside / name}{first.suffix}, and others under "
             "validation_source, test_source"
         )
-
-
-def load_hub(name: str, split: str) -> Any:
-    """A split of a dataset of the Hugging Face hub, or of a folder that ``datasets`` reads.
-
-    Raises:
-        ConfigError: It cannot be reached or read.
-    """
-    import datasets
-
-    try:
-        return datasets.load_dataset(name, split=split)
-    except Exception as error:  # its builders raise whatever the files lead them to
-        raise ConfigError(
-            f"cannot load split '{split}' of dataset '{name}' ({first_line(error)}): "
-            "check the name, or download it and give a local file or folder"
-        ) from error
 
 
 def fingerprint(rows: Any, split: str = "train") -> str | None:

@@ -12,7 +12,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow import dataset, parquet
 
-from lit_align.data import FolderPairs, PickaPicDataModule, PickaPicFiles, PickaPicHub
+from lit_align.data import FolderPairs, PickaPicDataModule, PickaPicFiles, PickaPicHub, PreferenceFiles
 from lit_align.data.images import UnreadableImage, decode
 from lit_align.errors import ConfigError
 from lit_align.shapes import PICK
@@ -291,3 +291,35 @@ def test_a_folder_with_several_splits_is_refused(tmp_path: Path) -> None:
     (tmp_path / "test_unique-00000-of-00001-abc.parquet").write_bytes(PICK.read_bytes())
     with pytest.raises(ConfigError, match=r"several splits \(test_unique, train\): give a pattern"):
         PickaPicFiles(str(tmp_path))
+
+
+def test_whole_names_of_splits_are_seen_and_hidden_files_are_not(tmp_path: Path) -> None:
+    pair = PICK.read_bytes()
+    (tmp_path / "train.parquet").write_bytes(pair)
+    (tmp_path / "._train.parquet").write_bytes(b"of a program")
+    assert len(PickaPicFiles(str(tmp_path))) == 1000
+    (tmp_path / "validation.parquet").write_bytes(pair)
+    with pytest.raises(ConfigError, match=r"several splits \(train, validation\): give a pattern"):
+        PickaPicFiles(str(tmp_path))
+    assert len(PickaPicFiles(str(tmp_path / "train*.parquet"))) == 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "binary"),
+    [
+        (pa.string_view(), pa.binary_view()),
+        (pa.dictionary(pa.int32(), pa.string()), pa.large_binary()),
+        (pa.large_string(), pa.binary()),
+    ],
+    ids=str,
+)
+def test_prompts_and_images_as_other_programs_store_them(
+    tmp_path: Path, text: pa.DataType, binary: pa.DataType
+) -> None:
+    prompts = (
+        pa.array(["a cat"]).dictionary_encode() if pa.types.is_dictionary(text) else pa.array(["a cat"], text)
+    )
+    images = {name: pa.array([name.encode()], binary) for name in ("chosen", "rejected")}
+    parquet.write_table(pa.table({"prompt": prompts, **images}), tmp_path / "p.parquet")
+    source = PreferenceFiles(str(tmp_path / "p.parquet"))
+    assert (source.prompt(0), source.image(0, 0), source.image(0, 1)) == ("a cat", b"chosen", b"rejected")
