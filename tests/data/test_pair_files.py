@@ -129,10 +129,11 @@ def test_a_pass_reads_each_row_group_once_and_holds_a_few(
     shards: Path, reads: list[tuple[str, int, tuple[str, ...]]], row_groups: int
 ) -> None:
     source = PickaPicFiles(str(shards), row_groups)
-    data = module(source, workers=1, validation_fraction=0.0, test_fraction=0.0, pairs_per_batch=3)
     light = {name for _, _, columns in reads for name in columns}
     assert light == {"caption", "label_0", "has_label"}
     reads.clear()
+    data = module(source, workers=1, validation_fraction=0.0, test_fraction=0.0, pairs_per_batch=3)
+    assert len(reads) == 1  # of the pair that is tried, which comes first
     for _ in data.train_dataloader():
         assert source._rows.group.cache_info().currsize <= row_groups
     assert len(reads) == len(set(reads)) == SHARDS * GROUPS
