@@ -68,6 +68,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds what is trained, not the frozen models
+        backbone.check_guidance(sampling.guidance)
         self.backbone = backbone
         self.sampler = self.eval_sampler = backbone.make_sampler(sampler)
         if sampling.eval_sampler is not None:

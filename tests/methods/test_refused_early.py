@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins import MixedPrecision
 
 from lit_align.errors import ConfigError
-from lit_align.methods import AlignPropModule, DDPOModule, DPOModule
+from lit_align.methods import AlignPropModule, DDPOModule, DPOModule, SPINModule
 from lit_align.methods.strategies import check_scaled
 from lit_align.rewards import PickScore
 from tests.methods.build import fit, make, pairs, prompts, trainer
@@ -65,3 +65,18 @@ def test_float16_through_which_gradients_go_unscaled(tiny: Path, tmp_path: Path)
     reward = PickScore("shapes", dtype="float16")
     with pytest.raises(ConfigError, match=r"rewards\.trained\.init_args\.dtype: float16"):
         fit(make(AlignPropModule, tiny, reward, num_steps=2), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "told"),
+    [
+        (DDPOModule, {"guidance": 0.0}, r"sampling\.guidance is 0: .*; set it to 1, which is none"),
+        (DDPOModule, {"guidance": 0.99}, r"sampling\.guidance is 0\.99: below 1 the prompt counts for less"),
+        (SPINModule, {"opponent_guidance": 0.0}, r"opponent_guidance is 0: .*at 0 for nothing"),
+    ],
+)
+def test_a_scale_of_guidance_that_pipelines_take_for_none(
+    method: Any, options: dict[str, Any], told: str, tiny: Path
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        make(method, tiny, **options)
