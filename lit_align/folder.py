@@ -91,7 +91,8 @@ class RunFolder(Callback):
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = path
+        self.path = self._given = path
+        self._trainer: Trainer | None = None
         self._hold = Hold()
         self._temporary: TemporaryDirectory[str] | None = None
 
@@ -101,6 +102,9 @@ class RunFolder(Callback):
         Raises:
             ConfigError: Another process trains there.
         """
+        if self._trainer not in (None, trainer):  # another run, which must not write over that of the first
+            self.path = self._given
+        self._trainer = trainer
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._temporary = TemporaryDirectory()
             self.path = Path(self._temporary.name)

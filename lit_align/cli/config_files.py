@@ -19,6 +19,10 @@ MOST = 100_000
 """Values of a configuration, those of its aliases each time that they are used."""
 
 
+SECTIONS = ("trainer", "model", "data", "init_args", "optimisation", "sampling")
+"""What cannot be null."""
+
+
 @dataclass(frozen=True)
 class ConfigFile:
     """A YAML (or JSON) file, with the places of all its values.
@@ -149,6 +153,17 @@ def read(path: str, option: str = "--config") -> ConfigFile:
     _values(path, root, {})
     _refuse_twice(path, root)
     return ConfigFile(path, text, root)
+
+
+def without_empty(value: Any) -> Any:
+    """A configuration without the sections that have nothing below them, all of it being commented out."""
+    if isinstance(value, list):
+        return [without_empty(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: without_empty(part) for name, part in value.items() if part is not None or name not in SECTIONS
+    }
 
 
 def check_order(files: Sequence[ConfigFile], arguments: Sequence[str], model: str | None) -> None:

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lit_align.cli.align import AlignCLI
-from lit_align.cli.config_files import check_order, given_files, read
+from lit_align.cli.config_files import check_order, given_files, read, without_empty
 from lit_align.cli.doctor import DoctorCLI
 from lit_align.cli.errors import explain
 from lit_align.cli.export import export_command
@@ -62,7 +62,7 @@ def _run(command: Command, cli: type[AlignCLI] = AlignCLI) -> None:
         # The parser hands a null that is given for an option of an option on as the text "None".
         value = None if text == "None" else LOAD_YAML(text)
         if isinstance(value, dict) and {"model", "data", "trainer"} & value.keys():
-            value = with_functions(translated(value))
+            value = with_functions(translated(without_empty(value)))
             if method and isinstance(value.get("model"), dict) and "class_path" in value["model"]:
                 value["model"]["class_path"] = method
         return value

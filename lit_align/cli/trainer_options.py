@@ -1,5 +1,7 @@
 """Options of the Trainer that cannot work, told before any model is loaded."""
 
+import importlib
+from collections.abc import Iterator
 from typing import Any
 
 from lightning import Trainer
@@ -7,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import max_seed_value
 
 from lit_align.errors import ConfigError
-from lit_align.methods.strategies import check_trainer
+from lit_align.methods.strategies import check_callbacks, check_trainer
 
 REFUSED = (ValueError, TypeError, RuntimeError, MisconfigurationException)
 """What Trainer raises where its options cannot work together."""
@@ -53,8 +55,11 @@ def check_trainer_options(config: Any, stage: str) -> None:
             "their updates themselves; set model.optimisation.clip_norm"
         )
     _check_lengths(config, stage)
+    if stage == "fit":
+        check_callbacks(_classes(config.callbacks))
     if isinstance(config.strategy, str):
-        names = ("accelerator", "devices", "num_nodes", "precision", "strategy")
+        names = ["accelerator", "devices", "num_nodes", "precision", "strategy"]
+        names += ["overfit_batches", "barebones"]
         off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
         options: dict[str, Any] = {name: config[name] for name in names} | dict.fromkeys(off, False)
         try:
@@ -63,6 +68,13 @@ def check_trainer_options(config: Any, stage: str) -> None:
             raise
         except REFUSED as error:
             raise ConfigError(f"trainer: {error}") from None
+
+
+def _classes(callbacks: Any) -> Iterator[type]:
+    """The classes of the callbacks that a configuration names."""
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []:
+        module, _, name = callback.class_path.rpartition(".")
+        yield getattr(importlib.import_module(module), name)
 
 
 def _check_lengths(config: Any, stage: str) -> None:

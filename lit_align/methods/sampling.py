@@ -155,7 +155,12 @@ class SamplingModule(LightningModule):
             prompts: ``B``.
             seed: The module's own if not given.
             weights: ``"policy"``, or ``"reference"`` for the pretrained model.
+
+        Raises:
+            ConfigError: It is one text, or there is no prompt.
         """
+        if isinstance(prompts, str) or not prompts:
+            raise ConfigError(f'generate: {prompts!r} is no list of prompts; give one, as in ["a red star"]')
         numbers = torch.arange(len(prompts))
         batch = Batch(list(prompts), numbers, index=numbers)
         with self.evaluating():

@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.utilities import rank_zero_only
 
-from lit_align.cli import main
+from lit_align.cli import main, run
 from lit_align.cli.align import AlignCLI
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +114,16 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["foo"], ["foo: options begin with --"]),
         (["--trainer.accumulate_grad_batches=2"], ["model.optimisation.micro_batch"]),
         (["--trainer.gradient_clip_val=1.0"], ["model.optimisation.clip_norm"]),
+        (["--trainer.overfit_batches=1"], ["would take other prompts in each epoch", "a file of a few"]),
+        (["--trainer.barebones=true"], ["trainer.barebones: true takes away what a run says"]),
+        (
+            ["--trainer.callbacks+=EMAWeightAveraging"],
+            ["trainer.callbacks: EMAWeightAveraging keeps a copy of all models"],
+        ),
+        (
+            ["--trainer.callbacks+=LearningRateFinder"],
+            ["LearningRateFinder trains on the run's prompts before it begins; take it out"],
+        ),
         (["--trainer.accelerator=cuda"], ["trainer:", "accelerator"]),
         (["--trainer.strategy=ddpp"], ["trainer:", "ddpp"]),
         (["--trainer.precision=64-true"], ["trainer.precision: 64-true would round"]),
@@ -204,6 +215,13 @@ def test_a_mistake_in_a_file(text, parts, capsys):
     assert "mine.yaml" in message or parts[0] == "start from"
     for part in parts:
         assert part in message
+
+
+def test_a_process_that_is_numbered_and_alone(capsys, monkeypatch):
+    """As by a variable that is left of another program: it would write no curves and end in a traceback."""
+    monkeypatch.setattr(rank_zero_only, "rank", 3)
+    monkeypatch.setattr(run, "SECOND", 0.0)
+    assert "says that this is process 3 of several (RANK, " in told(capsys, "fit", "--config", str(DDPO))
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])

@@ -30,3 +30,18 @@ def test_a_null_is_no_text(option: str, place: str, capsys, monkeypatch) -> None
         main(["fit", "--config", str(DDPO), option, "--print_config"])
     options = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
     assert reduce(lambda found, name: found[name], place.split("."), options) is None
+
+
+def test_sections_with_nothing_below_them_are_not_there(tmp_path: Path, capsys, monkeypatch) -> None:
+    """All of each is commented out."""
+    monkeypatch.setattr(sys, "argv", ["lit_align"])
+    empty = tmp_path / "empty.yaml"
+    empty.write_text(
+        "trainer:\ndata:\n  init_args:\nmodel:\n  init_args:\n    sampling:\n    optimisation:\n"
+    )
+    printed = []
+    for more in ([], [f"--config={empty}"]):
+        with pytest.raises(SystemExit):
+            main(["fit", f"--config={DDPO}", *more, "--print_config"])
+        printed.append(yaml.safe_load(capsys.readouterr().out))
+    assert printed[0] == printed[1]

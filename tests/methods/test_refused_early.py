@@ -8,6 +8,7 @@ import pytest
 from lightning import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins import MixedPrecision
+from torch.utils.data import DataLoader
 
 from lit_align.errors import ConfigError
 from lit_align.methods import AlignPropModule, DDPOModule, DPOModule, SPINModule
@@ -80,3 +81,15 @@ def test_a_scale_of_guidance_that_pipelines_take_for_none(
 ) -> None:
     with pytest.raises(ConfigError, match=told):
         make(method, tiny, **options)
+
+
+def test_what_is_no_list_of_prompts_and_what_is_no_data_module(tiny: Path, tmp_path: Path) -> None:
+    """Each letter of a text would be a prompt."""
+    module, data = make(DDPOModule, tiny, num_steps=2), prompts(2, 2)
+    for given in ("a red star", []):
+        with pytest.raises(ConfigError, match="is no list of prompts; give one, as in "):
+            module.generate(given)
+    data.setup("fit")
+    for loader in (data.train_dataloader(), DataLoader(["a star", "a circle"])):
+        with pytest.raises(ConfigError, match=r"as in trainer.fit\(module, PromptDataModule"):
+            trainer(tmp_path, 1).fit(module, loader)
