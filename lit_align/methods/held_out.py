@@ -1,4 +1,4 @@
-"""Data that a method cannot have, and its held-out prompts, beside those of a checkpoint and what was taught."""
+"""Which data a method can have, and which prompts are held out."""
 
 from itertools import islice
 from typing import Any
