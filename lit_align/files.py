@@ -70,10 +70,10 @@ def _of_the_machine(error: BaseException) -> OSError | None:
     return None
 
 
-def unused(path: Path) -> Path:
-    """``path``, or the first of ``path-2``, ``path-3``, ... that does not exist yet."""
+def unused(path: Path, *beside: str) -> Path:
+    """``path``, or the first of ``path-2``, ``path-3``, ... that does not exist, nor with other endings."""
     number, candidate = 1, path
-    while candidate.exists():
+    while candidate.exists() or any(candidate.with_suffix(ending).exists() for ending in beside):
         number += 1
         candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
     return candidate
@@ -159,15 +159,20 @@ def write(path: Path, content: str | bytes) -> None:
     replace_file(path, lambda draft: _put(draft, content))
 
 
-def write_new(path: Path, content: str) -> Path:
+def write_new(path: Path, content: str, *beside: str) -> Path:
     """Write a text under a name that nothing has: ``path``, ``path-2``, ... Two processes never share one.
+
+    Args:
+        path: The first of these names.
+        content: The text.
+        beside: Endings of other files that the name is for, too.
 
     Raises:
         ConfigError: It cannot be written.
     """
     with _draft(path, lambda draft: _put(draft, content)) as draft:
         while True:
-            candidate = unused(path)
+            candidate = unused(path, *beside)
             try:
                 os.link(draft, candidate)
             except FileExistsError:  # another process was faster

@@ -20,7 +20,7 @@ from lit_align.methods import DDPOModule, NFTModule
 from lit_align.report import read_run, render
 from lit_align.report.chart import _ticks, chart
 from lit_align.report.curves import against, at, first_at, read_curves
-from lit_align.report.page import verdict
+from lit_align.report.page import table, verdict
 from tests.methods.build import make, prompts, trainer
 
 
@@ -108,6 +108,16 @@ def test_the_verdict_says_what_is_clear_and_what_warns(tmp_path):
     assert any(line.startswith("diversity -0.1000") for line in said)
     assert not any("saturation" in line for line in said)  # by 2 %, of which a page does not speak
     assert said[-1].startswith("the reward rises while the truth falls")
+
+
+def test_what_has_no_error_has_no_interval(tmp_path):
+    """Where all images are better, an interval from 100 % to 100 % would promise the same of others."""
+    metrics = {"reward": metric(1.0, 0.5, wins=1.0) | {"win_rate_error": 0.0}}
+    run = read_run(run_folder(tmp_path / "all", [1, 2], [0, 1], **metrics))
+    assert table(run)[0]["wins"] == "100%"
+    alone = {"reward": metric(1.0, 0.5) | {"standard_error": None, "win_rate_error": None}}
+    run = read_run(run_folder(tmp_path / "one", [1, 2], [0, 1], **alone))
+    assert verdict(run)[0].endswith("better in 50% of the images; its error is unknown, so inconclusive")
     unclear = verdict(read_run(run_folder(tmp_path / "b", [1, 2], [0, 1], reward=metric(1, 0.1, 0.2))))
     assert unclear == [
         "reward +0.1000 ± 0.2000, better in 50% of the images; within two standard errors, so inconclusive"

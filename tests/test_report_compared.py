@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -114,6 +115,13 @@ def test_a_single_reward_of_another_class_has_a_chart_for_each_run(tmp_path):
     assert page.count('aria-label="val/reward/clip"') == page.count('aria-label="val/reward"') == 1
     assert "<td>val/truth</td>" not in page
     assert any(line.startswith("reward/truth: ShapesTruth (") for line in differences(read))
+
+
+def test_a_run_whose_images_never_had_a_score_is_compared_by_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [compared(tmp_path, "one"), run_folder(tmp_path / "two", [math.nan] * 3, [0.0, 1.0, 4.0])]
+    main(["report", *map(str, runs)])
+    assert json.loads((tmp_path / "report.json").read_text())["at_equal"] == []
 
 
 def test_other_splits_and_numbers_of_images_are_told_and_what_is_not_known(tmp_path):

@@ -9,6 +9,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
 
+from lit_align.callbacks.trouble import validations
 from lit_align.data import Batch
 
 
@@ -64,11 +65,11 @@ class Clock:
         """Seconds that the fit still takes, if all goes on as before; None where it has no known end."""
         if trainer.max_epochs is None or trainer.max_epochs < 0 or trainer.num_training_batches == math.inf:
             return None
-        epochs = trainer.max_epochs - trainer.current_epoch
-        batches = epochs * trainer.num_training_batches - batch_idx - 1
-        every = trainer.check_val_every_n_epoch or 1
-        validations = trainer.max_epochs // every - trainer.current_epoch // every
-        return batches * _mean(self._batches) + validations * _mean(self._validations)
+        epochs, each = trainer.max_epochs - trainer.current_epoch, trainer.num_training_batches
+        batches = epochs * each - batch_idx - 1
+        # One may follow the batch that has just ended.
+        measured = math.ceil(validations(trainer) * (batches + 1) / (trainer.max_epochs * each))
+        return batches * _mean(self._batches) + measured * _mean(self._validations)
 
 
 class ProgressLines(Callback):

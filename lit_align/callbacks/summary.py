@@ -147,6 +147,8 @@ def compared(
     if baseline is latest:  # a validation of an untrained model is its own baseline
         return {}
     before = {name: values for name, values in baseline.items() if len(values) == len(groups)}
+    if before and "unscored" in {*baseline, *latest}:  # which is not there where it is 0
+        before, latest = ({**one, "unscored": one.get("unscored", 0 * groups)} for one in (before, latest))
     return {name: compare(old, latest[name], groups) for name, old in before.items() if name in latest}
 
 
@@ -182,7 +184,7 @@ def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Pat
     if split == "validation":
         write(path.with_suffix(".csv"), rows)
     else:  # the table takes the name, and the JSON says that all is there
-        path = write_new(path.with_suffix(".csv"), rows).with_suffix(".json")
+        path = write_new(path.with_suffix(".csv"), rows, ".json").with_suffix(".json")
     write(path, json.dumps(result | more, indent=2))
     return path
 
@@ -244,7 +246,8 @@ def _show_change(found: dict[str, Comparison], split: str) -> None:
         if name in ("kl", "drift"):  # the distance to the pretrained model, which is 0 before
             table.add_row(name, "", _number(c.after), "", "")
             continue
-        error = f" ± {c.win_rate_error:.0%}" if math.isfinite(c.win_rate_error) else ""
+        known = c.win_rate_error and math.isfinite(c.win_rate_error)  # 0 where all images agree
+        error = f" ± {c.win_rate_error:.0%}" if known else ""
         wins = f"{c.win_rate:.0%}{error}" if name == "truth" or name.startswith("reward") else ""
         change = _number(c.difference, c.standard_error, "+")
         table.add_row(name, _number(c.before), _number(c.after), change, wins)

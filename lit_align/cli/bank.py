@@ -1,12 +1,10 @@
-"""A bank of rewards from a file of its own, and a device, for the commands that have no Trainer."""
+"""A bank of rewards from a file of its own, for the commands that have no Trainer."""
 
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from lit_align.backbones.adapter_files import reason
 from lit_align.cli.config_files import read
 from lit_align.cli.errors import explain
 from lit_align.cli.functions import with_functions
@@ -16,20 +14,6 @@ from lit_align.rewards import Reward, RewardBank
 
 PLACES = ((), ("rewards",), ("model", "init_args", "rewards"), ("model", "rewards"))
 """Where a file may hold its bank: a file of its own, or a configuration of a run."""
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device that ``--device`` names; the first GPU, if there is one, where it names none.
-
-    Raises:
-        ConfigError: It is not there.
-    """
-    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device} cannot be used ({reason(error)}); give cpu") from None
-    return torch.device(device)
 
 
 def read_bank(path: str) -> RewardBank:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from lit_align.backbones.text import without_a_line_each
 from lit_align.callbacks.console import show
-from lit_align.cli.bank import device_of
+from lit_align.cli.device import device_of
 from lit_align.errors import ConfigError, check_positive, tell
 from lit_align.export import FORMS, Live, export, mixture_of, read_run
-from lit_align.export.card import card
+from lit_align.export.card import card, is_card
 from lit_align.files import write
 
 ROUNDING = 1 / 255
@@ -50,14 +50,16 @@ def export_command(arguments: Sequence[str]) -> None:
     """
     options = parser().parse_args(arguments)
     check_positive({"export: --steps": options.steps})
-    device_of(options.device)
+    device_of(options.device, "export")
     runs = [read_run(path) for path in options.run]
     weights = options.weights or [1.0] * len(runs)
     if len(weights) != len(runs) or (len(runs) > 1 and not options.weights):
         raise ConfigError(f"export: {len(runs)} runs need --weights with a number for each")
-    live = mixture_of(runs, weights, options.device)
     first = runs[0].folder.resolve()
     name = options.name or f"{first.parent.name}_{first.name}"
+    if options.out is not None:
+        check_replaced(options.out, options.form or FORMS, name)
+    live = mixture_of(runs, weights, options.device)
     of_adapter = ["adapter", "kohya"] if live.backbone.denoiser == "unet" else ["adapter"]
     forms = options.form or (["pipeline"] if live.whole else of_adapter)
     folder = options.out or runs[0].folder / "export"
@@ -74,6 +76,23 @@ def export_command(arguments: Sequence[str]) -> None:
             tell(f"{one.path} draws other images than the model that was trained")
     show(f"{'model card':<12} {folder / 'README.md'}")
     _tell_of_best(runs[0].folder, options.run[0])
+
+
+def check_replaced(folder: Path, forms: Sequence[str], name: str) -> None:
+    """Refuse a folder with what no export has written, such as a run's own adapter, or a program.
+
+    Raises:
+        ConfigError: Something there would be replaced.
+    """
+    if (folder / "config.yaml").is_file():
+        raise ConfigError(f"export: --out {folder} is the folder of a run; give another one")
+    if is_card(folder / "README.md"):
+        return
+    for written in ("README.md", *(f"{name}.safetensors" if form == "kohya" else form for form in forms)):
+        if (folder / written).exists():
+            raise ConfigError(
+                f"export: --out: {folder / written} is there and no earlier export; give another folder"
+            )
 
 
 def _grids(live: Live) -> list[Path]:

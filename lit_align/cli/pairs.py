@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from lit_align.callbacks.console import show
-from lit_align.cli.bank import device_of, read_bank
+from lit_align.cli.bank import read_bank
+from lit_align.cli.device import device_of
 from lit_align.errors import ConfigError, tell
 from lit_align.files import write
 from lit_align.rewards import RewardBank
@@ -63,7 +64,7 @@ def pairs_command(arguments: Sequence[str]) -> None:
         raise ConfigError(f"--out {out} is there already; give another name, or remove it")
     prompts = _by_prompt(options.images)
     if options.rewards:
-        device = device_of(options.device)
+        device = device_of(options.device, "pairs")
         bank = read_bank(options.rewards).to(device)
         scores = _scored(bank, prompts, options.images, options.batch, device)
     else:

@@ -4,7 +4,8 @@ import argparse
 import socket
 from collections.abc import Sequence
 
-from lit_align.cli.bank import device_of, read_bank
+from lit_align.cli.bank import read_bank
+from lit_align.cli.device import device_of
 from lit_align.errors import ConfigError, tell
 from lit_align.rewards.serving import application
 
@@ -32,9 +33,10 @@ def serve_command(arguments: Sequence[str]) -> None:
     """Serve until the process is ended.
 
     Raises:
-        ConfigError: A package is missing, the bank cannot be served, or the address cannot be used.
+        ConfigError: A package is missing, the bank cannot be served, or the device or address cannot be used.
     """
     options = parser().parse_args(arguments)
+    device = device_of(options.device, "serve")
     try:
         import uvicorn
     except ImportError as error:
@@ -50,7 +52,6 @@ def serve_command(arguments: Sequence[str]) -> None:
             "what listens there"
         ) from error
     with listening:
-        device = device_of(options.device)
         bank = read_bank(options.rewards)
         app = application(bank, device)
         place = f"http://{options.host}:{listening.getsockname()[1]}"

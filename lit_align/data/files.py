@@ -49,7 +49,8 @@ def find_files(path: str, ending: str) -> list[Path]:
     """The files that a path means, sorted by name.
 
     Args:
-        path: A file, a folder, or a pattern such as ``shards/*.parquet``.
+        path: A file, a folder, or a pattern such as ``shards/*.parquet``. Hidden files of a folder are not
+            meant.
         ending: How the names of a folder's files end.
 
     Raises:
@@ -57,10 +58,13 @@ def find_files(path: str, ending: str) -> list[Path]:
     """
     if not path:
         raise ConfigError("path is empty: give the path of a file, or of a folder")
+    if "://" in path:
+        raise ConfigError(f"{path} is an address: download what is there, and give the path of the file")
     place = user_path(path)
     if place.is_dir():
-        files = [file for file in place.rglob(f"*{ending}") if file.is_file()]
-        _check_splits(path, place, files)
+        inside = (file for file in place.rglob(f"*{ending}") if file.is_file())
+        files = [file for file in inside if not _is_hidden(file.relative_to(place))]
+        check_splits(path, place, files)
         remedy = f"give the path of a file, or a folder with files whose names end in {ending}"
         missing = f"{path} is a folder without {ending} files: {remedy}"
     elif place.is_file():
@@ -81,7 +85,12 @@ def find_files(path: str, ending: str) -> list[Path]:
     return sorted(files)
 
 
-def _check_splits(path: str, folder: Path, files: list[Path]) -> None:
+def _is_hidden(inside: Path) -> bool:
+    """Whether people do not see a file: a checkpoint of Jupyter, or what macOS writes beside it."""
+    return any(part.startswith(".") for part in inside.parts)
+
+
+def check_splits(path: str, folder: Path, files: list[Path]) -> None:
     """Refuse a folder with the files of several splits, which would be read as one.
 
     Raises:
@@ -102,23 +111,6 @@ def _check_splits(path: str, folder: Path, files: list[Path]) -> None:
             f"a pattern such as {Path(path) / inside / name}{first.suffix}, and others under "
             "validation_source, test_source"
         )
-
-
-def load_hub(name: str, split: str) -> Any:
-    """A split of a dataset of the Hugging Face hub, or of a folder that ``datasets`` reads.
-
-    Raises:
-        ConfigError: It cannot be reached or read.
-    """
-    import datasets
-
-    try:
-        return datasets.load_dataset(name, split=split)
-    except Exception as error:  # its builders raise whatever the files lead them to
-        raise ConfigError(
-            f"cannot load split '{split}' of dataset '{name}' ({first_line(error)}): "
-            "check the name, or download it and give a local file or folder"
-        ) from error
 
 
 def fingerprint(rows: Any, split: str = "train") -> str | None:

@@ -140,7 +140,10 @@ def _clip_range(module: AlignmentModule) -> Iterator[Finding]:
 
 
 def _held_out(module: AlignmentModule, data: Any, asked: Asked) -> Iterator[Finding]:
-    if asked.val_batches == 0 or asked.val_every is None:
+    every, epochs = asked.val_every, asked.max_epochs
+    # Without it, batches are counted over the ends of epochs.
+    never = every is not None and epochs is not None and 0 <= epochs < every
+    if asked.val_batches == 0 or never:
         yield Finding(
             "no_validation",
             "trainer.limit_val_batches" if asked.val_batches == 0 else "trainer.check_val_every_n_epoch",

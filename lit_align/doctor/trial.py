@@ -65,6 +65,12 @@ class Trial(Callback):
         self._before: dict[str, Tensor] = {}
         self._started, self._images = 0.0, 0
 
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Before the method's own: of a trial nothing is kept."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, PickaPicDataModule):
+            data.latent_cache = None
+
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         _shrink(data, pl_module)

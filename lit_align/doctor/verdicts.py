@@ -168,17 +168,18 @@ def _steps(module: AlignmentModule, seen: Seen) -> Iterator[Finding]:
         )
     moves = [metrics["train/kl"] for metrics in seen.metrics if "train/kl" in metrics]
     steered = getattr(module, "kl_target", None) is not None
+    rate = "the learning rate" if module.lr is None else f"the learning rate ({module.lr:g})"
     if any(not move <= FAR for move in moves):
         yield Finding(
             "step_too_large",
             "model.optimisation.optimizer",
             f"one rollout batch moves the policy by {max(moves):.2g} nats a step",
-            f"lower the learning rate ({module.lr:g}), or set kl_target where the method has it",
+            f"lower {rate}, or set kl_target where the method has it",
         )
     elif moves and max(moves) < NEAR and not steered and seen.moved:
         yield Finding(
             "step_too_small",
             "model.optimisation.optimizer",
             f"one rollout batch moves the policy by {max(moves):.2g} nats a step",
-            f"raise the learning rate ({module.lr or 0:g})",
+            f"raise {rate}",
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -42,6 +43,12 @@ def card(live: Live, made: Sequence[Exported], title: str, images: Sequence[str]
     )
     parts.append(f"The licence of `{base}` applies to what is derived from it.")
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def is_card(file: Path) -> bool:
+    """Whether a file is a card that :func:`card` has written."""
+    text = file.read_text(errors="replace") if file.is_file() else ""
+    return text.startswith("---\nlibrary_name: diffusers") and " with lit_align." in text
 
 
 def _front(runs: Sequence[Run], base: str, whole: bool) -> dict[str, Any]:

@@ -13,15 +13,20 @@ from torch import Tensor
 
 from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
-from lit_align.data import MultiTaskDataModule, PickaPicDataModule
 from lit_align.errors import ConfigError
-from lit_align.methods.held_out import held_out_prompts
+from lit_align.methods.held_out import check_data, held_out_prompts
 from lit_align.methods.identity import IdentifiedModule, measurement_of
 from lit_align.methods.metrics import Metrics, waited_for
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.skipped import LIMIT, check_weights
-from lit_align.methods.strategies import check_monitors, check_train_monitors, check_trainer, read_safely
+from lit_align.methods.strategies import (
+    check_monitors,
+    check_scaled,
+    check_train_monitors,
+    check_trainer,
+    read_safely,
+)
 from lit_align.randomness import run_seed
 from lit_align.rewards import RewardBank
 from lit_align.shapes.world import IMAGE_SIDE, untaught
@@ -68,6 +73,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds what is trained, not the frozen models
+        backbone.check_guidance(sampling.guidance)
         self.backbone = backbone
         self.sampler = self.eval_sampler = backbone.make_sampler(sampler)
         if sampling.eval_sampler is not None:
@@ -93,26 +99,16 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         """Check what depends on the Trainer and the data.
 
         Raises:
-            ConfigError: The Trainer is one that methods do not know, the data has pairs of images, or several
-                tasks, and the method learns from prompts, or one task, or a reward does not fit the model.
+            ConfigError: The Trainer is one that methods do not know, or not for this model, the data has
+                pairs of images, or several tasks, and the method learns from prompts, or one task, or a
+                reward does not fit the model.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data is None:
-            raise ConfigError(
-                "data: loaders alone know nothing of ranks and of runs that go on; give a data module of "
-                "lit_align.data, as in trainer.fit(module, PromptDataModule(...))"
-            )
-        if stage == "fit" and isinstance(data, MultiTaskDataModule) and not self.several_tasks:
-            raise ConfigError(
-                f"data: MultiTaskDataModule has several tasks, and {type(self).__name__} learns one; use "
-                "PromptDataModule"
-            )
-        if stage == "fit" and isinstance(data, PickaPicDataModule) and not self.learns_from_pairs:
-            raise ConfigError(
-                f"data: {type(self).__name__} learns from images that it draws, and PickaPicDataModule has "
-                "those of a dataset; use PromptDataModule (PickaPicPrompts is a source of the same prompts)"
-            )
+        several, pairs = self.several_tasks, self.learns_from_pairs
+        check_data(data, stage, type(self).__name__, several=several, pairs=pairs)
         check_trainer(self.trainer, stage)
+        if stage == "fit":
+            check_scaled(self.trainer, self.backbone.weight_sets.parameters(), "backbone.dtype")
         read_safely(self.trainer)
         self.identify(data, stage)
         self._check_domain(held_out_prompts(data, stage))

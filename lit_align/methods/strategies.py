@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -22,6 +23,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from lit_align.errors import ConfigError
 
@@ -76,6 +78,26 @@ def check_trainer(trainer: Trainer, stage: str = "") -> None:
         )
     if stage == "fit":
         check_callbacks(map(type, trainer.callbacks))  # type: ignore[attr-defined]
+
+
+def check_scaled(trainer: Trainer, weights: Iterable[Tensor], place: str) -> None:
+    """Refuse weights in float16 through which gradients would go as they are: nearly all would be 0.
+
+    Args:
+        trainer: Scales losses, or does not.
+        weights: That gradients go through.
+        place: Where their precision is set, for the message.
+
+    Raises:
+        ConfigError: They are in float16, and nothing is scaled.
+    """
+    if getattr(trainer.precision_plugin, "scaler", None) is None and any(
+        weight.dtype == torch.float16 for weight in weights
+    ):
+        raise ConfigError(
+            f"{place}: float16 would round gradients to 0, as precision {trainer.precision} does not scale "
+            "them; set it to bfloat16, or trainer.precision to 16-mixed"
+        )
 
 
 def _check_world(world: int) -> None:

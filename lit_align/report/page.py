@@ -121,7 +121,7 @@ def at_equal(runs: Sequence[Run]) -> list[dict[str, Any]]:
     if len(runs) < 2:
         return []
     apart = incomparable(runs)
-    names = [name for name in CURVES[:2] if all(name in run.curves for run in runs) and name not in apart]
+    names = [name for name in CURVES[:2] if all(run.curves.get(name) for run in runs) and name not in apart]
     rows = []
     images = min((run.curves[names[0]][-1][0] for run in runs), default=0) if names else 0
     if images:
@@ -200,7 +200,10 @@ def _style(name: str, found: dict[str, float | None]) -> str:
 def _significance(found: dict[str, float | None]) -> str:
     wins = found.get("win_rate")
     share = "" if wins is None else f"better in {wins:.0%} of the images"
-    return share if _clear(found) else f"{share}; within two standard errors, so inconclusive"
+    if _clear(found):
+        return share
+    why = "its error is unknown" if found.get("standard_error") is None else "within two standard errors"
+    return f"{share}; {why}, so inconclusive"
 
 
 def _change(found: dict[str, float | None]) -> str:
@@ -214,7 +217,7 @@ def _wins(name: str, found: dict[str, float | None]) -> str:
     rate, error = found.get("win_rate"), found.get("win_rate_error")
     if rate is None or not (name == "truth" or name.startswith("reward")):
         return ""
-    if error is None or not math.isfinite(error):
+    if not error or not math.isfinite(error):  # 0 where all images agree: it says nothing of others
         return f"{rate:.0%}"
     low, high = max(0.0, rate - NORMAL_95 * error), min(1.0, rate + NORMAL_95 * error)
     return f"{rate:.0%} ({low:.0%} to {high:.0%})"

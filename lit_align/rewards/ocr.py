@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from lit_align.errors import ConfigError
@@ -37,8 +38,9 @@ class OCR(BlackBoxReward):
             raise ConfigError(
                 f"OCR needs the package rapidocr ({error}); install it with pip install 'lit_align[ocr]'."
             ) from error
-        # One thread a reader: several processes score at the same time.
-        self.reader: Any = RapidOCR(params={"Global.log_level": "critical"})
+        # As many threads as torch, and not one for each core: several processes score at the same time.
+        threads = {"EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads()}
+        self.reader: Any = RapidOCR(params={"Global.log_level": "critical"} | threads)
 
     def score(self, image: NDArray[np.uint8], prompt: str) -> float | None:
         """Read one image, ``(H, W, 3)`` uint8, and compare with the words in quotes."""

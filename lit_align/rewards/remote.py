@@ -137,7 +137,9 @@ def unpacked(packed: Any) -> Tensor:
     """
     try:
         if "png" in packed:
-            files = [Image.open(io.BytesIO(base64.b64decode(one, validate=True))) for one in packed["png"]]
+            data = [io.BytesIO(base64.b64decode(one, validate=True)) for one in packed["png"]]
+            # Pillow opens other formats too, and hands some of them to other programs.
+            files = [Image.open(one, formats=["PNG"]) for one in data]
             arrays = np.stack([np.asarray(file.convert("RGB")) for file in files])
             return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
         images = load(base64.b64decode(packed["safetensors"], validate=True))["images"]

@@ -167,14 +167,20 @@ def test_errors_over_seeds_are_of_the_images_where_these_are_kept():
 def test_the_frontier_is_in_standard_deviations_of_the_pretrained_model(plan, tmp_path):  # noqa: F811
     plan, results = three_configs(plan)
     own = [one for one in results if one["config"] == "slow"]
-    for curve, x in ((frontier(own, baselines()), [0.0, 4.0]), (by_distance(own, None), [0.0, 3.0])):
+    for curve, x in ((frontier(own, baselines()), [0.0, 4.0]), (by_distance(own, "kl"), [0.0, 3.0])):
         assert [point[0] for point in curve] == pytest.approx(x)
         assert [point[1] for point in curve] == pytest.approx([0.5, 0.7])
     assert frontier(own, None) == []
-    own[0]["curves"].pop("val/kl")
-    assert by_distance(own, None) == []
+    own[0]["curves"]["val/drift"] = own[0]["curves"].pop("val/kl")
+    assert by_distance(own, "kl") == []  # one seed of two
     assert plot_frontier(plan, results, tmp_path / "frontier.png", {"slow": baselines()})
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
+    drifts = [
+        one | {"curves": {name.replace("kl", "drift"): curve for name, curve in one["curves"].items()}}
+        for one in results
+    ]
+    assert by_distance(drifts, "kl") == []
+    assert [x for x, _ in by_distance(drifts, "drift")] == pytest.approx([0.0, 3.0])
     without = [one | {"curves": {"val/reward": one["curves"]["val/reward"]}} for one in results]
     assert not plot_frontier(plan, without, tmp_path / "none.png", {})
     assert not (tmp_path / "none.png").exists()

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_align.callbacks import image_grid
 from lit_align.callbacks.grid import FONT_SIZE, GAP, MARGIN, shrink, uint8, wrap
 from lit_align.callbacks.progress import ProgressLines
-from lit_align.callbacks.summary import RunSummary
+from lit_align.callbacks.summary import RunSummary, compared
 
 LONG = "two small yellow stars above a large cyan triangle, left of three medium pink squares on a black star"
 
@@ -62,6 +62,7 @@ def trainer(**values: Any) -> Any:
         "current_epoch": 1,
         "num_training_batches": 4,
         "check_val_every_n_epoch": 1,
+        "val_check_batch": 4,
         "callback_metrics": {"train/reward": torch.tensor(1.5), "perf/images_per_second": 2.0},
         "state": SimpleNamespace(fn="fit"),
         "callbacks": [],
@@ -83,6 +84,10 @@ def test_a_line_says_where_the_run_is_and_how_long_it_takes(capsys, monkeypatch)
     assert capsys.readouterr().out.splitlines()[1] == (
         "epoch 2/3  batch 2/4  reward 1.5000  2.0 images/s  0:01:20 left"
     )
+    often = trainer(val_check_batch=2)  # four validations to come: one after this batch, and each second one
+    lines.on_train_batch_start(often, module, None, 1)
+    lines.on_train_batch_end(often, module, None, None, 1)  # type: ignore[arg-type]
+    assert capsys.readouterr().out.endswith("0:01:40 left\n")
     pairs = trainer(callback_metrics={"train/loss": torch.tensor(0.25)}, max_epochs=-1)
     lines.on_train_batch_end(pairs, module, None, None, 0)  # type: ignore[arg-type]
     assert capsys.readouterr().out == "epoch 2/?  batch 1/4  loss 0.2500\n"
@@ -126,3 +131,21 @@ def test_the_table_has_a_row_for_each_thing_that_was_measured(tmp_path, capsys):
     assert "%" not in rows["kl"]
     assert "%" not in rows["diversity"]
     assert "nan" not in "".join(rows.values())
+    # Nothing that was measured is overwritten, not even where its table was deleted.
+    now.state.fn, now.datamodule, module.tested = "test", None, latest
+    module.tested_groups, module.reward_queries, module.set_metrics = module.prompt_groups, 8, {}
+    (tmp_path / "test.json").write_text("of an earlier test")
+    RunSummary().on_test_end(now, module)
+    assert (tmp_path / "test.json").read_text() == "of an earlier test"
+    assert (tmp_path / "test-2.json").exists()
+    assert (tmp_path / "test-2.csv").exists()
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_images_that_have_no_score_on_one_side_only_have_a_row(side):
+    some, none = measured(unscored=torch.tensor([0.0, 1.0, 0.0, 0.0])), measured()
+    del none["unscored"]  # it is measured where it is not 0
+    before, after = (some, none) if side == "before" else (none, some)
+    found = compared(before, after, torch.tensor([0, 0, 1, 1]))["unscored"]
+    assert (found.before, found.after) == ((0.25, 0.0) if side == "before" else (0.0, 0.25))
+    assert compared({}, some, torch.tensor([0, 0, 1, 1])) == {}

@@ -21,9 +21,9 @@ from lit_align.cli.doctor import _processes, _warned
 from lit_align.doctor import Asked, Trial, judge, look
 from lit_align.doctor.memory import Memory
 from lit_align.doctor.trial import BATCHES, Seen
-from lit_align.methods import AlignmentModule, DDPOModule, NFTModule, PRDPModule, SPINModule
+from lit_align.methods import AlignmentModule, DDPOModule, DPOModule, NFTModule, PRDPModule, SPINModule
 from lit_align.rewards import Brightness, Redness, Reward, RewardBank
-from tests.methods.build import fit, make, prompts, trainer
+from tests.methods.build import fit, make, pairs, prompts, trainer
 
 ROOT = Path(__file__).parents[2]
 ASKED = Asked(3, -1, 8, None, 1, Path("logs"))
@@ -54,6 +54,10 @@ def test_a_healthy_configuration_is_left_alone(tiny):
         assert list(look(healthy(tiny, method), data(), ASKED)) == []
 
 
+def test_validation_by_batches_over_the_ends_of_epochs_is_validation(tiny):
+    assert list(look(healthy(tiny), data(), replace(ASKED, val_every=None))) == []
+
+
 def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=5)
 
@@ -80,9 +84,9 @@ LOOKS: dict[str, tuple[str, Callable[[Path], Any]]] = {
         "no_validation",
         lambda tiny: (healthy(tiny), data(), replace(ASKED, val_batches=0)),
     ),
-    "validation by no epoch": (
+    "validation by an epoch that the run does not reach": (
         "no_validation",
-        lambda tiny: (healthy(tiny), data(), replace(ASKED, val_every=None)),
+        lambda tiny: (healthy(tiny), data(), replace(ASKED, val_every=4)),
     ),
     "few held-out images": (
         "few_held_out",
@@ -235,6 +239,13 @@ def test_what_a_trial_shows_is_named(case: str, tiny: Path, tmp_path: Path):
     assert set(tried(healthy(tiny, **options), tmp_path)) == names
 
 
+def test_a_trial_leaves_no_latents_where_the_run_would_keep_them(tiny, tmp_path):
+    of_pairs = pairs(latent_cache=str(tmp_path / "latents"))
+    trainer(tmp_path, BATCHES, trial := Trial()).fit(make(DPOModule, tiny), of_pairs)
+    assert len(trial.seen.images) == BATCHES
+    assert not (tmp_path / "latents").exists()
+
+
 def test_weights_out_of_reach_and_ratios_that_are_not_1_are_named(tiny, tmp_path):
     module = healthy(tiny)
     spare = torch.nn.Parameter(torch.ones(3))
@@ -242,6 +253,17 @@ def test_weights_out_of_reach_and_ratios_that_are_not_1_are_named(tiny, tmp_path
     assert tried(module, tmp_path) == ["gradient_missing"]
     rough = Seen(metrics=[{"train/ratio_deviation": 0.1 * CLIP + 1e-6}], reached={"a"}, moved={"a"})
     assert [finding.name for finding in judge(module, rough)] == ["ratio_is_not_1"]
+
+
+def test_a_step_of_an_optimizer_that_chooses_its_rate_is_judged(tiny):
+    """Adafactor may have none (``lr: null``)."""
+    far = Seen(metrics=[{"train/kl": 2.0}], reached={"a"}, moved={"a"})
+    (finding,) = judge(module := healthy(tiny), far)
+    assert module.lr is None
+    assert (finding.name, finding.remedy) == (
+        "step_too_large",
+        "lower the learning rate, or set kl_target where the method has it",
+    )
 
 
 def test_gradients_of_frozen_weights_and_those_that_are_not_finite_are_named(tiny, tmp_path):

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lit_align.cli import main
+from lit_align.cli.export import check_replaced
 from lit_align.errors import ConfigError
 from lit_align.export import export, mixture_of, read_run
 from lit_align.export.card import card
@@ -112,6 +113,25 @@ def test_every_form_draws_what_the_live_model_draws(runs: Path, tiny_xl: Path, t
         assert told in text, told
     assert "base_model" not in text  # a folder of this machine
     assert [path.name for path in tmp_path.glob("validation_*.png")] == ["validation_00000004.png"]
+
+
+def test_an_export_replaces_an_earlier_one_and_nothing_else(runs: Path, tmp_path: Path, capsys: Any) -> None:
+    (own := tmp_path / "pipeline" / "mine.py").parent.mkdir()
+    own.write_text("a program")
+    main(
+        ["export", str(runs / "version_0"), "--form", "adapter", "--out", str(tmp_path / "out"), "--steps=1"]
+    )
+    before = read_stamp(runs / "version_1" / "adapter")
+    for given, said in (
+        (["--out", str(tmp_path), "--form", "pipeline"], f"{own.parent} is there and no earlier export"),
+        (["--out", str(runs / "version_1")], "version_1 is the folder of a run"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["export", str(runs / "version_0"), *given, "--steps=1"])
+        assert said in capsys.readouterr().err
+    assert own.read_text() == "a program"
+    assert read_stamp(runs / "version_1" / "adapter") == before
+    check_replaced(tmp_path / "out", ["adapter"], "name")
 
 
 def test_figures_and_facts_are_of_the_weights_that_are_exported(runs: Path, tmp_path: Path):

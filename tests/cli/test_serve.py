@@ -6,11 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from lit_align.cli.pairs import pairs_command
 from lit_align.cli.serve import serve_command
 from lit_align.errors import ConfigError
 from lit_align.rewards import JPEGCompressibility, RemoteReward
@@ -51,6 +53,14 @@ def test_the_command_serves_until_it_is_ended(bank: str) -> None:
         assert process.wait(60) == 128 + signal.SIGTERM
 
 
+@pytest.mark.parametrize("command", [serve_command, pairs_command])
+def test_a_device_that_is_not_there(command: Callable[[list[str]], None], bank: str, tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text('{"prompt": "a", "file_name": "a.png"}\n')
+    folder = [str(tmp_path)] if command is pairs_command else ["--port", "0"]
+    with pytest.raises(ConfigError, match=r"--device gpu cannot be used \(.*\); give cpu"):
+        command([*folder, "--rewards", bank, "--device", "gpu"])
+
+
 def test_a_port_that_is_taken(bank: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -63,8 +73,3 @@ def test_a_package_that_is_missing(package: str, bank: str, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=r"serve needs the package .*pip install 'lit_align\[serve\]'"):
         serve_command(["--rewards", bank, "--port", "0"])
-
-
-def test_a_device_that_is_not_there(bank: str) -> None:
-    with pytest.raises(ConfigError, match=r"--device tpu cannot be used \(.*\); give cpu"):
-        serve_command(["--rewards", bank, "--port", "0", "--device", "tpu"])

@@ -70,6 +70,17 @@ def test_prompts_of_other_sources_are_removed_from_training(caplog: pytest.LogCa
     assert {p for b in data.val_dataloader() for p in b.prompts} == {f"prompt {n}" for n in range(90, 120)}
 
 
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_a_test_says_that_its_prompts_may_have_been_trained_on(stage: str, caplog: Any) -> None:
+    """A test set that is given at the test alone could not be kept out of the training."""
+    data = PromptDataModule(table(100), test_source=table(20, start=90))
+    with caplog.at_level("INFO"):
+        data.setup(stage)
+    assert "10 prompts removed" in caplog.text
+    told = "a run that was fitted without it may have been trained on them" in caplog.text
+    assert told == (stage == "test")
+
+
 def handed_out(loader: FixedLoader) -> list[str]:
     return [prompt for batch in loader for prompt in dict.fromkeys(batch.prompts)]
 

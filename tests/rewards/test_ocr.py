@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from lit_align.rewards import OCR
@@ -26,6 +27,8 @@ def test_what_is_written_is_read(reader: OCR) -> None:
     assert reader.score(image, 'a sign that says "Hello World" and "more"') == 1.0
     assert reader.score(np.zeros((32, 32, 3), np.uint8), "an empty “sign”") == 0.0
     assert reader.score(image, "a sign that says hello") is None
+    session = reader.reader.text_det.session.session
+    assert session.get_session_options().intra_op_num_threads == torch.get_num_threads()
 
 
 @pytest.mark.parametrize(

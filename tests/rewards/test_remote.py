@@ -1,6 +1,7 @@
 """Rewards on servers: real ones on loopback, with faults between."""
 
 import base64
+import io
 import json
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import urllib3
+from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
@@ -339,8 +341,12 @@ def test_requests_that_cannot_be_understood(url: str, images: Tensor) -> None:
     packed = {"safetensors": base64.b64encode(save({"images": images[:1]})).decode()}
     whole = {"images": packed, "prompts": ["a"], "columns": {}, "reward": "jpeg"}
     assert request(url, json.dumps(whole).encode())[0] == 200
+    Image.new("RGB", (8, 8)).save(postscript := io.BytesIO(), "EPS")  # which Pillow hands to Ghostscript
+    Image.new("RGB", (8, 8)).save(jpeg := io.BytesIO(), "JPEG")
+    others = [base64.b64encode(file.getvalue()).decode() for file in (postscript, jpeg)]
     for change, said in (
         ({"prompts": ["a", "b"]}, "differ in length"),
+        *(({"images": {"png": [other]}}, "cannot be read (UnidentifiedImageError") for other in others),
         ({"reward": "clap"}, "no reward 'clap'"),
         ({"images": {"png": ["????"]}}, "images cannot be read"),
         ({"images": {"safetensors": "aaaa"}}, "images cannot be read"),

@@ -14,7 +14,7 @@ import fsspec  # type: ignore[import-untyped]
 import pyarrow as pa
 from pyarrow import dataset, fs
 
-from lit_align.data.files import first_line
+from lit_align.data.files import check_splits, first_line
 from lit_align.data.images import UnreadableImage
 from lit_align.errors import ConfigError
 
@@ -121,16 +121,21 @@ def holds_images(kind: pa.DataType) -> bool:
     """Whether a type is that of encoded images: binary, or an image of ``datasets``."""
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return any(of(kind) for of in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
+
+
+def _is_table(name: str) -> bool:
+    return name.endswith(".parquet") and not Path(name).name.startswith(".")
 
 
 def _find(path: str) -> tuple[list[str], Any]:
     """The files in the order of their names, and the file system, None for the local one."""
     try:
         system, root = fsspec.core.url_to_fs(path)
-        folder = system.isdir(root)
-        pattern = f"{root.rstrip('/')}/*.parquet" if folder else root
-        files = sorted(map(str, system.glob(pattern))) if folder or "*" in root else [root]
+        folder, files = system.isdir(root), [root]
+        if folder or "*" in root:
+            found = map(str, system.ls(root, detail=False) if folder else system.glob(root))
+            files = sorted(name for name in found if not folder or _is_table(name))
         there = bool(files) and system.isfile(files[0])
     except Exception as error:  # each file system raises errors of its own
         raise ConfigError(
@@ -139,10 +144,12 @@ def _find(path: str) -> tuple[list[str], Any]:
         ) from error
     if not there:
         raise ConfigError(f"{path} has no Parquet file: give a file, a folder of *.parquet, or a pattern")
-    splits = {found[1] for file in files if (found := SPLIT.search(file))}
+    splits = {named[1] for file in files if (named := SPLIT.search(file))}
     if len(splits) > 1:
         raise ConfigError(
             f"{path} holds the files of several splits ({', '.join(sorted(splits))}): give a pattern for "
-            "one of them, such as train-*.parquet"
+            "one of them, such as train*.parquet"
         )
+    if folder:
+        check_splits(path, Path(root), [Path(file) for file in files])
     return files, None if "file" in system.protocol else system

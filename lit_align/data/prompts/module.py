@@ -92,11 +92,11 @@ class PromptDataModule(AlignmentDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Split the prompts, once; for "fit", check that they can fill a rollout batch on every rank."""
         if not self._sets:
-            self._split()
+            self._split(tested=stage == "test")
         if stage in ("fit", None):
             self._train_loader = self._make_train_loader()
 
-    def _split(self) -> None:
+    def _split(self, tested: bool) -> None:
         validated = []
         if self.validation_source is not None:
             self.others["validation"] = chosen = _all_prompts(self.validation_source)
@@ -105,7 +105,7 @@ class PromptDataModule(AlignmentDataModule):
         if self.test_source is not None:
             self.others["test"] = _all_prompts(self.test_source, validated, "validation_source")
         held_out = [other.keys(getattr(self, f"{name}_prompts")) for name, other in self.others.items()]
-        usable = _all_prompts(self.source, held_out, "validation_source or test_source")
+        usable = _all_prompts(self.source, held_out, "validation_source or test_source", tested)
         # Shares of [0, 1): test from below, validation from above, so that a change of one fraction does not
         # change the other split.
         low, high = self.test_fraction, 1 - self.validation_fraction
@@ -203,13 +203,19 @@ class PromptDataModule(AlignmentDataModule):
         return f"{raised} to at least {needed + 0.005:.2f}, or " if needed < 0.5 else ""  # rounded up
 
 
-def _all_prompts(source: PromptSource, held_out: Sequence[Keys] = (), by: str = "") -> PromptSet:
-    """All prompts of a source but those held out by others; says how many were read."""
+def _all_prompts(
+    source: PromptSource, held_out: Sequence[Keys] = (), by: str = "", tested: bool = False
+) -> PromptSet:
+    """All prompts of a source but those held out by others; says how many were read.
+
+    ``tested`` says that they are removed for a test, when the training is over.
+    """
     prompts, told = PromptSet(source, held_out), f"{source}: {counted(len(source), 'prompt')} read"
     if (found := prompts.index) and (found.empty or found.repeated):
         told += f"; {found.empty} empty and {found.repeated} repeated prompts dropped, {len(found)} left"
     if removed := prompts.removed():
         told += f"; {removed} prompts removed, which {by} has too"
+        told += ": a run that was fitted without it may have been trained on them" if tested else ""
     elif held_out and not found:
         told += f"; {sum(map(len, held_out))} prompts of {by} are skipped"
     tell(told)

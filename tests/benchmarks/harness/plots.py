@@ -59,36 +59,41 @@ def plot_curves(
 def plot_frontier(
     plan: Plan, results: Sequence[Result], path: Path, baselines: Mapping[str, Baselines]
 ) -> bool:
-    """Truth on the validation split against the rise of the trained reward, and against the KL.
+    """Truth on the validation split against the rise of the trained reward, and against the distance.
 
     Rewards of configurations have different scales, so that a rise is in standard deviations of the
-    pretrained model's images; the KL is comparable where the sampler is the same. A curve is the mean of a
-    configuration's seeds, from validation to validation; a dot is its end.
+    pretrained model's images; the KL is comparable where the sampler is the same. Chains without a density
+    have a drift instead. A curve is the mean of a configuration's seeds, from validation to validation; a dot
+    is its end.
 
     Returns:
         Whether there was a truth to show.
     """
     configs = _shown(plan, results)
-    sides = {"rise of the trained reward, standard deviations of the base's images": frontier}
-    sides["KL to the pretrained model, nats an image"] = by_distance
-    figure, axes = plt.subplots(1, 2, figsize=(13.6, 4.6), layout="constrained", sharey=True)
-    drawn = 0
-    for axis, (label, curve_of) in zip(axes, sides.items(), strict=True):
-        for number, config in enumerate(configs):
-            own = [result for result in results if result["config"] == config]
-            if not (curve := curve_of(own, baselines.get(config))):
-                continue
-            x, y = zip(*curve, strict=True)
-            axis.plot(x, y, color=COLOURS(number), lw=1.3, marker="o", ms=2.5, label=config)
-            axis.plot(x[-1], y[-1], color=COLOURS(number), marker="o", ms=7)
-            drawn += 1
+    of = {config: [result for result in results if result["config"] == config] for config in configs}
+    sides = {
+        "rise of the trained reward, standard deviations of the base's images": {
+            config: frontier(own, baselines.get(config)) for config, own in of.items()
+        },
+        "KL to the pretrained model, nats an image": {c: by_distance(own, "kl") for c, own in of.items()},
+        "drift from the pretrained model": {c: by_distance(own, "drift") for c, own in of.items()},
+    }
+    sides = {label: curves for label, curves in sides.items() if any(curves.values())}
+    if not sides:
+        return False
+    size = (5.2 * len(sides) + 3.2, 4.6)
+    figure, axes = plt.subplots(1, len(sides), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for axis, (label, curves) in zip(axes[0], sides.items(), strict=True):
+        for number, (config, curve) in enumerate(curves.items()):
+            if curve:
+                x, y = zip(*curve, strict=True)
+                axis.plot(x, y, color=COLOURS(number), lw=1.3, marker="o", ms=2.5, label=config)
+                axis.plot(x[-1], y[-1], color=COLOURS(number), marker="o", ms=7)
         _dash(axis, configs, baselines, "truth")
         axis.set(xlabel=label, ylabel="val/truth")
         axis.grid(alpha=0.3)
-    if drawn:
-        _finish(figure, axes, path)
-    plt.close(figure)
-    return bool(drawn)
+    _finish(figure, axes[0], path)
+    return True
 
 
 def frontier(results: Sequence[Result], baselines: Baselines | None) -> Curve:
@@ -98,9 +103,9 @@ def frontier(results: Sequence[Result], baselines: Baselines | None) -> Curve:
     return [((reward - points[0][0]) / unit, truth) for reward, truth in points] if unit else []
 
 
-def by_distance(results: Sequence[Result], baselines: Baselines | None) -> Curve:
-    """``(KL, truth)`` at each validation; empty where a chain has no density, and so no KL."""
-    return _mean_curves(results, "val/kl", "val/truth")
+def by_distance(results: Sequence[Result], distance: str) -> Curve:
+    """``(distance, truth)`` at each validation; empty where the chains do not have this distance."""
+    return _mean_curves(results, f"val/{distance}", "val/truth")
 
 
 def _mean_curves(results: Sequence[Result], x: str, y: str) -> Curve:
