@@ -254,11 +254,13 @@ def _refuse_twice(path: str, node: yaml.Node) -> None:
     first: dict[str, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
-        if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, line) != line:
-            raise ConfigError(
-                f"{path}, line {line}: {key.value} stands in line {first[key.value]} already; the second "
-                "would replace the first, so make one of them"
-            )
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in first:
+                raise ConfigError(
+                    f"{path}, line {line}: {key.value} stands in line {first[key.value]} already; the second "
+                    "would replace the first, so make one of them"
+                )
+            first[key.value] = line
         _refuse_twice(path, value)
 
 

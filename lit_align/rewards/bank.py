@@ -215,15 +215,15 @@ def _quoted(names: Iterable[str]) -> str:
 
 def _check(rewards: dict[str, Reward], weights: dict[str, float]) -> None:
     """Refuse a bank that cannot work, and say what would."""
-    there = ", ".join(rewards)
     if not rewards:
         raise ConfigError("rewards is empty; give the bank at least one reward, by name.")
     for name in rewards:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise ConfigError(
-                f"The reward name {name!r} in rewards cannot be used as a tag; "
-                "use letters, digits, '_' and '-' only."
-            )
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            remedy = "use letters, digits, '_' and '-' only"
+            if not isinstance(name, str):  # 1, yes and no are no text in YAML
+                remedy = "put it in quotes, without which it is no text, or use another"
+            raise ConfigError(f"The reward name {name!r} in rewards cannot be used as a tag; {remedy}.")
+    there = ", ".join(rewards)
     for name, weight in weights.items():
         if name not in rewards:
             raise ConfigError(

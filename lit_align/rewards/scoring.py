@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
@@ -41,7 +42,7 @@ def score(
     subject = f"The reward '{name}' ({title(_code(reward))})"
     own: Any = None if groups is None else groups.clone(), copy.deepcopy(columns)
     try:
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False), _own_defaults():
             scores, shown = reward.shared_out(images.clone(), list(prompts), *own)
     except ConfigError:
         raise
@@ -57,6 +58,19 @@ def score(
             "with torch and without detach or no_grad, or declare differentiable = False."
         )
     return read, read if shown is scores else as_scores(shown, images, subject)
+
+
+@contextmanager
+def _own_defaults() -> Iterator[None]:
+    """Put back torch's default precision and device: with others a run's noise would be other noise."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    try:
+        yield
+    finally:
+        if torch.get_default_dtype() != dtype:
+            torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
 
 
 def try_out(name: str, reward: Reward) -> None:

@@ -411,6 +411,21 @@ def test_a_reward_changes_nothing_that_others_see(gradient: bool, images: Tensor
         torch.testing.assert_close(images.grad, expected.expand_as(images))
 
 
+def test_torch_s_defaults_are_put_back(images: Tensor) -> None:
+    def careless(images: Tensor, prompts: list[str]) -> Tensor:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        return levels(images)
+
+    try:
+        bank(careless)(images, PROMPTS)
+        assert torch.zeros(()).dtype == torch.float32
+        assert torch.zeros(()).device.type == "cpu"
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
 def test_the_trial_draws_from_no_random_state() -> None:
     def draws(images: Tensor, prompts: list[str]) -> Tensor:
         return torch.rand(len(images)) + random.random() + np.random.rand()
