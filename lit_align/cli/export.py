@@ -13,7 +13,9 @@ from lit_align.callbacks.console import show
 from lit_align.errors import ConfigError, check_positive, tell
 from lit_align.export import FORMS, Live, export, mixture_of, read_run
 from lit_align.export.card import card
+from lit_align.export.forms import facts
 from lit_align.files import write
+from lit_align.identity import differences, read_stamp
 
 ROUNDING = 1 / 255
 """A larger difference of a pixel is told: a screen shows it."""
@@ -57,12 +59,18 @@ def export_command(arguments: Sequence[str]) -> None:
     weights = options.weights or [1.0] * len(runs)
     if len(weights) != len(runs) or (len(runs) > 1 and not options.weights):
         raise ConfigError(f"export: {len(runs)} runs need --weights with a number for each")
-    live = mixture_of(runs, weights, options.device)
     first = runs[0].folder.resolve()
-    name = options.name or f"{first.parent.name}_{first.name}"
+    name = (options.name or f"{first.parent.name}_{first.name}").removesuffix(".safetensors")
+    if Path(name).name != name:
+        raise ConfigError(f"export: --name {name!r} is no name of a file; give --out for the folder")
+    if options.out is not None:
+        _check_out(options.out, name)
+    live = mixture_of(runs, weights, options.device)
     of_adapter = ["adapter", "kohya"] if live.backbone.denoiser == "unet" else ["adapter"]
     forms = options.form or (["pipeline"] if live.whole else of_adapter)
     folder = options.out or runs[0].folder / "export"
+    if options.out is not None:
+        _check_others(folder, name, live)
     with without_a_line_each():  # of prompts and names of layers on which nobody can act
         made = export(live, forms, folder, name, options.steps)
     grids = _grids(live)
@@ -88,6 +96,38 @@ def _check_device(name: str) -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"export: --device {name} cannot be used ({reason(error)}); give cpu") from None
+
+
+def _check_out(folder: Path, name: str) -> None:
+    """Refuse a folder in which something would be replaced that is no earlier export of that name.
+
+    Raises:
+        ConfigError: It is a run's, or has a README.md of something else.
+    """
+    card_file = folder / "README.md"
+    if (folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"export: --out {folder} is the folder of a run, whose adapter/ would be replaced; give another"
+        )
+    if card_file.is_file() and f"\n# {name}\n" not in card_file.read_text(errors="replace"):
+        raise ConfigError(
+            f"export: {card_file} is there, and not the card of {name}; give the model an --out of its own"
+        )
+
+
+def _check_others(folder: Path, name: str, live: Live) -> None:
+    """Refuse to replace what was exported of another run.
+
+    Raises:
+        ConfigError: Something is there that says so.
+    """
+    now = facts(live) | {"images": None, "mixture": None}  # the same run may be further by now
+    for path in (folder / "adapter", folder / f"{name}.safetensors"):
+        if other := differences(read_stamp(path) or {}, now):
+            changed, values = next(iter(other.items()))
+            raise ConfigError(
+                f"export: {path} is of another run ({changed}: {values}); give another --out or --name"
+            )
 
 
 def _grids(live: Live) -> list[Path]:
