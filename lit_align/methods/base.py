@@ -15,7 +15,7 @@ from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import MultiTaskDataModule, PickaPicDataModule
 from lit_align.errors import ConfigError
-from lit_align.methods.held_out import held_out_prompts
+from lit_align.methods.held_out import first_batches, held_out_prompts
 from lit_align.methods.identity import IdentifiedModule, measurement_of
 from lit_align.methods.metrics import Metrics
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
@@ -94,7 +94,8 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
 
         Raises:
             ConfigError: The Trainer is one that methods do not know, the data has pairs of images, or several
-                tasks, and the method learns from prompts, or one task, or a reward does not fit the model.
+                tasks, and the method learns from prompts, or one task, or a reward does not fit the model or
+                the data.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit" and isinstance(data, MultiTaskDataModule) and not self.several_tasks:
@@ -111,6 +112,9 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         read_safely(self.trainer)
         self.identify(data, stage)
         self._check_domain(held_out_prompts(data, stage))
+        if stage != "fit" or self.trainer.limit_val_batches:  # type: ignore[attr-defined]
+            for batch in first_batches(data, stage):
+                self.bank_of(batch).check_columns(batch.columns)
 
     def _check_domain(self, prompts: list[str]) -> None:
         """Tell of rewards, and of prompts, that do not fit the model."""

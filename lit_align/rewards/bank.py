@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -137,6 +137,18 @@ class RewardBank(nn.Module):
                 "backbone is another model: their scores say nothing about its images; leave out "
                 "'pretrained: shapes' for the published models, or name others under 'pretrained'"
             )
+
+    def check_columns(self, columns: Mapping[str, list[Any]]) -> None:
+        """Refuse data that lack a column which a reward's code names.
+
+        Args:
+            columns: The data's columns of some images.
+
+        Raises:
+            ConfigError: They do.
+        """
+        for reward in self.rewards.values():
+            reward.check_columns(columns)
 
     def _leave_out(self, names: Collection[str]) -> None:
         kept = {name: reward for name, reward in self.rewards.items() if name not in names}

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule, DPOModule, SPINModule
+from lit_align.rewards import Brightness, RewardBank
 from tests.methods.build import fit, make, pairs, prompts
 
 VALIDATED = {"limit_val_batches": 1.0}
@@ -49,6 +50,30 @@ def test_data_from_which_a_method_does_not_learn(
     with pytest.raises(ConfigError, match=told):
         fit(module, tmp_path, 1, data=data(), **VALIDATED)
     assert not module.baseline
+
+
+def of_metadata(images: Any, prompts: list[str], metadata: list[Any]) -> Any:
+    return images.mean((1, 2, 3))
+
+
+class Needy(Brightness):
+    def check_columns(self, columns: Any) -> None:
+        self.need("include", columns, "Give it.")
+
+
+@pytest.mark.parametrize(
+    ("reward", "told"),
+    [
+        (of_metadata, "of_metadata takes 'metadata', and the data has no such column .its columns: none"),
+        (Needy(), r"Needy: the data has no column 'include'; its columns: none\. Give it"),
+    ],
+)
+def test_a_column_that_the_data_does_not_have(reward: Any, told: str, tiny: Path, tmp_path: Path) -> None:
+    module = make(DDPOModule, tiny, num_steps=2, rewards=RewardBank({"mine": reward}, {"mine": 1.0}))
+    with pytest.raises(ConfigError, match=told):
+        fit(module, tmp_path, 1, data=prompts(2, 2), **VALIDATED)
+    assert not module.baseline
+    assert not module._evaluated
 
 
 @pytest.mark.parametrize(
