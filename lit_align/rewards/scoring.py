@@ -1,6 +1,7 @@
 """Scoring with one reward of a bank, and trying it out before a run depends on it."""
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, get_args
@@ -97,8 +98,28 @@ def try_out(name: str, reward: Reward) -> None:
             return
         if reward.scope == "sample" and scores.isnan().all():
             rank_zero_warn(f"{subject} gave neither of two trial images a score (None, NaN or infinite)")
-        elif reward.differentiable:
+            return
+        if reward.differentiable:
             _check_gradient(subject, scores, images)
+        if reward.scope == "sample":
+            _check_scope(name, reward, images, scores)
+
+
+@torch.no_grad()
+def _check_scope(name: str, reward: Reward, images: Tensor, scores: Tensor) -> None:
+    """Warn where an image's score is another without the other image: curves and comparisons mean nothing."""
+    groups = torch.zeros(1, dtype=torch.long, device=images.device)
+    try:
+        alone, _ = score(name, reward, images[:1], PROMPTS[:1], groups, _NoColumns())
+    except ConfigError:  # it needs more than one
+        alone = scores.new_full((1,), torch.nan)
+    one, two = alone.item(), scores[0].item()
+    if not math.isclose(one, two, rel_tol=1e-2, abs_tol=1e-4) and not math.isnan(two):
+        rank_zero_warn(
+            f"The reward '{name}' ({title(_code(reward))}) gives an image {two:g} beside another and {one:g} "
+            "alone: a score of the scope sample may depend neither on other images nor on chance; mend it, "
+            "or declare the scope group or batch"
+        )
 
 
 def _check_gradient(subject: str, scores: Tensor, images: Tensor) -> None:
