@@ -13,9 +13,8 @@ from lit_align.callbacks.console import show
 from lit_align.errors import ConfigError, check_positive, tell
 from lit_align.export import FORMS, Live, export, mixture_of, read_run
 from lit_align.export.card import card
-from lit_align.export.forms import facts
+from lit_align.export.forms import check_others
 from lit_align.files import write
-from lit_align.identity import differences, read_stamp
 
 ROUNDING = 1 / 255
 """A larger difference of a pixel is told: a screen shows it."""
@@ -70,7 +69,7 @@ def export_command(arguments: Sequence[str]) -> None:
     forms = options.form or (["pipeline"] if live.whole else of_adapter)
     folder = options.out or runs[0].folder / "export"
     if options.out is not None:
-        _check_others(folder, name, live)
+        check_others(live, folder, name)
     with without_a_line_each():  # of prompts and names of layers on which nobody can act
         made = export(live, forms, folder, name, options.steps)
     grids = _grids(live)
@@ -113,21 +112,6 @@ def _check_out(folder: Path, name: str) -> None:
         raise ConfigError(
             f"export: {card_file} is there, and not the card of {name}; give the model an --out of its own"
         )
-
-
-def _check_others(folder: Path, name: str, live: Live) -> None:
-    """Refuse to replace what was exported of another run.
-
-    Raises:
-        ConfigError: Something is there that says so.
-    """
-    now = facts(live) | {"images": None, "mixture": None}  # the same run may be further by now
-    for path in (folder / "adapter", folder / f"{name}.safetensors"):
-        if other := differences(read_stamp(path) or {}, now):
-            changed, values = next(iter(other.items()))
-            raise ConfigError(
-                f"export: {path} is of another run ({changed}: {values}); give another --out or --name"
-            )
 
 
 def _grids(live: Live) -> list[Path]:
