@@ -122,7 +122,10 @@ def _alone(layers: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
         ValueError: There are others.
     """
     prefix = f"{part}."
-    if foreign := [name for name in layers if not name.startswith(prefix)]:
+    foreign = [name for name in layers if not name.startswith(prefix)]
+    if foreign and len(foreign) == len(layers) and not foreign[0].startswith("text_encoder"):
+        raise ValueError(f"it is of another family, since it adapts no {part}, but {foreign[0]}")
+    if foreign:
         raise ValueError(
             f"it adapts more than the {part}, such as {foreign[0]}, and here text encoders stay as they are; "
             "merge it into the model in diffusers (load_lora_weights, fuse_lora, save_pretrained) and give "

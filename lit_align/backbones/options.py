@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import nn
 
+from lit_align.backbones.adapter_files import reason
 from lit_align.backbones.adapters import LoRA
 from lit_align.errors import ConfigError
 
@@ -119,7 +120,14 @@ def with_entries(scheduler: Any, entries: Mapping[str, Any]) -> Any:
     config = dict(scheduler.config) | dict(entries)
     # What the folder did not say is dropped when another class reads the configuration.
     config["_use_default_values"] = [n for n in config.get("_use_default_values", []) if n not in entries]
-    return type(scheduler).from_config(config)
+    try:
+        return type(scheduler).from_config(config)
+    except Exception as error:  # whatever its constructor makes of the values
+        said = ", ".join(f"{name}: {value!r}" for name, value in entries.items())
+        raise ConfigError(
+            f"backbone.scheduler: {type(scheduler).__name__} cannot be made with {said} ({reason(error)}); "
+            "give other values"
+        ) from error
 
 
 def targeted(lora: LoRA | None, network: nn.Module, part: str, layers: list[str]) -> LoRA | None:

@@ -9,7 +9,7 @@ from lit_align.cli.config_files import read
 from lit_align.cli.errors import explain
 from lit_align.cli.functions import with_functions
 from lit_align.cli.given import Given
-from lit_align.errors import ConfigError, built
+from lit_align.errors import ConfigError, built, described
 from lit_align.rewards import Reward, RewardBank
 
 PLACES = ((), ("rewards",), ("model", "init_args", "rewards"), ("model", "rewards"))
@@ -36,6 +36,10 @@ def read_bank(path: str) -> RewardBank:
         bank: RewardBank = parser.instantiate_classes(config).rewards
     except ArgumentError as error:
         raise ConfigError(explain(error, given)) from None
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a module of the user raises when it is imported
+        raise ConfigError(f"--rewards {path}: {described(error)}; mend it") from error
     return bank
 
 

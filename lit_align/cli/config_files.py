@@ -258,11 +258,13 @@ def _refuse_twice(path: str, node: yaml.Node) -> None:
             raise ConfigError(
                 f"{path}, line {line}: YAML does not read {key.value!r} as a name; put it into quotes"
             )
-        if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, line) != line:
-            raise ConfigError(
-                f"{path}, line {line}: {key.value} stands in line {first[key.value]} already; the second "
-                "would replace the first, so make one of them"
-            )
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in first:
+                raise ConfigError(
+                    f"{path}, line {line}: {key.value} stands in line {first[key.value]} already; the second "
+                    "would replace the first, so make one of them"
+                )
+            first[key.value] = line
         _refuse_twice(path, value)
 
 

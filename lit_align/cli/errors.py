@@ -71,6 +71,7 @@ def explain(error: BaseException, given: Given) -> str:
         (r"Option '([^']+)' is not accepted", _unknown_option),
         (r"No module named '([^']+)'", _no_module),
         (r"the following arguments are required: (.*)", _required),
+        (r"Import path (\S+) does not correspond to a subclass of (\w+)", _other_class),
         (r"invalid choice: '([^']+)' \(choose from (.*)\)", _choice),
         (r"argument --(\S+): expected", _no_value),
         (r"Not a valid subclass of (\w+)", _not_a_kind),
@@ -79,6 +80,9 @@ def explain(error: BaseException, given: Given) -> str:
     ):
         if found := re.search(pattern, text, flags=re.MULTILINE):
             return tell(text, found, given)
+    for path in re.findall(r"class_path '([\w.]+)'", text)[::-1]:
+        if fault := unusable(path):
+            return f"{given.place(_path(text), path)}: {fault[1]}"
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
@@ -197,6 +201,11 @@ def _not_a_kind(text: str, found: re.Match[str], given: Given) -> str:
     return (
         f"{given.place(_path(text))}: this is no {found[1]}; give its class_path, or its values as a mapping"
     )
+
+
+def _other_class(text: str, found: re.Match[str], given: Given) -> str:
+    place = given.place(_path(text), found[1])
+    return f"{place}: {found[1]} is no {found[2]}; derive its class from {found[2]}, or give another"
 
 
 def _not_a_mapping(text: str, found: re.Match[str], given: Given) -> str:

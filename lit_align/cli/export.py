@@ -11,6 +11,7 @@ from lit_align.cli.device import device_of
 from lit_align.errors import ConfigError, check_positive, tell
 from lit_align.export import FORMS, Live, export, mixture_of, read_run
 from lit_align.export.card import card, is_card
+from lit_align.export.forms import check_others
 from lit_align.files import write
 
 ROUNDING = 1 / 255
@@ -56,13 +57,17 @@ def export_command(arguments: Sequence[str]) -> None:
     if len(weights) != len(runs) or (len(runs) > 1 and not options.weights):
         raise ConfigError(f"export: {len(runs)} runs need --weights with a number for each")
     first = runs[0].folder.resolve()
-    name = options.name or f"{first.parent.name}_{first.name}"
+    name = (options.name or f"{first.parent.name}_{first.name}").removesuffix(".safetensors")
+    if Path(name).name != name:
+        raise ConfigError(f"export: --name {name!r} is no name of a file; give --out for the folder")
     if options.out is not None:
         check_replaced(options.out, options.form or FORMS, name)
     live = mixture_of(runs, weights, options.device)
     of_adapter = ["adapter", "kohya"] if live.backbone.denoiser == "unet" else ["adapter"]
     forms = options.form or (["pipeline"] if live.whole else of_adapter)
     folder = options.out or runs[0].folder / "export"
+    if options.out is not None:
+        check_others(live, folder, name)
     with without_a_line_each():  # of prompts and names of layers on which nobody can act
         made = export(live, forms, folder, name, options.steps)
     grids = _grids(live)
@@ -79,19 +84,20 @@ def export_command(arguments: Sequence[str]) -> None:
 
 
 def check_replaced(folder: Path, forms: Sequence[str], name: str) -> None:
-    """Refuse a folder with what no export has written, such as a run's own adapter, or a program.
+    """Refuse a folder with what no export of this name wrote, such as a run's own adapter, or a program.
 
     Raises:
         ConfigError: Something there would be replaced.
     """
     if (folder / "config.yaml").is_file():
         raise ConfigError(f"export: --out {folder} is the folder of a run; give another one")
-    if is_card(folder / "README.md"):
+    if is_card(folder / "README.md", name):
         return
     for written in ("README.md", *(f"{name}.safetensors" if form == "kohya" else form for form in forms)):
         if (folder / written).exists():
             raise ConfigError(
-                f"export: --out: {folder / written} is there and no earlier export; give another folder"
+                f"export: --out: {folder / written} is there and no earlier export of {name}; give another "
+                "folder"
             )
 
 

@@ -3,7 +3,6 @@
 import importlib
 import re
 from collections.abc import Sequence
-from types import FunctionType
 from typing import Any
 
 
@@ -39,12 +38,13 @@ def arguments_with_functions(arguments: Sequence[str]) -> list[str]:
 
 
 def is_function(path: Any) -> bool:
-    """Whether a text is the import path of a function."""
+    """Whether a text is the import path of a function, or of another object that can be called."""
     if not isinstance(path, str) or not re.fullmatch(r"\w+(\.\w+)+", path):
         return False
     module, _, name = path.rpartition(".")
     try:
-        return isinstance(getattr(importlib.import_module(module), name, None), FunctionType)
+        found = getattr(importlib.import_module(module), name, None)
+        return callable(found) and not isinstance(found, type)
     except Exception:  # whatever a module of the user raises: the parser will say so
         return False
 

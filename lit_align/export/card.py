@@ -45,10 +45,14 @@ def card(live: Live, made: Sequence[Exported], title: str, images: Sequence[str]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def is_card(file: Path) -> bool:
-    """Whether a file is a card that :func:`card` has written."""
+def is_card(file: Path, name: str) -> bool:
+    """Whether a file is a card that :func:`card` has written of a model of this name."""
     text = file.read_text(errors="replace") if file.is_file() else ""
-    return text.startswith("---\nlibrary_name: diffusers") and " with lit_align." in text
+    return (
+        text.startswith("---\nlibrary_name: diffusers")
+        and f"\n# {name}\n" in text
+        and " with lit_align." in text
+    )
 
 
 def _front(runs: Sequence[Run], base: str, whole: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lit_align.backbones.options import with_entries
 from lit_align.errors import ConfigError
 from lit_align.export.live import Live
 from lit_align.files import follow_umask, replace_file, replace_folder, writing
-from lit_align.identity import ADAPTER, stamp
+from lit_align.identity import ADAPTER, differences, read_stamp, stamp
 
 FORMS = ("adapter", "kohya", "pipeline")
 """``adapter``: diffusers' folder. ``kohya``: one file for A1111, Forge and ComfyUI. ``pipeline``: a whole
@@ -96,6 +96,21 @@ def _write(live: Live, form: str, folder: Path, name: str) -> Path:
         follow_umask(draft)
         replace_folder(path, draft)
     return path
+
+
+def check_others(live: Live, folder: Path, name: str) -> None:
+    """Refuse to replace what was exported of another run.
+
+    Raises:
+        ConfigError: Something is there that says so.
+    """
+    now = facts(live) | {"images": None, "mixture": None}  # the same run may be further by now
+    for path in (folder / "adapter", folder / f"{name}.safetensors"):
+        if other := differences(read_stamp(path) or {}, now):
+            changed, values = next(iter(other.items()))
+            raise ConfigError(
+                f"export: {path} is of another run ({changed}: {values}); give another --out or --name"
+            )
 
 
 def facts(live: Live) -> dict[str, Any]:

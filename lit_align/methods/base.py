@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.errors import ConfigError
-from lit_align.methods.held_out import check_data, held_out_prompts
+from lit_align.methods.held_out import check_data, first_batches, held_out_prompts
 from lit_align.methods.identity import IdentifiedModule, measurement_of
 from lit_align.methods.metrics import Metrics, waited_for
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
@@ -101,7 +101,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         Raises:
             ConfigError: The Trainer is one that methods do not know, or not for this model, the data has
                 pairs of images, or several tasks, and the method learns from prompts, or one task, or a
-                reward does not fit the model.
+                reward does not fit the model or the data.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         several, pairs = self.several_tasks, self.learns_from_pairs
@@ -112,6 +112,9 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         read_safely(self.trainer)
         self.identify(data, stage)
         self._check_domain(held_out_prompts(data, stage))
+        if stage != "fit" or self.trainer.limit_val_batches:  # type: ignore[attr-defined]
+            for batch in first_batches(data, stage):
+                self.bank_of(batch).check_columns(batch.columns)
 
     def on_train_start(self) -> None:
         """Measure the pretrained model where that was not done, and look what callbacks wait for."""

@@ -1,9 +1,10 @@
 """Which data a method can have, and which prompts are held out."""
 
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
-from lit_align.data import MultiTaskDataModule, PickaPicDataModule, PromptDataModule
+from lit_align.data import Batch, MultiTaskDataModule, PickaPicDataModule, PromptDataModule
 from lit_align.errors import ConfigError
 
 CHECKED_PROMPTS = 1024
@@ -53,13 +54,22 @@ def held_out_prompts(data: Any, stage: str) -> list[str]:
     """
     if not isinstance(data, KNOWN):
         return []
-    split = {"test": data.test_dataloader, "predict": data.predict_dataloader}
     prompts: dict[str, None] = {}
-    for batch in split.get(stage, data.val_dataloader)():
+    for batch in _batches(data, stage):
         prompts |= dict.fromkeys(batch.prompts)
         if len(prompts) >= CHECKED_PROMPTS:
             break
     return list(prompts)[:CHECKED_PROMPTS]
+
+
+def first_batches(data: Any, stage: str) -> list[Batch]:
+    """The first batch of each task that this rank evaluates in a stage; arguments as above."""
+    found: dict[str, Batch] = {}
+    for batch in _batches(data, stage) if isinstance(data, KNOWN) else ():
+        found.setdefault(batch.task, batch)
+        if not isinstance(data, MultiTaskDataModule):
+            break
+    return list(found.values())
 
 
 def validated_images(data: Any, limit: float) -> list[tuple[int, str]]:
@@ -78,3 +88,9 @@ def validated_images(data: Any, limit: float) -> list[tuple[int, str]]:
         for batch in islice(batches, count)
         for number, prompt in zip(batch.index.tolist(), batch.prompts, strict=True)
     ]
+
+
+def _batches(data: Any, stage: str) -> Iterable[Batch]:
+    split = {"test": data.test_dataloader, "predict": data.predict_dataloader}
+    batches: Iterable[Batch] = split.get(stage, data.val_dataloader)()
+    return batches

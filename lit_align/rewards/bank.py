@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -141,6 +141,18 @@ class RewardBank(nn.Module):
                 "'pretrained: shapes' for the published models, or name others under 'pretrained'"
             )
 
+    def check_columns(self, columns: Mapping[str, list[Any]]) -> None:
+        """Refuse data that lack a column which a reward's code names.
+
+        Args:
+            columns: The data's columns of some images.
+
+        Raises:
+            ConfigError: They do.
+        """
+        for reward in self.rewards.values():
+            reward.check_columns(columns)
+
     def _leave_out(self, names: Collection[str]) -> None:
         kept = {name: reward for name, reward in self.rewards.items() if name not in names}
         self.names, self._rewards = tuple(kept), nn.ModuleList(kept.values())
@@ -218,15 +230,15 @@ def _quoted(names: Iterable[str]) -> str:
 
 def _check(rewards: dict[str, Reward], weights: dict[str, float]) -> None:
     """Refuse a bank that cannot work, and say what would."""
-    there = ", ".join(rewards)
     if not rewards:
         raise ConfigError("rewards is empty; give the bank at least one reward, by name.")
     for name in rewards:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise ConfigError(
-                f"The reward name {name!r} in rewards cannot be used as a tag; "
-                "use letters, digits, '_' and '-' only."
-            )
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            remedy = "use letters, digits, '_' and '-' only"
+            if not isinstance(name, str):  # 1, yes and no are no text in YAML
+                remedy = "put it in quotes, without which it is no text, or use another"
+            raise ConfigError(f"The reward name {name!r} in rewards cannot be used as a tag; {remedy}.")
+    there = ", ".join(rewards)
     for name, weight in weights.items():
         if name not in rewards:
             raise ConfigError(

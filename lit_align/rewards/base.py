@@ -1,6 +1,7 @@
 """What a reward is: a frozen module that turns images and prompts into one number per image."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -69,6 +70,29 @@ class Reward(nn.Module, ABC):
             ``(B,)`` float32; NaN means that there is no score for that image. A bank also reads other forms
             (see :func:`lit_align.rewards.calling.as_scores`).
         """
+
+    def check_columns(self, columns: Mapping[str, list[Any]]) -> None:
+        """Refuse data that lack a column, before anything is sampled; :meth:`forward` would only then.
+
+        Args:
+            columns: The data's columns of some images; a subclass may look at their entries too.
+
+        Raises:
+            ConfigError: One is missing that the reward's code names.
+        """
+        accepted(self.forward, torch.empty(0), [], None, columns)
+
+    def need(self, column: str, columns: Mapping[str, Any] | None, remedy: str) -> None:
+        """Refuse data without a column.
+
+        Raises:
+            ConfigError: It is missing.
+        """
+        if column not in (columns or {}):
+            raise ConfigError(
+                f"{type(self).__name__}: the data has no column '{column}'; its columns: "
+                f"{', '.join(columns or {}) or 'none'}. {remedy}"
+            )
 
     def ahead(self, images: Tensor, prompts: list[str], columns: dict[str, list[Any]] | None) -> None:
         """Begin to score images that :meth:`forward` will get soon, in the same order.

@@ -5,7 +5,7 @@ The compositionality reward of Zhang et al. 2024, "Large-scale Reinforcement Lea
 that the object ``o`` is in the image ``x``. Where the objects are plays no part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,16 +79,16 @@ class ObjectPresence(Reward):
             scores[chunk] = torch.stack([confidences.mean() for confidences in found])
         return scores.to(images.device)
 
+    def check_columns(self, columns: Mapping[str, list[Any]]) -> None:
+        if self.column is not None:
+            self.need(self.column, columns, "Set column to the one with the objects of each prompt.")
+
     def _objects(self, prompts: list[str], columns: dict[str, list[Any]] | None) -> list[list[str]]:
         """The distinct objects of each prompt."""
         if self.column is None:
             return [_distinct(_shapes_of(prompt)) for prompt in prompts]
-        if columns is None or self.column not in columns:
-            there = ", ".join(columns or {}) or "none"
-            raise ConfigError(
-                f"ObjectPresence: the data has no column '{self.column}'; its columns: {there}. Set column "
-                "to the one with the objects of each prompt."
-            )
+        self.check_columns(columns or {})
+        assert columns is not None, "it has the column"
         return [_distinct(entry) for entry in columns[self.column]]
 
 

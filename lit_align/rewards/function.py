@@ -1,8 +1,9 @@
 """A plain Python function as a reward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lit_align.rewards.base import Reward, Scope
@@ -38,6 +39,14 @@ class FunctionReward(Reward):
         returned, _ = self.shared_out(images, prompts, groups, columns)
         return as_scores(returned, images, f"The function {title(self.function)}")
 
+    def check_columns(self, columns: Mapping[str, list[Any]]) -> None:
+        accepted(self._code, torch.empty(0), [], None, columns)
+
+    @property
+    def _code(self) -> Callable[..., Any]:
+        """What says by its parameters what it takes."""
+        return self.function.forward if isinstance(self.function, nn.Module) else self.function
+
     def shared_out(
         self,
         images: Tensor,
@@ -46,7 +55,6 @@ class FunctionReward(Reward):
         columns: dict[str, list[Any]] | None = None,
     ) -> tuple[Any, Any]:
         """What the function returns, unread: a bank reads it and knows the reward's name."""
-        signature = self.function.forward if isinstance(self.function, nn.Module) else self.function
-        given, named = accepted(signature, images, prompts, groups, columns)
+        given, named = accepted(self._code, images, prompts, groups, columns)
         returned = self.function(*given, **named)
         return returned, returned

@@ -103,7 +103,7 @@ class GenEval(Reward):
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
         """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
-        asked = self._asked(columns, len(images))
+        asked = self._asked(columns or {})
         counting = [kind == "counting" for kind in (columns or {}).get(self.tag, [""] * len(images))]
         whole, pixels = images.flatten(1).sum(dim=1).isfinite().tolist(), to_bytes(images)
         rows = [row for row, entries in enumerate(asked) if entries and whole[row]]
@@ -173,14 +173,13 @@ class GenEval(Reward):
         texts = [text.format(colour=colour, object=name) for text in COLOUR_TEXTS]
         return F.normalize(self.clip.embed([*texts, COLOUR_ALONE.format(colour=colour)]).mean(dim=0), dim=0)
 
-    def _asked(self, columns: dict[str, list[Any]] | None, count: int) -> list[list[Mapping[str, Any]]]:
+    def check_columns(self, columns: Mapping[str, list[Any]]) -> None:
+        self._asked(columns)
+
+    def _asked(self, columns: Mapping[str, list[Any]]) -> list[list[Mapping[str, Any]]]:
         """What is asked of each image."""
-        if columns is None or self.column not in columns:
-            there = ", ".join(columns or {}) or "none"
-            raise ConfigError(
-                f"GenEval: the data has no column '{self.column}'; its columns: {there}. Set column to the "
-                "one that lists class and count of the objects, as in GenEval's *_metadata.jsonl."
-            )
+        listed = "class and count of the objects, as in GenEval's *_metadata.jsonl"
+        self.need(self.column, columns, f"Set column to the one that lists {listed}.")
         for entries in columns[self.column]:
             for number, entry in enumerate(entries or []):
                 if not (isinstance(entry, Mapping) and entry.get("class") and (entry.get("count") or 0) > 0):

@@ -1,7 +1,9 @@
 """Scoring with one reward of a bank, and trying it out before a run depends on it."""
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
@@ -41,7 +43,7 @@ def score(
     subject = f"The reward '{name}' ({title(_code(reward))})"
     own: Any = None if groups is None else groups.clone(), copy.deepcopy(columns)
     try:
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False), _own_defaults():
             scores, shown = reward.shared_out(images.clone(), list(prompts), *own)
     except ConfigError:
         raise
@@ -57,6 +59,19 @@ def score(
             "with torch and without detach or no_grad, or declare differentiable = False."
         )
     return read, read if shown is scores else as_scores(shown, images, subject)
+
+
+@contextmanager
+def _own_defaults() -> Iterator[None]:
+    """Put back torch's default precision and device: with others a run's noise would be other noise."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    try:
+        yield
+    finally:
+        if torch.get_default_dtype() != dtype:
+            torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
 
 
 def try_out(name: str, reward: Reward) -> None:
@@ -83,8 +98,28 @@ def try_out(name: str, reward: Reward) -> None:
             return
         if reward.scope == "sample" and scores.isnan().all():
             rank_zero_warn(f"{subject} gave neither of two trial images a score (None, NaN or infinite)")
-        elif reward.differentiable:
+            return
+        if reward.differentiable:
             _check_gradient(subject, scores, images)
+        if reward.scope == "sample":
+            _check_scope(name, reward, images, scores)
+
+
+@torch.no_grad()
+def _check_scope(name: str, reward: Reward, images: Tensor, scores: Tensor) -> None:
+    """Warn where an image's score is another without the other image: curves and comparisons mean nothing."""
+    groups = torch.zeros(1, dtype=torch.long, device=images.device)
+    try:
+        alone, _ = score(name, reward, images[:1], PROMPTS[:1], groups, _NoColumns())
+    except ConfigError:  # it needs more than one
+        alone = scores.new_full((1,), torch.nan)
+    one, two = alone.item(), scores[0].item()
+    if not math.isclose(one, two, rel_tol=1e-2, abs_tol=1e-4) and not math.isnan(two):
+        rank_zero_warn(
+            f"The reward '{name}' ({title(_code(reward))}) gives an image {two:g} beside another and {one:g} "
+            "alone: a score of the scope sample may depend neither on other images nor on chance; mend it, "
+            "or declare the scope group or batch"
+        )
 
 
 def _check_gradient(subject: str, scores: Tensor, images: Tensor) -> None:

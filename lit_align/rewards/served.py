@@ -5,7 +5,7 @@ import json
 import os
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -96,6 +96,10 @@ class ServedReward(Reward):
     def encoded(self, image: Tensor) -> bytes:
         """What is sent of an image ``(3, H, W)``: images that are sent alike are scored alike."""
 
+    def check_columns(self, columns: Mapping[str, list[Any]]) -> None:
+        for name in self.columns:
+            self.need(name, columns, "Take it out of columns, or use data with that column.")
+
     def ahead(self, images: Tensor, prompts: list[str], columns: dict[str, list[Any]] | None) -> None:
         """Begin to score ``(B, 3, H, W)`` images; arguments as of :meth:`Reward.forward`."""
         self._futures(images, prompts, columns)
@@ -131,11 +135,7 @@ class ServedReward(Reward):
             self._process, self.server = os.getpid(), self.server.renewed()
             self._abandon()
         there = columns or {}
-        if missing := [name for name in self.columns if name not in there]:
-            raise ConfigError(
-                f"{type(self).__name__}: the data has no column '{missing[0]}'; its columns: "
-                f"{', '.join(there) or 'none'}; take it out of columns, or use data with that column."
-            )
+        self.check_columns(there)
         found = []
         for row, image in enumerate(images.detach().to("cpu", torch.float32).contiguous()):
             if not bool(image.isfinite().all()):

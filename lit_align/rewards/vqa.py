@@ -1,11 +1,11 @@
 """Whether an image shows its prompt, by what a vision-language model answers to a question about it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_align.errors import ConfigError
 from lit_align.pretrained import Dtype, shared
 from lit_align.rewards.base import Reward
 from lit_align.rewards.vision_language import VisionLanguage, checked_question
@@ -79,14 +79,15 @@ class VQAScore(Reward):
             scores[row] = odds[places == row].mean().exp()
         return scores
 
+    def check_columns(self, columns: Mapping[str, list[Any]]) -> None:
+        if self.questions is not None:
+            remedy = "Set questions to the one with pairs of a question and an answer."
+            self.need(self.questions, columns, remedy)
+
     def _asked(self, prompts: list[str], columns: dict[str, list[Any]] | None) -> list[list[tuple[str, str]]]:
         """Questions and answers of each image."""
         if self.questions is None:
             return [[(self.question.replace("{}", prompt), self.answer)] for prompt in prompts]
-        if columns is None or self.questions not in columns:
-            there = ", ".join(columns or {}) or "none"
-            raise ConfigError(
-                f"VQAScore: the data has no column '{self.questions}'; its columns: {there}. Set questions "
-                "to the one with pairs of a question and an answer."
-            )
+        self.check_columns(columns or {})
+        assert columns is not None, "it has the column"
         return [[(str(q), str(a)) for q, a in entry or []] for entry in columns[self.questions]]

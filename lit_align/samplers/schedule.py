@@ -122,7 +122,14 @@ class DiffusionSchedule(NoiseSchedule):
             raise ConfigError(
                 f"sampler: num_steps is {num_steps}; choose 1 to {count}, the steps of training."
             )
-        self._scheduler.set_timesteps(num_steps)
+        try:
+            self._scheduler.set_timesteps(num_steps)
+        except ValueError as error:
+            spacing = self._scheduler.config.timestep_spacing
+            raise ConfigError(
+                f"sampler: the scheduler config's timestep_spacing is {spacing!r}; DDIM knows leading, "
+                "trailing, linspace."
+            ) from error
         # Rounding makes diffusers' "trailing" spacing one timestep (-1) too long for some numbers of steps.
         timesteps: Tensor = self._scheduler.timesteps[:num_steps]
         if int(timesteps.max()) >= count:

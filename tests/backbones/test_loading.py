@@ -123,6 +123,10 @@ def test_entries_of_the_schedule_can_be_replaced(tiny: Path):
     assert sampler.schedule.prediction_type == "v_prediction"
     assert (sampler.schedule.alpha(500) - plain.schedule.alpha(500)).abs() > 1e-4
     refused(tiny, "backbone.scheduler: the model's PNDMScheduler has no spacing", scheduler={"spacing": 1})
+    refused(tiny, "PNDMScheduler cannot be made with beta_start: 'low'", scheduler={"beta_start": "low"})
+    other = StableDiffusionBackbone(str(tiny), scheduler={"timestep_spacing": "trail"})
+    with pytest.raises(ConfigError, match="timestep_spacing is 'trail'; DDIM knows leading, trailing"):
+        other.make_sampler(DDIM)
 
 
 def test_long_prompts_are_told_once_with_their_number(tiny_xl: Path, capfd):

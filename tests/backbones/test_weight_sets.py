@@ -378,6 +378,15 @@ def test_adapters_of_other_kinds_are_refused_by_name(tiny: Path, tmp_path: Path,
         StableDiffusionBackbone(str(tiny), adapters={str(tmp_path / "peft"): 1.0})
 
 
+def test_an_adapter_of_another_family_is_not_taken_for_one_of_text_encoders(tiny: Path, tmp_path: Path):
+    of_wan = {f"diffusion_model.blocks.0.self_attn.q.lora_{f}.weight": torch.zeros(2, 2) for f in "AB"}
+    save_file(of_wan, tmp_path / "wan.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"of another family, since it adapts no unet, but diffusion_model\."
+    ):
+        StableDiffusionBackbone(str(tiny), adapters={str(tmp_path / "wan.safetensors"): 1.0})
+
+
 def test_a_merged_pipeline_predicts_what_the_set_predicts(backbone, tiny, tmp_path):
     backbone.weight_sets.mix("mixture", {"a": 0.3, "b": 0.5, "c": 0.2})
     backbone.weight_sets.save_merged(tmp_path / "merged", "mixture")

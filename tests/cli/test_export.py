@@ -22,7 +22,7 @@ from lit_align.errors import ConfigError
 from lit_align.export import export, mixture_of, read_run
 from lit_align.export.card import card
 from lit_align.export.forms import facts
-from lit_align.identity import read_stamp
+from lit_align.identity import read_stamp, stamp
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -119,7 +119,16 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(runs: Path, tmp_path
     (own := tmp_path / "pipeline" / "mine.py").parent.mkdir()
     own.write_text("a program")
     main(
-        ["export", str(runs / "version_0"), "--form", "adapter", "--out", str(tmp_path / "out"), "--steps=1"]
+        [
+            "export",
+            str(runs / "version_0"),
+            "--form",
+            "adapter",
+            "--out",
+            str(tmp_path / "out"),
+            "--steps=1",
+            "--name=name",
+        ]
     )
     before = read_stamp(runs / "version_1" / "adapter")
     for given, said in (
@@ -198,12 +207,37 @@ def test_a_mixture_and_a_checkpoint_are_exported_without_a_fit(runs: Path, tmp_p
         (["{runs}/version_0", "{runs}/version_1", "--weights", "0", "0"], "--weights 0 0 make no mixture"),
         (["{runs}/version_0", "--steps", "0"], "export: --steps: 0 must be positive"),
         (["{runs}/version_0", "--device", "gpu"], "--device gpu cannot be used"),
+        (["{runs}/version_0", "--name", "../a"], "--name '../a' is no name of a file; give --out"),
+        (["{runs}/version_0", "--out", "{runs}/version_1"], "is the folder of a run; give another"),
     ],
 )
 def test_what_cannot_be_exported_is_named(runs: Path, capsys: Any, arguments: list[str], message: str):
     with pytest.raises(SystemExit):
         main(["export", *(argument.format(runs=runs) for argument in arguments)])
     assert message in capsys.readouterr().err
+
+
+def test_nothing_else_is_replaced(runs: Path, tmp_path: Path, capsys: Any):
+    def exported(run: str, name: str) -> str:
+        capsys.readouterr()
+        try:
+            main(["export", str(runs / run), "--out", str(tmp_path), "--form", "kohya", "--name", name])
+        except SystemExit:
+            return str(capsys.readouterr().err)
+        return ""
+
+    (tmp_path / "README.md").write_text("# My project\n")
+    assert "README.md is there and no earlier export of star; give another" in exported("version_0", "star")
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
+    (tmp_path / "README.md").unlink()
+    assert exported("version_0", "star.safetensors") == exported("version_0", "star") == ""
+    assert sorted(file.suffix for file in tmp_path.glob("star*")) == [".safetensors"]
+    assert "no earlier export of moon" in exported("version_0", "moon")
+    facts_of = read_stamp(tmp_path / "star.safetensors")
+    stamp(tmp_path / "star.safetensors", facts_of | {"seed": 5})
+    assert "star.safetensors is of another run (seed: 5 -> 0); give another --out" in exported(
+        "version_0", "star"
+    )
 
 
 def test_other_weights_under_the_name_of_the_base_are_refused(

@@ -1,20 +1,35 @@
 """A reward that is a plain function is named by its import path, in every place where a reward is named."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from lit_align.cli.bank import read_bank
 from lit_align.cli.functions import arguments_with_functions, with_functions
+from lit_align.errors import ConfigError
 from lit_align.rewards import FunctionReward
 
 MINE = f"{__name__}.mine"
+HALVES = f"{__name__}.halves"
 
 
 def mine(images: Any, prompts: Any) -> Any:
     return images.mean((1, 2, 3))
+
+
+def scaled(images: Any, prompts: Any, by: float) -> Any:
+    return by * mine(images, prompts)
+
+
+halves = partial(scaled, by=0.5)
+
+
+class NoReward:
+    """A class that is none."""
 
 
 MADE = {"class_path": "FunctionReward", "init_args": {"function": MINE}}
@@ -30,6 +45,34 @@ def test_a_function_in_a_file(given: Any, tmp_path: Path) -> None:
     reward = read_bank(str(tmp_path / "bank.yaml")).rewards["it"]
     assert isinstance(reward, FunctionReward)
     assert reward.function.__name__ == "mine"
+
+
+def test_another_object_that_can_be_called(tmp_path: Path) -> None:
+    assert arguments_with_functions(["--model.rewards.rewards.it", HALVES])[1] == "FunctionReward"
+    (tmp_path / "bank.yaml").write_text(f"rewards: {{it: {HALVES}}}\nweights: {{it: 1}}")
+    bank = read_bank(str(tmp_path / "bank.yaml"))
+    assert bank(torch.ones(2, 3, 8, 8), ["a", "b"]).total.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("NoReward", r"rewards\.rewards: .*\.NoReward is no Reward; derive its class from Reward"),
+        ("nothing", "test_functions has no nothing"),
+    ],
+)
+def test_what_is_no_reward_is_named(given: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "bank.yaml").write_text(f"rewards: {{it: {__name__}.{given}}}\nweights: {{it: 1}}")
+    with pytest.raises(ConfigError, match=said):
+        read_bank(str(tmp_path / "bank.yaml"))
+
+
+def test_a_module_that_raises_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "unlicensed.py").write_text("raise RuntimeError('no licence')")
+    (tmp_path / "bank.yaml").write_text("rewards: {it: unlicensed.reward}\nweights: {it: 1}")
+    with pytest.raises(ConfigError, match=r"RuntimeError: no licence \(unlicensed\.py, line 1\); mend it"):
+        read_bank(str(tmp_path / "bank.yaml"))
 
 
 def test_options_of_a_function() -> None:

@@ -209,6 +209,7 @@ def test_a_mistake_on_the_command_line(arguments, parts, capsys):
         ("trainer:\n  max_epochs: 3\n devices: 1\n", ["line 3: not valid YAML", "indentation"]),
         ("data:\n  init_args: {path: 'a.txt}\n", ["line 2: not valid YAML"]),
         ("trainer:\n  devices: 1\ntrainer:\n  max_epochs: 2\n", ["line 3: trainer stands in line 1 already"]),
+        ("trainer: {devices: 1, devices: 2}\n", ["line 1: devices stands in line 1 already"]),
         ("- a\n", ["has the sections trainer, model and data"]),
         ("", ["has the sections trainer, model and data"]),
         ("\x00", ["not a text file"]),
@@ -217,7 +218,7 @@ def test_a_mistake_on_the_command_line(arguments, parts, capsys):
             ["line 1: YAML does not read 'on' as a name; put it into quotes"],
         ),
     ],
-    ids=range(26),
+    ids=range(27),
 )
 def test_a_mistake_in_a_file(text, parts, capsys):
     Path("mine.yaml").write_text(text)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lit_align.errors import ConfigError
 from lit_align.methods import AlignPropModule, DDPOModule, DPOModule, SPINModule
 from lit_align.methods.strategies import check_scaled
-from lit_align.rewards import PickScore
+from lit_align.rewards import Brightness, PickScore, RewardBank
 from tests.methods.build import fit, make, pairs, prompts, trainer
 
 VALIDATED = {"limit_val_batches": 1.0}
@@ -73,6 +73,30 @@ def test_float16_through_which_gradients_go_unscaled(tiny: Path, tmp_path: Path)
     reward = PickScore("shapes", dtype="float16")
     with pytest.raises(ConfigError, match=r"rewards\.trained\.init_args\.dtype: float16"):
         fit(make(AlignPropModule, tiny, reward, num_steps=2), tmp_path)
+
+
+def of_metadata(images: Any, prompts: list[str], metadata: list[Any]) -> Any:
+    return images.mean((1, 2, 3))
+
+
+class Needy(Brightness):
+    def check_columns(self, columns: Any) -> None:
+        self.need("include", columns, "Give it.")
+
+
+@pytest.mark.parametrize(
+    ("reward", "told"),
+    [
+        (of_metadata, "of_metadata takes 'metadata', and the data has no such column .its columns: none"),
+        (Needy(), r"Needy: the data has no column 'include'; its columns: none\. Give it"),
+    ],
+)
+def test_a_column_that_the_data_does_not_have(reward: Any, told: str, tiny: Path, tmp_path: Path) -> None:
+    module = make(DDPOModule, tiny, num_steps=2, rewards=RewardBank({"mine": reward}, {"mine": 1.0}))
+    with pytest.raises(ConfigError, match=told):
+        fit(module, tmp_path, 1, data=prompts(2, 2), **VALIDATED)
+    assert not module.baseline
+    assert not module._evaluated
 
 
 @pytest.mark.parametrize(

@@ -133,9 +133,10 @@ def test_names_that_collide_with_nothing(name: str, images: Tensor) -> None:
         (["red"], {"red": float("nan")}, "'red'.*nan.*finite"),
         (["red/blue"], {"red/blue": 1.0}, "'red/blue'.*letters"),
         (["red\n"], {"red\n": 1.0}, "letters"),
+        ([False], {False: 1.0}, "The reward name False .* put it in quotes"),  # no, of YAML
     ],
 )
-def test_refusals(names: list[str], weights: dict[str, float], said: str) -> None:
+def test_refusals(names: list[Any], weights: dict[Any, float], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         RewardBank({name: Redness() for name in names}, weights)
 

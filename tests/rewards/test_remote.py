@@ -288,7 +288,7 @@ def test_what_a_server_refuses_is_not_asked_again(url: str, images: Tensor) -> N
     remote = RemoteReward(url, "lengths", on_failure="nan")
     with pytest.raises(ConfigError, match=r"refuses: status 422 \(test_remote.lengths takes 'worth', and"):
         remote(images, PROMPTS)
-    with pytest.raises(ConfigError, match=r"no column 'worth'; its columns: none; take it out of columns"):
+    with pytest.raises(ConfigError, match=r"no column 'worth'; its columns: none. Take it out of columns"):
         RemoteReward(url, "lengths", columns=["worth"])(images, PROMPTS)
     with pytest.raises(ConfigError, match=r"a column of other cannot be sent .*take it out"):
         RemoteReward(url, "clip", columns=["other"])(images, PROMPTS, None, COLUMNS)

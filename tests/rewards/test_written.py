@@ -338,7 +338,7 @@ def test_a_reward_for_large_images_is_tried_with_large_ones() -> None:
         return levels(images)
 
     bank(large)
-    assert sides == [64, 512]
+    assert sides == [64, 512, 512]  # the last: an image alone
 
 
 class Sometimes(BlackBoxReward):
@@ -409,6 +409,35 @@ def test_a_reward_changes_nothing_that_others_see(gradient: bool, images: Tensor
         out.total.sum().backward()
         expected = 2 / (3 * 64**2) + torch.tensor([1.0, -0.5, -0.5])[None, :, None, None] / 64**2
         torch.testing.assert_close(images.grad, expected.expand_as(images))
+
+
+def test_a_score_that_depends_on_other_images_is_told(images: Tensor) -> None:
+    def ranked(images: Tensor, prompts: list[str]) -> Tensor:
+        return (levels(images) - levels(images).mean()) / levels(images).std()
+
+    with pytest.warns(
+        UserWarning, match=r"'mine' .*ranked\) gives an image -?0\.7.* beside another and nan alone"
+    ):
+        bank(ranked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bank(FunctionReward(ranked, scope="batch"))
+        bank(lambda images, prompts: levels(images))
+
+
+def test_torch_s_defaults_are_put_back(images: Tensor) -> None:
+    def careless(images: Tensor, prompts: list[str]) -> Tensor:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        return levels(images)
+
+    try:
+        bank(careless)(images, PROMPTS)
+        assert torch.zeros(()).dtype == torch.float32
+        assert torch.zeros(()).device.type == "cpu"
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
 
 
 def test_the_trial_draws_from_no_random_state() -> None:
