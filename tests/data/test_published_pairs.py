@@ -276,6 +276,7 @@ def test_each_set_trains_a_method_for_a_batch(name: str, tiny: Path, tmp_path: P
         ),
         ([{"prompt": 3, "path1": "a", "path2": "b"}], {}, "prompt names a column of int64, not text"),
         ([{"prompt": "x", "path1": "a", "path2": "b"}], {"margin": 2}, "margin is 2"),
+        ([{"prompt": "x", "path1": "a", "path2": "b"}], {"margin": 0.2}, "has no votes: take it out"),
         ([{"prompt": "x", "path1": "a", "path2": "b"}], {"row_groups": 0}, "row_groups is 0"),
         (
             [{"prompt": "x", "a": "a", "b": "b"}],

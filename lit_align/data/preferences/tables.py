@@ -70,6 +70,8 @@ class PreferenceFiles(PairSource):
             light = _read_table(path, ending)
             columns = columns or known(light.column_names, path)
             check_columns(light.column_names, list(columns.names().values()), path, "columns")
+        if margin and columns.first_votes is None:
+            raise ConfigError(f"margin is {margin}, and {path} has no votes: take it out")
         self.columns = columns
         self.folder = user_path(folder) if folder else _folder_of(path, named=self._rows is None)
         check_lengths(_text(light[columns.prompt]), path)
