@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,6 +38,19 @@ def claim(runs: Path) -> Path:
                 number += 1
             else:
                 return folder
+
+
+def check_local(runs: Path) -> None:
+    """Refuse an address: its files would lie in a folder of that name here.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    if runs.parts and re.fullmatch(r"[a-z][a-z0-9+.-]+:", runs.parts[0]):
+        raise ConfigError(
+            f"{runs} is an address, and a run writes to a folder of this machine; give one, which may be a "
+            "mounted one, or copy the run when it is over"
+        )
 
 
 class Hold:
@@ -91,7 +105,8 @@ class RunFolder(Callback):
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = path
+        self.path = self._given = path
+        self._trainer: Trainer | None = None
         self._hold = Hold()
         self._temporary: TemporaryDirectory[str] | None = None
 
@@ -101,6 +116,9 @@ class RunFolder(Callback):
         Raises:
             ConfigError: Another process trains there.
         """
+        if self._trainer not in (None, trainer):  # another run, which must not write over that of the first
+            self.path = self._given
+        self._trainer = trainer
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._temporary = TemporaryDirectory()
             self.path = Path(self._temporary.name)
@@ -127,7 +145,9 @@ class RunFolder(Callback):
     def _choose(self, trainer: Trainer, method: str, stage: str) -> Path:
         logged = _logged(trainer)
         if logged is None:
+            check_local(Path(trainer.default_root_dir))
             return claim(Path(trainer.default_root_dir) / "logs" / method.removesuffix("Module").lower())
+        check_local(logged)
         if stage == "fit" and not self._hold.take(logged):
             # Lightning numbers runs by what it sees: two that start at once get the same number.
             logged = claim(logged.parent)

@@ -62,10 +62,18 @@ def versions() -> dict[str, str]:
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """What two runs do not share, by name, as "old -> new"; what one of them does not say is left out."""
     return {
-        name: f"{_short(saved[name])} -> {_short(now[name])}"
+        name: _changed(saved[name], now[name])
         for name in saved
         if name in now and None not in (saved[name], now[name]) and saved[name] != now[name]
     }
+
+
+def _changed(old: Any, new: Any) -> str:
+    """The old and the new value; of mappings the entries that are not the same."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        same = {name for name in old if name in new and old[name] == new[name]}
+        old, new = ({n: one[n] for n in one if n not in same} for one in (old, new))
+    return f"{_short(old) or 'nothing'} -> {_short(new) or 'nothing'}"
 
 
 def _short(value: Any) -> str:

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import ImageProcessingMixin
+from transformers import ImageProcessingMixin, PreTrainedTokenizerBase
 
 from lit_align.errors import ConfigError, user_path
 
@@ -153,6 +153,11 @@ def load_whole(
             f"{min(missing)}; give a folder or hub id that was saved from a transformers {saved_from}."
         )
     return model
+
+
+def has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer has a vocabulary: where its files are missing transformers makes one without."""
+    return len(tokenizer) > len(tokenizer.all_special_ids)
 
 
 def processor_config(pretrained: str, shapes: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ ALLOWED = {
     "replay": {"backbones", "gaussian", "randomness", "rollout"},
     "shapes": {"errors"},
     "data": {"errors", "randomness", "shapes"},
-    "rewards": {"errors", "pretrained", "shapes", "tokens"},
+    "rewards": {"errors", "identity", "pretrained", "shapes", "tokens"},
     "backbones": {"errors", "gaussian", "identity", "samplers", "pretrained", "shapes", "tokens"},
     "methods": {
         "errors",

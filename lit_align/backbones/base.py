@@ -98,6 +98,18 @@ class DiffusionBackbone(nn.Module, ABC):
         """Whether the scale of guidance is an input of the network, which then predicts once."""
         return False
 
+    def check_guidance(self, scale: float, setting: str = "sampling.guidance") -> None:
+        """Refuse a scale of guidance that this model is not to be sampled with.
+
+        Raises:
+            ConfigError: It is below 1, which pipelines take for none, and two predictions for less than none.
+        """
+        if scale < 1 and not self.told_guidance:
+            raise ConfigError(
+                f"{setting} is {scale:g}: below 1 the prompt counts for less than without guidance, and at 0 "
+                "for nothing; set it to 1, which is none (guidance_scale 0 of some pipelines)"
+            )
+
     @property
     def rounds(self) -> bool:
         """Whether predictions are rounded to less than float32 here and now: in autocast, or by weights."""

@@ -44,11 +44,16 @@ class Flux2KleinBackbone(TransformerBackbone):
     def negative(self, empty: dict[str, Tensor]) -> dict[str, Tensor] | None:
         return None if self.pipeline.config.is_distilled else empty
 
-    def denoise(self, network: Any, x: Tensor, t: Tensor, cond: dict[str, Tensor], guidance: float) -> Tensor:
-        if self.pipeline.config.is_distilled and guidance != 1.0:
+    def check_guidance(self, scale: float, setting: str = "sampling.guidance") -> None:
+        if self.pipeline.config.is_distilled and scale != 1.0:
             raise ConfigError(
-                f"sampling.guidance: {guidance} means nothing to this model, which is distilled; set it to 1"
+                f"{setting}: {scale} means nothing to this model, which is distilled; set it to 1"
             )
+        super().check_guidance(scale, setting)
+
+    def denoise(self, network: Any, x: Tensor, t: Tensor, cond: dict[str, Tensor], guidance: float) -> Tensor:
+        if self.pipeline.config.is_distilled:
+            self.check_guidance(guidance)
         image, states = grid(x), cond["encoder_hidden_states"]
         # Four numbers place a token: image, row, column, word.
         words = torch.arange(states.shape[1], device=x.device, dtype=image.dtype)[:, None]

@@ -6,13 +6,15 @@ from typing import Any, Protocol
 
 import diffusers
 import torch
+import transformers
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_align.backbones.options import with_entries
 from lit_align.errors import ConfigError, tell, user_path
-from lit_align.pretrained import loading, resolve
+from lit_align.pretrained import has_words, loading, resolve
 
 KINDS = {
     "inpainting": "an inpainting model",
@@ -44,6 +46,9 @@ MARKS: dict[str, tuple[str, Any]] = {
 
 LIBRARIES = ("diffusers", "transformers")
 """Whose classes the parts of a pipeline are."""
+
+LONGEST = 10**6
+"""Tokens; where nothing says how many a text may have, transformers says 10^30."""
 
 
 class Family(Protocol):
@@ -88,7 +93,9 @@ def load_pipeline(
     pipeline_class, without = family.pipeline_class, family.without
     file = user_path(pretrained)
     if file.suffix in (".safetensors", ".ckpt") and not file.is_dir():
-        return _load_file(pipeline_class, file, without, dtypes, config)
+        pipeline = _load_file(pipeline_class, file, without, dtypes, config)
+        _check_complete(pretrained, pipeline, config or pretrained)
+        return pipeline
     if config is not None:
         raise ConfigError(f"config: {config!r} is for a single file; take it out, or give one as pretrained")
     with loading(pretrained):
@@ -101,11 +108,38 @@ def load_pipeline(
             if part not in without:
                 _check_code(pretrained, part, index[part])
                 _check_weights(pretrained, Path(source) / part, variant)
+        without |= {
+            part: _whole(pretrained, source, part, kind, dtypes.get(part, dtypes["default"]), variant)
+            for part in parts
+            if part not in without and (kind := _of_transformers(*index[part]))
+        }
         pipeline = pipeline_class.from_pretrained(
             source, dtype=dict(dtypes), use_safetensors=True, variant=variant, **without
         )
-    _check_complete(pretrained, pipeline)
+    _check_complete(pretrained, pipeline, pretrained)
     return pipeline
+
+
+def _of_transformers(library: str, name: str) -> Any:
+    """The class of a part that is a model of transformers; None for any other."""
+    kind = getattr(transformers, name, None) if library == "transformers" else None
+    return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
+
+
+def _whole(
+    pretrained: str, source: str, part: str, kind: Any, dtype: torch.dtype, variant: str | None
+) -> Any:
+    """A text encoder with all of its weights: where some are missing transformers draws them at random."""
+    options = {"subfolder": part, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    try:
+        model, info = kind.from_pretrained(source, variant=variant, **options)
+    except OSError:  # as diffusers does: a part may not have the variant
+        if variant is None:
+            raise
+        model, info = kind.from_pretrained(source, **options)
+    if info["missing_keys"]:
+        raise _lacking(pretrained, part, sorted(info["missing_keys"]))
+    return model
 
 
 def _is_absent(index: Mapping[str, Any], source: str | Path, part: str) -> bool:
@@ -114,14 +148,31 @@ def _is_absent(index: Mapping[str, Any], source: str | Path, part: str) -> bool:
     return not (index.get(part) or [None])[0] or (folder.is_dir() and not (folder / part).is_dir())
 
 
-def _check_complete(pretrained: str, pipeline: Any) -> None:
+def _check_complete(pretrained: str, pipeline: Any, config: str) -> None:
     for part, component in pipeline.components.items():
         weights = component.named_parameters() if isinstance(component, nn.Module) else ()
         if missing := [name for name, weight in weights if weight.is_meta]:
-            raise ConfigError(
-                f"pretrained: the {part} of {pretrained!r} lacks {len(missing)} of its weights, such as "
-                f"{missing[0]}; copy or download it again"
-            )
+            raise _lacking(pretrained, part, missing)
+        if isinstance(component, PreTrainedTokenizerBase):
+            _check_tokenizer(config, part, component)
+
+
+def _lacking(pretrained: str, part: str, missing: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"pretrained: the {part} of {pretrained!r} lacks {len(missing)} of its weights, such as "
+        f"{missing[0]}; copy or download it again"
+    )
+
+
+def _check_tokenizer(folder: str, part: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer whose files were left behind: to it all prompts are alike, or of any length."""
+    lost = None if has_words(tokenizer) else "words"
+    if isinstance(tokenizer, CLIPTokenizer) and tokenizer.model_max_length > LONGEST:
+        lost = lost or "length, which is in tokenizer_config.json"
+    if lost:
+        raise ConfigError(
+            f"pretrained: the {part} of {folder!r} has no {lost}; copy or download all of its files"
+        )
 
 
 def _check_class(pipeline_class: Any, index: Mapping[str, Any], place: str) -> None:

@@ -13,4 +13,6 @@ def shard_network(network: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceM
         return
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+    # The parameters outside of the blocks too, which torch would leave whole after a prediction without a
+    # gradient: a set that follows another could not be averaged with its shards.
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)

@@ -28,6 +28,8 @@ class Encoder(Protocol):
 class TextEncoding:
     """Encodes prompts, each by itself: a row of a batch is rounded differently in another batch.
 
+    Autocast is off: what is remembered must not depend on who asked first, and in float16 T5 overflows.
+
     Args:
         encoder: A backbone.
         away: Its text encoders that wait on the CPU.
@@ -43,7 +45,9 @@ class TextEncoding:
         self._told = self._told or warn_of_cut(
             "the text encoder", self._encoder.prompt_tokens, [p for p in prompts if p]
         )
-        with present(self._away, self._encoder.device), without_a_line_each():
+        device = self._encoder.device
+        exact = torch.autocast(device.type, enabled=False)
+        with present(self._away, device), without_a_line_each(), exact:
             return [self._encoder.embed([prompt]) for prompt in prompts]
 
 

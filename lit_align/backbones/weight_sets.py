@@ -51,6 +51,7 @@ class WeightSets(nn.Module):
         base_hash: Of the pretrained denoiser (see :func:`~lit_align.identity.weights_hash`).
         file_hashes: Of what was loaded besides, adapters and whole models, by set.
         stamps: What those files say of the runs that wrote them, by their paths.
+        trained: Whether a fit of a module with these sets has begun.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class WeightSets(nn.Module):
         self._start: dict[str, float] = {}
         self.file_hashes: dict[str, str] = {}
         self.stamps: dict[str, dict[str, Any]] = {}
+        self.trained = False
         network = getattr(pipeline, part)
         self._network_class: Any = type(network)  # kept, because FSDP replaces it
         self._adapters = Adapters(network, type(pipeline), part)

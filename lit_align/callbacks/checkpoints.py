@@ -238,6 +238,7 @@ class BestCheckpoint(ModelCheckpoint):
         """Compare with the best checkpoint that is there: it may be newer than the one in use."""
         super().on_train_start(trainer, pl_module)
         if not pl_module.images:
+            self._forget_score()  # that of another run, where this callback was used before
             return
         if trainer.enable_validation and not pl_module.baseline:  # it is measured anew
             self._forget(trainer, pl_module.images)

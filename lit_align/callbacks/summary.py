@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.table import Table
 from torch import Tensor
@@ -19,6 +20,7 @@ from lit_align.callbacks.console import show
 from lit_align.callbacks.files import finite, writes
 from lit_align.callbacks.run_config import RunConfig
 from lit_align.comparison import Comparison, compare
+from lit_align.errors import tell
 from lit_align.files import unused, write, write_new, writing
 from lit_align.folder import run_folder
 from lit_align.methods import AlignmentModule
@@ -66,6 +68,17 @@ class RunSummary(Callback):
             _report(run_folder(trainer) / "validate.json", pl_module, "validate")
         elif pl_module.images:  # of an interrupted run, too, the newest comparison is there
             _write(run_folder(trainer) / "validation.json", pl_module, "validation", complete=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Say why a fit ends before its epochs, which Lightning does not."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Timer) and (callback.time_remaining() or 1) < 0:
+                tell(f"ends after {pl_module.images} images, since its time is over (max_time)")
+            if isinstance(callback, EarlyStopping) and callback.wait_count >= callback.patience:
+                tell(
+                    f"ends after {pl_module.images} images, since {callback.monitor} has not improved in "
+                    f"{callback.wait_count} validations or epochs (EarlyStopping)"
+                )
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not writes(trainer):

@@ -210,15 +210,26 @@ class AlignCLI(LightningCLI):
 
 def _callbacks(trainer: Any, folder: RunFolder) -> list[Any]:
     """What every run has, but for what the user gives with settings of their own."""
-    given = trainer.callbacks or []
-    names = {c.class_path.rpartition(".")[2] for c in (given if isinstance(given, list) else [given])}
+    names = _names(trainer)
     callbacks = default_callbacks(checkpoints=trainer.enable_checkpointing is not False)
     callbacks = [folder if isinstance(callback, RunFolder) else callback for callback in callbacks]
-    if _has_bar(trainer) and not any("ProgressBar" in name for name in names):
+    if _has_bar(trainer) and not any(map(_is_bar, names)):
         callbacks.insert(1, ProgressBar())  # it ends before anything else is printed
     return [callback for callback in callbacks if type(callback).__name__ not in names]
 
 
+def _names(trainer: Any) -> set[str]:
+    """The names of the classes of the user's callbacks."""
+    given = trainer.callbacks or []
+    return {c.class_path.rpartition(".")[2] for c in (given if isinstance(given, list) else [given])}
+
+
+def _is_bar(name: str) -> bool:
+    return "ProgressBar" in name
+
+
 def _has_bar(trainer: Any) -> bool:
-    """Whether a progress bar is drawn: if the user says so, else on a terminal."""
-    return sys.stdout.isatty() if trainer.enable_progress_bar is None else trainer.enable_progress_bar
+    """Whether a progress bar is drawn: if the user says so, or gives one, else on a terminal."""
+    if trainer.enable_progress_bar is None:
+        return sys.stdout.isatty() or any(map(_is_bar, _names(trainer)))
+    return bool(trainer.enable_progress_bar)

@@ -1,4 +1,4 @@
-"""A bank of rewards from a file of its own, for the commands that score without a model."""
+"""A bank of rewards from a file of its own, for the commands that have no Trainer."""
 
 from typing import Any
 

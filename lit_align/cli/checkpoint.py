@@ -28,6 +28,7 @@ class Saved:
         epochs: Epochs that are complete.
         settings: What the run was asked to do, by dotted name; None of a run from Python.
         measured: Images of the run at its newest validation; None if nobody knows of one.
+        seconds: Of training, where the Trainer counts them (``max_time``).
     """
 
     path: Path
@@ -36,6 +37,7 @@ class Saved:
     epochs: int
     settings: dict[str, Any] | None
     measured: int | None = None
+    seconds: float = 0.0
 
     @property
     def run(self) -> Path | None:
@@ -96,14 +98,16 @@ def read(path: Path) -> Saved:
         images, steps = content["progress"]["images"], content["global_step"]
         if not all(isinstance(number, int) for number in (images, steps, epoch)):
             raise TypeError("counters that are no numbers")
-        settings = content.get("callbacks", {}).get("RunConfig", {}).get("settings")
+        callbacks = content.get("callbacks", {})
+        settings = callbacks.get("RunConfig", {}).get("settings")
+        seconds = float(callbacks.get("Timer", {}).get("time_elapsed", {}).get("train", 0.0))
         measured_at = content["progress"].get("measured_at") if content["progress"].get("latest") else None
         measured = measured_at["images"] if measured_at else None
     except Exception:  # torch raises whatever the bytes lead to
         raise ConfigError(
             f"ckpt_path: {path} cannot be read: it is not a checkpoint of lit_align, or not whole"
         ) from None
-    return Saved(path, images, steps, epoch + bool(ended), settings, measured)
+    return Saved(path, images, steps, epoch + bool(ended), settings, measured, seconds)
 
 
 def newest(run: Path) -> Saved | None:

@@ -8,8 +8,10 @@ number, Adafactor's a pair.
 import importlib
 import inspect
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -17,6 +19,9 @@ from lit_align.cli.given import Given
 from lit_align.errors import ConfigError
 
 NOTHING = inspect.Parameter.empty
+
+# As a default that is annotated as text, such as Timer's: the parser leaves it to YAML, which knows none.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_str(str(member.value)))
 
 
 class Parser(LightningArgumentParser):

@@ -109,7 +109,7 @@ def read(path: str, option: str = "--config") -> ConfigFile:
         option: Under which it was given.
 
     Raises:
-        ConfigError: It is not there, is not YAML, or says something twice.
+        ConfigError: It is not there, is not YAML, says something twice, or has a name that is none.
     """
     if os.path.isdir(path):
         inside = sorted(file.name for file in Path(path).glob("*.yaml"))
@@ -254,6 +254,10 @@ def _refuse_twice(path: str, node: yaml.Node) -> None:
     first: dict[str, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
+        if key.tag in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:null"):
+            raise ConfigError(
+                f"{path}, line {line}: YAML does not read {key.value!r} as a name; put it into quotes"
+            )
         if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, line) != line:
             raise ConfigError(
                 f"{path}, line {line}: {key.value} stands in line {first[key.value]} already; the second "

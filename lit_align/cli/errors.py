@@ -44,6 +44,9 @@ ROOMS: tuple[ModuleType, ...] = (
 
 COMMANDS = ("fit", "validate", "test", "predict")
 
+TOOLS = ("export", "pairs", "report", "doctor", "serve")
+"""Commands that the parser does not know."""
+
 KINDS = {
     "dict": "a mapping (name: value)",
     "list": "a list",
@@ -181,7 +184,7 @@ def _required(text: str, found: re.Match[str], given: Given) -> str:
 
 
 def _choice(text: str, found: re.Match[str], given: Given) -> str:
-    choices = re.findall(r"'([^']+)'", found[2])
+    choices = [*re.findall(r"'([^']+)'", found[2]), *TOOLS]
     meant = _did_you_mean(found[1], choices) or f"; the commands are {', '.join(choices)}"
     return f"there is no command {found[1]}{meant}"
 
@@ -216,9 +219,10 @@ def _wrong_value(text: str, found: re.Match[str], given: Given) -> str:
         return f"{place}: {value!r} is not possible{meant}"
     if value is not None and (fault := unusable(str(value))):
         return f"{given.place(given.naming(fault[0]) or path, fault[0])}: {fault[1]}"
-    if named and (not kinds or value is None or value[:1].isupper() or "." in value):
-        names = [name for room in ROOMS for name in vars(room) if name[0].isupper()]
-        meant = _did_you_mean(named[-1].rpartition(".")[2], names)
+    names = [name for room in ROOMS for name in vars(room) if name[0].isupper()]
+    short = [name for name in names if value and name.lower() == f"{value.lower()}logger"]
+    if named and (not kinds or value is None or value[:1].isupper() or "." in value or short):
+        meant = _did_you_mean(next(iter(short), named[-1].rpartition(".")[2]), names)
         return f"{place}: no class {named[-1]} is known{meant or '; give its import path'}"
     if kinds:
         return f"{place}: {value!r} is not {' or '.join(kinds)}"
@@ -236,7 +240,9 @@ def _value(text: str, named: Sequence[str]) -> str | None:
 
 
 def _did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=2)
+    spelt = {one.lower(): one for one in known}
+    same = [spelt[name.lower()]] if name.lower() in spelt else []
+    near = same or [spelt[one] for one in difflib.get_close_matches(name.lower(), spelt, n=2)]
     return f"; did you mean {' or '.join(prefix + one for one in near)}?" if near else ""
 
 

@@ -1,7 +1,9 @@
 """A command that takes a checkpoint: what it says, refuses and applies of other settings."""
 
+from datetime import timedelta
 from typing import Any
 
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_align.callbacks import NewSettings
@@ -59,13 +61,16 @@ def _stop_if_complete(saved: Saved, trainer: Any) -> None:
         option, done = "max_epochs", saved.epochs
     elif 0 <= steps <= saved.steps:
         option, done = "max_steps", saved.steps
+    elif trainer.max_time and saved.seconds >= (Timer(trainer.max_time).time_remaining() or 0):
+        option, done = "max_time", round(saved.seconds)
     else:
         return
     if _lacks_files(saved):
         tell(f"{saved.run} is complete but for its last files, which are written now")
         return
-    unit = option.removeprefix("max_")
-    tell(f"{saved.run or saved.path} is complete ({done} {unit}); add --trainer.{option} {2 * done} to go on")
+    unit = {"max_time": "seconds"}.get(option, option.removeprefix("max_"))
+    more = str(timedelta(seconds=2 * done)) if option == "max_time" else 2 * done
+    tell(f"{saved.run or saved.path} is complete ({done} {unit}); add --trainer.{option} {more} to go on")
     raise SystemExit(0)
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_align.errors import ConfigError
 from lit_align.files import read_rows, write, writing
-from lit_align.folder import claim
+from lit_align.folder import check_local, claim
 
 NUMBERING = ("TensorBoardLogger", "CSVLogger")
 """Loggers that write to ``save_dir/name/version``."""
@@ -27,10 +27,12 @@ def runs_of(config: Any) -> Path:
     Args:
         config: That of the subcommand.
     """
-    for logger in _numbering(config.trainer.logger):
-        return Path(logger.init_args.save_dir) / (logger.init_args.get("name") or "")
     method = config.model.class_path.rpartition(".")[2].removesuffix("Module").lower()
-    return Path(config.trainer.default_root_dir or "logs") / method
+    runs = Path(config.trainer.default_root_dir or "logs") / method
+    if (logger := next(_numbering(config.trainer.logger), None)) is not None:
+        runs = Path(logger.init_args.save_dir) / (logger.init_args.get("name") or "")
+    check_local(runs)
+    return runs
 
 
 def new_folder(config: Any) -> Path | None:

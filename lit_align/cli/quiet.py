@@ -35,6 +35,7 @@ def quiet() -> None:
         LOG.addHandler(Lines())
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # who sets one wants its table
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()

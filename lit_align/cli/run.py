@@ -25,6 +25,7 @@ from lit_align.cli.preemption import Command, lost_process, say
 from lit_align.cli.quiet import quiet
 from lit_align.cli.renamed import refuse_both, translated, translated_arguments
 from lit_align.cli.report import report
+from lit_align.cli.sections import with_content
 from lit_align.cli.serve import serve_command
 from lit_align.cli.signals import SIGNALS, exit_code
 from lit_align.errors import ConfigError, chain
@@ -62,7 +63,7 @@ def _run(command: Command, cli: type[AlignCLI] = AlignCLI) -> None:
         # The parser hands a null that is given for an option of an option on as the text "None".
         value = None if text == "None" else LOAD_YAML(text)
         if isinstance(value, dict) and {"model", "data", "trainer"} & value.keys():
-            value = with_functions(translated(value))
+            value = with_functions(translated(with_content(value)))
             if method and isinstance(value.get("model"), dict) and "class_path" in value["model"]:
                 value["model"]["class_path"] = method
         return value

@@ -33,6 +33,9 @@ OF_TRAINING = (
 )
 """Options of the data that held-out images do not depend on."""
 
+OF_POSITION = ("prompts_per_batch", "images_per_prompt", "pairs_per_batch", "seed")
+"""Options of the data that give the place of a run in its training data its meaning."""
+
 OF_OTHER_STAGES = ("test_prompts", "test_images_per_prompt", "test_split", "test_fraction", "predict_source")
 """Options of test and predict. Not ``test_source``: the validation skips its prompts."""
 
@@ -115,6 +118,11 @@ def check(found: Changes, saved: Mapping[str, Any], now: Mapping[str, Any], stag
             f"ckpt_path: in a run that goes on, the kind of the optimizer and the schedule cannot change "
             f"({told(fixed, saved, now)}); set this back, or start a new run"
         )
+    if moved := [name for name in (*found.measurement, *found.other) if _is_position(name, now)]:
+        raise ConfigError(
+            "ckpt_path: in a run that goes on, what gives its place in the data a meaning cannot change "
+            f"({told(moved, saved, now)}); set this back, or start a new run"
+        )
 
 
 def check_method(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -133,6 +141,14 @@ def check_method(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 def _is_value(name: str) -> bool:
     """Whether it is a value of the optimizer, and not its class."""
     return not name.endswith("optimizer")
+
+
+def _is_position(name: str, now: Mapping[str, Any]) -> bool:
+    if now.get("data") not in ("PromptDataModule", "MultiTaskDataModule", "PickaPicDataModule"):
+        return False
+    if name == "seed_everything":
+        return now.get("data.seed") is None
+    return name.startswith("data.") and name.rpartition(".")[2] in OF_POSITION
 
 
 def _is_weights(parts: list[str]) -> bool:

@@ -1,5 +1,7 @@
 """Options of the Trainer that cannot work, told before any model is loaded."""
 
+import importlib
+from collections.abc import Iterator
 from typing import Any
 
 from lightning import Trainer
@@ -7,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import max_seed_value
 
 from lit_align.errors import ConfigError
-from lit_align.methods.strategies import check_trainer
+from lit_align.methods.strategies import check_callbacks, check_trainer
 
 REFUSED = (ValueError, TypeError, RuntimeError, MisconfigurationException)
 """What Trainer raises where its options cannot work together."""
@@ -19,6 +21,13 @@ LENGTHS = {
     "predict": ("limit_predict_batches",),
 }
 """Options that say how much a command does."""
+
+
+MADE = ("callbacks", "logger", "plugins", "profiler")
+"""Options that are objects, which are not made to find out whether the others can work together."""
+
+OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+"""What a Trainer would make that is only looked at."""
 
 
 def check_seed(seed: int | bool | None) -> None:
@@ -53,16 +62,29 @@ def check_trainer_options(config: Any, stage: str) -> None:
             "their updates themselves; set model.optimisation.clip_norm"
         )
     _check_lengths(config, stage)
+    if stage == "fit":
+        check_callbacks(_classes(config.callbacks))
+    if config.barebones:
+        raise ConfigError(
+            "trainer.barebones: true takes away what a run says and leaves; set it to false, and "
+            "trainer.logger and trainer.enable_checkpointing as you want them"
+        )
     if isinstance(config.strategy, str):
-        names = ("accelerator", "devices", "num_nodes", "precision", "strategy")
-        off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-        options: dict[str, Any] = {name: config[name] for name in names} | dict.fromkeys(off, False)
+        options = {name: value for name, value in vars(config).items() if name not in MADE}
+        options |= dict.fromkeys(OFF, False)
         try:
             check_trainer(Trainer(**options))
         except ConfigError:
             raise
         except REFUSED as error:
             raise ConfigError(f"trainer: {error}") from None
+
+
+def _classes(callbacks: Any) -> Iterator[type]:
+    """The classes of the callbacks that a configuration names."""
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []:
+        module, _, name = callback.class_path.rpartition(".")
+        yield getattr(importlib.import_module(module), name)
 
 
 def _check_lengths(config: Any, stage: str) -> None:

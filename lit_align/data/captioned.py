@@ -9,7 +9,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from lit_align.data.files import check_columns, first_line, load_hub
+from lit_align.data.files import check_columns, first_line
+from lit_align.data.hub import load_hub
 from lit_align.data.images import UnreadableImage, decode, read_inside
 from lit_align.errors import ConfigError
 from lit_align.randomness import derive_seed

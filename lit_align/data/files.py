@@ -58,6 +58,8 @@ def find_files(path: str, ending: str) -> list[Path]:
     """
     if not path:
         raise ConfigError("path is empty: give the path of a file, or of a folder")
+    if "://" in path:
+        raise ConfigError(f"{path} is an address: download what is there, and give the path of the file")
     place = user_path(path)
     if place.is_dir():
         inside = (file for file in place.rglob(f"*{ending}") if file.is_file())
@@ -109,23 +111,6 @@ def check_splits(path: str, folder: Path, files: list[Path]) -> None:
             f"a pattern such as {Path(path) / inside / name}{first.suffix}, and others under "
             "validation_source, test_source"
         )
-
-
-def load_hub(name: str, split: str) -> Any:
-    """A split of a dataset of the Hugging Face hub, or of a folder that ``datasets`` reads.
-
-    Raises:
-        ConfigError: It cannot be reached or read.
-    """
-    import datasets
-
-    try:
-        return datasets.load_dataset(name, split=split)
-    except Exception as error:  # its builders raise whatever the files lead them to
-        raise ConfigError(
-            f"cannot load split '{split}' of dataset '{name}' ({first_line(error)}): "
-            "check the name, or download it and give a local file or folder"
-        ) from error
 
 
 def fingerprint(rows: Any, split: str = "train") -> str | None:

@@ -13,15 +13,20 @@ from torch import Tensor
 
 from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
-from lit_align.data import MultiTaskDataModule, PickaPicDataModule
 from lit_align.errors import ConfigError
-from lit_align.methods.held_out import held_out_prompts
+from lit_align.methods.held_out import check_data, held_out_prompts
 from lit_align.methods.identity import IdentifiedModule, measurement_of
-from lit_align.methods.metrics import Metrics
+from lit_align.methods.metrics import Metrics, waited_for
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.skipped import LIMIT, check_weights
-from lit_align.methods.strategies import check_trainer, read_safely
+from lit_align.methods.strategies import (
+    check_monitors,
+    check_scaled,
+    check_train_monitors,
+    check_trainer,
+    read_safely,
+)
 from lit_align.randomness import run_seed
 from lit_align.rewards import RewardBank
 from lit_align.shapes.world import IMAGE_SIDE, untaught
@@ -68,6 +73,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds what is trained, not the frozen models
+        backbone.check_guidance(sampling.guidance)
         self.backbone = backbone
         self.sampler = self.eval_sampler = backbone.make_sampler(sampler)
         if sampling.eval_sampler is not None:
@@ -85,6 +91,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         self._evaluated, self._skipped, self._unscored = [], 0, 0
         self._losses, self._rows, self._recent = [], [], deque(maxlen=LIMIT)
         self._facts, self._validated_with = {}, {}
+        self._logged: dict[str, Tensor] = {}
 
     # ---- training
 
@@ -92,24 +99,27 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         """Check what depends on the Trainer and the data.
 
         Raises:
-            ConfigError: The Trainer is one that methods do not know, the data has pairs of images, or several
-                tasks, and the method learns from prompts, or one task, or a reward does not fit the model.
+            ConfigError: The Trainer is one that methods do not know, or not for this model, the data has
+                pairs of images, or several tasks, and the method learns from prompts, or one task, or a
+                reward does not fit the model.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if stage == "fit" and isinstance(data, MultiTaskDataModule) and not self.several_tasks:
-            raise ConfigError(
-                f"data: MultiTaskDataModule has several tasks, and {type(self).__name__} learns one; use "
-                "PromptDataModule"
-            )
-        if stage == "fit" and isinstance(data, PickaPicDataModule) and not self.learns_from_pairs:
-            raise ConfigError(
-                f"data: {type(self).__name__} learns from images that it draws, and PickaPicDataModule has "
-                "those of a dataset; use PromptDataModule (PickaPicPrompts is a source of the same prompts)"
-            )
-        check_trainer(self.trainer)
+        several, pairs = self.several_tasks, self.learns_from_pairs
+        check_data(data, stage, type(self).__name__, several=several, pairs=pairs)
+        check_trainer(self.trainer, stage)
+        if stage == "fit":
+            check_scaled(self.trainer, self.backbone.weight_sets.parameters(), "backbone.dtype")
         read_safely(self.trainer)
         self.identify(data, stage)
         self._check_domain(held_out_prompts(data, stage))
+
+    def on_train_start(self) -> None:
+        """Measure the pretrained model where that was not done, and look what callbacks wait for."""
+        # A run may go on at the end of an epoch, where callbacks look at what was logged before.
+        self.trainer.callback_metrics.update(self._logged)
+        super().on_train_start()
+        check_monitors(self.trainer)
+        self.backbone.weight_sets.trained = True
 
     def _check_domain(self, prompts: list[str]) -> None:
         """Tell of rewards, and of prompts, that do not fit the model."""
@@ -188,6 +198,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
             "perf/images_per_second": speed,
             "step": float(self.images),
         }
+        check_train_monitors(self.trainer, logged)
         self.log_dict(logged, logger=False, batch_size=1)
         self._log_now(logged)
         shown = {bar: logged[f"train/{bar}"], "images/s": speed}
@@ -242,6 +253,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
             "measured_at": self.measured_at,
             "prompt_groups": self.prompt_groups,
             "trained": {name: list(p.shape) for name, p in kept.items()},
+            "logged": waited_for(self.trainer.callback_metrics),
         }
         checkpoint["identity"] = self._facts
 
@@ -273,6 +285,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
             self.latest = progress.get("latest", {}) if self.measured_at else {}
             self.rate_factor = progress.get("rate_factor", 1.0)
             self.prompt_groups = progress.get("prompt_groups", self.prompt_groups)
+            self._logged = progress.get("logged", {})
         self._validated_with = identity
         if stage in ("fit", "validate"):
             self.compare_measurement()

@@ -1,15 +1,47 @@
-"""Which prompts are held out: compared with what the model was taught, and with those of a checkpoint."""
+"""Which data a method can have, and which prompts are held out."""
 
 from itertools import islice
 from typing import Any
 
 from lit_align.data import MultiTaskDataModule, PickaPicDataModule, PromptDataModule
+from lit_align.errors import ConfigError
 
 CHECKED_PROMPTS = 1024
 """Held-out prompts that are compared with what the model was taught."""
 
 KNOWN = PromptDataModule | MultiTaskDataModule | PickaPicDataModule
 """The data modules whose prompts can be listed; of others, and without one, nothing is known."""
+
+
+def check_data(data: Any, stage: str, method: str, *, several: bool, pairs: bool) -> None:
+    """Refuse data that a method cannot have.
+
+    Args:
+        data: The data module; None for loaders alone.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+        method: Its class, for the message.
+        several: Whether it learns several tasks.
+        pairs: Whether it learns from pairs of images.
+
+    Raises:
+        ConfigError: The data are loaders alone, or it would learn from several tasks or pairs, and cannot.
+    """
+    if data is None:
+        raise ConfigError(
+            "data: loaders alone know nothing of ranks and of runs that go on; give a data module of "
+            "lit_align.data, as in trainer.fit(module, PromptDataModule(...))"
+        )
+    if stage != "fit":
+        return
+    if isinstance(data, MultiTaskDataModule) and not several:
+        raise ConfigError(
+            f"data: MultiTaskDataModule has several tasks, and {method} learns one; use PromptDataModule"
+        )
+    if isinstance(data, PickaPicDataModule) and not pairs:
+        raise ConfigError(
+            f"data: {method} learns from images that it draws, and PickaPicDataModule has those of a "
+            "dataset; use PromptDataModule (PickaPicPrompts is a source of the same prompts)"
+        )
 
 
 def held_out_prompts(data: Any, stage: str) -> list[str]:

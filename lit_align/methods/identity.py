@@ -24,7 +24,10 @@ READ = 4096
 BASE = ("base", "others", "files")
 """The facts about frozen weights."""
 
-MEASURED = ("sampler", "eval_sampler", "guidance", "seed", "size", "rewards", "weights", "held_out")
+MEASURED = (
+    *("sampler", "eval_sampler", "guidance", "seed", "size"),
+    *("rewards", "reward_contents", "weights", "held_out"),
+)
 """The facts that decide what is measured of held-out images, besides the model and the data."""
 
 
@@ -244,8 +247,8 @@ class IdentifiedModule(ValidatedModule):
         return self._facts
 
     def scored_by(self) -> dict[str, Any]:
-        """The facts of a run that say what the reward of an image is."""
-        return {"rewards": rewards_of(self.rewards)}
+        """The facts of a run that say what the reward of an image is, and what computes it."""
+        return {"rewards": rewards_of(self.rewards), "reward_contents": self.rewards.contents}
 
     def identify(self, data: Any, stage: str) -> None:
         """Collect the facts, and compare them with those of loaded files and of this module's last run."""

@@ -33,7 +33,7 @@ from lit_align.methods.tasks import (
     held_out_rewards,
     joint_scores,
     of_task,
-    rewards_of_tasks,
+    scored_by_tasks,
 )
 from lit_align.randomness import generator
 from lit_align.replay import Replay, Yardstick
@@ -116,7 +116,7 @@ class JointModule(AlignmentModule):
         return held_out_rewards(self.tasks)
 
     def scored_by(self) -> dict[str, Any]:
-        return {"rewards": rewards_of_tasks(self.tasks)}
+        return scored_by_tasks(self.tasks)
 
     @abstractmethod
     def learn(self, rollouts: Rollouts) -> Iterator[Metrics]:

@@ -1,6 +1,6 @@
 """Metrics: values that a loss measures on the way; their means are logged."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -29,3 +29,8 @@ def chosen(metrics: Metrics, rows: Tensor) -> Metrics:
         rows: ``(N,)`` bool, on the CPU or where they are.
     """
     return {name: values[rows] for name, values in metrics.items()}
+
+
+def waited_for(metrics: Mapping[str, Tensor]) -> Metrics:
+    """What callbacks may wait for: metrics of training and validation, and none of the time that it took."""
+    return {name: value.cpu() for name, value in metrics.items() if name.startswith(("train/", "val/"))}

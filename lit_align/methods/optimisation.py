@@ -140,6 +140,10 @@ class OptimisedModule(SkippingModule):
         rates = [group["lr"] for group in optimizer.param_groups]
         if (scale := scale * self.rate_factor) != 1:
             self._scale_rates(optimizer, scale)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer.optimizer, "_step_supports_amp_scaling", False):
+            # Lightning leaves it to a fused optimizer's own step, and gradients are clipped before that.
+            scaler.unscale_(optimizer.optimizer)
         used = optimizer.param_groups[0]["lr"]
         self.lr = None if used is None else float(used)  # a schedule changes a tensor where it is
         optimizer.step()

@@ -36,7 +36,7 @@ class Sampling:
 
     Args:
         guidance: Scale of classifier-free guidance, in sampling and, where a method replays its chains, in
-            training; 1 is none, at half the cost. 7.5 is the pipelines' own.
+            training; 1 is none, at half the cost; less is refused. 7.5 is the pipelines' own.
         batch: Images sampled at once. Bounds memory and changes no result.
         seed: Seed of all noise; that of ``seed_everything`` if not given.
         store: Where the chains of a rollout batch are kept until they have been replayed: on the ``device``,
@@ -155,7 +155,12 @@ class SamplingModule(LightningModule):
             prompts: ``B``.
             seed: The module's own if not given.
             weights: ``"policy"``, or ``"reference"`` for the pretrained model.
+
+        Raises:
+            ConfigError: It is one text, or there is no prompt.
         """
+        if isinstance(prompts, str) or not prompts:
+            raise ConfigError(f'generate: {prompts!r} is no list of prompts; give one, as in ["a red star"]')
         numbers = torch.arange(len(prompts))
         batch = Batch(list(prompts), numbers, index=numbers)
         with self.evaluating():

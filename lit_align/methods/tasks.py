@@ -214,13 +214,18 @@ def held_out_rewards(tasks: Mapping[str, Task]) -> tuple[str, ...]:
     )
 
 
-def rewards_of_tasks(tasks: Mapping[str, Task]) -> dict[str, str]:
-    """Class and weight of each reward by task and name; those of a task of weight 0 are monitored."""
-    return {
-        name: said
-        for task, its in tasks.items()
-        for name, said in rewards_of(its.rewards, task, its.weight > 0).items()
-    }
+def scored_by_tasks(tasks: Mapping[str, Task]) -> dict[str, dict[str, str]]:
+    """Class and weight of each reward by task and name, and what computes it.
+
+    Those of a task of weight 0 are monitored.
+    """
+    rewards: dict[str, str] = {}
+    contents: dict[str, str] = {}
+    for task, its in tasks.items():
+        rewards |= rewards_of(its.rewards, task, its.weight > 0)
+        own = its.rewards.contents
+        contents |= {f"{task}/{name}" if task else name: content for name, content in own.items()}
+    return {"rewards": rewards, "reward_contents": contents}
 
 
 def check_same_tasks(tasks: Mapping[str, Task], saved: Mapping[str, Any], method: str) -> None:

@@ -14,7 +14,6 @@ from lit_align.data import Batch
 from lit_align.gaussian import GaussianStep
 from lit_align.methods.sampling import BatchPolicy, SamplingModule
 from lit_align.methods.skipped import SkippingModule
-from lit_align.methods.strategies import check_monitors
 from lit_align.rewards import RewardBank, RewardOutput
 from lit_align.rollout import Trajectory
 from lit_align.samplers import Sampler
@@ -180,11 +179,7 @@ class ValidatedModule(SamplingModule, SkippingModule):
         self.baseline, self.latest, self.taken_back = {}, {}, {}
 
     def on_train_start(self) -> None:
-        """Measure the pretrained model where that was not done: every curve has a point at 0 images.
-
-        Raises:
-            ConfigError: A callback waits for a metric that is not measured.
-        """
+        """Measure the pretrained model where that was not done: every curve has a point at 0 images."""
         if self.baseline or not self.trainer.enable_validation:
             return
         if self.images:
@@ -194,7 +189,6 @@ class ValidatedModule(SamplingModule, SkippingModule):
         self.trainer.validating = True
         self.trainer.fit_loop.epoch_loop.val_loop.run()
         self.trainer.training = True
-        check_monitors(self.trainer)
 
     @torch.no_grad()
     def _measure_reference(self) -> None:
@@ -214,12 +208,14 @@ class ValidatedModule(SamplingModule, SkippingModule):
     def _is_pretrained(self) -> bool:
         """Whether the policy of the newest validation, before any training, was the pretrained model.
 
-        It starts elsewhere from adapters, and where some experts of several are loaded. Roundings count
-        only then: a fusion of untrained experts is the pretrained model up to them.
+        It starts elsewhere from adapters, where some experts of several are loaded, and where another module
+        has trained its backbone. Roundings count only then: a fusion of untrained experts is the pretrained
+        model up to them.
         """
         distances = [self.latest[name] for name in ("kl", "drift") if name in self.latest]
-        loaded = bool(self.backbone.weight_sets.file_hashes)
-        return not (loaded and any(bool((values != 0).any()) for values in distances))
+        sets = self.backbone.weight_sets
+        moved = bool(sets.file_hashes) or sets.trained
+        return not (moved and any(bool((values != 0).any()) for values in distances))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """A rollout on held-out prompts with the same noise every time; returns the images."""

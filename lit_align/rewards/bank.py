@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_align.errors import ConfigError
 from lit_align.rewards.base import Reward
+from lit_align.rewards.contents import contents
 from lit_align.rewards.function import FunctionReward
 from lit_align.rewards.scoring import score, try_out
 from lit_align.rewards.shapes import ShapesTruth
@@ -55,6 +56,7 @@ class RewardBank(nn.Module):
 
     Attributes:
         kinds: The class of each reward that was given, by name; :meth:`check_model` may leave some out.
+        contents: What computes each of them (see :func:`lit_align.rewards.contents.contents`).
 
     Raises:
         ConfigError: No reward, a bad name, a weight that is not finite or has no reward, no positive weight,
@@ -69,6 +71,7 @@ class RewardBank(nn.Module):
         # A list: a ModuleDict refuses names like "type" or "keys".
         self._rewards = nn.ModuleList(_reward(name, given).freeze() for name, given in rewards.items())
         self.kinds = {name: type(reward).__name__ for name, reward in self.rewards.items()}
+        self.contents = {name: contents(reward) for name, reward in self.rewards.items()}
         for name, reward in self.rewards.items():
             try_out(name, reward)
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lit_align.errors import ConfigError
-from lit_align.pretrained import Dtype, load_whole, loading, processor_config, resolve, shared
+from lit_align.pretrained import Dtype, has_words, load_whole, loading, processor_config, resolve, shared
 from lit_align.rewards.base import Reward, domain_of
 from lit_align.shapes import CLIP as SHAPES_CLIP
 from lit_align.shapes import PREFERENCE as SHAPES_PREFERENCE
@@ -228,12 +228,12 @@ class PickScore(Reward):
 
 
 def load_tokenizer(processor: str, shapes: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; where its files are missing transformers makes one without words: an error here."""
+    """Load the tokenizer; one without words is an error here."""
     with loading(processor):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             resolve(processor, shapes), trust_remote_code=False
         )
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
+    if not has_words(tokenizer):
         raise ConfigError(
             f"There is no tokenizer in {processor!r}; save one there with save_pretrained, "
             "or name under 'processor' where it is."

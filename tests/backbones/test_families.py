@@ -277,6 +277,15 @@ def test_images_are_float32_under_autocast(family: Family):
         assert torch.equal(backbone.latents(images), clean)
 
 
+def test_prompts_are_encoded_alike_whoever_asks_first(family: Family):
+    """Under autocast or not; in float16 T5 would overflow."""
+    backbone, mixed = family.make(), family.make()
+    cond = backbone.encode(PROMPTS)
+    with torch.autocast("cpu", torch.float16):
+        other = mixed.encode(PROMPTS)
+    assert all(torch.equal(value, other.prompt[name]) for name, value in cond.prompt.items())
+
+
 def test_attention_is_plain_where_asked_for_or_in_bfloat16_on_a_cpu(family: Family):
     backbone, plain, fused = (family.make(attention=kind) for kind in ("auto", "plain", "sdpa"))
     for one in (backbone, plain, fused):

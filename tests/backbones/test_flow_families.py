@@ -142,6 +142,11 @@ def test_guidance_is_an_input_two_predictions_or_refused(flow_folder: Folder) ->
     distilled = Flux2KleinBackbone(str(flow_folder("klein_distilled")), size=16)
     with pytest.raises(ConfigError, match=r"guidance: 3\.0 means nothing to this model.*set it to 1"):
         distilled.predict(latents(distilled), 500, distilled.encode(PROMPTS), guidance=3.0)
+    with pytest.raises(ConfigError, match=r"opponent_guidance: 0\.0 means nothing to this model"):
+        distilled.check_guidance(0.0, "opponent_guidance")
+    with pytest.raises(ConfigError, match=r"sampling\.guidance is 0: "):
+        schnell.check_guidance(0.0)
+    dev.check_guidance(0.0)  # it is told so
 
 
 @pytest.mark.parametrize(("size", "mu"), [(256, 0.5), (1024, 1.15), ((512, 1024), 0.5 + 0.65 * 1792 / 3840)])

@@ -229,6 +229,37 @@ def test_missing_and_corrupt_weights_are_named(copy: Path):
     refused(copy, "model")
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_parts_beside_the_unet_are_whole_too(copy: Path, part: str):
+    (file,) = (copy / part).glob("*.safetensors")
+    weights = load_file(file)
+    lost = next(name for name in weights if name.endswith("layer_norm2.weight" if "text" in part else "bias"))
+    del weights[lost]
+    save_file(weights, file, {"format": "pt"})
+    refused(copy, f"the {part} of .* lacks 1 of its weights, such as .*copy or download it again")
+
+
+def test_a_tokenizer_whose_files_were_left_behind_is_refused(copy: Path, single: Path):
+    own = copy / "tokenizer"
+    settings = json.loads((own / "tokenizer_config.json").read_text())
+    (own / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 10**30}))
+    refused(copy, r"the tokenizer of .* has no length, which is in tokenizer_config\.json; copy or download")
+    (own / "tokenizer_config.json").write_text(json.dumps(settings))
+    StableDiffusionBackbone(str(copy))
+    (own / "tokenizer.json").unlink()
+    refused(copy, "the tokenizer of .* has no words; copy or download all of its files")
+    refused(single, f"the tokenizer of '{copy}' has no words", config=str(copy))
+    shutil.rmtree(own)
+    refused(copy, "the tokenizer of .* has no words")
+
+
+def test_a_single_file_has_all_of_its_text_encoder(tiny: Path, single: Path, tmp_path: Path):
+    weights = load_file(single)
+    del weights[next(name for name in weights if name.endswith("layer_norm2.weight"))]
+    save_file(weights, tmp_path / "less.safetensors")
+    refused(tmp_path / "less.safetensors", "less.*lacks 1 of its weights", config=str(tiny))
+
+
 def test_a_model_that_is_not_there_says_what_to_give(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused("someone/nothing", r"someone/nothing.*give the folder")

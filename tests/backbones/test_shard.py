@@ -9,7 +9,7 @@ import torch.multiprocessing
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
-from lit_align.backbones import REFERENCE, LoRA, StableDiffusionBackbone, whole
+from lit_align.backbones import POLICY, REFERENCE, LoRA, StableDiffusionBackbone, whole
 from lit_align.errors import ConfigError
 
 PROMPTS = ["a red circle", "two stars", "a heart", "a blue cross"]
@@ -25,10 +25,13 @@ def gradients(
 ) -> dict[str, torch.Tensor]:
     """Gradients of a mean over four images, of which this rank has its share, averaged over ranks.
 
-    The first rank writes the weights.
+    The first rank writes the weights. Among what is returned is a set that follows the policy, after it has
+    predicted without a gradient, as that of NFT.
     """
     torch.manual_seed(0)
     backbone = StableDiffusionBackbone(folder, lora=lora, **options)
+    backbone.weight_sets.add("old")
+    torch.manual_seed(1)
     with torch.no_grad():
         for parameter in backbone.parameters():
             if parameter.requires_grad:
@@ -41,14 +44,17 @@ def gradients(
     prediction = backbone.predict(x, 500, cond, guidance=2.0)
     with torch.no_grad():
         reference = backbone.predict(x, 500, cond, guidance=2.0, weights=REFERENCE)
+        backbone.predict(x, 500, cond, weights="old")
     (prediction - reference).square().mean().backward()
+    backbone.weight_sets.follow(POLICY, "old", 0.5)
     found = {}
     for name, parameter in backbone.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None
             grad = parameter.grad
             found[name] = whole(grad)
-    return found
+    old = enumerate(backbone.weight_sets.parameters_of("old"))
+    return found | {f"old {number}": whole(parameter.detach()) for number, parameter in old}
 
 
 def worker(rank: int, folder: str, out: Path) -> None:
@@ -73,7 +79,7 @@ def test_sharded_gradients_and_files_are_those_of_one_process(tiny: Path, tmp_pa
             torch.testing.assert_close(
                 sharded[name], alone[name], atol=1e-6 if exact else 1e-3, rtol=1e-4 if exact else 2e-2
             )
-        assert max(gradient.abs().max() for gradient in alone.values()) > 1e-4
+        assert max(value.abs().max() for name, value in alone.items() if not name.startswith("old")) > 1e-4
         files = [path.relative_to(folder / "alone") for path in (folder / "alone").rglob("*.safetensors")]
         assert files
         for file in files:

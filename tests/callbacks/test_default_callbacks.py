@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from lit_align.advantages import GroupAdvantages
 from lit_align.backbones import StableDiffusionBackbone
 from lit_align.callbacks import RunFolder, checkpoint_callbacks, default_callbacks
 from lit_align.data import PromptDataModule, ShapesPrompts
+from lit_align.errors import ConfigError
 from lit_align.methods import AlignPropModule, DDPOModule
 from lit_align.methods.sampling import Sampling
 from lit_align.rewards import Brightness, RewardBank
@@ -89,3 +91,26 @@ def test_the_folder_is_decided_first_and_the_best_score_is_in_the_last_checkpoin
     assert names.index("BestCheckpoint") < names.index("BatchCheckpoint")
     without = [type(callback).__name__ for callback in default_callbacks(checkpoints=False)]
     assert not [name for name in without if "Checkpoint" in name]
+
+
+def test_a_run_is_not_written_to_an_address(tiny, tmp_path, monkeypatch):
+    """Its files would lie in a folder ``s3:`` here."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="s3:/bucket is an address"):
+        fit(make(DDPOModule, tiny), Path("s3://bucket"), 1, *default_callbacks())
+    assert not list(tmp_path.iterdir())
+
+
+def test_callbacks_that_are_used_again_write_over_nothing(tiny, tmp_path):
+    """A second Trainer is another run, with a folder and a best checkpoint of its own."""
+    callbacks, options = default_callbacks(), {"limit_val_batches": None}
+    for seed in range(2):
+        module = make(DDPOModule, tiny, num_steps=2, seed=seed)
+        fit(module, tmp_path, 1, *callbacks, data=prompts(2, 2, validation_prompts=2), **options)
+    scores = []
+    for number in range(2):
+        folder = tmp_path / "logs" / "ddpo" / f"version_{number}" / "checkpoints"
+        best, last = (torch.load(folder / f"{name}.ckpt", weights_only=True) for name in ("best", "last"))
+        assert torch.equal(best["progress"]["latest"]["reward"], last["progress"]["latest"]["reward"])
+        scores.append(best["progress"]["latest"]["reward"])
+    assert not torch.equal(*scores)

@@ -124,6 +124,7 @@ SAVED = {
     "model.optimisation.optimizer.lr": 1e-3,
     "model.optimisation.lr_scheduler": None,
     "model.optimisation.micro_batch": 8,
+    "data": "PromptDataModule",
     "data.source.path": "a.txt",
     "data.validation_prompts": 64,
     "data.images_per_prompt": 8,
@@ -187,6 +188,7 @@ def test_the_batch_of_an_evaluation_counts_where_batches_are_limited():
         ("model", "PRDPModule", "fit"),
         ("model.optimisation.optimizer", "SGD", "fit"),
         ("model.optimisation.lr_scheduler", "LinearLR", "fit"),
+        ("data.images_per_prompt", 4, "fit"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_both_values(name, value, stage):
@@ -195,6 +197,16 @@ def test_what_does_not_fit_is_refused_with_both_values(name, value, stage):
         check(changes(SAVED, now), SAVED, now, stage)
     if stage == "fit":
         check(changes(SAVED, now), SAVED, now, "test")  # only the weights count
+
+
+def test_another_order_of_the_prompts_is_refused_before_anything_is_loaded():
+    """It was refused by the loader, as ``data.seed``, which nobody had given."""
+    now = SAVED | {"seed_everything": 1}
+    with pytest.raises(ConfigError, match=r"place in the data .*\(seed_everything 0 -> 1\); set this back"):
+        check(changes(SAVED, now), SAVED, now, "fit")
+    for own in ({"data.seed": 3}, {"data": "mine.Prompts"}):
+        check(changes(SAVED | own, now | own), SAVED | own, now | own, "fit")
+    check(changes(SAVED, now), SAVED, now, "validate")
 
 
 @pytest.mark.parametrize(("reported", "complete"), [(4, True), (8, False)])
@@ -211,3 +223,18 @@ def test_a_run_that_ended_after_its_last_validation_is_complete(tmp_path, report
     config = SimpleNamespace(trainer=SimpleNamespace(max_epochs=1, max_steps=-1))
     with pytest.raises(SystemExit) if complete else nullcontext():
         going_on(read(path), {}, config, "fit")
+
+
+@pytest.mark.parametrize(("limit", "complete"), [("00:00:00:09", True), ({"seconds": 11}, False)])
+def test_a_run_whose_time_is_over_is_complete(limit, complete, tmp_path, caplog):
+    """It would be loaded, do nothing and end with 0."""
+    path = save(tmp_path / "last.ckpt", 8)
+    content = torch.load(path, weights_only=True)
+    content["callbacks"] = {"Timer": {"time_elapsed": {"train": 10.0}}}
+    torch.save(content, path)
+    config = SimpleNamespace(trainer=SimpleNamespace(max_epochs=9, max_steps=-1, max_time=limit))
+    with (
+        pytest.raises(SystemExit) if complete else pytest.warns(UserWarning, match="does not say with which")
+    ):
+        going_on(read(path), {}, config, "fit")
+    assert ("is complete (10 seconds); add --trainer.max_time 0:00:20" in caplog.text) == complete

@@ -2,12 +2,14 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from lit_align.cli import main
+from lit_align.cli.align import _has_bar
 
 DDPO = Path(__file__).parents[2] / "configs" / "ddpo.yaml"
 
@@ -41,3 +43,20 @@ def test_what_is_written_travels(capsys, monkeypatch):
     assert parsed(capsys, given)["init_args"]["eps"] == 1e-4
     assert parsed(capsys, "--model.optimisation.optimizer=torch.optim.Adadelta")["init_args"]["eps"] == 1e-6
     assert parsed(capsys)["init_args"]["eps"] == 1e-8
+
+
+def test_a_default_that_is_a_member_of_an_enumeration_is_written(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lit_align"])
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(DDPO), "--trainer.callbacks+=Timer", "--print_config"])
+    (timer,) = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    assert timer["init_args"]["interval"] == "step"
+
+
+def test_a_bar_that_is_given_is_drawn_in_a_job_too():
+    trainer = SimpleNamespace(enable_progress_bar=None, callbacks=[])
+    assert not _has_bar(trainer)
+    trainer.callbacks.append(SimpleNamespace(class_path="lightning.pytorch.callbacks.RichProgressBar"))
+    assert _has_bar(trainer)
+    trainer.enable_progress_bar = False
+    assert not _has_bar(trainer)

@@ -203,7 +203,7 @@ def test_a_mixture_and_a_checkpoint_are_exported_without_a_fit(runs: Path, tmp_p
         (["{runs}/version_0", "--weights", "nan"], "--weights nan make no mixture"),
         (["{runs}/version_0", "{runs}/version_1", "--weights", "0", "0"], "--weights 0 0 make no mixture"),
         (["{runs}/version_0", "--steps", "0"], "export: --steps: 0 must be positive"),
-        (["{runs}/version_0", "--device", "gpu"], "export: --device gpu cannot be used"),
+        (["{runs}/version_0", "--device", "gpu"], "--device gpu cannot be used"),
     ],
 )
 def test_what_cannot_be_exported_is_named(runs: Path, capsys: Any, arguments: list[str], message: str):

@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.utilities import rank_zero_only
 
-from lit_align.cli import main
+from lit_align.cli import main, run
 from lit_align.cli.align import AlignCLI
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +114,22 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["foo"], ["foo: options begin with --"]),
         (["--trainer.accumulate_grad_batches=2"], ["model.optimisation.micro_batch"]),
         (["--trainer.gradient_clip_val=1.0"], ["model.optimisation.clip_norm"]),
+        (["--model.sampler=ddim"], ["--model.sampler: no class ddim is known; did you mean DDIM?"]),
+        (["--model.optimisation.optimizer=adamw"], ["no class adamw is known; did you mean AdamW?"]),
+        (["--trainer.logger=wandb"], ["no class wandb is known; did you mean WandbLogger?"]),
+        (["--trainer.max_time=1h"], ["trainer:", "'1h'", "DD:HH:MM:SS"]),
+        (["--trainer.limit_val_batches=1.5"], ["trainer:", "1.5 for limit_val_batches"]),
+        (["--trainer.logger.save_dir=s3://bucket/x"], ["s3:/bucket/x/ddpo is an address", "mounted one"]),
+        (["--trainer.overfit_batches=1"], ["would take other prompts in each epoch", "a file of a few"]),
+        (["--trainer.barebones=true"], ["trainer.barebones: true takes away what a run says"]),
+        (
+            ["--trainer.callbacks+=EMAWeightAveraging"],
+            ["trainer.callbacks: EMAWeightAveraging keeps a copy of all models"],
+        ),
+        (
+            ["--trainer.callbacks+=LearningRateFinder"],
+            ["LearningRateFinder trains on the run's prompts before it begins; take it out"],
+        ),
         (["--trainer.accelerator=cuda"], ["trainer:", "accelerator"]),
         (["--trainer.strategy=ddpp"], ["trainer:", "ddpp"]),
         (["--trainer.precision=64-true"], ["trainer.precision: 64-true would round"]),
@@ -195,8 +212,12 @@ def test_a_mistake_on_the_command_line(arguments, parts, capsys):
         ("- a\n", ["has the sections trainer, model and data"]),
         ("", ["has the sections trainer, model and data"]),
         ("\x00", ["not a text file"]),
+        (
+            "model: {init_args: {rewards: {init_args: {weights: {on: 1}}}}}\n",
+            ["line 1: YAML does not read 'on' as a name; put it into quotes"],
+        ),
     ],
-    ids=range(25),
+    ids=range(26),
 )
 def test_a_mistake_in_a_file(text, parts, capsys):
     Path("mine.yaml").write_text(text)
@@ -204,6 +225,13 @@ def test_a_mistake_in_a_file(text, parts, capsys):
     assert "mine.yaml" in message or parts[0] == "start from"
     for part in parts:
         assert part in message
+
+
+def test_a_process_that_is_numbered_and_alone(capsys, monkeypatch):
+    """As by a variable that is left of another program: it would write no curves and end in a traceback."""
+    monkeypatch.setattr(rank_zero_only, "rank", 3)
+    monkeypatch.setattr(run, "SECOND", 0.0)
+    assert "says that this is process 3 of several (RANK, " in told(capsys, "fit", "--config", str(DDPO))
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
@@ -259,6 +287,7 @@ def test_an_overlay_without_a_configuration_before_it(capsys):
         (["fit"], "no configuration: give one, as in --config configs/ddpo.yaml"),
         (["fit", "--confg", "x.yaml"], "--confg: there is no such option; did you mean --config?"),
         (["ft", "--config", str(DDPO)], "there is no command ft; did you mean fit?"),
+        (["exprt", "logs"], "there is no command exprt; did you mean export or report?"),
         (["--config", str(DDPO), "fit"], "--config: options stand after the command, fit"),
         (["--rewards", "bank.yaml", "serve"], "--rewards: options stand after the command, serve"),
         (["--print_config"], "--print_config: there is no command; give one first"),

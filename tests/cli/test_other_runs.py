@@ -138,6 +138,7 @@ def test_files_say_of_which_run_they_are():
     assert identity.keys() == {
         *("method", "model", "base", "others", "files"),
         *("sampler", "eval_sampler", "guidance", "seed", "size", "rewards", "data", "held_out", "versions"),
+        "reward_contents",
     }
     assert json.loads((RUN / "validation.json").read_text())["run"] == identity
     assert identity["model"] == "model"

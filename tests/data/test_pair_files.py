@@ -12,7 +12,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow import dataset, parquet
 
-from lit_align.data import FolderPairs, PickaPicDataModule, PickaPicFiles, PickaPicHub
+from lit_align.data import FolderPairs, PickaPicDataModule, PickaPicFiles, PickaPicHub, PreferenceFiles
 from lit_align.data.images import UnreadableImage, decode
 from lit_align.errors import ConfigError
 from lit_align.shapes import PICK
@@ -131,10 +131,11 @@ def test_a_pass_reads_each_row_group_once_and_holds_a_few(
     shards: Path, reads: list[tuple[str, int, tuple[str, ...]]], row_groups: int
 ) -> None:
     source = PickaPicFiles(str(shards), row_groups)
-    data = module(source, workers=1, validation_fraction=0.0, test_fraction=0.0, pairs_per_batch=3)
     light = {name for _, _, columns in reads for name in columns}
     assert light == {"caption", "label_0", "has_label"}
     reads.clear()
+    data = module(source, workers=1, validation_fraction=0.0, test_fraction=0.0, pairs_per_batch=3)
+    assert len(reads) == 1  # of the pair that is tried, which comes first
     for _ in data.train_dataloader():
         assert source._rows.group.cache_info().currsize <= row_groups
     assert len(reads) == len(set(reads)) == SHARDS * GROUPS
@@ -296,5 +297,30 @@ def test_a_folder_with_several_splits_is_refused(tmp_path: Path) -> None:
     (other := tmp_path / "by-name").mkdir()
     for name in ("train", "test"):
         (other / f"{name}.parquet").write_bytes(PICK.read_bytes())
+    (other / "._train.parquet").write_bytes(b"of a program")
     with pytest.raises(ConfigError, match=r"several splits, such as test.parquet and train.parq"):
         PickaPicFiles(str(other))
+    assert len(PickaPicFiles(str(other / "train*.parquet"))) == 1000
+    (other / "test.parquet").unlink()
+    assert len(PickaPicFiles(str(other))) == 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "binary"),
+    [
+        (pa.string_view(), pa.binary_view()),
+        (pa.dictionary(pa.int32(), pa.string()), pa.large_binary()),
+        (pa.large_string(), pa.binary()),
+    ],
+    ids=str,
+)
+def test_prompts_and_images_as_other_programs_store_them(
+    tmp_path: Path, text: pa.DataType, binary: pa.DataType
+) -> None:
+    prompts = (
+        pa.array(["a cat"]).dictionary_encode() if pa.types.is_dictionary(text) else pa.array(["a cat"], text)
+    )
+    images = {name: pa.array([name.encode()], binary) for name in ("chosen", "rejected")}
+    parquet.write_table(pa.table({"prompt": prompts, **images}), tmp_path / "p.parquet")
+    source = PreferenceFiles(str(tmp_path / "p.parquet"))
+    assert (source.prompt(0), source.image(0, 0), source.image(0, 1)) == ("a cat", b"chosen", b"rejected")

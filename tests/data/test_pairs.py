@@ -292,8 +292,23 @@ def test_a_damaged_row_group_does_not_end_a_run(tmp_path: Path) -> None:
 
 def test_images_none_of_which_can_be_read_are_an_error(tmp_path: Path) -> None:
     source = PickaPicFiles(str(write(tmp_path, {n: {"jpg_0": b"x", "jpg_1": b"x"} for n in range(60)})))
-    with pytest.raises(ConfigError, match=r"no image of .* can be read; the last one: "):
-        next(iter(module(source).train_dataloader()))
+    with pytest.raises(
+        ConfigError, match=r"none of \d\d pairs of .* that were tried can be read, the last row "
+    ):
+        module(source)
+
+
+def test_a_data_set_that_is_damaged_at_its_start_is_read(tmp_path: Path) -> None:
+    good = set(range(35, 43))
+    bad = {n: {"jpg_0": b"x", "jpg_1": b"x"} for n in range(60) if n not in good}
+    whole = {"validation_fraction": 0.0, "test_fraction": 0.0}
+    data = module(PickaPicFiles(str(write(tmp_path, bad))), batches_per_epoch=12, **whole)
+    with pytest.warns(UserWarning, match="skipped") as warned:
+        batches = list(data.train_dataloader())
+    assert set(index(batches)) <= good
+    told = [str(w.message) for w in warned]
+    assert "of more only the number is told" in next(text for text in told if "only the number" in text)
+    assert [text.partition(" of ")[0] for text in told if "are skipped so far" in text] == ["40"]
 
 
 # What cannot work

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -81,7 +82,7 @@ def test_files_of_unusual_names_are_read(folder: Path, name: str) -> None:
     assert TextPrompts(write(folder / name, "a cat\na dog\n")).prompts(range(2)) == ["a cat", "a dog"]
 
 
-@pytest.mark.parametrize("hidden", [".ipynb_checkpoints/p-checkpoint.txt", "__MACOSX/._p.txt"])
+@pytest.mark.parametrize("hidden", [".ipynb_checkpoints/p-checkpoint.txt", "__MACOSX/._p.txt", "._p.txt"])
 def test_hidden_files_of_a_folder_are_not_read(folder: Path, hidden: str) -> None:
     """What Jupyter and macOS leave beside the files that a person sees."""
     (folder / ".hidden" / "prompts" / hidden).parent.mkdir(parents=True)
@@ -89,6 +90,29 @@ def test_hidden_files_of_a_folder_are_not_read(folder: Path, hidden: str) -> Non
     write(folder / ".hidden" / "prompts" / "p.txt", "a cat\n")
     assert TextPrompts(str(folder / ".hidden" / "prompts")).prompts(range(1)) == ["a cat"]
     assert len(TextPrompts(str(folder / ".hidden" / "prompts"))) == 1
+
+
+def test_lines_that_may_be_remarks_are_told(folder: Path) -> None:
+    path = write(folder / "p.txt", "# animals\na cat\n#2 pencil\n")
+    with pytest.warns(UserWarning, match=r"2 lines of .*p\.txt with a # at the start, .*takes as prompts"):
+        assert len(TextPrompts(path)) == 3
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_what_datasets_has_saved_is_read(folder: Path, splits: bool) -> None:
+    rows = datasets.Dataset.from_dict({"prompt": ["a cat", "a dog"], "level": [1, 2]})
+    saved = datasets.DatasetDict({"train": rows, "test": rows.select([1])}) if splits else rows
+    saved.save_to_disk(str(folder))
+    source = HubPrompts(str(folder))
+    assert [(source.prompt(row), source.columns(row)) for row in range(len(source))] == [
+        ("a cat", {"level": 1}),
+        ("a dog", {"level": 2}),
+    ]
+    assert source.fingerprint()
+    if splits:
+        assert HubPrompts(str(folder), "test").prompts(range(9)) == ["a dog"]
+    with pytest.raises(ConfigError, match=r"cannot load split 'train\[:1\]' .* \(it has only train"):
+        HubPrompts(str(folder), "train[:1]")
 
 
 def test_a_file_that_changes_is_read_anew(folder: Path) -> None:
@@ -178,6 +202,15 @@ def parted(folder: Path) -> str:
             lambda d: TextPrompts(write(d / "p.csv", "prompt\na\n")),
             ["a table by its name", "give CSVPrompts"],
         ),
+        (
+            lambda d: TextPrompts(write(d / "p.txt", '{"prompt": "a"}\n')),
+            ["holds JSON", "JSONLPrompts"],
+        ),
+        (
+            lambda d: TextPrompts(write(d / "p.txt", '[{"prompt": "a"}]')),
+            ["holds JSON", "JSONPrompts"],
+        ),
+        (lambda d: TextPrompts("https://a.b/p.txt"), ["https://a.b/p.txt is an address: download"]),
         (lambda d: TextPrompts(write(d / "p.JSONL", '{"prompt": "a"}\n')), ["give JSONLPrompts"]),
         (lambda d: TextPrompts(write(d / "p.txt", b"\xef\xbb\xbf")), ["has no rows"]),
         (lambda d: CSVPrompts(write(d / "p.csv", "prompt;style\na;b\n")), ["has ';' between its columns"]),

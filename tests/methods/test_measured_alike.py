@@ -263,3 +263,19 @@ def test_a_reward_that_is_left_out_does_not_make_the_second_run_of_a_module_anot
     baseline = module.baseline
     validate(module, tmp_path, None)
     assert module.baseline is baseline
+
+
+def test_a_backbone_that_another_module_has_trained_is_compared_with_the_pretrained_model(
+    tiny: Path, tmp_path: Path
+) -> None:
+    first = make(DDPOModule, tiny, lr=1e-1)
+    fit(first, tmp_path, 1, data=prompts())
+    second = make(DDPOModule, tiny)
+    second.backbone = first.backbone
+    recorder = fit(second, tmp_path, 1, data=prompts(), limit_val_batches=None)
+    assert (recorder.validated[0]["kl"] > 0).all()
+    assert torch.equal(second.baseline["kl"], torch.zeros(len(held_out(second, prompts()))))
+    with second.evaluating():
+        images = draw(second, held_out(second, prompts()), weights=REFERENCE).images
+    score = second.score(images, held_out(second, prompts())).report["reward"]
+    assert torch.equal(second.baseline["reward"], score)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
 from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
@@ -61,6 +62,18 @@ def test_a_rate_that_is_a_tensor_is_what_it_was_after_a_scaled_step(tiny: Path, 
     scales = [1.0, *(logged["train/step_scale"] for logged in recorder.logged)]
     used = [logged["train/lr"] for logged in recorder.logged]
     assert used == pytest.approx([0.5e-3 * scale for scale in scales[:-1]])
+
+
+def test_gradients_are_clipped_in_their_own_size_in_float16_too(tiny: Path, tmp_path: Path):
+    """Where they are scaled, which a fused optimizer undoes in its own step alone."""
+    norms = []
+    for options in ({}, {"plugins": MixedPrecision("16-mixed", "cpu")}):
+        fused = partial(torch.optim.AdamW, lr=1e-3, fused=True)
+        module = make(DDPOModule, tiny, optimizer=fused, num_steps=2)
+        recorder = fit(module, tmp_path, data=prompts(prompts=2, images=2), **options)
+        norms.append(recorder.logged[0]["train/grad_norm"])
+    assert 0 < norms[0] < module.optimisation.clip_norm
+    assert norms[1] == pytest.approx(norms[0], rel=0.01)
 
 
 def test_a_loss_without_metrics_is_told(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 from lightning import Callback
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.plugins import MixedPrecision
+from torch.utils.data import DataLoader
 
 from lit_align.errors import ConfigError
-from lit_align.methods import DDPOModule, DPOModule
-from tests.methods.build import fit, make, pairs, prompts
+from lit_align.methods import AlignPropModule, DDPOModule, DPOModule, SPINModule
+from lit_align.methods.strategies import check_scaled
+from lit_align.rewards import PickScore
+from tests.methods.build import fit, make, pairs, prompts, trainer
 
 VALIDATED = {"limit_val_batches": 1.0}
 
@@ -49,3 +53,50 @@ def test_data_from_which_a_method_does_not_learn(
     with pytest.raises(ConfigError, match=told):
         fit(module, tmp_path, 1, data=data(), **VALIDATED)
     assert not module.baseline
+
+
+def test_a_module_that_is_compiled_as_a_whole(tiny: Path, tmp_path: Path) -> None:
+    module = make(DDPOModule, tiny, num_steps=2)
+    module._compiler_ctx = {"compiler": "dynamo"}  # as Lightning finds it by itself, which takes seconds
+    with pytest.raises(ConfigError, match=r"give the module itself, and set backbone\.compile"):
+        fit(module, tmp_path, 1, data=prompts(2, 2))
+
+
+def test_float16_through_which_gradients_go_unscaled(tiny: Path, tmp_path: Path) -> None:
+    module = make(DDPOModule, tiny, num_steps=2, dtype="float16")
+    with pytest.raises(
+        ConfigError, match=r"backbone\.dtype: float16 .* set it to bfloat16, or trainer\.prec"
+    ):
+        fit(module, tmp_path, data=prompts(2, 2))
+    scaled = trainer(tmp_path, 1, plugins=MixedPrecision("16-mixed", "cpu"))
+    check_scaled(scaled, module.parameters(), "backbone.dtype")
+    reward = PickScore("shapes", dtype="float16")
+    with pytest.raises(ConfigError, match=r"rewards\.trained\.init_args\.dtype: float16"):
+        fit(make(AlignPropModule, tiny, reward, num_steps=2), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "told"),
+    [
+        (DDPOModule, {"guidance": 0.0}, r"sampling\.guidance is 0: .*; set it to 1, which is none"),
+        (DDPOModule, {"guidance": 0.99}, r"sampling\.guidance is 0\.99: below 1 the prompt counts for less"),
+        (SPINModule, {"opponent_guidance": 0.0}, r"opponent_guidance is 0: .*at 0 for nothing"),
+    ],
+)
+def test_a_scale_of_guidance_that_pipelines_take_for_none(
+    method: Any, options: dict[str, Any], told: str, tiny: Path
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        make(method, tiny, **options)
+
+
+def test_what_is_no_list_of_prompts_and_what_is_no_data_module(tiny: Path, tmp_path: Path) -> None:
+    """Each letter of a text would be a prompt."""
+    module, data = make(DDPOModule, tiny, num_steps=2), prompts(2, 2)
+    for given in ("a red star", []):
+        with pytest.raises(ConfigError, match="is no list of prompts; give one, as in "):
+            module.generate(given)
+    data.setup("fit")
+    for loader in (data.train_dataloader(), DataLoader(["a star", "a circle"])):
+        with pytest.raises(ConfigError, match=r"as in trainer.fit\(module, PromptDataModule"):
+            trainer(tmp_path, 1).fit(module, loader)

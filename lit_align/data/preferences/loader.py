@@ -26,7 +26,11 @@ from lit_align.errors import ConfigError
 View = Literal["winners", "pairs"]
 
 REPORTED = 20
-"""So many pairs that cannot be read are reported one by one by each rank; the others are counted."""
+"""So many pairs that cannot be read are reported one by one by each rank; the others are counted, and their
+number is told when it has doubled."""
+
+TRIED = 32
+"""Pairs that are tried at the start, if need be."""
 
 
 class PairOrder:
@@ -138,6 +142,25 @@ class PairLoader:
     def __len__(self) -> int:
         return self.batches_per_epoch
 
+    def check(self) -> None:
+        """Read a pair before a run depends on it: that which comes first, or else one of some others.
+
+        Raises:
+            ConfigError: None of them can be read.
+        """
+        order = self._pass(0)
+        others = range(0, len(order), math.ceil(len(order) / TRIED))
+        for row in (order[position] for position in (0, *others)):
+            try:
+                self._decode(row)
+                return
+            except UnreadableImage as error:
+                reason = f"{self.source.where(row)}: {error}"
+        raise ConfigError(
+            f"none of {len(others)} pairs of {self.source} that were tried can be read, the last {reason}: "
+            "give pairs whose images are there, as files of PNG, JPEG or the like"
+        )
+
     def __iter__(self) -> Iterator[PairBatch]:
         for found in self._batches_from(self._batches, self.batches_per_epoch):
             rows, images, _ = zip(*found, strict=True)
@@ -206,9 +229,15 @@ class PairLoader:
         for row, reason in found.passed:
             if row not in self.unreadable:
                 self.unreadable[row] = reason
-                if len(self.unreadable) <= REPORTED:
-                    also = "; more are counted, not reported" if len(self.unreadable) == REPORTED else ""
+                if (count := len(self.unreadable)) <= REPORTED:
+                    also = "; of more only the number is told" if count == REPORTED else ""
                     warnings.warn(f"{self.source.where(row)} is skipped: {reason}{also}", stacklevel=2)
+                elif count % REPORTED == 0 and (count // REPORTED).bit_count() == 1:
+                    warnings.warn(
+                        f"{count} of {self._count} pairs of {self.source} are skipped so far; the last one: "
+                        f"{reason}",
+                        stacklevel=2,
+                    )
         return found
 
     def state_dict(self) -> dict[str, int]:

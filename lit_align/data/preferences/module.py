@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,7 +104,7 @@ class PickaPicDataModule(AlignmentDataModule):
                 "validation_source and test_source prompts of their own"
             )
         blocks = np.searchsorted(rows, [(block.start, block.stop) for block in self.pairs.blocks()])
-        return PairLoader(
+        loader = PairLoader(
             self.pairs,
             [rows[start:stop] for start, stop in blocks],
             self.view,
@@ -114,6 +115,9 @@ class PickaPicDataModule(AlignmentDataModule):
             rank,
             self.workers,
         )
+        if self.latent_cache is None or not Path(self.latent_cache).exists():  # what is kept needs no images
+            loader.check()
+        return loader
 
     def _training_rows(self) -> NDArray[np.int64]:
         """The rows with a label whose prompt is not held out; the others are counted."""

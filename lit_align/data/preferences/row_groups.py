@@ -121,7 +121,11 @@ def holds_images(kind: pa.DataType) -> bool:
     """Whether a type is that of encoded images: binary, or an image of ``datasets``."""
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return any(of(kind) for of in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
+
+
+def _is_table(name: str) -> bool:
+    return name.endswith(".parquet") and not Path(name).name.startswith(".")
 
 
 def _find(path: str) -> tuple[list[str], Any]:
@@ -130,8 +134,8 @@ def _find(path: str) -> tuple[list[str], Any]:
         system, root = fsspec.core.url_to_fs(path)
         folder, files = system.isdir(root), [root]
         if folder or "*" in root:
-            found = system.ls(root, detail=False) if folder else system.glob(root)
-            files = sorted(str(file) for file in found if not folder or str(file).endswith(".parquet"))
+            found = map(str, system.ls(root, detail=False) if folder else system.glob(root))
+            files = sorted(name for name in found if not folder or _is_table(name))
         there = bool(files) and system.isfile(files[0])
     except Exception as error:  # each file system raises errors of its own
         raise ConfigError(
@@ -144,7 +148,7 @@ def _find(path: str) -> tuple[list[str], Any]:
     if len(splits) > 1:
         raise ConfigError(
             f"{path} holds the files of several splits ({', '.join(sorted(splits))}): give a pattern for "
-            "one of them, such as train-*.parquet"
+            "one of them, such as train*.parquet"
         )
     if folder:
         check_splits(path, Path(root), [Path(file) for file in files])

@@ -74,7 +74,8 @@ class PreferenceFiles(PairSource):
             raise ConfigError(f"margin is {margin}, and {path} has no votes: take it out")
         self.columns = columns
         self.folder = user_path(folder) if folder else _folder_of(path, named=self._rows is None)
-        check_lengths(_text(light[columns.prompt]), path)
+        light = _with_text(light, columns.prompt)
+        check_lengths(light[columns.prompt], path)
         pairs = list(columns.pairs(light, margin, path))
         if not pairs:
             raise ConfigError(f"{path} has no pairs: give files with at least one")
@@ -217,11 +218,19 @@ def _folder_of(path: str, named: bool) -> Path:
     return first
 
 
-def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    kind = column.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+def _with_text(table: pa.Table, name: str) -> pa.Table:
+    """The table with a column of prompts as plain text, whatever way of storing text a program chose.
+
+    Raises:
+        ConfigError: The column holds something else.
+    """
+    kind = table.schema.field(name).type
+    text = kind.value_type if pa.types.is_dictionary(kind) else kind
+    ways = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    if not any(way(text) for way in ways):
         raise ConfigError(f"columns: prompt names a column of {kind}, not text")
-    return column
+    plain = table[name].cast(pa.large_string())
+    return table.set_column(table.column_names.index(name), name, plain)
 
 
 def _parsed(held: Any) -> list[Any]:

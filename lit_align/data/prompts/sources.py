@@ -21,6 +21,8 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
+from lightning.pytorch.utilities import rank_zero_warn
 from pyarrow import parquet
 
 from lit_align.data.files import (
@@ -29,10 +31,11 @@ from lit_align.data.files import (
     find_files,
     fingerprint,
     first_line,
-    load_hub,
     read_delimited,
     unreadable,
 )
+from lit_align.data.hub import load_hub
+from lit_align.data.loading import counted
 from lit_align.data.prompts.forms import FileForm
 from lit_align.errors import ConfigError
 
@@ -181,6 +184,16 @@ class TextPrompts(TablePrompts):
                 )
         table, files = TEXT.read(path)
         super().__init__(table, "text", path, files=files)
+        if self.prompt(0).lstrip("[ ").startswith('{"'):
+            raise ConfigError(
+                f"{path} holds JSON by its first line, which TextPrompts would take as a prompt: give "
+                "JSONLPrompts as the source, or JSONPrompts where the file is one list"
+            )
+        if hashes := pc.sum(pc.starts_with(self._prompts, "#")).as_py():
+            rank_zero_warn(
+                f"{counted(hashes, 'line')} of {path} with a # at the start, which TextPrompts takes as "
+                "prompts: delete them if they are none"
+            )
 
 
 class CSVPrompts(TablePrompts):

@@ -22,6 +22,7 @@ from lit_align.methods.base import AlignmentModule
 from lit_align.methods.metrics import Metrics
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.sampling import Sampling
+from lit_align.methods.strategies import check_scaled
 from lit_align.randomness import generator
 from lit_align.rewards import RewardBank
 
@@ -129,6 +130,17 @@ class AlignPropModule(AlignmentModule):
         self.coefficient = coefficient
         self.kl_weight = kl_weight
         self._scored = 0  # images of the update that have a score
+
+    def setup(self, stage: str) -> None:
+        """Check what depends on the Trainer and the data.
+
+        Raises:
+            ConfigError: A trained reward is in float16, and the Trainer does not scale gradients.
+        """
+        super().setup(stage)
+        for name in self.rewards.trained if stage == "fit" else ():
+            weights = self.rewards.rewards[name].parameters()
+            check_scaled(self.trainer, weights, f"rewards.init_args.rewards.{name}.init_args.dtype")
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Sample, score and differentiate in micro-batches, then update once."""

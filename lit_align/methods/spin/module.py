@@ -155,6 +155,7 @@ class SPINModule(OpponentModule[tuple[Noised, Noised] | Chains]):
         self.exact = exact
         self.shared_noise = shared_noise
         self.opponent_guidance = sampling.guidance if opponent_guidance is None else opponent_guidance
+        backbone.check_guidance(self.opponent_guidance, "opponent_guidance")
         self.backbone.weight_sets.add(OPPONENT)
         self.pool = None
 
