@@ -179,7 +179,8 @@ def test_the_same_command_begins_goes_on_and_is_complete(monkeypatch, capsys):
     monkeypatch.setattr(AlignCLI, "instantiate_classes", lambda self: sys.exit(1))
     assert "is complete" in said(*auto)
     more = [*auto, "--trainer.max_epochs=2"]
-    assert "goes on from logs/ddpo/version_0" in said(*more, "--model.optimisation.micro_batch=4")
+    memory = ["--model.optimisation.micro_batch=4", "--model.sampling.batch=2"]
+    assert "goes on from logs/ddpo/version_0" in said(*more, *memory)
     other = said(*more, "--model.clip_range=0.5")
     assert "has other settings (model.clip_range" in other
     assert "goes on" not in other

@@ -89,6 +89,7 @@ def test_a_chart_holds_all_points_and_ticks_are_round():
     assert _ticks([0.0, 128.0]) == [0, 50, 100, 150]
     assert _ticks([0.61, 0.63]) == [0.61, 0.615, 0.62, 0.625, 0.63]
     assert _ticks([2.0, 2.0])[0] < 2 < _ticks([2.0, 2.0])[-1]
+    assert _ticks([0.0, 2e-13]) == [0, 5e-14, 1e-13, 1.5e-13, 2e-13]  # the KL after a step that is too small
     drawn = chart("a <title>", {"one": [(0, 1.0), (64, 2.0)], "two": [(0, 1.5)]})
     assert drawn.count("<circle") == 3
     assert "a &lt;title&gt;" in drawn

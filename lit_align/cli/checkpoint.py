@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_align.callbacks.checkpoints import check_whole
 from lit_align.callbacks.guard import KEPT
-from lit_align.cli.settings import NO_RESULT, changes, told
+from lit_align.cli.settings import changes, decides_nothing, told
 from lit_align.errors import ConfigError, tell, user_path
 
 AUTO = "auto"
@@ -162,7 +162,7 @@ def _different(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The settings that differ and decide more than time and memory."""
     found = changes(saved, now)
     names = [*found.weights, *found.optimizer, *found.measurement, *found.other]
-    return [name for name in names if name.rpartition(".")[2] not in NO_RESULT]
+    return [name for name in names if not decides_nothing(name)]
 
 
 def _runs(runs: Path) -> list[Path]:

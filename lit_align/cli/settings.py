@@ -21,15 +21,15 @@ NO_RESULT = (
     "workers",
     "offload_text_encoders",
     "store",
+    "latent_cache",
 )
-"""Options that decide time and memory, and no result."""
+"""Options that decide time and memory, and no result; and ``sampling.batch``."""
 
 OF_TRAINING = (
     "prompts_per_batch",
     "images_per_prompt",
     "batches_per_epoch",
     "pairs_per_batch",
-    "latent_cache",
 )
 """Options of the data that held-out images do not depend on."""
 
@@ -85,6 +85,12 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
         else:
             found.other.append(name)
     return found
+
+
+def decides_nothing(name: str) -> bool:
+    """Whether an option decides time and memory alone."""
+    parts = name.split(".")
+    return parts[-1] in NO_RESULT or parts[-2:] == ["sampling", "batch"]
 
 
 def told(names: list[str], saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -151,7 +157,7 @@ def _is_weights(parts: list[str]) -> bool:
 
 
 def _is_measured(parts: list[str], now: Mapping[str, Any]) -> bool:
-    if parts[-1] in NO_RESULT or (parts[-2:] == ["sampling", "batch"]):
+    if decides_nothing(".".join(parts)):
         return False
     if parts[-1] == "eval_batch":  # a limit on batches makes it a number of images
         return now.get("trainer.limit_val_batches") is not None

@@ -97,7 +97,8 @@ def _rewards(model: Mapping[str, Any]) -> list[str]:
         for name, reward in (options.get("rewards") or {}).items():
             weight = (options.get("weights") or {}).get(name)
             told = f"weight {weight:g}" if weight is not None else "monitored"
-            found.append(f"{name} ({_last(reward['class_path'])}, {told})")
+            function = (reward.get("init_args") or {}).get("function")  # of a FunctionReward
+            found.append(f"{name} ({function or _last(reward['class_path'])}, {told})")
     return found
 
 

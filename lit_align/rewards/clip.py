@@ -148,8 +148,9 @@ class CLIPCosine(nn.Module):
 class CLIPScore(Reward):
     """``scale`` times the cosine between image and prompt (Hessel et al. 2021, arXiv:2104.08718).
 
-    The paper reports ``2.5 * max(cos, 0)`` and torchmetrics ``100 * max(cos, 0)``: give 2.5 or 100 to read
-    those numbers. The cut at 0 is left out, since an image below it would have no gradient.
+    The paper reports ``2.5 * max(cos, 0)`` with "A photo depicts" before the caption, torchmetrics ``100 *
+    max(cos, 0)`` of the caption alone, which is read here too: give 100 to read its numbers. The cut at 0 is
+    left out, since an image below it would have no gradient.
 
     Args:
         pretrained: A hub id, a folder with a transformers ``CLIPModel``, or ``"shapes"`` for the bundled

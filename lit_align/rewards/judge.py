@@ -45,8 +45,8 @@ class VLMJudge(ServedReward):
         cached: Scores that are remembered by the hash of what was sent.
 
     Raises:
-        ConfigError: The question has no ``{}``, or the pattern no group; on scoring, if the server refuses,
-            gives no probabilities, or, with ``stop``, does not answer.
+        ConfigError: The question has no ``{}``, or the pattern no group, or no use beside ``answer``; on
+            scoring, if the server refuses, gives no probabilities, or, with ``stop``, does not answer.
     """
 
     def __init__(
@@ -69,6 +69,11 @@ class VLMJudge(ServedReward):
         super().__init__(server, 1, connections, (), on_failure, cached)
         self.model, self.answer, self.max_tokens = model, answer, max_tokens
         self.question, self.pattern = checked_question(question, "VLMJudge"), checked_pattern(pattern)
+        if pattern != PATTERN and answer is not None:
+            raise ConfigError(
+                "VLMJudge: pattern reads a number that is written, and the score is the probability of "
+                f"{answer!r}; set answer to null, or take pattern out."
+            )
 
     def ask(self, asked: Sequence[Asked]) -> list[float]:
         """The score of one image."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from scipy.linalg import sqrtm
@@ -18,6 +19,12 @@ from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
 from lit_align.rewards import ImageFeatures
 from tests.methods.build import make, prompts, trainer
+
+
+def test_overlays_add_callbacks_and_take_none_away():
+    """A guard of an earlier file must not be lost without a word."""
+    for file in (Path(__file__).parents[2] / "configs").rglob("*.yaml"):
+        assert "callbacks" not in (yaml.safe_load(file.read_text()).get("trainer") or {}), file
 
 
 @pytest.fixture(scope="module")

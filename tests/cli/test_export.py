@@ -20,7 +20,7 @@ from lit_align.cli import main
 from lit_align.cli.export import check_replaced
 from lit_align.errors import ConfigError
 from lit_align.export import export, mixture_of, read_run
-from lit_align.export.card import card
+from lit_align.export.card import _rewards, card
 from lit_align.export.forms import facts
 from lit_align.identity import read_stamp, stamp
 
@@ -141,6 +141,12 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(runs: Path, tmp_path
     assert own.read_text() == "a program"
     assert read_stamp(runs / "version_1" / "adapter") == before
     check_replaced(tmp_path / "out", ["adapter"], "name")
+
+
+def test_a_card_names_the_function_that_is_a_reward():
+    function = {"class_path": "lit_align.rewards.FunctionReward", "init_args": {"function": "mine.blue"}}
+    bank = {"init_args": {"rewards": {"blue": function}, "weights": {"blue": 2.0}}}
+    assert _rewards({"rewards": bank}) == ["blue (mine.blue, weight 2)"]
 
 
 def test_figures_and_facts_are_of_the_weights_that_are_exported(runs: Path, tmp_path: Path):

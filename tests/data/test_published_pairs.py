@@ -276,6 +276,7 @@ def test_each_set_trains_a_method_for_a_batch(name: str, tiny: Path, tmp_path: P
         ),
         ([{"prompt": 3, "path1": "a", "path2": "b"}], {}, "prompt names a column of int64, not text"),
         ([{"prompt": "x", "path1": "a", "path2": "b"}], {"margin": 2}, "margin is 2"),
+        ([{"prompt": "x", "path1": "a", "path2": "b"}], {"margin": 0.2}, "has no votes: take it out"),
         ([{"prompt": "x", "path1": "a", "path2": "b"}], {"row_groups": 0}, "row_groups is 0"),
         (
             [{"prompt": "x", "a": "a", "b": "b"}],
@@ -308,6 +309,22 @@ def test_what_is_no_table(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a\n")
     with pytest.raises(ConfigError, match=r"holds .json and .csv files"):
         PreferenceFiles(str(tmp_path))
+
+
+def test_tables_of_several_folders_need_one_for_the_images(tmp_path: Path) -> None:
+    """Else ``pairs`` of two runs would all have the images of the first, whose names are the same."""
+    for number in range(2):
+        (run := tmp_path / f"version_{number}").mkdir()
+        for side in range(2):
+            (run / f"{side}.jpg").write_bytes(jpeg(number, (16, 16)))
+        row = {"prompt": f"prompt {number}", "image_0": "0.jpg", "image_1": "1.jpg", "label_0": 1}
+        (run / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(
+        ConfigError, match=r"several folders, such as .*version_0 and .*version_1, and names of"
+    ):
+        PreferenceFiles(f"{tmp_path}/version_*/pairs.jsonl")
+    assert len(PreferenceFiles(f"{tmp_path}/version_1/pairs.jsonl")) == 1
+    assert len(PreferenceFiles(f"{tmp_path}/version_*/pairs.jsonl", folder=f"{tmp_path}/version_0")) == 2
 
 
 def test_archives_that_cannot_be_read(tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ def test_a_key_is_sent_and_not_shown(images: torch.Tensor, monkeypatch: pytest.M
     [
         ({"question": "Is it?"}, "has no"),
         ({"pattern": "("}, "no regular expression"),
+        ({"pattern": r"Points: (\d)"}, "pattern reads a number .* set answer to null"),
         ({"url": "x"}, "no address"),
     ],
 )

@@ -70,8 +70,10 @@ class PreferenceFiles(PairSource):
             light = _read_table(path, ending)
             columns = columns or known(light.column_names, path)
             check_columns(light.column_names, list(columns.names().values()), path, "columns")
+        if margin and columns.first_votes is None:
+            raise ConfigError(f"margin is {margin}, and {path} has no votes: take it out")
         self.columns = columns
-        self.folder = user_path(folder) if folder else _folder_of(path)
+        self.folder = user_path(folder) if folder else _folder_of(path, named=self._rows is None)
         light = _with_text(light, columns.prompt)
         check_lengths(light[columns.prompt], path)
         pairs = list(columns.pairs(light, margin, path))
@@ -203,12 +205,17 @@ def _read_table(path: str, ending: str) -> pa.Table:
     return (JSONL if ending == ".jsonl" else JSON).read(path)[0]
 
 
-def _folder_of(path: str) -> Path:
-    """Where a table lies."""
+def _folder_of(path: str, named: bool) -> Path:
+    """Where a table lies; those with names of images lie in one folder, or a name would mean several."""
     if "://" in path:
         return Path()
-    files = find_files(path, _ending(path))
-    return files[0].parent
+    first, *others = dict.fromkeys(file.parent for file in find_files(path, _ending(path)))
+    if named and others:
+        raise ConfigError(
+            f"{path} means tables in several folders, such as {first} and {others[0]}, and names of images "
+            "are relative to one: give it under folder, or one table"
+        )
+    return first
 
 
 def _with_text(table: pa.Table, name: str) -> pa.Table:
