@@ -107,7 +107,8 @@ class Yardstick:
 
     .. math:: E \langle d + n, d + n' \rangle / 2 s^2 = |d|^2 / 2 s^2,
 
-    which is the KL. In float32 the KL is taken as it stands.
+    which is the KL. In float32 the KL is taken as it stands, except on a GPU with TF32: convolutions of
+    inputs with 10 bits, on a CPU, made .0015 nats a step .0022 on Shapes, and this estimate .0015.
 
     Attributes:
         replay: Chains that the policy sampled, before the updates.

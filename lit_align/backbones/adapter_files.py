@@ -149,12 +149,7 @@ def _peft_settings(file: Path) -> dict[str, Any]:
     if not config.is_file():
         raise ValueError(f"its strength is in {PEFT_CONFIG}, which is not there; copy it beside the file")
     settings: dict[str, Any] = json.loads(config.read_text())
-    for name, plain in {
-        "peft_type": "LORA",
-        "use_dora": False,
-        "bias": "none",
-        "modules_to_save": None,
-    }.items():
+    for name, plain in PLAIN.items():
         if settings.get(name, plain) != plain:
             raise ValueError(f"{PEFT_CONFIG} has {name} {settings[name]}, and only plain LoRA is known")
     return settings

@@ -66,6 +66,16 @@ class Conditioning:
         )
 
 
+def rounds_float32(device: torch.device) -> bool:
+    """Whether products of float32 are rounded to TF32: a GPU's convolutions are, by torch's default."""
+    if device.type != "cuda":
+        return False
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    if not hasattr(cudnn, "conv"):  # before torch 2.9
+        return bool(cudnn.allow_tf32 or matmul.allow_tf32)
+    return "tf32" in (cudnn.conv.fp32_precision, matmul.fp32_precision)
+
+
 class DiffusionBackbone(nn.Module, ABC):
     """A denoiser with its text encoders and its image autoencoder.
 
@@ -112,9 +122,10 @@ class DiffusionBackbone(nn.Module, ABC):
 
     @property
     def rounds(self) -> bool:
-        """Whether predictions are rounded to less than float32 here and now: in autocast, or by weights."""
+        """Whether predictions are rounded to less than float32 here and now: by autocast, weights or GPU."""
         weights = [*self.weight_sets.parameters()]
-        if torch.is_autocast_enabled(weights[0].device.type):
+        device = weights[0].device
+        if torch.is_autocast_enabled(device.type) or rounds_float32(device):
             return True
         return any(weight.is_floating_point() and weight.itemsize < 4 for weight in weights)
 

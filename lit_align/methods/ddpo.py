@@ -260,7 +260,8 @@ class DDPOModule(JointModule):
         if 2 * error > aim > 0:
             rank_zero_warn(
                 f"kl_target: rounding hides a KL of {aim:g} nats a step (see train/kl_error), so the "
-                "learning rate is hardly scaled; use precision 32-true and dtype float32, or a larger target"
+                "learning rate is hardly scaled; use precision 32-true and dtype float32 (on a GPU with "
+                "torch.backends.cudnn.allow_tf32 false), or a larger target"
             )
         kl = torch.full_like(kl, aim).clamp(kl - 2 * error, kl + 2 * error) if error else kl
         # KL grows with the square of the step; bounded, since it is measured on few pairs.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lit_align.advantages import Advantages, BatchAdvantages
+from lit_align.backbones.base import rounds_float32
 from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
 from lit_align.methods.ddpo import clipped_surrogate, score_function_loss
@@ -156,7 +157,8 @@ def test_flipped_roundings_are_no_movement(tiny_attentive, tmp_path, half, monke
         return read(yardstick)
 
     monkeypatch.setattr(Yardstick, "read", look)
-    logged = one_batch(tiny_attentive, tmp_path, 1e-5, **half)
+    few = 2e-5 if "precision" in half else 1e-5  # with weights of more digits fewer roundings flip
+    logged = one_batch(tiny_attentive, tmp_path, few, **half)
     assert raw[0] > 1e-2 > 3 * abs(logged["train/kl"])
     assert logged["train/step_scale"] == 1.5  # the rate moves by less than the target: up, not down
     assert logged["train/kl_error"] < 3e-3
@@ -167,6 +169,20 @@ def test_movement_is_measured_below_float32_as_in_float32(tiny_attentive, tmp_pa
     whole, rounded = (one_batch(tiny_attentive, tmp_path, 3e-3, **kind) for kind in ({}, half))
     assert "train/kl_error" not in whole  # the KL itself
     assert whole["train/kl"] / 3 < rounded["train/kl"] < whole["train/kl"] * 3
+
+
+def test_float32_is_rounded_on_a_gpu_unless_torch_is_told_otherwise():
+    gpu = torch.device("cuda")
+    assert not rounds_float32(torch.device("cpu"))
+    assert rounds_float32(gpu)  # its convolutions
+    try:
+        torch.backends.cudnn.allow_tf32 = False
+        assert not rounds_float32(gpu)
+        torch.set_float32_matmul_precision("high")
+        assert rounds_float32(gpu)
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_noise_of_the_kl_moves_the_rate_in_no_direction(tiny, tmp_path):
