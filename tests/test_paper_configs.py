@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 from lit_align.cli import main
+from lit_align.shapes import CLIP
+from tests.rewards.published import image_reward
 from tests.test_cli import ROOT, scalars
 
 PAPER = sorted(ROOT.glob("configs/paper/*.yaml"))
@@ -23,6 +25,7 @@ PAPER = sorted(ROOT.glob("configs/paper/*.yaml"))
 REWARDS: dict[str, dict[str, Any]] = {
     "PickScore": {"pretrained": "shapes"},
     "CLIPScore": {"pretrained": "shapes"},
+    "HPSv2": {"pretrained": str(CLIP)},
     "AestheticScore": {"pretrained": "shapes"},
     "ObjectPresence": {"pretrained": "shapes"},
     "StatisticalParity": {"pretrained": "shapes", "credit": "shared"},
@@ -82,7 +85,7 @@ def reduced(config: Any, models: Mapping[str, Path], key: str = "") -> Any:
 
     Args:
         config: Or a part of it.
-        models: A tiny one for each class of backbones.
+        models: A tiny one for each class of backbones, and for ImageReward.
         key: Where the part stands.
     """
     if isinstance(config, list):
@@ -98,14 +101,25 @@ def reduced(config: Any, models: Mapping[str, Path], key: str = "") -> Any:
     small = {inner: reduced(value, models, inner) for inner, value in config.items()}
     if name in REWARDS:
         small["init_args"] = REWARDS[name]
+    if name == "ImageReward":
+        small["init_args"] = {"pretrained": str(models[name])}
     if key == "backbone" and "pretrained" in small.get("init_args", {}):
         small["init_args"]["pretrained"] = str(models[name or "StableDiffusionBackbone"])
     return small
 
 
+@pytest.fixture(scope="module")
+def preference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    image_reward(folder := tmp_path_factory.mktemp("image_reward"))
+    return folder
+
+
 @pytest.fixture
-def models(tiny: Path, tiny_xl: Path, flow_folder: Callable[[str], Path]) -> dict[str, Path]:
+def models(
+    tiny: Path, tiny_xl: Path, flow_folder: Callable[[str], Path], preference: Path
+) -> dict[str, Path]:
     return {
+        "ImageReward": preference,
         "StableDiffusionBackbone": tiny,
         "StableDiffusionXLBackbone": tiny_xl,
         "StableDiffusion3Backbone": flow_folder("sd3"),
@@ -196,7 +210,7 @@ def test_pinterest_has_the_published_values(name):
         assert sizes["images_per_prompt"] == (16 if task == "fairness" else 1)
         assert tasks[task]["advantages"] == {"class_path": "BatchAdvantages", "init_args": {"clip": 10}}
         for reward in tasks[task]["rewards"]["init_args"]["rewards"].values():
-            assert reward["init_args"].get("credit", "shared") == "shared"
+            assert reward.get("init_args", {}).get("credit", "shared") == "shared"
     assert settings["optimisation"]["optimizer"]["init_args"] == {
         "lr": 2e-6,
         "betas": [0.9, 0.999],
