@@ -55,8 +55,8 @@ data:
     validation_images_per_prompt: 2
     eval_batch: 4
 """
-FIRST = 3
-"""The call of the reward in the first rollout batch: it is tried when it is made, and by a validation."""
+FIRST = 4
+"""The call of the reward in the first rollout batch: it is tried twice as it is made, and by a validation."""
 
 
 @pytest.fixture(autouse=True)

@@ -107,6 +107,7 @@ def test_an_image_that_one_process_cannot_read_is_replaced_and_all_go_on(tiny: P
     Path("pairs.csv").write_text("\n".join(rows))
     arguments = ["fit", "--config", "configs/dpo.yaml"]
     arguments += [f"--model.backbone.pretrained={tiny}", "--model.sampler.num_steps=3"]
+    arguments += ["--model.sampler.noisy_steps=2"]
     arguments += ["--model.rewards.rewards={red: {class_path: Redness}}", "--model.rewards.weights={red: 1}"]
     arguments += ["--data.resolution=16", "--data.pairs_per_batch=4", "--trainer.max_epochs=1"]
     arguments += ["--data.source=FolderPairs", "--data.source.path=pairs.csv", "--trainer.accelerator=cpu"]
