@@ -158,7 +158,7 @@ def report(results: Sequence[Result], missing: Sequence[str] = ()) -> str:
     """Markdown: what became of every run, and which were not made."""
     rows = []
     for one in results:
-        kind = "healthy" if one["config"] in HEALTHY else "exploited"
+        kind = "healthy" if one["config"] in HEALTHY else "a proxy alone"
         acted = f"{one['acted']} images, {', '.join(one['because'])}" if one["acted"] else "never"
         truth = f"{one['best_truth']:.3f} -> {one['truth']:.3f} ({one['fall']:.1%} below)"
         rows.append([one["config"], kind, str(one["seed"]), acted, truth, "yes" if right(one) else "NO"])
@@ -167,9 +167,9 @@ def report(results: Sequence[Result], missing: Sequence[str] = ()) -> str:
     told = [
         "# The guard",
         "",
-        "Made by `python -m tests.benchmarks.guard`: every run stops where the guard acts. Where the reward",
-        f"is exploited, that must be before the truth is {FALL:.0%} below its best, if it ever is; a healthy",
-        "run comes to its end.",
+        "Made by `python -m tests.benchmarks.guard`: every run stops where the guard acts. With a proxy as the",
+        f"only reward that must be before the truth is {FALL:.0%} below its best, if it ever is; a healthy run",
+        "comes to its end.",
         "",
         *table(header, rows),
         "",
