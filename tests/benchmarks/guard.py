@@ -167,9 +167,9 @@ def report(results: Sequence[Result], missing: Sequence[str] = ()) -> str:
     told = [
         "# The guard",
         "",
-        "Made by `python -m tests.benchmarks.guard`: every run stops where the guard acts. With a proxy as the",
-        f"only reward that must be before the truth is {FALL:.0%} below its best, if it ever is; a healthy run",
-        "comes to its end.",
+        "Made by `python -m tests.benchmarks.guard`: every run stops where the guard acts. With a proxy as",
+        f"the only reward that must be before the truth is {FALL:.0%} below its best, if it ever is; a",
+        "healthy run comes to its end.",
         "",
         *table(header, rows),
         "",
