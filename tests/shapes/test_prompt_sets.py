@@ -53,6 +53,7 @@ def test_an_unknown_set_is_refused() -> None:
         ShapesPromptSet("huge")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow  # what ships changes with the recipe alone, which the next test makes again
 def test_every_prompt_is_read_and_of_its_kind(sets: dict[str, list[str]]) -> None:
     assert Counter(map(kind, sets["large"])) == LARGE
     for split in ("validation", "test"):
