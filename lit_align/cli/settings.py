@@ -34,7 +34,7 @@ OF_TRAINING = (
 """Options of the data that held-out images do not depend on."""
 
 OF_POSITION = ("prompts_per_batch", "images_per_prompt", "pairs_per_batch", "seed")
-"""Options of the data that give the place of a run in its training data its meaning."""
+"""Options of the data that decide which prompts or pairs come next."""
 
 OF_OTHER_STAGES = ("test_prompts", "test_images_per_prompt", "test_split", "test_fraction", "predict_source")
 """Options of test and predict. Not ``test_source``: the validation skips its prompts."""
@@ -120,7 +120,7 @@ def check(found: Changes, saved: Mapping[str, Any], now: Mapping[str, Any], stag
         )
     if moved := [name for name in (*found.measurement, *found.other) if _is_position(name, now)]:
         raise ConfigError(
-            "ckpt_path: in a run that goes on, what gives its place in the data a meaning cannot change "
+            "ckpt_path: in a run that goes on, what its place in the data depends on cannot change "
             f"({told(moved, saved, now)}); set this back, or start a new run"
         )
 

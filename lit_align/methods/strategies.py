@@ -40,7 +40,7 @@ UNFIT: dict[type[Callback], str] = {
 
 
 def check_callbacks(kinds: Iterable[type]) -> None:
-    """Refuse callbacks that would make another run of it without a word, or end it in the middle.
+    """Refuse callbacks that would change a run without a word, or break it in the middle.
 
     Raises:
         ConfigError: With why, and what to do instead.
@@ -103,8 +103,8 @@ def check_scaled(trainer: Trainer, weights: Iterable[Tensor], place: str) -> Non
 def _check_world(world: int) -> None:
     """Refuse processes that a launcher started together and that would each train alone.
 
-    One that is numbered for no reason, as by a variable that is left of another program, would write no
-    curves and say nothing: it is not the first.
+    A single process whose number is not 0, as by a variable of another program, would write no curves and
+    say nothing.
     """
     for environment in (TorchElasticEnvironment, SLURMEnvironment):
         if environment.detect() and (started := environment().world_size()) != world:
