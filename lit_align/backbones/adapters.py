@@ -126,7 +126,7 @@ class Adapters:
             layers = read(file, self._pipeline_class, self._part, self.denoiser.config)
             there = {one for one, _ in self.denoiser.named_modules()}
             if strange := [one for key in layers if (one := key.partition(".lora_")[0]) not in there]:
-                raise ValueError(f"it is of another network, since this {self._part} has no {strange[0]}")
+                raise ValueError(f"it is for another network: this {self._part} has no {strange[0]}")
             with self._injecting(name):
                 named = {f"{self._part}.{key}": value for key, value in layers.items()}
                 self.denoiser.load_lora_adapter(named, prefix=self._part, adapter_name=name)

@@ -113,8 +113,8 @@ class Guard(Callback):
         before = callbacks[: callbacks.index(self)]
         if late := [one for one in before if isinstance(one, AdapterExport | RunSummary)]:
             raise ConfigError(
-                f"Guard: it stands behind {type(late[0]).__name__}, which would write of weights that are "
-                "given up; give [Guard(...), *default_callbacks()]"
+                f"Guard: it comes after {type(late[0]).__name__}, which would write weights that a rollback "
+                "discards; give [Guard(...), *default_callbacks()]"
             )
         if self.action == "rollback" and not pl_module.goes_back:
             raise ConfigError(
@@ -130,7 +130,7 @@ class Guard(Callback):
     def _decided_by(self, held_out: tuple[str, ...]) -> list[str]:
         if not held_out:
             raise ConfigError(
-                "Guard: all rewards are trained on, so nothing can tell when they are exploited; add one "
+                "Guard: all rewards are trained on, so nothing shows when they are exploited; add one "
                 "without a weight to rewards"
             )
         names = {name.removeprefix("reward/"): name for name in held_out}
@@ -145,10 +145,10 @@ class Guard(Callback):
         self._tidy = True
         if self._stopped and self.action == "stop":
             trainer.should_stop = True
-            rank_zero_warn("guard: this run was stopped; another action, or no guard, lets it go on")
+            rank_zero_warn("guard: this run was stopped; to resume it, change action or remove the guard")
         there = trainer.strategy.broadcast(self._file(trainer).exists())
         if self._best and not there and self.action == "rollback":
-            rank_zero_warn(f"guard: {self._file(trainer)} is gone; the next validation counts as the best")
+            rank_zero_warn(f"guard: {self._file(trainer)} is missing; the next validation counts as the best")
             self._best = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -167,7 +167,7 @@ class Guard(Callback):
         if not self._best and trains(now, self._rewards) and self.patience > (there := validations(trainer)):
             rank_zero_warn(
                 f"guard: patience {self.patience} is more than the validations of this fit ({there}), so a "
-                "reward that rises in vain is not told; lower it, or set trainer.val_check_interval"
+                "reward that rises in vain is not noticed; lower it, or set trainer.val_check_interval"
             )
         changes = self._changes(trainer, now, pl_module.prompt_groups) if self._best else []
         better = (
@@ -190,7 +190,7 @@ class Guard(Callback):
             self._best, self._acted, self._pretrained = {}, {}, pretrained
             if (prompts := len(module.prompt_groups.unique())) < FEWEST:
                 rank_zero_warn(
-                    f"guard: {prompts} held-out prompts tell nothing for certain, so it will not act; raise "
+                    f"guard: {prompts} held-out prompts are too few to be certain, so it will not act; raise "
                     f"data.validation_prompts to {FEWEST} or more"
                 )
 

@@ -59,7 +59,7 @@ def export_command(arguments: Sequence[str]) -> None:
     first = runs[0].folder.resolve()
     name = (options.name or f"{first.parent.name}_{first.name}").removesuffix(".safetensors")
     if Path(name).name != name:
-        raise ConfigError(f"export: --name {name!r} is no name of a file; give --out for the folder")
+        raise ConfigError(f"export: --name {name!r} is not a file name; give --out for the folder")
     if options.out is not None:
         check_replaced(options.out, options.form or FORMS, name)
     live = mixture_of(runs, weights, options.device)
