@@ -1,4 +1,4 @@
-"""A run that is watched: held-out images tell when the trained reward is no longer what is wanted."""
+"""The guard: held-out images show when the trained reward is exploited."""
 
 import math
 from dataclasses import replace
@@ -21,7 +21,7 @@ from lit_align.methods import AlignmentModule
 Action = Literal["warn", "stop", "lower_rate", "rollback"]
 
 KEPT = "guard_"
-"""With what the names of its files begin."""
+"""Beginning of the names of its files."""
 
 
 class Guard(Callback):
@@ -38,24 +38,24 @@ class Guard(Callback):
     - saturation or fine texture has moved by more than half of its spread over images;
     - ``kl``, or ``drift``, is above ``max_distance``.
 
-    While the held-out reward rises there is none. What was told, or answered with a lower rate, is trouble
-    again only when it has certainly moved on since.
+    While the held-out reward rises there is no trouble. After a warning or a lower rate, there is trouble
+    again only when the value has certainly moved further.
 
     The weights of the best validation lie in ``checkpoints/guard_<images>.ckpt``. Where it stands among the
     callbacks matters: before those of :func:`~lit_align.callbacks.default_callbacks`.
 
     Args:
-        action: ``warn`` tells. ``stop`` ends the run. ``lower_rate`` multiplies the learning rate by
-            ``factor``. ``rollback`` takes the weights and the optimizer's state of the best validation back
-            and lowers the rate; what counts goes on: images, draws, prompts, schedules.
+        action: ``warn`` warns. ``stop`` ends the run. ``lower_rate`` multiplies the learning rate by
+            ``factor``. ``rollback`` restores the weights and the optimizer's state of the best validation
+            and lowers the rate; counters continue: images, draws, prompts, schedules.
         factor: On the learning rate; with ``kl_target``, on the step that it aims at.
         reward: Name of the held-out reward that decides which validation is best. If not given, ``truth``
             where that is one, else the first.
         false_alarms: Probability of an alarm in a whole run in which no held-out reward changes. A rise in
             vain is tested with it in each validation, since it takes several in a row.
         max_distance: Largest mean ``kl``, in nats per image, or ``drift``. There is no default: shipped runs
-            that gain end between 1 and 25 nats, and one at 42 had lost more than half of the truth. Below
-            float32 roundings are in both, about 0.01 nats for each noisy step and 1024 latent elements.
+            that gain truth end between 4 and 281 nats, and runs that lost half of it between 50 and 66. Below
+            float32 both include rounding, about 0.01 nats for each noisy step and 1024 latent elements.
         patience: Validations after which a reward has risen in vain; that of Lightning's ``EarlyStopping``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A run that goes on with other settings than its checkpoint was written with."""
+"""A run that resumes with other settings than its checkpoint was written with."""
 
 from collections.abc import Collection
 from typing import Any

@@ -1,4 +1,4 @@
-"""The configuration files of a command, read beforehand: what is wrong in them is told with its line."""
+"""The configuration files of a command, read beforehand: mistakes in them are reported with their line."""
 
 import difflib
 import os

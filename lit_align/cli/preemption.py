@@ -1,4 +1,4 @@
-"""A run that is told to end: what it still saves, how its processes agree, and how it goes on."""
+"""A run that gets a signal to end: what it still saves, how its processes agree, and how it resumes."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What decides the result of a run, and what may change when it goes on."""
+"""What decides the result of a run, and what may change when it resumes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

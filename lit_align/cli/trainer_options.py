@@ -1,4 +1,4 @@
-"""Options of the Trainer that cannot work, told before any model is loaded."""
+"""Options of the Trainer that cannot work, refused before any model is loaded."""
 
 import importlib
 from collections.abc import Iterator

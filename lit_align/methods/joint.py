@@ -89,7 +89,7 @@ class JointModule(AlignmentModule):
         optimisation: Optimisation,
         sampling: Sampling,
     ) -> None:
-        """Wire the parts; the arguments are documented where a method gives them defaults."""
+        """Set up the method; the arguments are documented where a method gives them defaults."""
         banks = [task.rewards for task in tasks.values()]
         super().__init__(
             backbone=backbone,

@@ -1,4 +1,4 @@
-"""One rule for numbers that are not finite, in all methods: skipped, counted, told, and past a limit the end.
+"""One rule for numbers that are not finite, in all methods: skip, count, report, and end after a limit.
 
 - An image without a finite score (NaN, infinite, or of a chain that is not finite) has no part in an update,
   neither in the reward nor in a penalty. ``train/unscored`` is the share of such images.

@@ -21,7 +21,7 @@ MLP = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")
 
 
 class AestheticScore(Reward):
-    """How well an image pleases, about 1 to 10, by one of LAION's heads (Schuhmann et al. 2022).
+    """Aesthetic quality, about 1 to 10, by one of LAION's heads (Schuhmann et al. 2022).
 
     Both published heads read unit embeddings of ``openai/clip-vit-large-patch14`` and are files to download:
     ``sac+logos+ava1-l14-linearMSE.pth`` of github.com/christophschuhmann/improved-aesthetic-predictor, five

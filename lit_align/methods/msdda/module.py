@@ -80,7 +80,7 @@ class MSDDAModule(SweepModule):
         optimisation: Optimisation = Optimisation(),
         sampling: Sampling = Sampling(),
     ) -> None:
-        """Wire the parts.
+        """Set up the method.
 
         Args:
             backbone: The diffusion model. Its ``policy`` set is not used.
