@@ -19,6 +19,10 @@ NEARBY = 1e-2
 of 0.4 to 0.8 %; 0.1 to 3 % measure the same on Shapes."""
 
 
+MEASURED = 16
+"""Of so many trained pairs one is measured after the updates: about 2 % of the work of a rollout batch."""
+
+
 @dataclass(frozen=True)
 class Pairs:
     """Some (image, step) pairs of a rollout batch: what is replayed in one backward pass.
@@ -52,6 +56,26 @@ def draw_pairs(index: Tensor, steps: Tensor, count: int, seed: int, epoch: int) 
     draws = [generator(seed, "steps", i, epoch) for i in index.tolist()]
     chosen = [steps[torch.randperm(len(steps), generator=draw)][:count] for draw in draws]
     return Pairs(torch.arange(len(index)).repeat_interleave(count), torch.cat(chosen))
+
+
+def draw_few_pairs(
+    index: Tensor, firsts: Tensor, steps: Tensor, trained: int, one_in: int, seed: int, epoch: int
+) -> Pairs:
+    """Some steps of each prompt's first image, at random: the same pairs whatever micro-batch and ranks.
+
+    Args:
+        index: Global numbers of the rank's images, ``(B,)``.
+        firsts: Which are the first of their prompt, ``(B,)`` bool.
+        steps: The steps to draw from.
+        trained: Pairs of an image that are trained.
+        one_in: Of so many of them one is drawn; at least one for each prompt, and no step twice.
+        seed: The run's seed.
+        epoch: Another one draws anew.
+    """
+    rows = firsts.nonzero().flatten()
+    count = min(max(trained * len(index) // (one_in * len(rows)), 1), len(steps))
+    drawn = draw_pairs(index[rows], steps, count, seed, epoch)
+    return Pairs(rows[drawn.rows], drawn.steps)
 
 
 @dataclass(frozen=True)

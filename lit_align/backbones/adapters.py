@@ -148,11 +148,11 @@ class Adapters:
         for key, factor in layers.items():
             place, _, kind = key.partition(".lora_")
             if place not in there:
-                raise ValueError(f"it is of another network, since this {self._part} has no {place}")
+                raise ValueError(f"it is for another network: this {self._part} has no {place}")
             own, side = getattr(there[place], "weight", None), 1 if kind.startswith("A") else 0
             if own is not None and (factor.ndim != own.ndim or factor.shape[side] != own.shape[side]):
                 raise ValueError(
-                    f"it is of another base model, since its {key} has the shape {tuple(factor.shape)}, and "
+                    f"it is for another base model: its {key} has the shape {tuple(factor.shape)}, and "
                     f"the weights of this {self._part}'s {place} have {tuple(own.shape)}"
                 )
 

@@ -264,7 +264,9 @@ def _load_file(
     if file.suffix == ".ckpt":
         raise ConfigError(f"{place} may run code when it is opened; give the weights as .safetensors")
     if not file.is_file():
-        raise ConfigError(f"{place} is no file; give one that exists (the working directory is {Path.cwd()})")
+        raise ConfigError(
+            f"{place} is not a file; give one that exists (the working directory is {Path.cwd()})"
+        )
     _check_file(pipeline_class, file, place)
     entries = schedule_of(file)
     folder = None if config is None else user_path(config)

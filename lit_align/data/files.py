@@ -229,8 +229,7 @@ def check_content(file: Path, lines: bool) -> None:
         for number, line in enumerate(opened if lines else (), start=1):
             if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(line) > MAX_DEPTH:
                 raise ConfigError(
-                    f"{file} has more than {MAX_DEPTH} brackets inside of each other in line {number}: leave "
-                    "that value out"
+                    f"{file} has more than {MAX_DEPTH} nested brackets in line {number}: leave that value out"
                 )
 
 

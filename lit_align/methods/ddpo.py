@@ -29,7 +29,7 @@ from lit_align.methods.pretraining import Pretraining
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.tasks import Task, make_tasks, of_task
 from lit_align.randomness import generator
-from lit_align.replay import Pairs, Yardstick, draw_pairs
+from lit_align.replay import MEASURED, Pairs, Yardstick, draw_few_pairs, draw_pairs
 from lit_align.rewards import RewardBank
 from lit_align.samplers import Sampler
 
@@ -69,7 +69,7 @@ class DDPOModule(JointModule):
         optimisation: Optimisation = Optimisation(),
         sampling: Sampling = Sampling(guidance=5.0),
     ) -> None:
-        """Wire the parts.
+        """Set up the method.
 
         Args:
             backbone: The diffusion model.
@@ -220,12 +220,17 @@ class DDPOModule(JointModule):
     def collect(self, batch: Batch) -> Rollouts:
         """Sample images of a task, score them, and prepare to measure how far they move the policy."""
         rollouts = super().collect(batch)
-        # On each prompt's first image: the same pairs whatever micro-batch and ranks, and little work where a
-        # prompt has several. Below float32 a pair takes three predictions instead of one, so half are taken.
-        count = -(-self.steps_per_image // 2) if self.backbone.rounds else self.steps_per_image
-        drawn = draw_pairs(batch.index, self.stochastic_steps, count, self.seed, self.inner_epochs)
-        chosen = batch.firsts[drawn.rows]
-        some = Pairs(drawn.rows[chosen], drawn.steps[chosen])
+        # Twice as many where they set the learning rate. Below float32 a pair takes three predictions.
+        one_in = MEASURED // (1 if self.kl_target is None else 2) * (3 if self.backbone.rounds else 1)
+        some = draw_few_pairs(
+            batch.index,
+            batch.firsts,
+            self.stochastic_steps,
+            self.steps_per_image,
+            one_in,
+            self.seed,
+            self.inner_epochs,
+        )
         size = self.optimisation.micro_batch
         return replace(rollouts, yardstick=Yardstick.of(rollouts, some, size, batch.index, self.seed))
 

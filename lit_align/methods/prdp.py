@@ -25,7 +25,7 @@ from lit_align.methods.metrics import Metrics, pooled
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.tasks import check_rewards, check_updates
-from lit_align.replay import Pairs, Replay, Yardstick
+from lit_align.replay import MEASURED, Pairs, Replay, Yardstick, draw_few_pairs
 from lit_align.rewards import RewardBank
 
 Convention = Literal["listing", "equations"]
@@ -124,7 +124,7 @@ class PRDPModule(AlignmentModule):
         optimisation: Optimisation = Optimisation(),
         sampling: Sampling = Sampling(guidance=5.0),
     ) -> None:
-        """Wire the parts. "Small" and "large" are the scales of table 4 of the paper's supplement.
+        """Set up the method. "Small" and "large" are the scales of table 4 of the paper's supplement.
 
         Args:
             backbone: The diffusion model. The paper trains all weights.
@@ -207,8 +207,9 @@ class PRDPModule(AlignmentModule):
         rewards = scores.total.cpu().double().view(-1, images)
         metrics: Metrics = {}
         if any(self.gather(bool(rewards.isfinite().any()))):
-            first = self._pairs(torch.arange(0, len(batch), images))  # each prompt's first image
-            yardstick = Yardstick.of(replay, first, self.sampling.batch, batch.index, self.seed)
+            steps, one_in = self.stochastic_steps, MEASURED * (3 if self.backbone.rounds else 1)
+            few = draw_few_pairs(batch.index, batch.firsts, steps, len(steps), one_in, self.seed, 0)
+            yardstick = Yardstick.of(replay, few, self.sampling.batch, batch.index, self.seed)
             old, compared = self._compare(replay)
             learnt = self._learn(replay, old.view(len(rewards), images, -1), rewards)
             metrics = compared | learnt | {"kl": self._move(yardstick)}

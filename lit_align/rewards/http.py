@@ -54,7 +54,7 @@ class Server:
         headers: Mapping[str, str] | None = None,
     ) -> None:
         if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"url: {url!r} is no address; give http://HOST:PORT or https://HOST.")
+            raise ConfigError(f"url: {url!r} is not an address; give http://HOST:PORT or https://HOST.")
         for name, value in (("timeout", timeout), ("connections", connections)):
             if not value > 0:
                 raise ConfigError(f"{name}: {value} must be positive")

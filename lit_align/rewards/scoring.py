@@ -117,8 +117,8 @@ def _check_scope(name: str, reward: Reward, images: Tensor, scores: Tensor) -> N
     if not math.isclose(one, two, rel_tol=1e-2, abs_tol=1e-4) and not math.isnan(two):
         rank_zero_warn(
             f"The reward '{name}' ({title(_code(reward))}) gives an image {two:g} beside another and {one:g} "
-            "alone: a score of the scope sample may depend neither on other images nor on chance; mend it, "
-            "or declare the scope group or batch"
+            "alone: a score of the scope sample may depend neither on other images nor on chance; correct "
+            "it, or declare the scope group or batch"
         )
 
 

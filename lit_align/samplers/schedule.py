@@ -203,8 +203,8 @@ def _check_config(config: Mapping[str, Any]) -> None:
     for key in ("clip_sample", "thresholding"):
         if key in options and config.get(key, False):
             raise ConfigError(
-                f"sampler: {key} is true in the pipeline's scheduler config, but where predictions are cut "
-                f"there is no gradient. Set {key} to false in the pipeline's scheduler/scheduler_config.json "
+                f"sampler: {key} is true in the pipeline's scheduler config, but clipped predictions "
+                f"have no gradient. Set {key} to false in the pipeline's scheduler/scheduler_config.json "
                 f"or by backbone.scheduler: {{{key}: false}}."
             )
     known = ("epsilon", "v_prediction", "sample")

@@ -62,7 +62,7 @@ def saved(tiny: Path, folder: Path, changes: dict[str, object]) -> str:
 )
 def test_a_unet_that_asks_for_more_than_prompts_is_refused(tiny: Path, tmp_path: Path, changes, message):
     folder = saved(tiny, tmp_path / "other", changes)
-    with pytest.raises(ConfigError, match=f"no plain text-to-image model .*{message}"):
+    with pytest.raises(ConfigError, match=f"not a plain text-to-image model .*{message}"):
         StableDiffusionBackbone(folder)
 
 

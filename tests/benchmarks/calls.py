@@ -19,6 +19,7 @@ from lit_align.methods import (
     SPINModule,
 )
 from lit_align.randomness import generator
+from lit_align.replay import MEASURED, draw_few_pairs
 
 Kind = Literal["forward", "gradient", "decode", "decode gradient"]
 
@@ -60,8 +61,9 @@ def ddpo(module: DDPOModule, batch: Batch) -> tuple[Part, ...]:
     learning = [Calls("gradient", replayed, micro)]
     if module.kl_weight:
         learning.append(Calls("forward", replayed, micro))
-    first = len(batch.groups.unique()) * module.steps_per_image
-    measured = (Calls("forward", width * first, min(micro, width * first)),)
+    index, firsts, steps = batch.index, batch.firsts, module.stochastic_steps
+    few = draw_few_pairs(index, firsts, steps, module.steps_per_image, MEASURED // 2, module.seed, 0)
+    measured = (Calls("forward", width * len(few.rows), min(micro, width * len(few.rows))),)
     return (
         Part("sampling", "sample", (sampling, decoding)),
         Part("rewards", "score"),

@@ -49,7 +49,8 @@ IMAGES, PROMPTS, STEPS, BATCH, ATTACHED = 8, 4, 3, 4, 2
 SIZES = [f"--images={IMAGES}", f"--prompts={PROMPTS}", f"--steps={STEPS}", f"--batch={BATCH}"]
 
 DDPO_ROWS = {
-    "denoiser": 2 * IMAGES * STEPS + 2 * PROMPTS * STEPS,  # sampling, and the KL on each prompt's first image
+    "denoiser": 2 * IMAGES * STEPS
+    + 2 * PROMPTS,  # sampling, and the KL at a step of each prompt's first image
     "denoiser with gradient": 2 * IMAGES * STEPS,
     "decoder": IMAGES,
 }

@@ -344,7 +344,7 @@ def test_a_run_that_cannot_be_watched_is_refused_in_a_sentence(reason, tiny, tmp
 def test_a_run_without_validation_or_with_the_guard_too_late_is_refused(tiny, tmp_path):
     with pytest.raises(ConfigError, match=r"no validation; raise trainer\.limit_val_batches"):
         fit(exploited(tiny), tmp_path, 1, Guard())
-    with pytest.raises(ConfigError, match="stands behind AdapterExport"):
+    with pytest.raises(ConfigError, match="comes after AdapterExport"):
         fit(exploited(tiny), tmp_path, 1, AdapterExport(), Guard(), **EVERY_BATCH)
 
 

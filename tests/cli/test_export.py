@@ -207,13 +207,13 @@ def test_a_mixture_and_a_checkpoint_are_exported_without_a_fit(runs: Path, tmp_p
     ("arguments", "message"),
     [
         (["nowhere"], "there is no nowhere; give the folder of a run"),
-        (["{runs}"], "is in no folder with a config.yaml"),
+        (["{runs}"], "is not in a folder with a config.yaml"),
         (["{runs}/version_0", "{runs}/version_1"], "2 runs need --weights with a number for each"),
         (["{runs}/version_0", "--weights", "nan"], "--weights nan make no mixture"),
         (["{runs}/version_0", "{runs}/version_1", "--weights", "0", "0"], "--weights 0 0 make no mixture"),
         (["{runs}/version_0", "--steps", "0"], "export: --steps: 0 must be positive"),
         (["{runs}/version_0", "--device", "gpu"], "--device gpu cannot be used"),
-        (["{runs}/version_0", "--name", "../a"], "--name '../a' is no name of a file; give --out"),
+        (["{runs}/version_0", "--name", "../a"], "--name '../a' is not a file name; give --out"),
         (["{runs}/version_0", "--out", "{runs}/version_1"], "is the folder of a run; give another"),
     ],
 )
@@ -263,7 +263,7 @@ def test_other_weights_under_the_name_of_the_base_are_refused(
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("model: [1", "config.yaml is no configuration; put back"),
+        ("model: [1", "config.yaml is not a configuration; put back"),
         ("model: 1\n", "config.yaml does not say what the model is"),
         (
             "StableDiffusionXLBackbone -> mine.Backbone",

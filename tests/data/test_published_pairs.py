@@ -246,7 +246,7 @@ def test_each_set_trains_a_method_for_a_batch(name: str, tiny: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("rows", "options", "said"),
     [
-        ([{"a": 1}], {}, "has the columns a, which are of no set that is known"),
+        ([{"a": 1}], {}, "has the columns a, which belong to no known set"),
         ([{"jpg_0": "a", "jpg_1": "b"}], {}, "of Pick-a-Pic: read it with PickaPicFiles"),
         (
             [{"prompt": "x", "path1": "gone.jpg", "path2": "b"}],
@@ -255,10 +255,10 @@ def test_each_set_trains_a_method_for_a_batch(name: str, tiny: Path, tmp_path: P
         ),
         ([{"prompt": "x", "path1": "../a.jpg", "path2": "b"}], {}, "is outside of"),
         ([{"prompt": "x", "file_path": ["a"], "human_preference": [1, 0]}], {}, "1 images .* and 2 numbers"),
-        ([{"prompt": "x", "file_path": "a", "human_preference": [1, 0]}], {}, "'a' is no list"),
+        ([{"prompt": "x", "file_path": "a", "human_preference": [1, 0]}], {}, "'a' is not a list"),
         ([{"prompt": "x", "file_path": ["a"], "human_preference": [1]}], {}, "has no pairs"),
-        ([{"prompt": "x", "image_path": ["a", "b"], "rank": ["1st", "2nd"]}], {}, "'1st' is no number"),
-        ([{"prompt": "x", "image_0": "a", "image_1": "b", "label_0": 3}], {}, "3.* is no label: give 1"),
+        ([{"prompt": "x", "image_path": ["a", "b"], "rank": ["1st", "2nd"]}], {}, "'1st' is not a number"),
+        ([{"prompt": "x", "image_0": "a", "image_1": "b", "label_0": 3}], {}, "3.* is not a label: give 1"),
         (
             [{"prompt": one, "prompt_id": "7", "image": "a", "rank": 1} for one in ("x", "y")],
             {},
@@ -272,7 +272,7 @@ def test_each_set_trains_a_method_for_a_batch(name: str, tiny: Path, tmp_path: P
         (
             [{"prompt": "x", "image1": "a", "image2": "b", "votes_image1": 1, "votes_image2": -2}],
             {},
-            "column 'votes_image2': -2 is no number of votes",
+            "column 'votes_image2': -2 is not a number of votes",
         ),
         (
             [{"prompt": "x", "path1": "a", "path2": "b", "label": 0}],

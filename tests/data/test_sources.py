@@ -94,7 +94,7 @@ def test_hidden_files_of_a_folder_are_not_read(folder: Path, hidden: str) -> Non
 
 def test_lines_that_may_be_remarks_are_told(folder: Path) -> None:
     path = write(folder / "p.txt", "# animals\na cat\n#2 pencil\n")
-    with pytest.warns(UserWarning, match=r"2 lines of .*p\.txt with a # at the start, .*takes as prompts"):
+    with pytest.warns(UserWarning, match=r"2 lines of .*p\.txt with a # at the start, .*reads as prompts"):
         assert len(TextPrompts(path)) == 3
 
 
@@ -224,15 +224,15 @@ def parted(folder: Path) -> str:
         (lambda d: JSONLPrompts(two(d, "p.jsonl", b'{"prompt": "b\xe4r"}\n')), ["p.jsonl", "not UTF-8"]),
         (
             lambda d: TextPrompts(write(d / "p.csv", "prompt\na\n")),
-            ["a table by its name", "give CSVPrompts"],
+            ["has the name of a table", "give CSVPrompts"],
         ),
         (
             lambda d: TextPrompts(write(d / "p.txt", '{"prompt": "a"}\n')),
-            ["holds JSON", "JSONLPrompts"],
+            ["begins with JSON", "JSONLPrompts"],
         ),
         (
             lambda d: TextPrompts(write(d / "p.txt", '[{"prompt": "a"}]')),
-            ["holds JSON", "JSONPrompts"],
+            ["begins with JSON", "JSONPrompts"],
         ),
         (lambda d: TextPrompts("https://a.b/p.txt"), ["https://a.b/p.txt is an address: download"]),
         (lambda d: TextPrompts(write(d / "p.JSONL", '{"prompt": "a"}\n')), ["give JSONLPrompts"]),

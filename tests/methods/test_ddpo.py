@@ -13,7 +13,7 @@ from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
 from lit_align.methods.ddpo import clipped_surrogate, score_function_loss
 from lit_align.methods.tasks import Task
-from lit_align.replay import Replay, Yardstick
+from lit_align.replay import Replay, Yardstick, draw_few_pairs
 from lit_align.rewards import Brightness
 from tests.methods.build import (
     assert_close_gradients,
@@ -269,3 +269,19 @@ def test_values_that_cannot_work_are_refused(tiny, options, named):
 
 def test_lightning_version_is_not_a_malicious_one():
     assert lightning.__version__ not in ("2.6.2", "2.6.3")
+
+
+@pytest.mark.parametrize(
+    ("images", "trained", "one_in", "drawn"),
+    [(8, 10, 16, 5), (8, 10, 8, 10), (8, 10, 48, 1), (1, 5, 16, 1), (16, 6, 8, 6), (64, 3, 16, 6)],
+)
+def test_the_kl_is_measured_on_a_share_of_the_trained_pairs(images, trained, one_in, drawn):
+    """Of each prompt's first image, and whatever part of the batch a rank holds."""
+    steps, index = torch.arange(6 if drawn == 6 else 10) + 2, torch.arange(100, 100 + 4 * images)
+    firsts = torch.arange(len(index)) % images == 0
+    few = draw_few_pairs(index, firsts, steps, trained, one_in, 0, 1)
+    assert few.rows.tolist() == [row for row in range(0, len(index), images) for _ in range(drawn)]
+    assert all(len(set(part.tolist())) == drawn for part in few.steps.split(drawn))
+    half = slice(2 * images, None)
+    rank = draw_few_pairs(index[half], firsts[half], steps, trained, one_in, 0, 1)
+    assert rank.steps.tolist() == few.steps[2 * drawn :].tolist()

@@ -305,7 +305,7 @@ def test_nobody_there() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"url": "localhost:8000"}, "'localhost:8000' is no address; give http://"),
+        ({"url": "localhost:8000"}, "'localhost:8000' is not an address; give http://"),
         ({"timeout": 0}, "timeout: 0 must be positive"),
         ({"connections": 0}, "connections: 0 must be positive"),
         ({"retries": -1}, "retries: -1 must not be negative"),

@@ -182,5 +182,5 @@ def _label(text: bytes, decided: Any, where: str) -> float:
     except ValueError:
         label = math.inf
     if not math.isnan(label) and label not in (0.0, 0.5, 1.0):
-        raise ConfigError(f"{where}: {said!r} is no label: it is 1 where the first is preferred, 0 or 0.5")
+        raise ConfigError(f"{where}: {said!r} is not a label: it is 1 where the first is preferred, 0 or 0.5")
     return label

@@ -182,14 +182,14 @@ class TextPrompts(TablePrompts):
         for ending, kind in TABLES.items():
             if path.lower().endswith(ending):
                 raise ConfigError(
-                    f"{path} is a table by its name, of which TextPrompts would take each line as a prompt: "
+                    f"{path} has the name of a table, and TextPrompts would read each line as a prompt: "
                     f"give {kind} as the source, or a file with another ending"
                 )
         table, files = TEXT.read(path)
         super().__init__(table, "text", path, files=files)
         if self.prompt(0).lstrip("[ ").startswith('{"'):
             raise ConfigError(
-                f"{path} holds JSON by its first line, which TextPrompts would take as a prompt: give "
+                f"{path} begins with JSON, and TextPrompts would read each line as a prompt: give "
                 "JSONLPrompts as the source, or JSONPrompts where the file is one list"
             )
         if "\t" in self.prompt(0).strip():
@@ -199,8 +199,8 @@ class TextPrompts(TablePrompts):
             )
         if hashes := pc.sum(pc.starts_with(self._prompts, "#")).as_py():
             rank_zero_warn(
-                f"{counted(hashes, 'line')} of {path} with a # at the start, which TextPrompts takes as "
-                "prompts: delete them if they are none"
+                f"{counted(hashes, 'line')} of {path} with a # at the start, which TextPrompts reads as "
+                "prompts: delete them if they are comments"
             )
 
 
