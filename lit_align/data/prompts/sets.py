@@ -12,6 +12,7 @@ from lit_align.data.loading import Rows
 from lit_align.data.prompts.index import Index, index
 from lit_align.data.prompts.sources import PromptSource
 from lit_align.data.splits import Keys, Permutation, find, prompt_keys
+from lit_align.errors import ConfigError
 from lit_align.randomness import place
 
 COUNTED = 50_000
@@ -131,9 +132,17 @@ class PromptSet:
             rows: One per prompt, in their global order.
             groups: The global number of each prompt.
             images_per_prompt: Images that share a prompt.
+
+        Raises:
+            ConfigError: The rows have columns of different names.
         """
         copies = range(images_per_prompt)
         columns = [self.source.columns(row) for row in rows]
+        if other := [row for row, own in zip(rows, columns, strict=True) if own.keys() != columns[0].keys()]:
+            raise ConfigError(
+                f"rows {rows[0]} and {other[0]} of {self.source} have columns of different names: give every "
+                "row the same, with None where there is no value"
+            )
         return Batch(
             prompts=[prompt for prompt in map(self.prompt, rows) for _ in copies],
             groups=torch.tensor(groups).repeat_interleave(images_per_prompt),
