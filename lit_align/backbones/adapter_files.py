@@ -22,6 +22,12 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PLAIN = {"peft_type": "LORA", "use_dora": False, "bias": "none", "modules_to_save": None}
 """What PEFT's settings are for plain LoRA."""
 
+MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How PEFT may begin an adapter so that it changes the base model too, which its file does not have."""
+
+WHOLE = (".diff", ".diff_b", ".w_norm", ".b_norm")
+"""How names of updates end that are no products of two factors, but as large as a weight or a bias."""
+
 OTHERS = {
     "hada_": "LoHa",
     "lokr_": "LoKr",
@@ -79,6 +85,10 @@ def read(file: Path, pipeline_class: Any, part: str, config: Any) -> dict[str, T
         said = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
     check_contents(layers, said)
     for name in layers:
+        if name.endswith(WHOLE):
+            raise ValueError(
+                f"{name} is an update of a whole weight; give one that has lora_A and lora_B alone"
+            )
         for word, kind in OTHERS.items():
             if word in name:
                 raise ValueError(f"it is {kind}, not LoRA; give an adapter with only lora_A and lora_B")
@@ -86,6 +96,11 @@ def read(file: Path, pipeline_class: Any, part: str, config: Any) -> dict[str, T
     if all(name.startswith("base_model.model.") for name in layers):
         layers = {name.removeprefix("base_model.model."): value for name, value in layers.items()}
         settings = _peft_settings(file)
+    if str(begun := settings.get("init_lora_weights")).startswith(MOVED):
+        raise ValueError(
+            f"its init_lora_weights is {begun}, which changes the base model too; save it in PEFT with "
+            "path_initial_model_for_weight_conversion, which makes it plain LoRA"
+        )
     if not any(name.startswith((f"{part}.", "lora_", "text_encoder", "diffusion_model.")) for name in layers):
         layers = {f"{part}.{name}": value for name, value in layers.items()}
     _apply_alphas(layers)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,7 @@ class AlignCLI(LightningCLI):
             config.return_predictions = False  # they are on disk; kept, they would fill the memory
         self._choose_folder(config)
         # First the folder, then what is new, and last what says that all is written.
-        folder, *others = _callbacks(config.trainer, self.folder)
-        self.trainer_defaults["callbacks"] = [folder, *extra, *others]
+        self.trainer_defaults["callbacks"] = [self.folder, *extra, *_callbacks(config.trainer)]
 
     def _dump(self, config: Any) -> str:
         """The configuration of this command as YAML; it was validated when it was parsed."""
@@ -181,6 +181,13 @@ class AlignCLI(LightningCLI):
         except REFUSED as error:
             raise ConfigError(f"trainer: {error}") from error
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        given = config["callbacks"] or []
+        given = given if isinstance(given, list) else [given]
+        config["callbacks"], ours = in_order(given, self.trainer_defaults["callbacks"])
+        self.trainer_defaults["callbacks"] = ours
+        return super()._instantiate_trainer(config, callbacks)
+
     def after_instantiate_classes(self) -> None:
         SIGNALS.launcher = self.trainer.strategy.launcher
         self._accept()
@@ -210,14 +217,21 @@ class AlignCLI(LightningCLI):
                 file.unlink()
 
 
-def _callbacks(trainer: Any, folder: RunFolder) -> list[Any]:
-    """What every run has, but for what the user gives with settings of their own."""
-    names = _names(trainer)
-    callbacks = default_callbacks(checkpoints=trainer.enable_checkpointing is not False)
-    callbacks = [folder if isinstance(callback, RunFolder) else callback for callback in callbacks]
-    if _has_bar(trainer) and not any(map(_is_bar, names)):
-        callbacks.insert(1, ProgressBar())  # it ends before anything else is printed
-    return [callback for callback in callbacks if type(callback).__name__ not in names]
+def _callbacks(trainer: Any) -> list[Callback]:
+    """What every run has beside its folder."""
+    callbacks = default_callbacks(checkpoints=trainer.enable_checkpointing is not False)[1:]
+    if _has_bar(trainer) and not any(map(_is_bar, _names(trainer))):
+        callbacks.insert(0, ProgressBar())  # it ends before anything else is printed
+    return callbacks
+
+
+def in_order(given: Sequence[Callback], ours: Sequence[Callback]) -> tuple[list[Callback], list[Callback]]:
+    """The user's callbacks and ours; one of the user's that is of a class of ours takes its place.
+
+    A callback of ours reads what those before it have written: the page of a test its result.
+    """
+    placed = [next((one for one in given if isinstance(one, type(own))), own) for own in ours]
+    return [one for one in given if one not in placed], placed
 
 
 def _names(trainer: Any) -> set[str]:

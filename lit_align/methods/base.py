@@ -109,6 +109,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         check_trainer(self.trainer, stage)
         if stage == "fit":
             check_scaled(self.trainer, self.backbone.weight_sets.parameters(), "backbone.dtype")
+            self.backbone.weight_sets.check_frozen(self.backbone, *self.reward_banks)
         read_safely(self.trainer)
         self.identify(data, stage)
         self._check_domain(held_out_prompts(data, stage))

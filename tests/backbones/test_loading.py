@@ -233,6 +233,13 @@ def test_missing_and_corrupt_weights_are_named(copy: Path):
     refused(copy, "model")
 
 
+def test_a_quantised_model_is_refused_by_name(copy: Path):
+    config = json.loads((copy / UNET).with_name("config.json").read_text())
+    config |= {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (copy / UNET).with_name("config.json").write_text(json.dumps(config))
+    refused(copy, r"the unet of .* is quantised \(bitsandbytes\), .*; give the model before that")
+
+
 @pytest.mark.parametrize("part", ["text_encoder", "vae"])
 def test_parts_beside_the_unet_are_whole_too(copy: Path, part: str):
     (file,) = (copy / part).glob("*.safetensors")

@@ -358,6 +358,11 @@ def test_adapters_of_other_programs_have_the_strength_that_they_say(
         ("unet.mid_block.attentions.0.proj_in.lora_magnitude_vector", "it is DoRA"),
         ("text_encoder.layers.0.mlp.fc1.lora_A.weight", "also adapts text_encoder.*only the unet.*fuse_lora"),
         ("unet.mid_block.attentions.0.proj_in.bias", "is not a factor of LoRA"),
+        ("lora_unet_mid_block_attentions_0_proj_in.diff_b", "is an update of a whole weight; give one"),
+        (
+            "unet.mid_block.attentions.0.proj_out.lora_A.weight",
+            r"for another base model: its mid_block\S* has the shape \(2, 16\), and .*, 1, 1\)",
+        ),
         ("unet.mid_block.nothing.lora_A.weight", "does not fit"),
     ],
 )
@@ -376,6 +381,13 @@ def test_adapters_of_other_kinds_are_refused_by_name(tiny: Path, tmp_path: Path,
     )
     with pytest.raises(ConfigError, match=r"strength is in adapter_config.json, which is missing"):
         StableDiffusionBackbone(str(tiny), adapters={str(tmp_path / "peft"): 1.0})
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "init_lora_weights": "pissa_niter_4"}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="init_lora_weights is pissa_niter_4, which changes the base model"):
+        StableDiffusionBackbone(str(tiny), adapters={str(tmp_path / "peft"): 1.0})
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(settings | {"init_lora_weights": True}))
+    with pytest.raises(ConfigError, match=r"the weight of .*peft is nan; give a finite number"):
+        StableDiffusionBackbone(str(tiny), adapters={str(tmp_path / "peft"): float("nan")})
 
 
 def test_an_adapter_of_another_family_is_not_taken_for_one_of_text_encoders(tiny: Path, tmp_path: Path):

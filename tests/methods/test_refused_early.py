@@ -55,6 +55,21 @@ def test_data_from_which_a_method_does_not_learn(
     assert not module.baseline
 
 
+def test_weights_that_were_frozen_or_not_after_the_module_was_built(tiny: Path, tmp_path: Path) -> None:
+    """All weights were trained, rewards among them, and the adapter was all that was written of them."""
+    module = make(DDPOModule, tiny, num_steps=2)
+    module.freeze()
+    with pytest.raises(
+        ConfigError, match=r"requires_grad: 0 weights would be trained, and not the 1,0.. of policy, as after"
+    ):
+        fit(module, tmp_path)
+    module.unfreeze()
+    with pytest.raises(
+        ConfigError, match=r"requires_grad: \d\d,\d+ weights would be .*; build the module anew"
+    ):
+        fit(module, tmp_path)
+
+
 def test_a_module_that_is_compiled_as_a_whole(tiny: Path, tmp_path: Path) -> None:
     module = make(DDPOModule, tiny, num_steps=2)
     module._compiler_ctx = {"compiler": "dynamo"}  # as Lightning finds it by itself, which takes seconds

@@ -194,15 +194,26 @@ KNOWN = {
 }
 """Published schemas: a table is of the first whose columns it has all."""
 
+VERDICTS = {"label", "label_0", "preference", "preferred", "winner", "choice", "votes"}
+"""Names of columns that say which image is preferred, where the order of the images does not."""
+
 
 def known(there: Sequence[str], name: str) -> PairColumns:
     """The published schema whose columns are all there.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: It is none, or a further column seems to say which image is preferred.
     """
     for columns in KNOWN.values():
         if set(columns.names().values()) <= set(there):
+            ordered = {*columns.names()} == {"prompt", "first", "second"}
+            if ordered and (said := sorted(VERDICTS & set(there))):
+                raise ConfigError(
+                    f"{name} has the columns {columns.first} and {columns.second}, of which the first would "
+                    f"be the preferred image, and {said[0]}: say under columns what they mean, such as "
+                    f"{{first: {columns.first}, second: {columns.second}, label: {said[0]}}}, without label "
+                    "where the first is always preferred"
+                )
             return columns
     if {"jpg_0", "jpg_1"} <= set(there):  # not known here: its has_label says which labels count
         raise ConfigError(f"{name} has the columns of Pick-a-Pic: read it with PickaPicFiles")

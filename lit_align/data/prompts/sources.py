@@ -160,7 +160,10 @@ def _plain(value: Any, kind: pa.DataType) -> Any:
     if value is None:
         return None
     if isinstance(kind, pa.JsonType):
-        return json.loads(value)
+        try:
+            return json.loads(value)
+        except ValueError:  # as 0001, which datasets takes for JSON and stores as it is
+            return value
     if pa.types.is_list(kind):
         return [_plain(item, kind.value_type) for item in value]
     if pa.types.is_struct(kind):
@@ -188,6 +191,11 @@ class TextPrompts(TablePrompts):
             raise ConfigError(
                 f"{path} begins with JSON, and TextPrompts would read each line as a prompt: give "
                 "JSONLPrompts as the source, or JSONPrompts where the file is one list"
+            )
+        if "\t" in self.prompt(0).strip():
+            rank_zero_warn(
+                f"the first line of {path} has a tab, which TextPrompts takes as part of the prompt: if the "
+                "file is a table, name it *.tsv, and give TSVPrompts as the source"
             )
         if hashes := pc.sum(pc.starts_with(self._prompts, "#")).as_py():
             rank_zero_warn(
