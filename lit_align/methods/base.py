@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, check_kinds
 from lit_align.methods.held_out import check_data, first_batches, held_out_prompts
 from lit_align.methods.identity import IdentifiedModule, measurement_of
 from lit_align.methods.metrics import Metrics, means, waited_for
@@ -73,6 +73,8 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds what is trained, not the frozen models
+        check_kinds({"backbone": (backbone, DiffusionBackbone), "rewards": (rewards, RewardBank)})
+        check_kinds({"optimisation": (optimisation, Optimisation), "sampling": (sampling, Sampling)})
         backbone.check_guidance(sampling.guidance)
         self.backbone = backbone
         self.sampler = self.eval_sampler = backbone.make_sampler(sampler)
