@@ -382,3 +382,35 @@ def test_shapes_prompts_hold_out_pairs_of_shapes():
         ShapesPrompts(["open"], without=[pair])
     with pytest.raises(ConfigError, match="no pair of shapes"):
         ShapesPrompts(["pair"], without=["circle"])
+
+
+class Written(PromptSource):
+    """What a person may write."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return 20
+
+    def prompt(self, row: int) -> str:
+        return self.values.get("prompt", f"prompt {row}")
+
+    def columns(self, row: int) -> dict[str, Any]:
+        return self.values["columns"](row) if "columns" in self.values else {}
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"prompt": float("nan")}, "Written: the prompt of row 0 is nan; give a text for every row"),
+        ({"columns": lambda row: None}, r"the columns of row \d+ are None, of row .*; give all rows a dict"),
+        (
+            {"columns": lambda row: {"c": 1} if row % 2 else {}},
+            r"are \{.*\}, of row \d+ \{.*\}; give all rows",
+        ),
+    ],
+)
+def test_a_source_of_ones_own_that_gives_something_else_is_told(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        list(module(Written(values), images_per_prompt=2, prompts_per_batch=5).train_dataloader())
