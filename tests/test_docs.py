@@ -44,9 +44,9 @@ trainer:
   enable_progress_bar: false
 data:
   init_args:
-    validation_prompts: 2
+    validation_prompts: 1
     validation_images_per_prompt: 2
-    test_prompts: 2
+    test_prompts: 1
     test_images_per_prompt: 2
     eval_batch: 4
 """
