@@ -89,6 +89,7 @@ def test_a_single_file_may_say_how_it_was_trained(tiny_xl: Path, tmp_path: Path)
         ("conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias", (8,), "the refiner of"),
         ("conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias", (8,), "Diffusion XL"),
         ("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", (4, 8), "a LoRA, which belongs under"),
+        ("model.diffusion_model.out.2.scale_weight", (1,), "a quantised model"),
     ],
 )
 def test_a_single_file_of_another_kind_is_refused_by_name(tiny: Path, tmp_path: Path, entry, shape, kind):
@@ -181,6 +182,10 @@ def test_a_single_file_that_is_no_whole_checkpoint_is_named(tiny: Path, single: 
     refused(tmp_path / "noise.safetensors", "noise.safetensors.*check that the file", config=str(tiny))
     refused(tmp_path / "none.safetensors", "is not a file; give one that exists")
     refused(tmp_path / "old.ckpt", "may run code")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    refused(
+        tmp_path / "model.gguf", "is in a form that is not read; give .* as .safetensors", config=str(tiny)
+    )
 
 
 def test_a_config_is_for_a_single_file_of_the_same_family(tiny: Path, single: Path, copy: Path):
