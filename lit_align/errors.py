@@ -1,4 +1,4 @@
-"""What a user is told: one exception that is shown as a sentence, and lines of information."""
+"""Messages to the user: one exception that is shown as a sentence, and lines of information."""
 
 import logging
 import sysconfig
@@ -20,13 +20,13 @@ LONGEST = 300
 
 
 LOG = logging.getLogger("lit_align")
-"""What :func:`tell` says; the command line shows it, other programs as they configure it."""
+"""Where :func:`tell` writes; the command line shows it, other programs as they configure it."""
 
 LOG.setLevel(logging.INFO)
 
 
 def tell(text: str) -> None:
-    """Tell the user something that is no warning, once over all ranks."""
+    """Show the user a line that is not a warning, once over all ranks."""
     if not rank_zero_only.rank:  # type: ignore[attr-defined]
         LOG.info(text)
 

@@ -455,7 +455,7 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_gets_a_folder_of_its_own(sm
     Path("kept.ckpt").rename(done / "checkpoints" / "kept.ckpt")
     newer = files(done)
     main(["fit", *small, "--trainer.max_epochs=3", "--ckpt_path", str(done / "checkpoints" / "kept.ckpt")])
-    assert "is newer, so this goes on in a new folder" in capsys.readouterr().out
+    assert "is newer, so this run continues in a new folder" in capsys.readouterr().out
     assert files(done) == newer != earlier
     run = done.with_name("version_1")
     assert (run / "checkpoints" / "best.ckpt").exists()
@@ -643,7 +643,9 @@ def test_a_start_that_fails_leaves_nothing(wrong, small, done, capsys):
 def test_a_version_that_is_taken_is_refused(small, done, capsys):
     before = files(".")
     for version in ("0", "version_0"):
-        assert "another run's" in said(capsys, "fit", *small, f"--trainer.logger.init_args.version={version}")
+        assert "is of another run" in said(
+            capsys, "fit", *small, f"--trainer.logger.init_args.version={version}"
+        )
     assert files(".") == before
 
 

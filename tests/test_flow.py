@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -185,6 +186,15 @@ def test_steps_with_the_right_prediction_keep_the_forward_process_or_say_that_th
     assert FlowSDE(SD3, 6, rule, 0.0).keeps_forward_process
 
 
+def test_precise_is_the_posterior_of_ddpm_at_the_root_of_2() -> None:
+    """The variance of a state given a noisier one and the clean one: both steps between them are Gaussian."""
+    sampler = FlowSDE(SD3, 6, "precise", math.sqrt(2))
+    for k, (now, to) in enumerate(pairwise(levels(sampler)[:-1])):
+        between = now**2 - ((1 - now) / (1 - to)) ** 2 * to**2
+        std = sampler.step(draw(1), draw(2), k).std.item()
+        assert std == pytest.approx(to * math.sqrt(between) / now, rel=1e-9)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_every_number_of_steps_is_finite(rule: Rule) -> None:
     for steps in (1, 2, 3, 28, 1000):
@@ -226,6 +236,13 @@ def test_a_batch_may_mix_steps() -> None:
     ("config", "arguments", "message"),
     [
         ({"_class_name": "PNDMScheduler"}, {}, "PNDMScheduler, of a diffusion model; .*DDIM"),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0},
+            {},
+            r"UniPCMultistepScheduler with use_flow_sigmas; .* \(flow_shift 3.0 is its shift\)",
+        ),
+        ({"_class_name": "FlowMatchLCMScheduler"}, {}, "FlowMatchLCMScheduler goes to the clean image"),
+        ({"stochastic_sampling": True}, {}, "goes to the clean image and adds new noise, .* distilled from"),
         ({"invert_sigmas": True}, {}, "invert_sigmas"),
         ({"use_dynamic_shifting": True}, {}, "use_dynamic_shifting"),
         ({"shift_terminal": 0.02}, {"num_steps": 1}, "no 1 decreasing"),

@@ -124,7 +124,7 @@ def test_adapters_of_another_model_are_refused_or_taken_by_name():
     stamps = {"logs/adapter": NOW | {"base": "eeee"}}
     with pytest.raises(ConfigError, match=r"logs/adapter .*eeee.*aaaa.*--accept_other_base true"):
         check_files(stamps, NOW, accepted=False)
-    with pytest.warns(UserWarning, match=r"logs/adapter .*eeee.*aaaa.*in any case"):
+    with pytest.warns(UserWarning, match=r"logs/adapter .*eeee.*aaaa.*accepted anyway"):
         check_files(stamps, NOW, accepted=True)
 
 
@@ -137,7 +137,7 @@ def test_how_an_adapter_was_sampled_is_told_where_it_differs(caplog):
 @pytest.mark.parametrize(
     ("name", "value", "fit", "test"),
     [
-        ("method", "AlignPropModule", "DDPOModule counts and optimises otherwise", None),
+        ("method", "AlignPropModule", "DDPOModule counts and optimises differently", None),
         ("base", "eeee", "another model .*--accept_other_base", "another model .*--accept_other_base"),
         ("others", "eeee", "another model", "another model"),
         ("files", {"policy": "eeee"}, "another model", "another model"),

@@ -1,5 +1,6 @@
 """A diffusers pipeline from a folder, a hub id or a single file, or a sentence that says why not."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,6 +60,10 @@ class Family(Protocol):
         """The pipeline's class in diffusers."""
 
     @property
+    def denoiser(self) -> str:
+        """The denoiser's name in the pipeline."""
+
+    @property
     def bundled(self) -> Path:
         """Folder of the bundled model."""
 
@@ -108,6 +113,8 @@ def load_pipeline(
             if part not in without:
                 _check_code(pretrained, part, index[part])
                 _check_weights(pretrained, Path(source) / part, variant)
+        file = Path(source) / family.denoiser / "config.json"
+        _check_quantised(pretrained, family.denoiser, json.loads(file.read_text()) if file.is_file() else {})
         without |= {
             part: _whole(pretrained, source, part, kind, dtypes.get(part, dtypes["default"]), variant)
             for part in parts
@@ -116,6 +123,7 @@ def load_pipeline(
         pipeline = pipeline_class.from_pretrained(
             source, dtype=dict(dtypes), use_safetensors=True, variant=variant, **without
         )
+    _check_quantised(pretrained, family.denoiser, getattr(pipeline, family.denoiser).config)
     _check_complete(pretrained, pipeline, pretrained)
     return pipeline
 
@@ -210,6 +218,16 @@ def _check_weights(pretrained: str, folder: Path, variant: str | None) -> None:
         )
 
 
+def _check_quantised(pretrained: str, part: str, config: Any) -> None:
+    """Refuse a denoiser in a quantised form, whose weights are codes of numbers."""
+    if isinstance(config, dict) and (form := config.get("quantization_config")):
+        raise ConfigError(
+            f"pretrained: the {part} of {pretrained!r} is quantised ({form.get('quant_method')}), and is "
+            "trained as the numbers that it was made of; give the model before that, with dtype: bfloat16 to "
+            "halve its memory"
+        )
+
+
 def schedule_of(file: Path) -> dict[str, Any]:
     """What the empty entries of a single file say of its noise schedule; nothing if it cannot be read."""
     try:
@@ -246,7 +264,9 @@ def _load_file(
     if file.suffix == ".ckpt":
         raise ConfigError(f"{place} may run code when it is opened; give the weights as .safetensors")
     if not file.is_file():
-        raise ConfigError(f"{place} is no file; give one that exists (the working directory is {Path.cwd()})")
+        raise ConfigError(
+            f"{place} is not a file; give one that exists (the working directory is {Path.cwd()})"
+        )
     _check_file(pipeline_class, file, place)
     entries = schedule_of(file)
     folder = None if config is None else user_path(config)

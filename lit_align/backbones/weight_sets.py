@@ -1,5 +1,6 @@
 """Named weight sets of one network: the policy, its reference, an opponent, experts and their mixtures."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -117,6 +118,8 @@ class WeightSets(nn.Module):
         if self._lora is None:
             raise ConfigError("adapters: they need lora; give its settings, or take adapters out")
         for number, (path, weight) in enumerate(adapters.items()):
+            if not math.isfinite(weight):
+                raise ConfigError(f"adapters: the weight of {path} is {weight}; give a finite number")
             self._adapters.load(f"_start{number}", user_path(path))
             self._start[f"_start{number}"] = weight
             self._remember(f"_start{number}", path)

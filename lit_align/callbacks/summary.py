@@ -74,7 +74,7 @@ class RunSummary(Callback):
         """Say why a fit ends before its epochs, which Lightning does not."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Timer) and (callback.time_remaining() or 1) < 0:
-                tell(f"ends after {pl_module.images} images, since its time is over (max_time)")
+                tell(f"ends after {pl_module.images} images, since its time limit is reached (max_time)")
             if isinstance(callback, EarlyStopping) and callback.wait_count >= callback.patience:
                 tell(
                     f"ends after {pl_module.images} images, since {callback.monitor} has not improved in "

@@ -87,7 +87,7 @@ class AlignCLI(LightningCLI):
         check_seed(config.seed_everything)
         self.auto = config.ckpt_path == AUTO
         if self.auto and self.config.subcommand != "fit":
-            raise ConfigError("ckpt_path: auto is for fit, which may begin anew; give last")
+            raise ConfigError("ckpt_path: auto is for fit alone; give last")
         if config.ckpt_path and not self.auto:
             self.saved = find(config.ckpt_path, runs_of(config), named_run(config))
         config.ckpt_path = None  # Lightning would read all of it, for hyper-parameters that it has not
@@ -117,7 +117,7 @@ class AlignCLI(LightningCLI):
             text = self._dump(config)
         elif self.subcommand != "fit":
             rank_zero_warn(
-                "no --ckpt_path: this is the pretrained model; --ckpt_path last takes the newest run"
+                "no --ckpt_path: this is the pretrained model; --ckpt_path last uses the newest run"
             )
         self.run_config = RunConfig(text, now)
         extra: list[Callback] = [self.run_config, Preemption(self.command, self.saved)]
@@ -164,7 +164,9 @@ class AlignCLI(LightningCLI):
         if self.saved and run and self.subcommand == "fit":
             newer = newest(run)
             if newer is not None and newer.images > self.saved.images:
-                tell(f"{newer.path}, at {newer.images} images, is newer, so this goes on in a new folder")
+                tell(
+                    f"{newer.path}, at {newer.images} images, is newer, so this run continues in a new folder"
+                )
                 return None
         return run
 

@@ -126,7 +126,7 @@ def newest(run: Path) -> Saved | None:
     )
     if taken is not None and broken:
         rank_zero_warn(
-            f"{broken[0]} cannot be read and is passed over; the newest that can is {taken.path}, at "
+            f"{broken[0]} cannot be read and is ignored; the newest that can be read is {taken.path}, at "
             f"{taken.images} images"
         )
     return taken

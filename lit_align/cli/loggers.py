@@ -60,8 +60,8 @@ def new_folder(config: Any) -> Path | None:
         folder.mkdir()
     except FileExistsError:
         raise ConfigError(
-            f"trainer.logger.version: {folder} is another run's; give another version, none for the next "
-            f"number, or --ckpt_path {folder} to go on with that run"
+            f"trainer.logger.version: {folder} is of another run; give another version, none for the "
+            f"next number, or --ckpt_path {folder} to resume that run"
         ) from None
     return folder
 

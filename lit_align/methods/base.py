@@ -61,7 +61,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         optimisation: Optimisation = Optimisation(),
         sampling: Sampling = Sampling(),
     ) -> None:
-        """Wire the parts.
+        """Set up the method.
 
         Args:
             backbone: The diffusion model.

@@ -32,7 +32,7 @@ def check_data(data: Any, stage: str, method: str, *, several: bool, pairs: bool
     """
     if data is None:
         raise ConfigError(
-            "data: loaders alone know nothing of ranks and of runs that go on; give a data module of "
+            "data: loaders alone cannot handle ranks and resumed runs; give a data module of "
             "lit_align.data, as in trainer.fit(module, PromptDataModule(...))"
         )
     if not is_overridden("transfer_batch_to_device", data):  # what moves our batches

@@ -101,7 +101,7 @@ def test_a_refiner_is_refused_by_name(tiny_xl: Path, tmp_path: Path):
     (folder / UNET).unlink()
     config["projection_class_embeddings_input_dim"] -= 8  # five time ids
     UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
-    with pytest.raises(ConfigError, match=r"no plain text-to-image model .* as a refiner"):
+    with pytest.raises(ConfigError, match=r"not a plain text-to-image model .* as a refiner"):
         StableDiffusionXLBackbone(str(folder))
     rename(folder, "StableDiffusionXLImg2ImgPipeline")
     with pytest.raises(ConfigError, match=r"is a StableDiffusionXLImg2ImgPipeline"):
@@ -178,7 +178,7 @@ def test_a_single_file_that_is_no_whole_checkpoint_is_named(tiny: Path, single: 
     )
     (tmp_path / "noise.safetensors").write_bytes(b"no weights at all")
     refused(tmp_path / "noise.safetensors", "noise.safetensors.*check that the file", config=str(tiny))
-    refused(tmp_path / "none.safetensors", "is no file; give one that exists")
+    refused(tmp_path / "none.safetensors", "is not a file; give one that exists")
     refused(tmp_path / "old.ckpt", "may run code")
 
 
@@ -233,6 +233,13 @@ def test_missing_and_corrupt_weights_are_named(copy: Path):
     refused(copy, "model")
 
 
+def test_a_quantised_model_is_refused_by_name(copy: Path):
+    config = json.loads((copy / UNET).with_name("config.json").read_text())
+    config |= {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (copy / UNET).with_name("config.json").write_text(json.dumps(config))
+    refused(copy, r"the unet of .* is quantised \(bitsandbytes\), .*; give the model before that")
+
+
 @pytest.mark.parametrize("part", ["text_encoder", "vae"])
 def test_parts_beside_the_unet_are_whole_too(copy: Path, part: str):
     (file,) = (copy / part).glob("*.safetensors")
@@ -267,14 +274,14 @@ def test_a_single_file_has_all_of_its_text_encoder(tiny: Path, single: Path, tmp
 def test_a_model_that_is_not_there_says_what_to_give(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused("someone/nothing", r"someone/nothing.*give the folder")
-    refused(tmp_path / "nowhere", "is no folder; give a folder that exists")
+    refused(tmp_path / "nowhere", "is not a folder; give a folder that exists")
     refused(tmp_path, "check that the folder holds the whole model")
 
 
 def test_a_model_without_a_size_asks_for_one(copy: Path):
     config = json.loads((copy / "unet" / "config.json").read_text())
     (copy / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": None}))
-    refused(copy, "backbone.size: the model's configuration says none")
+    refused(copy, "backbone.size: the model's configuration has none")
     assert StableDiffusionBackbone(str(copy), size=16).latent_shape == (4, 8, 8)
 
 

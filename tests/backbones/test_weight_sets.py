@@ -231,7 +231,7 @@ def test_an_adapter_of_another_network_is_named_by_a_layer(tiny, saved, tmp_path
     factors = load_file(saved[0]["a"] / ADAPTER)
     renamed = {name.replace("attn", "joint"): value for name, value in factors.items()}
     save_file(renamed, tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match=r"of another network, since this unet has no \S*joint\S*; give"):
+    with pytest.raises(ConfigError, match=r"for another network: this unet has no \S*joint\S*; give"):
         StableDiffusionBackbone(str(tiny)).weight_sets.load("x", tmp_path / "other.safetensors")
 
 
@@ -354,10 +354,15 @@ def test_adapters_of_other_programs_have_the_strength_that_they_say(
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("lora_unet_mid_block.hada_w1_a", "it is LoHa, and not LoRA"),
+        ("lora_unet_mid_block.hada_w1_a", "it is LoHa, not LoRA"),
         ("unet.mid_block.attentions.0.proj_in.lora_magnitude_vector", "it is DoRA"),
-        ("text_encoder.layers.0.mlp.fc1.lora_A.weight", "adapts more than the unet.*fuse_lora"),
-        ("unet.mid_block.attentions.0.proj_in.bias", "is no factor of LoRA"),
+        ("text_encoder.layers.0.mlp.fc1.lora_A.weight", "also adapts text_encoder.*only the unet.*fuse_lora"),
+        ("unet.mid_block.attentions.0.proj_in.bias", "is not a factor of LoRA"),
+        ("lora_unet_mid_block_attentions_0_proj_in.diff_b", "is an update of a whole weight; give one"),
+        (
+            "unet.mid_block.attentions.0.proj_out.lora_A.weight",
+            r"for another base model: its mid_block\S* has the shape \(2, 16\), and .*, 1, 1\)",
+        ),
         ("unet.mid_block.nothing.lora_A.weight", "does not fit"),
     ],
 )
@@ -374,16 +379,21 @@ def test_adapters_of_other_kinds_are_refused_by_name(tiny: Path, tmp_path: Path,
         {f"base_model.model.{name.removeprefix('unet.')}": value for name, value in rest.items()},
         tmp_path / "peft" / "adapter_model.safetensors",
     )
-    with pytest.raises(ConfigError, match=r"strength is in adapter_config.json, which is not there"):
+    with pytest.raises(ConfigError, match=r"strength is in adapter_config.json, which is missing"):
         StableDiffusionBackbone(str(tiny), adapters={str(tmp_path / "peft"): 1.0})
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "init_lora_weights": "pissa_niter_4"}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="init_lora_weights is pissa_niter_4, which changes the base model"):
+        StableDiffusionBackbone(str(tiny), adapters={str(tmp_path / "peft"): 1.0})
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(settings | {"init_lora_weights": True}))
+    with pytest.raises(ConfigError, match=r"the weight of .*peft is nan; give a finite number"):
+        StableDiffusionBackbone(str(tiny), adapters={str(tmp_path / "peft"): float("nan")})
 
 
 def test_an_adapter_of_another_family_is_not_taken_for_one_of_text_encoders(tiny: Path, tmp_path: Path):
     of_wan = {f"diffusion_model.blocks.0.self_attn.q.lora_{f}.weight": torch.zeros(2, 2) for f in "AB"}
     save_file(of_wan, tmp_path / "wan.safetensors")
-    with pytest.raises(
-        ConfigError, match=r"of another family, since it adapts no unet, but diffusion_model\."
-    ):
+    with pytest.raises(ConfigError, match=r"for another family: it adapts diffusion_model\..*, not the unet"):
         StableDiffusionBackbone(str(tiny), adapters={str(tmp_path / "wan.safetensors"): 1.0})
 
 

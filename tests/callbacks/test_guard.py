@@ -106,7 +106,7 @@ def test_a_warning_changes_nothing_and_is_not_repeated_before_it_is_worse(tiny, 
     assert all(map(torch.equal, alone.weights, watched.weights))
     told = [str(one.message) for one in told if "guard: " in str(one.message)]
     assert "after 8 images reward/dark fell by 0." in told[0]
-    assert "since the best validation, at 0 images: nothing is done" in told[0]
+    assert "since the best validation, at 0 images: nothing is changed" in told[0]
     (kept,) = (tmp_path / "guard" / "checkpoints").glob("guard_*")
     assert kept.name == "guard_00000000.ckpt"
     start = torch.load(kept, weights_only=True)
@@ -115,7 +115,7 @@ def test_a_warning_changes_nothing_and_is_not_repeated_before_it_is_worse(tiny, 
 
 def test_a_run_in_trouble_stops_and_stays_stopped(tiny, tmp_path):
     guards = [Guard("stop"), BatchCheckpoint()]
-    with pytest.warns(UserWarning, match="the run stops; the weights from then are in"):
+    with pytest.warns(UserWarning, match="the run stops; its weights are in"):
         ended = run(exploited(tiny), tmp_path, *guards)
     assert ended.at == [0, 8]
     last = tmp_path / "checkpoints" / "last.ckpt"
@@ -163,7 +163,7 @@ class Before(Callback):
 
 def test_a_rollback_takes_weights_and_moments_back_and_no_counter(tiny, tmp_path):
     module, seen = exploited(tiny), Before()
-    with pytest.warns(UserWarning, match="the weights from then are back, and the learning rate is 0.5"):
+    with pytest.warns(UserWarning, match="its weights are restored, and the learning rate is 0.5"):
         found = run(
             module,
             tmp_path,
@@ -344,7 +344,7 @@ def test_a_run_that_cannot_be_watched_is_refused_in_a_sentence(reason, tiny, tmp
 def test_a_run_without_validation_or_with_the_guard_too_late_is_refused(tiny, tmp_path):
     with pytest.raises(ConfigError, match=r"no validation; raise trainer\.limit_val_batches"):
         fit(exploited(tiny), tmp_path, 1, Guard())
-    with pytest.raises(ConfigError, match="stands behind AdapterExport"):
+    with pytest.raises(ConfigError, match="comes after AdapterExport"):
         fit(exploited(tiny), tmp_path, 1, AdapterExport(), Guard(), **EVERY_BATCH)
 
 

@@ -148,9 +148,9 @@ def test_a_column_that_the_data_does_not_have(reward: Any, told: str, tiny: Path
 @pytest.mark.parametrize(
     ("method", "options", "told"),
     [
-        (DDPOModule, {"guidance": 0.0}, r"sampling\.guidance is 0: .*; set it to 1, which is none"),
-        (DDPOModule, {"guidance": 0.99}, r"sampling\.guidance is 0\.99: below 1 the prompt counts for less"),
-        (SPINModule, {"opponent_guidance": 0.0}, r"opponent_guidance is 0: .*at 0 for nothing"),
+        (DDPOModule, {"guidance": 0.0}, r"sampling\.guidance is 0: .*; set it to 1, which is no guidance"),
+        (DDPOModule, {"guidance": 0.99}, r"sampling\.guidance is 0\.99: below 1 the prompt has less effect"),
+        (SPINModule, {"opponent_guidance": 0.0}, r"opponent_guidance is 0: .*at 0 none"),
     ],
 )
 def test_a_scale_of_guidance_that_pipelines_take_for_none(
