@@ -20,7 +20,7 @@ from lit_align.cli.checkpoint import AUTO, Saved, find, find_equal, newest
 from lit_align.cli.class_defaults import Parser, use_own_defaults
 from lit_align.cli.given import Given
 from lit_align.cli.going_on import going_on
-from lit_align.cli.loggers import keep_metrics, new_folder, runs_of, use_folder
+from lit_align.cli.loggers import keep_metrics, named_run, new_folder, runs_of, use_folder
 from lit_align.cli.preemption import Command, Preemption
 from lit_align.cli.settings import settings_of
 from lit_align.cli.signals import SIGNALS
@@ -92,7 +92,7 @@ class AlignCLI(LightningCLI):
         if self.auto and self.config.subcommand != "fit":
             raise ConfigError("ckpt_path: auto is for fit alone; give last")
         if config.ckpt_path and not self.auto:
-            self.saved = find(config.ckpt_path, runs_of(config))
+            self.saved = find(config.ckpt_path, runs_of(config), named_run(config))
         config.ckpt_path = None  # Lightning would read all of it, for hyper-parameters that it has not
 
     def _parsed(self, parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
@@ -114,7 +114,7 @@ class AlignCLI(LightningCLI):
         text = self._dump(config)
         now = settings_of(yaml.load(text, Loader=LOADER))
         if self.auto:
-            self.saved = find_equal(runs_of(config), now)
+            self.saved = find_equal(runs_of(config), now, named_run(config))
         if self.saved is not None:
             config.ckpt_path = str(self.saved.path)
             text = self._dump(config)
