@@ -60,6 +60,21 @@ def check_positive(values: Mapping[str, float | None]) -> None:
             raise ConfigError(f"{name}: {value} must be positive")
 
 
+def check_kinds(values: Mapping[str, tuple[object, type]]) -> None:
+    """Refuse what is not of its class; on the command line the parser does.
+
+    Args:
+        values: By the name of the setting, with the class that each must have.
+
+    Raises:
+        ConfigError: One has another.
+    """
+    for name, (value, kind) in values.items():
+        if not isinstance(value, kind):
+            shown = textwrap.shorten(repr(value), 60, placeholder=" ...")
+            raise ConfigError(f"{name}: {shown} is no {kind.__name__}; give an object of that class")
+
+
 def user_path(path: str) -> Path:
     """A path as a user writes it, with ``~``.
 

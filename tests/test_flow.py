@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -183,6 +184,15 @@ def test_steps_with_the_right_prediction_keep_the_forward_process_or_say_that_th
         exact.append(math.sqrt(noise**2 + std**2) == pytest.approx(sigmas[k + 1], rel=1e-9, abs=1e-9))
     assert all(exact) == sampler.keeps_forward_process
     assert FlowSDE(SD3, 6, rule, 0.0).keeps_forward_process
+
+
+def test_precise_is_the_posterior_of_ddpm_at_the_root_of_2() -> None:
+    """The variance of a state given a noisier one and the clean one: both steps between them are Gaussian."""
+    sampler = FlowSDE(SD3, 6, "precise", math.sqrt(2))
+    for k, (now, to) in enumerate(pairwise(levels(sampler)[:-1])):
+        between = now**2 - ((1 - now) / (1 - to)) ** 2 * to**2
+        std = sampler.step(draw(1), draw(2), k).std.item()
+        assert std == pytest.approx(to * math.sqrt(between) / now, rel=1e-9)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -245,7 +245,7 @@ def test_a_scheduler_that_does_not_clip_may_carry_the_word() -> None:
                 "prediction_type": "v_prediction",
             },
             {},
-            "timestep_type continuous, of a model that is told the logarithm of the noise",
+            "timestep_type continuous, of a model that gets the logarithm of the noise",
         ),
         (
             {"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"},

@@ -23,7 +23,7 @@ SamplerFactory = Callable[[Mapping[str, Any]], Sampler]
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is told about ``B`` images, under names that only the backbone knows.
+    """The denoiser's inputs about ``B`` prompts, under names that only the backbone knows.
 
     Attributes:
         prompt: Of the prompts; every tensor has ``B`` rows.

@@ -146,7 +146,7 @@ class DiffusersBackbone(DiffusionBackbone):
 
     @abstractmethod
     def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """What the denoiser is told about prompts, on :attr:`device`; every tensor has a row for each."""
+        """The denoiser's inputs about prompts, on :attr:`device`; every tensor has a row for each prompt."""
 
     @abstractmethod
     def denoise(self, network: Any, x: Tensor, t: Tensor, cond: dict[str, Tensor], guidance: float) -> Tensor:
@@ -184,7 +184,7 @@ class DiffusersBackbone(DiffusionBackbone):
         return latents / config.scaling_factor + (config.get("shift_factor") or 0)
 
     def pipeline_options(self, guidance: float) -> dict[str, Any]:
-        """What the pipeline's call is told to predict as :meth:`predict` does with this guidance."""
+        """Arguments with which the pipeline's call predicts as :meth:`predict` does with this guidance."""
         return {"guidance_scale": guidance}
 
     def attend(self, network: Any, plain: bool) -> None:
@@ -192,7 +192,7 @@ class DiffusersBackbone(DiffusionBackbone):
         network.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
 
     def asks_more(self, config: Mapping[str, Any]) -> list[str]:
-        """What a denoiser with this configuration is told beside what :meth:`denoise` gives."""
+        """Inputs that a denoiser with this configuration needs beside those of :meth:`denoise`."""
         return []
 
     def prompt_tokens(self, prompt: str) -> Counts:

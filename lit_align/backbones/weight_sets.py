@@ -227,9 +227,25 @@ class WeightSets(nn.Module):
 
     def train_only(self, names: Collection[str]) -> None:
         """Decide, once and before training, which sets are trained; all others are frozen."""
+        self._learners = tuple(names)
         trained = {parameter for name in names for parameter in self.parameters_of(name)}
         for parameter in self.networks.parameters():
             parameter.requires_grad_(parameter in trained)
+
+    def check_frozen(self, *models: nn.Module) -> None:
+        """Refuse to train more of some models than :meth:`train_only` said, or nothing.
+
+        Raises:
+            ConfigError: ``requires_grad`` was changed since.
+        """
+        decided = {parameter for name in self._learners for parameter in self.parameters_of(name)}
+        trained = {p for model in models for p in model.parameters() if p.requires_grad}
+        if decided and (not trained or trained - decided):
+            raise ConfigError(
+                f"requires_grad: {sum(p.numel() for p in trained):,} weights would be trained, and not the "
+                f"{sum(p.numel() for p in decided):,} of {', '.join(self._learners)}, as after "
+                "module.freeze() or unfreeze(); build the module anew, with lora null to train all weights"
+            )
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """The parameters that belong to one set alone."""

@@ -232,17 +232,17 @@ class Guard(Callback):
 
     def _act(self, trainer: Trainer, module: AlignmentModule, troubles: list[Change]) -> None:
         self._acted = dict(module.latest)
-        done = f"nothing is done; the weights from then are in {self._file(trainer)}"
+        done = f"nothing is changed; its weights are in {self._file(trainer)}"
         if self.action == "stop":
             self._stopped = trainer.should_stop = True
-            done = f"the run stops; the weights from then are in {self._file(trainer)}"
+            done = f"the run stops; its weights are in {self._file(trainer)}"
         if self.action == "rollback":
             self._go_back(trainer, module)
         if self.action in ("lower_rate", "rollback"):
             module.rate_factor *= self.factor
             done = f"the learning rate is {module.rate_factor:g} of what it was configured"
             if self.action == "rollback":
-                done = f"the weights from then are back, and {done}"
+                done = f"its weights are restored, and {done}"
         told = ", ".join(map(self._described, troubles))
         self._in_vain = 0
         rank_zero_warn(

@@ -15,7 +15,7 @@ class NewSettings(Callback):
         optimizer: Names of the optimizer's settings that have new values, such as ``lr``.
         measurement: Whether held-out images are now measured differently. Then what was measured before
             cannot be compared: the pretrained model is measured anew, and the best score starts anew.
-        told: Whether the user was told of all settings that differ.
+        told: Whether all settings that differ were already reported.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -284,4 +285,4 @@ def _show_places(result: Path) -> None:
     for name in ("adapter", "checkpoints", "images", result.name):
         if (folder / name).exists():
             show(f"{name.partition('.')[0]:<12} {folder / name}")
-    show(f"{'curves':<12} tensorboard --logdir {folder.parent}")
+    show(f"{'curves':<12} tensorboard --logdir {shlex.quote(str(folder.parent))}")

@@ -15,7 +15,7 @@ from lit_align.export.forms import check_others
 from lit_align.files import write
 
 ROUNDING = 1 / 255
-"""A larger difference of a pixel is told: a screen shows it."""
+"""A larger difference of a pixel is reported: a screen shows it."""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -88,12 +88,21 @@ def _classes(callbacks: Any) -> Iterator[type]:
 
 
 def _check_lengths(config: Any, stage: str) -> None:
-    """Refuse a command that would do nothing, and validations at no interval."""
+    """Refuse a command that would do nothing, lengths that contradict, and intervals that are none."""
     for name in LENGTHS[stage]:
         if config[name] == 0 and not config.fast_dev_run:
             raise ConfigError(f"trainer.{name}: 0 leaves nothing to do for {stage}; give 1 or more")
     if stage != "fit":
         return
+    for unit in ("epochs", "steps"):
+        least, most = config[f"min_{unit}"], config[f"max_{unit}"]
+        if least is not None and most is not None and 0 <= most < least:
+            raise ConfigError(
+                f"trainer.min_{unit}: {least} is more than max_{unit}, with which a fit ends; give at most "
+                f"{most}"
+            )
+    if (every := config.log_every_n_steps) is not None and every < 0:
+        raise ConfigError(f"trainer.log_every_n_steps: {every} is no interval; give 1, or 0 for no curves")
     for name, least in (("val_check_interval", 0.0), ("check_val_every_n_epoch", 0)):
         value = config[name]
         if isinstance(value, int | float) and value <= least:

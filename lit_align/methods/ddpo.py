@@ -262,7 +262,7 @@ class DDPOModule(JointModule):
         # What a weight, a schedule and a guard make of the step stays: the scale must not undo it.
         wished = self.tasks[task].weight * (group["lr"] / initial if initial else 1.0) * self.rate_factor
         aim = wished**2 * target
-        if 2 * error > aim > 0:
+        if aim > 0 and 2 * error > max(aim, kl.item()):  # a KL that is far too large is not hidden
             rank_zero_warn(
                 f"kl_target: rounding hides a KL of {aim:g} nats a step (see train/kl_error), so the "
                 "learning rate is hardly scaled; use precision 32-true and dtype float32 (on a GPU with "

@@ -106,6 +106,18 @@ class SkippingModule(LightningModule):
         torch.distributed.all_gather_object(gathered, value)
         return gathered
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Refuse a method that counts no images: its curves, checkpoints and results would all be at 0.
+
+        Raises:
+            ConfigError: It is one.
+        """
+        if not self.images:
+            raise ConfigError(
+                f"{type(self).__name__}.training_step has counted no image of its rollout batch; let it end "
+                "with self.log_rollout_batch(...)"
+            )
+
     def remember(self, index: Tensor, prompts: list[str], scores: Mapping[str, Tensor]) -> None:
         """Keep what the coming updates learn from, for the case that they are skipped.
 

@@ -98,9 +98,7 @@ class CLIPCosine(nn.Module):
         """Antialiased bicubic resize of the shorter side, centre crop, normalise: CLIP's, unrounded."""
         side, (height, width) = self.side, images.shape[-2:]
         size = [side * length // min(height, width) for length in (height, width)]
-        pixels = images.to(self.mean.dtype)
-        if size != [height, width]:
-            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
+        pixels = resized(images.to(self.mean.dtype), size)
         top, left = (size[0] - side) // 2, (size[1] - side) // 2
         return (pixels[..., top : top + side, left : left + side] - self.mean) / self.std
 
@@ -246,6 +244,19 @@ def _pooled(features: Tensor | BaseModelOutputWithPooling) -> Tensor:
     pooled = features if isinstance(features, Tensor) else features.pooler_output
     assert pooled is not None
     return pooled
+
+
+def resized(images: Tensor, size: list[int]) -> Tensor:
+    """Images in [0, 1] of another height and width, by an antialiased bicubic filter.
+
+    It overshoots beside hard edges. As in Pillow each row is resized first, then each column, and what is
+    below black or above white is cut both times.
+    """
+    for part in ([images.shape[-2], size[1]], size):
+        if part != [*images.shape[-2:]]:
+            images = F.interpolate(images, part, mode="bicubic", antialias=True, align_corners=False)
+            images = images.clamp(0, 1)
+    return images
 
 
 def _unit(features: Tensor) -> Tensor:

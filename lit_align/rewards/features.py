@@ -3,13 +3,12 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from lit_align.errors import ConfigError
 from lit_align.pretrained import load_whole, loading, processor_config, resolve, shared
-from lit_align.rewards.clip import CLIPCosine
+from lit_align.rewards.clip import CLIPCosine, resized
 from lit_align.shapes import CLIP as SHAPES_CLIP
 
 IMAGES_AT_ONCE = 64
@@ -68,8 +67,7 @@ class ImageFeatures(nn.Module):
 
     def _pooled(self, images: Tensor) -> Tensor:
         mean, std = self.get_buffer("image_mean"), self.get_buffer("image_std")
-        size = [self.side, self.side]
-        pixels = F.interpolate(images.to(mean), size, mode="bicubic", antialias=True, align_corners=False)
+        pixels = resized(images.to(mean), [self.side, self.side])
         output = self.vision(pixel_values=(pixels - mean) / std)
         pooled = getattr(output, "pooler_output", None)
         vectors: Tensor = output.last_hidden_state[:, 0] if pooled is None else pooled

@@ -11,7 +11,7 @@ from lit_align.errors import ConfigError
 from lit_align.pretrained import Dtype, shared
 from lit_align.rewards.base import Reward
 from lit_align.rewards.checkpoints import count, find, made, read, renamed
-from lit_align.rewards.clip import PICKSCORE_PROCESSOR, CLIPCosine
+from lit_align.rewards.clip import PICKSCORE_PROCESSOR, CLIPCosine, resized
 
 REPOSITORY = "xswu/HPSv2"
 """Where Wu et al. publish both checkpoints."""
@@ -65,9 +65,7 @@ class HPSCosine(CLIPCosine):
         """Antialiased bicubic resize of the longer side, black borders, normalise: HPS's, unrounded."""
         side, (height, width) = self.side, images.shape[-2:]
         size = [round(side * length / max(height, width)) for length in (height, width)]
-        pixels = images.to(self.mean.dtype)
-        if size != [height, width]:
-            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
+        pixels = resized(images.to(self.mean.dtype), size)
         top, left = (side - size[0]) // 2, (side - size[1]) // 2
         pixels = F.pad(pixels, (left, side - size[1] - left, top, side - size[0] - top))
         return (pixels - self.mean) / self.std

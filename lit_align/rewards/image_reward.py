@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
@@ -12,7 +11,7 @@ from lit_align.errors import ConfigError
 from lit_align.pretrained import Dtype
 from lit_align.rewards.base import Reward
 from lit_align.rewards.checkpoints import count, find, made, read, renamed
-from lit_align.rewards.clip import MEAN, STD, load_tokenizer
+from lit_align.rewards.clip import MEAN, STD, load_tokenizer, resized
 from lit_align.tokens import Counts, count_tokens, warn_of_cut
 
 REPOSITORY, FILE = "zai-org/ImageReward", "ImageReward.pt"
@@ -125,9 +124,7 @@ class ImageReward(Reward):
         """Antialiased bicubic resize of the shorter side, centre crop, CLIP's statistics."""
         side, (height, width) = self.side, images.shape[-2:]
         size = [side * length // min(height, width) for length in (height, width)]
-        pixels = images.to(self.mean.dtype)
-        if size != [height, width]:
-            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
+        pixels = resized(images.to(self.mean.dtype), size)
         top, left = round((size[0] - side) / 2), round((size[1] - side) / 2)
         return (pixels[..., top : top + side, left : left + side] - self.mean) / self.std
 

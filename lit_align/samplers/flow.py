@@ -116,8 +116,8 @@ class FlowSDE(Sampler):
                         its images vary less than the model's, whatever the number of steps
     ``precise``   DDIM  :math:`\sigma' \sqrt{1 - r^{a^2}}`,
                         :math:`r = \sigma' (1 - \sigma) / (\sigma (1 - \sigma'))`: Precise (arXiv
-                        2605.23522); with :math:`a` 1 DDPM's posterior. The released code draws at least
-                        1e-6; here the step to :math:`\sigma' = 0` is deterministic
+                        2605.23522); with :math:`a = \sqrt 2` DDPM's posterior. The released code draws at
+                        least 1e-6; here the step to :math:`\sigma' = 0` is deterministic
     ============  ====  ==================================================================================
 
     All but ``cps`` keep the marginals of the flow as steps become many. With ``flow-sde`` and ``dance`` the

@@ -194,10 +194,10 @@ def _check_config(config: Mapping[str, Any]) -> None:
         )
     if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
         raise ConfigError(
-            f"sampler: the pipeline's {family} has timestep_type continuous, of a model that is told the "
+            f"sampler: the pipeline's {family} has timestep_type continuous, of a model that gets the "
             "logarithm of the noise in place of timesteps, which DDIM does not."
         )
-    # Cutting counts where the scheduler does it: PNDM and Euler carry the word without heeding it, and a
+    # Clipping matters where the scheduler does it: PNDM and Euler have the entry but ignore it, and a
     # config without it must not get the default of DDIMScheduler.
     options = inspect.signature(getattr(diffusers, family)).parameters
     for key in ("clip_sample", "thresholding"):

@@ -53,6 +53,14 @@ def test_last_is_of_the_newest_run_which_has_the_highest_number(tmp_path):
     assert find("last", tmp_path).run == tmp_path / "version_10"
 
 
+def test_last_is_of_the_run_that_the_user_names_by_a_version(tmp_path):
+    for name in ("version_2", "exp-1"):
+        save(tmp_path / name / "checkpoints" / "last.ckpt", 8)
+    assert find("last", tmp_path, "exp-1").run == tmp_path / "exp-1"
+    with pytest.raises(ConfigError, match=r"finds no run under .*exp-2; start without"):
+        find("last", tmp_path, "exp-2")
+
+
 def test_a_newest_run_without_a_checkpoint_is_told_with_the_one_that_could_go_on(tmp_path):
     save(tmp_path / "version_0" / "checkpoints" / "last.ckpt", 8)
     (tmp_path / "version_1").mkdir()

@@ -58,7 +58,7 @@ def test_scores_equal_transformers(clip_folder: Path, images: Tensor) -> None:
 
 @pytest.mark.parametrize("shape", [(20, 20), (16, 31), (31, 17), (5, 7), (8, 8)])
 def test_preprocessing_is_pils_without_the_rounding(shape: tuple[int, int], clip_folder: Path) -> None:
-    pixels = np.random.default_rng(0).integers(64, 192, (*shape, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (*shape, 3))  # hard edges
     size = [8 * n // min(shape) for n in shape]
     top, left = (size[0] - 8) // 2, (size[1] - 8) // 2
     small = Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BICUBIC)
@@ -71,7 +71,7 @@ def test_preprocessing_is_pils_without_the_rounding(shape: tuple[int, int], clip
 @pytest.mark.parametrize("shape", [(40, 40), (64, 47), (16, 31), (6, 5)])
 def test_prepares_images_as_transformers_does(shape: tuple[int, int], clip_folder: Path) -> None:
     """Theirs is rounded to 8 bits after the resize, hence the tolerance: 1.5 of 255, in units of the std."""
-    image = np.random.default_rng(1).integers(64, 192, (*shape, 3), dtype=np.uint8)
+    image = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
     sizes = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
     processor = CLIPImageProcessorPil.from_pretrained(clip_folder, **sizes)
     theirs = processor(image, return_tensors="pt").pixel_values

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("shape", [(16, 16), (40, 24), (24, 40)])
 def test_scores_are_those_of_the_parts(folder: Path, shape: tuple[int, int], tmp_path: Path) -> None:
     vision, text, head = published.image_reward(tmp_path)
-    pixels = np.random.default_rng(0).integers(64, 192, (3, *shape, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, *shape, 3), dtype=np.uint8)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     values = processor(list(pixels), return_tensors="pt").pixel_values
     tokens = published.bert_tokenizer(tmp_path)(

@@ -27,7 +27,7 @@ View = Literal["winners", "pairs"]
 
 REPORTED = 20
 """So many pairs that cannot be read are reported one by one by each rank; the others are counted, and their
-number is told when it has doubled."""
+number is reported when it has doubled."""
 
 TRIED = 32
 """Pairs that are tried at the start, if need be."""
@@ -236,7 +236,7 @@ class PairLoader:
             if row not in self.unreadable:
                 self.unreadable[row] = reason
                 if (count := len(self.unreadable)) <= REPORTED:
-                    also = "; of more only the number is told" if count == REPORTED else ""
+                    also = "; later ones are only counted" if count == REPORTED else ""
                     warnings.warn(f"{self.source.where(row)} is skipped: {reason}{also}", stacklevel=2)
                 elif count % REPORTED == 0 and (count // REPORTED).bit_count() == 1:
                     warnings.warn(

@@ -14,7 +14,7 @@ from rich.progress import track
 
 from lit_align.data.prompts.sources import PromptSource
 from lit_align.data.splits import EMPTY, Keys, lowest_key, prompt_keys
-from lit_align.errors import ConfigError, described
+from lit_align.errors import ConfigError
 
 ON_DISK = 100_000
 """Sources with a fingerprint and at least this many rows keep their index on disk: making it is slow."""
@@ -104,19 +104,18 @@ def read_keys(source: PromptSource) -> Keys:
     starts = range(0, len(keys), CHUNK)
     for start in track(starts, f"Indexing {source}", console=Console(stderr=True), disable=quiet):
         rows = range(start, min(start + CHUNK, len(keys)))
+        prompts = source.prompts(rows)
+        for row, prompt in zip(rows, prompts, strict=True):
+            if not isinstance(prompt, str):
+                raise ConfigError(
+                    f"{source}: the prompt of row {row} is {prompt!r}; give a text for every row"
+                )
         try:
-            keys[start : rows.stop] = prompt_keys([prompt.strip() for prompt in source.prompts(rows)])
+            keys[start : rows.stop] = prompt_keys([prompt.strip() for prompt in prompts])
         except UnicodeError as error:
             raise ConfigError(
                 f"a prompt in rows {rows.start} to {rows.stop - 1} of {source} is no Unicode text ({error}): "
                 "save the file as UTF-8"
-            ) from error
-        except ConfigError:
-            raise
-        except (AttributeError, TypeError, ValueError, LookupError) as error:  # of a source that a user wrote
-            raise ConfigError(
-                f"{source} has a prompt that cannot be read ({described(error)}): give a text for each of "
-                f"its {len(keys)} rows, empty where there is none"
             ) from error
     return keys
 

@@ -134,15 +134,16 @@ class PromptSet:
             images_per_prompt: Images that share a prompt.
 
         Raises:
-            ConfigError: The rows have columns of different names.
+            ConfigError: Two rows have other columns.
         """
         copies = range(images_per_prompt)
         columns = [self.source.columns(row) for row in rows]
-        if other := [row for row, own in zip(rows, columns, strict=True) if own.keys() != columns[0].keys()]:
-            raise ConfigError(
-                f"rows {rows[0]} and {other[0]} of {self.source} have columns of different names: give every "
-                "row the same, with None where there is no value"
-            )
+        for row, values in zip(rows, columns, strict=True):
+            if not isinstance(values, dict) or values.keys() != columns[0].keys():
+                raise ConfigError(
+                    f"{self.source}: the columns of row {rows[0]} are {columns[0]!s:.80}, of row {row} "
+                    f"{values!s:.80}; give all rows a dict with the same names, and None for no value"
+                )
         return Batch(
             prompts=[prompt for prompt in map(self.prompt, rows) for _ in copies],
             groups=torch.tensor(groups).repeat_interleave(images_per_prompt),
