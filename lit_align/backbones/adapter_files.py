@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
 
-from lit_align.errors import ConfigError
+from lit_align.errors import LONGEST, ConfigError
 from lit_align.identity import ADAPTER
 from lit_align.pretrained import not_finite
 
@@ -27,6 +28,9 @@ MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 WHOLE = (".diff", ".diff_b", ".w_norm", ".b_norm")
 """How names of updates end that are no products of two factors, but as large as a weight or a bias."""
+
+PREFIXES = ("lora_", "text_encoder", "diffusion_model.", "double_blocks.", "single_blocks.")
+"""How names begin that are not those of a layer in diffusers; the last are those of FLUX's own code."""
 
 OTHERS = {
     "hada_": "LoHa",
@@ -101,7 +105,7 @@ def read(file: Path, pipeline_class: Any, part: str, config: Any) -> dict[str, T
             f"its init_lora_weights is {begun}, which changes the base model too; save it in PEFT with "
             "path_initial_model_for_weight_conversion, which makes it plain LoRA"
         )
-    if not any(name.startswith((f"{part}.", "lora_", "text_encoder", "diffusion_model.")) for name in layers):
+    if not any(name.startswith((f"{part}.", *PREFIXES)) for name in layers):
         layers = {f"{part}.{name}": value for name, value in layers.items()}
     _apply_alphas(layers)
     # unet_config is needed to read kohya's names of SDXL, and ignored by families without a UNet.
@@ -224,7 +228,9 @@ def check_contents(layers: Mapping[str, Any], metadata: Mapping[str, Any] | None
 
 def reason(error: Exception) -> str:
     """The first line of what a library says, with the type where it is no sentence."""
-    text = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    text = (str(error).strip().splitlines() or [""])[0].strip().rstrip(".")
+    if text.endswith(":"):  # what it is about stands below
+        text = textwrap.shorten(str(error), LONGEST, placeholder=" ...")
     return (
         text if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: {text}"
     )

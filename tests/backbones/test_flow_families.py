@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, FluxPipeline
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_align.backbones import (
@@ -224,3 +225,24 @@ def test_a_flow_model_is_refused_by_the_backbone_of_another_family(flow_folder: 
         StableDiffusionBackbone(str(flow_folder("sd3")))
     with pytest.raises(ConfigError, match=r"Flux2KleinPipeline.*takes a FluxPipeline"):
         FluxBackbone(str(flow_folder("klein")))
+
+
+def test_adapters_of_flux_in_other_forms(flow_folder: Folder, tmp_path: Path) -> None:
+    place, down, up = str(flow_folder("flux")), torch.randn(2, 32), torch.randn(96, 2)
+    of_xlabs = {
+        f"double_blocks.0.processor.{kind}_lora1.down.weight": down.clone() for kind in ("qkv", "proj")
+    }
+    of_xlabs["double_blocks.0.processor.qkv_lora1.up.weight"] = up
+    of_xlabs["double_blocks.0.processor.proj_lora1.up.weight"] = up[:32].clone()
+    save_file(of_xlabs, tmp_path / "xlabs.safetensors")
+    given = FluxBackbone(place, size=16, adapters={str(tmp_path / "xlabs.safetensors"): 1.0})
+    layer: Any = given.weight_sets.choose("policy").get_submodule("transformer_blocks.0.attn.to_k")
+    torch.testing.assert_close(layer.get_delta_weight("_start0"), up[32:64] @ down)
+    of_unet = {
+        f"lora_unet_mid_block_attentions_0_proj_in.lora_{way}.weight": down.clone() for way in ("down", "up")
+    }
+    save_file(of_unet, tmp_path / "unet.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"Incompatible keys detected: lora_unet_mid_block\S+, lora_\S+; give"
+    ):
+        FluxBackbone(place, size=16, adapters={str(tmp_path / "unet.safetensors"): 1.0})
