@@ -15,7 +15,7 @@ commands:
   test        compare a checkpoint with the pretrained model, on prompts that were never used
   predict     draw images of a checkpoint, with their prompts and rewards
   export      write what a run has trained for other programs, with a model card: export RUN
-  pairs       make preference data of the images of predict and a bank of rewards: pairs FOLDER
+  pairs       make preference data from the images of predict, by a bank of rewards: pairs FOLDER
   report      one page about a tested run, or about several side by side: report RUN [RUN ...]
   doctor      find what would make a fit fail, in under a minute: doctor --config CONFIG
   serve       serve rewards to the runs of other processes and machines: serve --rewards bank.yaml
@@ -33,7 +33,7 @@ more:
   fit --help     every option of the Trainer and of the command
   fit --model.help DDPOModule, fit --data.help PromptDataModule     the options of a class
   --ckpt_path takes a checkpoint, the folder of a run, or last: the newest run of the configuration;
-  auto goes on if this command has run before, and else begins: the same command for every start of a job"""
+  auto resumes if this command has run before, and else starts: the same command for every start of a job"""
 
 if __name__ == "__main__":
     # Before torch is imported: threads that spin while they wait make a busy CPU several times slower.

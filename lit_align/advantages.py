@@ -57,7 +57,12 @@ class Advantages(ABC):
         if scored.any():
             kept = [prompt for prompt, keep in zip(prompts, scored.tolist(), strict=True) if keep]
             groups = groups.to(rewards.device)[scored]
-            normalised = self._normalise(rewards.detach()[scored].double(), groups, kept)
+            normalised = torch.as_tensor(self._normalise(rewards.detach()[scored].double(), groups, kept))
+            if normalised.shape != groups.shape or bool(normalised.isnan().any()):
+                raise ConfigError(
+                    f"{type(self).__name__}._normalise gave {list(normalised.shape)} numbers for "
+                    f"{len(groups)} rewards, {int(normalised.isnan().sum())} NaN; let it give one for each"
+                )
             advantages[scored] = normalised.clamp(-self.clip, self.clip).to(rewards.dtype)
         return advantages
 

@@ -1,4 +1,4 @@
-"""What a user is told: one exception that is shown as a sentence, and lines of information."""
+"""Messages to the user: one exception that is shown as a sentence, and lines of information."""
 
 import logging
 import sysconfig
@@ -20,13 +20,13 @@ LONGEST = 300
 
 
 LOG = logging.getLogger("lit_align")
-"""What :func:`tell` says; the command line shows it, other programs as they configure it."""
+"""Where :func:`tell` writes; the command line shows it, other programs as they configure it."""
 
 LOG.setLevel(logging.INFO)
 
 
 def tell(text: str) -> None:
-    """Tell the user something that is no warning, once over all ranks."""
+    """Show the user a line that is not a warning, once over all ranks."""
     if not rank_zero_only.rank:  # type: ignore[attr-defined]
         LOG.info(text)
 
@@ -58,6 +58,21 @@ def check_positive(values: Mapping[str, float | None]) -> None:
     for name, value in values.items():
         if value is not None and not value > 0:
             raise ConfigError(f"{name}: {value} must be positive")
+
+
+def check_kinds(values: Mapping[str, tuple[object, type]]) -> None:
+    """Refuse what is not of its class; on the command line the parser does.
+
+    Args:
+        values: By the name of the setting, with the class that each must have.
+
+    Raises:
+        ConfigError: One has another.
+    """
+    for name, (value, kind) in values.items():
+        if not isinstance(value, kind):
+            shown = textwrap.shorten(repr(value), 60, placeholder=" ...")
+            raise ConfigError(f"{name}: {shown} is no {kind.__name__}; give an object of that class")
 
 
 def user_path(path: str) -> Path:

@@ -34,7 +34,7 @@ def unwritable(path: Path | str, error: OSError) -> str:
         error: What the system said.
     """
     if error.errno in FULL:
-        remedy = "make room there and go on with --ckpt_path; what was written before is whole"
+        remedy = "make room there and resume with --ckpt_path; what was written before is whole"
     elif error.errno in CLOSED:
         remedy = "check the permissions, or let runs write elsewhere (save_dir of the logger)"
     elif error.errno in TAKEN:
@@ -90,7 +90,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         found = None
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} is no configuration; put back what the run wrote")
+        raise ConfigError(f"{path} is not a configuration; put back what the run wrote")
     return found
 
 

@@ -138,8 +138,8 @@ class RunFolder(Callback):
         """
         if not self._hold.take(path):
             raise ConfigError(
-                f"{path} is the folder of a run that another process is training; wait for its end, or start "
-                "a run of its own without --ckpt_path"
+                f"{path} is the folder of a run that another process is training; wait until it ends, or "
+                "start a new run without --ckpt_path"
             )
 
     def _choose(self, trainer: Trainer, method: str, stage: str) -> Path:

@@ -69,8 +69,8 @@ def resolve(pretrained: str, shapes: Path) -> str:
         return str(folder)
     if pretrained.startswith((".", "~", "/")) or pretrained.count("/") != 1:
         raise ConfigError(
-            f"pretrained: {pretrained!r} is no folder; give a folder that exists (the working directory is "
-            f"{Path.cwd()}), an id on the Hugging Face hub (owner/name), or 'shapes' for the weights that "
+            f"pretrained: {pretrained!r} is not a folder; give a folder that exists (the working directory "
+            f"is {Path.cwd()}), an id on the Hugging Face hub (owner/name), or 'shapes' for the weights that "
             "ship with lit_align."
         )
     return pretrained
@@ -149,8 +149,8 @@ def load_whole(
         )
     if missing := info["missing_keys"]:
         raise ConfigError(
-            f"pretrained: {pretrained!r} is no complete {what}: {len(missing)} weights are missing, such as "
-            f"{min(missing)}; give a folder or hub id that was saved from a transformers {saved_from}."
+            f"pretrained: {pretrained!r} is not a complete {what}: {len(missing)} weights are missing, such "
+            f"as {min(missing)}; give a folder or hub id that was saved from a transformers {saved_from}."
         )
     return model
 

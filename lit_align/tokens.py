@@ -32,6 +32,6 @@ def warn_of_cut(
     limit = min(read for _, read in counts[found[0]])
     rank_zero_warn(
         f"{len(found)} of the first {len(texts)} {what} are longer than the {limit} tokens that {reader} "
-        f"reads, and are cut, such as {found[0][:60]!r}; of later ones nothing is said"
+        f"reads, and are cut, such as {found[0][:60]!r}; later ones are not counted"
     )
     return True

@@ -196,3 +196,13 @@ def test_tracker_keeps_the_newest_rewards_when_its_buffer_shrinks() -> None:
 def test_what_cannot_work_is_refused(make: Callable[[], Advantages], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("shape", "value"), [((4, 1), 0.0), ((), 0.0), ((4,), float("nan"))])
+def test_advantages_of_ones_own_that_give_no_number_for_each_reward_are_told(shape, value):
+    class Own(Advantages):
+        def _normalise(self, rewards, groups, prompts):
+            return torch.full(shape, value)
+
+    with pytest.raises(ConfigError, match=r"Own\._normalise gave .* for 4 rewards, \d NaN"):
+        Own()(torch.rand(4), torch.arange(4), list("abcd"))

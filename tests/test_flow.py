@@ -236,6 +236,13 @@ def test_a_batch_may_mix_steps() -> None:
     ("config", "arguments", "message"),
     [
         ({"_class_name": "PNDMScheduler"}, {}, "PNDMScheduler, of a diffusion model; .*DDIM"),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0},
+            {},
+            r"UniPCMultistepScheduler with use_flow_sigmas; .* \(flow_shift 3.0 is its shift\)",
+        ),
+        ({"_class_name": "FlowMatchLCMScheduler"}, {}, "FlowMatchLCMScheduler goes to the clean image"),
+        ({"stochastic_sampling": True}, {}, "goes to the clean image and adds new noise, .* distilled from"),
         ({"invert_sigmas": True}, {}, "invert_sigmas"),
         ({"use_dynamic_shifting": True}, {}, "use_dynamic_shifting"),
         ({"shift_terminal": 0.02}, {"num_steps": 1}, "no 1 decreasing"),

@@ -180,10 +180,10 @@ def test_the_same_command_begins_goes_on_and_is_complete(monkeypatch, capsys):
     assert "is complete" in said(*auto)
     more = [*auto, "--trainer.max_epochs=2"]
     memory = ["--model.optimisation.micro_batch=4", "--model.sampling.batch=2"]
-    assert "goes on from logs/ddpo/version_0" in said(*more, *memory)
+    assert "resumes from logs/ddpo/version_0" in said(*more, *memory)
     other = said(*more, "--model.clip_range=0.5")
     assert "has other settings (model.clip_range" in other
-    assert "goes on" not in other
+    assert "resumes" not in other
     assert "auto is for fit" in said("test", *more[1:])
 
 
@@ -234,7 +234,7 @@ def test_processes_that_see_other_checkpoints_are_refused(tmp_path):
     torch.multiprocessing.start_processes(_start_apart, (file,), nprocs=2, start_method="fork")
     said = [Path(f"{file}.{rank}").read_text() for rank in range(2)]
     assert said[0] == said[1]
-    assert "process 0 goes on from a.ckpt at 8 images, and process 1 from none" in said[0]
+    assert "process 0 resumes from a.ckpt at 8 images, and process 1 from none" in said[0]
 
 
 # ---- the launchers that are documented: new interpreters, which take seconds

@@ -43,7 +43,7 @@ def test_one_process_without_scores_goes_on_alike_and_one_that_dies_ends_all():
     assert "batch 1/3" in said
     assert "batch 2/3" not in said
     (told,) = messages(said)
-    assert "another process of this run ended, so this one ends too; to go on: python -m" in told
+    assert "another process of this run ended, so this one ends too; to resume: python -m" in told
     assert "Traceback" not in said
 
 
@@ -133,7 +133,7 @@ def test_processes_that_would_each_train_alone_are_refused(place, tmp_path, monk
     check_trainer(alone)
     for name, value in place.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=r"2 processes were started together, and the Trainer knows of 1"):
+    with pytest.raises(ConfigError, match=r"2 processes were started together, and the Trainer expects 1"):
         check_trainer(alone)
 
 

@@ -129,9 +129,31 @@ def test_a_run_without_a_result_is_refused(tmp_path):
     (tmp_path / "version_0").mkdir()
     with pytest.raises(ConfigError, match=r"neither test\.json nor validation\.json"):
         read_run(tmp_path / "version_0")
-    (tmp_path / "version_0" / "test.json").write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_run(tmp_path / "version_0")
+    metric = '{"split": "test", "images": 1, "metrics": {"reward": %s}}'
+    for text in ("{", metric % "null", metric % "[1]", metric % '{"before": "0.5"}'):
+        (tmp_path / "version_0" / "test.json").write_text(text)
+        with pytest.raises(ConfigError, match="cannot be read"):
+            read_run(tmp_path / "version_0")
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("test_images/metadata.jsonl", '{"index": 0, "before": "a.png", "after": "a.png"}\n'),
+        ("test_images/metadata.jsonl", "none\n"),
+        ("metrics.csv", "step,val/reward\n0,high\n"),
+        ("validation.json", '{"split": "validation", "images": 1, "metrics": {}, "run": ["a"]}'),
+    ],
+)
+def test_a_file_that_is_not_as_a_run_writes_it_is_one_sentence(file, text, tmp_path):
+    run = run_folder(tmp_path / "run", [], [])
+    for events in run.glob("events*"):
+        events.unlink()
+    (run / file).parent.mkdir(exist_ok=True)
+    (run / file).write_text(text)
+    (run / file).with_name("a.png").touch()
+    with pytest.raises(ConfigError, match=rf"report: {run} has a file that is not as its run wrote it \("):
+        read_run(run)
 
 
 def test_the_command_compares_runs_and_leaves_their_numbers(tmp_path, monkeypatch, capsys):

@@ -78,7 +78,9 @@ def test_a_fit_is_made_again_by_its_newest_configuration(tmp_path):
     (found,) = commands(render([read_run(run)]))
     assert found[-2:] == ["--ckpt_path", "of another.ckpt"]
     (run / "config-2.yaml").write_text("model: [1")
-    with pytest.raises(ConfigError, match=r"config-2.yaml is no configuration; put back what the run wrote"):
+    with pytest.raises(
+        ConfigError, match=r"config-2.yaml is not a configuration; put back what the run wrote"
+    ):
         render([read_run(run)])
 
 

@@ -238,6 +238,20 @@ def test_a_scheduler_that_does_not_clip_may_carry_the_word() -> None:
             {},
             "UniPCMultistepScheduler has use_flow_sigmas",
         ),
+        (
+            {
+                "_class_name": "EulerDiscreteScheduler",
+                "timestep_type": "continuous",
+                "prediction_type": "v_prediction",
+            },
+            {},
+            "timestep_type continuous, of a model that gets the logarithm of the noise",
+        ),
+        (
+            {"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"},
+            {},
+            r"cannot be made of .* config \(sigmoid is not implemented\); replace entries",
+        ),
         ({"clip_sample": True}, {}, "Set clip_sample to false"),
         ({"thresholding": True}, {}, "Set thresholding to false"),
         ({"prediction_type": "flow_prediction"}, {}, "'flow_prediction'"),

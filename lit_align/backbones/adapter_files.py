@@ -22,6 +22,12 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PLAIN = {"peft_type": "LORA", "use_dora": False, "bias": "none", "modules_to_save": None}
 """What PEFT's settings are for plain LoRA."""
 
+MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How PEFT may begin an adapter so that it changes the base model too, which its file does not have."""
+
+WHOLE = (".diff", ".diff_b", ".w_norm", ".b_norm")
+"""How names of updates end that are no products of two factors, but as large as a weight or a bias."""
+
 OTHERS = {
     "hada_": "LoHa",
     "lokr_": "LoKr",
@@ -79,13 +85,22 @@ def read(file: Path, pipeline_class: Any, part: str, config: Any) -> dict[str, T
         said = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
     check_contents(layers, said)
     for name in layers:
+        if name.endswith(WHOLE):
+            raise ValueError(
+                f"{name} is an update of a whole weight; give one that has lora_A and lora_B alone"
+            )
         for word, kind in OTHERS.items():
             if word in name:
-                raise ValueError(f"it is {kind}, and not LoRA; give one that has lora_A and lora_B alone")
+                raise ValueError(f"it is {kind}, not LoRA; give an adapter with only lora_A and lora_B")
     settings = {key.removeprefix(f"{part}."): value for key, value in said.items() if key.startswith(part)}
     if all(name.startswith("base_model.model.") for name in layers):
         layers = {name.removeprefix("base_model.model."): value for name, value in layers.items()}
         settings = _peft_settings(file)
+    if str(begun := settings.get("init_lora_weights")).startswith(MOVED):
+        raise ValueError(
+            f"its init_lora_weights is {begun}, which changes the base model too; save it in PEFT with "
+            "path_initial_model_for_weight_conversion, which makes it plain LoRA"
+        )
     if not any(name.startswith((f"{part}.", "lora_", "text_encoder", "diffusion_model.")) for name in layers):
         layers = {f"{part}.{name}": value for name, value in layers.items()}
     _apply_alphas(layers)
@@ -111,7 +126,7 @@ def _apply_alphas(layers: dict[str, Tensor]) -> None:
         places = [f"{layer}.{factor}.weight" for factor in ("lora_up", "lora_B", "lora.up")]
         second = next((place for place in places if place in layers), None)
         if second is None:
-            raise ValueError(f"{name} is the strength of no layer")
+            raise ValueError(f"{name} belongs to no layer")
         layers[second] = _times(layers[second], alpha / layers[second].shape[1])
 
 
@@ -124,10 +139,10 @@ def _alone(layers: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     prefix = f"{part}."
     foreign = [name for name in layers if not name.startswith(prefix)]
     if foreign and len(foreign) == len(layers) and not foreign[0].startswith("text_encoder"):
-        raise ValueError(f"it is of another family, since it adapts no {part}, but {foreign[0]}")
+        raise ValueError(f"it is for another family: it adapts {foreign[0]}, not the {part}")
     if foreign:
         raise ValueError(
-            f"it adapts more than the {part}, such as {foreign[0]}, and here text encoders stay as they are; "
+            f"it also adapts {foreign[0]}, and only the {part} can have an adapter here; "
             "merge it into the model in diffusers (load_lora_weights, fuse_lora, save_pretrained) and give "
             "that as pretrained"
         )
@@ -135,7 +150,7 @@ def _alone(layers: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     if not all(".lora_A." in name or ".lora_B." in name for name in own):
         own = convert_unet_state_dict_to_peft(own)
     if strange := [name for name in own if not name.endswith((".lora_A.weight", ".lora_B.weight"))]:
-        raise ValueError(f"{strange[0]} is no factor of LoRA")
+        raise ValueError(f"{strange[0]} is not a factor of LoRA")
     return own
 
 
@@ -147,11 +162,11 @@ def _peft_settings(file: Path) -> dict[str, Any]:
     """
     config = file.with_name(PEFT_CONFIG)
     if not config.is_file():
-        raise ValueError(f"its strength is in {PEFT_CONFIG}, which is not there; copy it beside the file")
+        raise ValueError(f"its strength is in {PEFT_CONFIG}, which is missing; copy it into the same folder")
     settings: dict[str, Any] = json.loads(config.read_text())
     for name, plain in PLAIN.items():
         if settings.get(name, plain) != plain:
-            raise ValueError(f"{PEFT_CONFIG} has {name} {settings[name]}, and only plain LoRA is known")
+            raise ValueError(f"{PEFT_CONFIG} has {name} {settings[name]}, and only plain LoRA can be loaded")
     return settings
 
 
@@ -204,7 +219,7 @@ def check_contents(layers: Mapping[str, Any], metadata: Mapping[str, Any] | None
         if name.endswith(".r") and not isinstance(value, int):
             raise ValueError(f"its metadata say {name}: {value!r}")
         if name.endswith(".use_dora") and value:
-            raise ValueError("it is a DoRA, whose updates do not add up")
+            raise ValueError("it is a DoRA, whose updates cannot be added")
 
 
 def reason(error: Exception) -> str:

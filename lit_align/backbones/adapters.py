@@ -124,9 +124,7 @@ class Adapters:
         file = find(path)
         try:
             layers = read(file, self._pipeline_class, self._part, self.denoiser.config)
-            there = {one for one, _ in self.denoiser.named_modules()}
-            if strange := [one for key in layers if (one := key.partition(".lora_")[0]) not in there]:
-                raise ValueError(f"it is of another network, since this {self._part} has no {strange[0]}")
+            self._check_fit(layers)
             with self._injecting(name):
                 named = {f"{self._part}.{key}": value for key, value in layers.items()}
                 self.denoiser.load_lora_adapter(named, prefix=self._part, adapter_name=name)
@@ -139,6 +137,24 @@ class Adapters:
                 f"the adapter in {path} does not fit this model: {reason(error)}; give another, or copy it "
                 "again"
             ) from error
+
+    def _check_fit(self, layers: Mapping[str, Tensor]) -> None:
+        """Refuse factors for layers that are not there, or are of other sizes.
+
+        Raises:
+            ValueError: There are some.
+        """
+        there = dict(self.denoiser.named_modules())
+        for key, factor in layers.items():
+            place, _, kind = key.partition(".lora_")
+            if place not in there:
+                raise ValueError(f"it is for another network: this {self._part} has no {place}")
+            own, side = getattr(there[place], "weight", None), 1 if kind.startswith("A") else 0
+            if own is not None and (factor.ndim != own.ndim or factor.shape[side] != own.shape[side]):
+                raise ValueError(
+                    f"it is for another base model: its {key} has the shape {tuple(factor.shape)}, and "
+                    f"the weights of this {self._part}'s {place} have {tuple(own.shape)}"
+                )
 
     @contextmanager
     def _injecting(self, name: str) -> Iterator[None]:

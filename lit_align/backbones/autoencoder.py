@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from torch import Tensor, nn
 
 from lit_align.backbones.checkpointing import recompute
@@ -43,4 +44,4 @@ def encode(vae: Any, images: Tensor, batch: int) -> Tensor:
     """Images in [0, 1] to the mode of their latents in the autoencoder's scale, some at once."""
     pixels = 2 * images.to(next(vae.parameters()).dtype) - 1
     with torch.autocast(images.device.type, enabled=False):
-        return torch.cat([vae.encode(x).latent_dist.mode() for x in pixels.split(batch)])
+        return torch.cat([retrieve_latents(vae.encode(x), None, "argmax") for x in pixels.split(batch)])

@@ -23,7 +23,7 @@ SamplerFactory = Callable[[Mapping[str, Any]], Sampler]
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is told about ``B`` images, under names that only the backbone knows.
+    """The denoiser's inputs about ``B`` prompts, under names that only the backbone knows.
 
     Attributes:
         prompt: Of the prompts; every tensor has ``B`` rows.
@@ -116,8 +116,8 @@ class DiffusionBackbone(nn.Module, ABC):
         """
         if scale < 1 and not self.told_guidance:
             raise ConfigError(
-                f"{setting} is {scale:g}: below 1 the prompt counts for less than without guidance, and at 0 "
-                "for nothing; set it to 1, which is none (guidance_scale 0 of some pipelines)"
+                f"{setting} is {scale:g}: below 1 the prompt has less effect than without guidance, and at 0 "
+                "none; set it to 1, which is no guidance (guidance_scale 0 in some pipelines)"
             )
 
     @property

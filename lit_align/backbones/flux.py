@@ -17,7 +17,7 @@ WORDS = 512
 class FluxBackbone(TransformerBackbone):
     """A ``FluxPipeline``: guidance-distilled as FLUX.1-dev, or not, as FLUX.1-schnell.
 
-    A distilled model is told the scale of guidance; others are guided by two predictions, as by the
+    A distilled model gets the scale of guidance as an input; others are guided by two predictions, as by the
     pipeline's ``true_cfg_scale``, unless the scale is 1.
     """
 

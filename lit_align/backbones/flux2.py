@@ -47,7 +47,7 @@ class Flux2KleinBackbone(TransformerBackbone):
     def check_guidance(self, scale: float, setting: str = "sampling.guidance") -> None:
         if self.pipeline.config.is_distilled and scale != 1.0:
             raise ConfigError(
-                f"{setting}: {scale} means nothing to this model, which is distilled; set it to 1"
+                f"{setting}: {scale} has no effect on this model, which is distilled; set it to 1"
             )
         super().check_guidance(scale, setting)
 

@@ -1,5 +1,6 @@
 """A diffusers pipeline from a folder, a hub id or a single file, or a sentence that says why not."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ KINDS = {
     "upscale": "an upscaler",
     "controlnet": "a ControlNet",
     "instruct-pix2pix": "InstructPix2Pix",
+    "codes": "a quantised model, whose weights are no numbers",
     "lora": "a LoRA, which belongs under backbone.adapters",
 }
 """Single files that diffusers can tell apart; all others it takes for Stable Diffusion 1."""
@@ -37,12 +39,14 @@ FILES: dict[str, tuple[str, ...]] = {
 }
 """Those of KINDS that a pipeline is made of."""
 
+CODED = (".scale_weight", ".weight_scale", "scaled_fp8", ".absmax", ".comfy_quant")
+"""Ends of names in single files whose weights are codes, which diffusers would take for numbers."""
+
 MARKS: dict[str, tuple[str, Any]] = {
     "v_pred": ("prediction_type", "v_prediction"),
     "ztsnr": ("rescale_betas_zero_snr", True),
 }
 """Empty entries of single files, by which programs know how they were trained."""
-
 
 LIBRARIES = ("diffusers", "transformers")
 """Whose classes the parts of a pipeline are."""
@@ -57,6 +61,10 @@ class Family(Protocol):
     @property
     def pipeline_class(self) -> Any:
         """The pipeline's class in diffusers."""
+
+    @property
+    def denoiser(self) -> str:
+        """The denoiser's name in the pipeline."""
 
     @property
     def bundled(self) -> Path:
@@ -92,7 +100,7 @@ def load_pipeline(
     """
     pipeline_class, without = family.pipeline_class, family.without
     file = user_path(pretrained)
-    if file.suffix in (".safetensors", ".ckpt") and not file.is_dir():
+    if (file.is_file() or file.suffix in (".safetensors", ".ckpt")) and not file.is_dir():
         pipeline = _load_file(pipeline_class, file, without, dtypes, config)
         _check_complete(pretrained, pipeline, config or pretrained)
         return pipeline
@@ -108,6 +116,8 @@ def load_pipeline(
             if part not in without:
                 _check_code(pretrained, part, index[part])
                 _check_weights(pretrained, Path(source) / part, variant)
+        file = Path(source) / family.denoiser / "config.json"
+        _check_quantised(pretrained, family.denoiser, json.loads(file.read_text()) if file.is_file() else {})
         without |= {
             part: _whole(pretrained, source, part, kind, dtypes.get(part, dtypes["default"]), variant)
             for part in parts
@@ -116,6 +126,7 @@ def load_pipeline(
         pipeline = pipeline_class.from_pretrained(
             source, dtype=dict(dtypes), use_safetensors=True, variant=variant, **without
         )
+    _check_quantised(pretrained, family.denoiser, getattr(pipeline, family.denoiser).config)
     _check_complete(pretrained, pipeline, pretrained)
     return pipeline
 
@@ -210,6 +221,16 @@ def _check_weights(pretrained: str, folder: Path, variant: str | None) -> None:
         )
 
 
+def _check_quantised(pretrained: str, part: str, config: Any) -> None:
+    """Refuse a denoiser in a quantised form, whose weights are codes of numbers."""
+    if isinstance(config, dict) and (form := config.get("quantization_config")):
+        raise ConfigError(
+            f"pretrained: the {part} of {pretrained!r} is quantised ({form.get('quant_method')}), and is "
+            "trained as the numbers that it was made of; give the model before that, with dtype: bfloat16 to "
+            "halve its memory"
+        )
+
+
 def schedule_of(file: Path) -> dict[str, Any]:
     """What the empty entries of a single file say of its noise schedule; nothing if it cannot be read."""
     try:
@@ -230,6 +251,7 @@ def _check_file(pipeline_class: Any, file: Path, place: str) -> None:
     names = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     kind = infer_diffusers_model_type(names)
     kind = "lora" if any("lora_" in name for name in names) else kind
+    kind = "codes" if any(name.endswith(CODED) for name in names) else kind
     own = FILES.get(pipeline_class.__name__, ())
     if kind in KINDS and kind not in own:
         raise ConfigError(f"{place} is {KINDS[kind]}, and this backbone takes a {pipeline_class.__name__}")
@@ -243,10 +265,13 @@ def _load_file(
     config: str | None,
 ) -> Any:
     place = f"pretrained: {str(file)!r}"
-    if file.suffix == ".ckpt":
-        raise ConfigError(f"{place} may run code when it is opened; give the weights as .safetensors")
+    if file.suffix != ".safetensors":
+        what = "may run code when it is opened" if file.suffix == ".ckpt" else "is in a form that is not read"
+        raise ConfigError(f"{place} {what}; give the weights as .safetensors")
     if not file.is_file():
-        raise ConfigError(f"{place} is no file; give one that exists (the working directory is {Path.cwd()})")
+        raise ConfigError(
+            f"{place} is not a file; give one that exists (the working directory is {Path.cwd()})"
+        )
     _check_file(pipeline_class, file, place)
     entries = schedule_of(file)
     folder = None if config is None else user_path(config)

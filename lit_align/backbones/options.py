@@ -63,8 +63,8 @@ def check_inputs(
             asked.append(f"{name} {config[name]} for latents of {channels}")
     if asked:
         raise ConfigError(
-            f"pretrained: {pretrained!r} is no plain text-to-image model (its configuration has "
-            f"{', '.join(asked)}); give one that is told nothing but prompts"
+            f"pretrained: {pretrained!r} is not a plain text-to-image model (its configuration has "
+            f"{', '.join(asked)}); give one whose only input is a prompt"
         )
 
 
@@ -86,7 +86,7 @@ def choose_size(
     if size is None:
         own = config.get("sample_size") or getattr(pipeline, "default_sample_size", None)
         if own is None:
-            raise ConfigError("backbone.size: the model's configuration says none; give height and width")
+            raise ConfigError("backbone.size: the model's configuration has none; give height and width")
         height, width = (own, own) if isinstance(own, int) else own
         return height * scale, width * scale
     sides = [size, size] if isinstance(size, int) else list(size)

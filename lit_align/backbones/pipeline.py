@@ -41,13 +41,13 @@ from lit_align.tokens import Counts, count_tokens
 class DiffusersBackbone(DiffusionBackbone):
     """A diffusers pipeline with named weight sets of its denoiser.
 
-    A family says what stands in the attributes and under "what a family says"; see ``README.md``.
+    A family defines these attributes and the methods under "what a family says"; see ``README.md``.
 
     Attributes:
         pipeline_class: The pipeline's class in diffusers.
         denoiser: The denoiser's name in it, ``unet`` or ``transformer``.
         bundled: Folder of the bundled model.
-        without: Components and settings of the pipeline that are given instead of loaded.
+        without: Components and settings of the pipeline that are passed instead of loaded.
         optional: Components that a folder may lack.
         no_input_for: Entries of the denoiser's configuration that ask for what :meth:`denoise` does not give.
         patch: Side of the patches of latent pixels that the denoiser reads; sizes are multiples of it.
@@ -102,7 +102,7 @@ class DiffusersBackbone(DiffusionBackbone):
                 its family; null lets diffusers find it on the hub.
             scheduler: Entries of its configuration that replace the pipeline's, as ``{timestep_spacing:
                 trailing}``, or ``{prediction_type: v_prediction}`` for a single file, which does not say it.
-            offload_text_encoders: Keep them on the CPU but while new prompts are encoded.
+            offload_text_encoders: Keep them on the CPU, except while new prompts are encoded.
             decode_batch: Images decoded at once; bounds the memory of the autoencoder.
             prompt_cache: Number of prompts whose embeddings are remembered.
 
@@ -146,7 +146,7 @@ class DiffusersBackbone(DiffusionBackbone):
 
     @abstractmethod
     def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """What the denoiser is told about prompts, on :attr:`device`; every tensor has a row for each."""
+        """The denoiser's inputs about prompts, on :attr:`device`; every tensor has a row for each prompt."""
 
     @abstractmethod
     def denoise(self, network: Any, x: Tensor, t: Tensor, cond: dict[str, Tensor], guidance: float) -> Tensor:
@@ -184,7 +184,7 @@ class DiffusersBackbone(DiffusionBackbone):
         return latents / config.scaling_factor + (config.get("shift_factor") or 0)
 
     def pipeline_options(self, guidance: float) -> dict[str, Any]:
-        """What the pipeline's call is told to predict as :meth:`predict` does with this guidance."""
+        """Arguments with which the pipeline's call predicts as :meth:`predict` does with this guidance."""
         return {"guidance_scale": guidance}
 
     def attend(self, network: Any, plain: bool) -> None:
@@ -192,7 +192,7 @@ class DiffusersBackbone(DiffusionBackbone):
         network.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
 
     def asks_more(self, config: Mapping[str, Any]) -> list[str]:
-        """What a denoiser with this configuration is told beside what :meth:`denoise` gives."""
+        """Inputs that a denoiser with this configuration needs beside those of :meth:`denoise`."""
         return []
 
     def prompt_tokens(self, prompt: str) -> Counts:

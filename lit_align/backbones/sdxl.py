@@ -18,7 +18,7 @@ TIME_IDS = 6
 class StableDiffusionXLBackbone(DiffusersBackbone):
     """A ``StableDiffusionXLPipeline`` with named weight sets of its UNet.
 
-    Beside the states of both text encoders the UNet is told the pooled prompt and, as *time ids*, the size
+    Beside the states of both text encoders the UNet gets the pooled prompt and, as *time ids*, the size
     that the image had before it was cropped, the corner of the crop, and the size that it has: here the
     backbone's size, nothing, and the backbone's size, as in the pipeline.
     """

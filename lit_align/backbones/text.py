@@ -53,7 +53,7 @@ class TextEncoding:
 
 @contextmanager
 def without_a_line_each() -> Iterator[None]:
-    """Silence diffusers, which tells of every prompt that is cut: we tell it once."""
+    """Silence diffusers, which warns about every prompt that is cut: we warn once."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -1,5 +1,6 @@
 """Named weight sets of one network: the policy, its reference, an opponent, experts and their mixtures."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -117,6 +118,8 @@ class WeightSets(nn.Module):
         if self._lora is None:
             raise ConfigError("adapters: they need lora; give its settings, or take adapters out")
         for number, (path, weight) in enumerate(adapters.items()):
+            if not math.isfinite(weight):
+                raise ConfigError(f"adapters: the weight of {path} is {weight}; give a finite number")
             self._adapters.load(f"_start{number}", user_path(path))
             self._start[f"_start{number}"] = weight
             self._remember(f"_start{number}", path)
@@ -224,9 +227,25 @@ class WeightSets(nn.Module):
 
     def train_only(self, names: Collection[str]) -> None:
         """Decide, once and before training, which sets are trained; all others are frozen."""
+        self._learners = tuple(names)
         trained = {parameter for name in names for parameter in self.parameters_of(name)}
         for parameter in self.networks.parameters():
             parameter.requires_grad_(parameter in trained)
+
+    def check_frozen(self, *models: nn.Module) -> None:
+        """Refuse to train more of some models than :meth:`train_only` said, or nothing.
+
+        Raises:
+            ConfigError: ``requires_grad`` was changed since.
+        """
+        decided = {parameter for name in self._learners for parameter in self.parameters_of(name)}
+        trained = {p for model in models for p in model.parameters() if p.requires_grad}
+        if decided and (not trained or trained - decided):
+            raise ConfigError(
+                f"requires_grad: {sum(p.numel() for p in trained):,} weights would be trained, and not the "
+                f"{sum(p.numel() for p in decided):,} of {', '.join(self._learners)}, as after "
+                "module.freeze() or unfreeze(); build the module anew, with lora null to train all weights"
+            )
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """The parameters that belong to one set alone."""

@@ -1,4 +1,4 @@
-"""What a run leaves behind and says: checkpoints, adapters, images, predictions, curves; and its guard."""
+"""What a run writes and prints: checkpoints, adapters, images, predictions, curves; and the guard."""
 
 from lightning import Callback
 

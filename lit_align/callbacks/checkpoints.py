@@ -1,4 +1,4 @@
-"""What a run can go on from: ``checkpoints/last.ckpt`` and ``checkpoints/best.ckpt``."""
+"""What a run can resume from: ``checkpoints/last.ckpt`` and ``checkpoints/best.ckpt``."""
 
 import zipfile
 from functools import cache
@@ -187,8 +187,8 @@ def _validates(trainer: Trainer, batch_idx: int) -> bool:
 class BestCheckpoint(ModelCheckpoint):
     """Keeps ``checkpoints/best.ckpt``, of the validation after an update with the highest ``val/reward``.
 
-    The validation of the pretrained model has none, even if it is the highest: nobody needs a checkpoint of
-    an adapter that does nothing, and to go on from it is to start anew. At the end of a fit that is told.
+    The validation of the pretrained model gets no checkpoint, even if it is the highest: its adapter does
+    nothing, and resuming from it would be a new start. The end of a fit then says so.
     """
 
     def __init__(self) -> None:

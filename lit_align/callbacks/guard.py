@@ -1,4 +1,4 @@
-"""A run that is watched: held-out images tell when the trained reward is no longer what is wanted."""
+"""The guard: held-out images show when the trained reward is exploited."""
 
 import math
 from dataclasses import replace
@@ -21,7 +21,7 @@ from lit_align.methods import AlignmentModule
 Action = Literal["warn", "stop", "lower_rate", "rollback"]
 
 KEPT = "guard_"
-"""With what the names of its files begin."""
+"""Beginning of the names of its files."""
 
 
 class Guard(Callback):
@@ -38,24 +38,24 @@ class Guard(Callback):
     - saturation or fine texture has moved by more than half of its spread over images;
     - ``kl``, or ``drift``, is above ``max_distance``.
 
-    While the held-out reward rises there is none. What was told, or answered with a lower rate, is trouble
-    again only when it has certainly moved on since.
+    While the held-out reward rises there is no trouble. After a warning or a lower rate, there is trouble
+    again only when the value has certainly moved further.
 
     The weights of the best validation lie in ``checkpoints/guard_<images>.ckpt``. Where it stands among the
     callbacks matters: before those of :func:`~lit_align.callbacks.default_callbacks`.
 
     Args:
-        action: ``warn`` tells. ``stop`` ends the run. ``lower_rate`` multiplies the learning rate by
-            ``factor``. ``rollback`` takes the weights and the optimizer's state of the best validation back
-            and lowers the rate; what counts goes on: images, draws, prompts, schedules.
+        action: ``warn`` warns. ``stop`` ends the run. ``lower_rate`` multiplies the learning rate by
+            ``factor``. ``rollback`` restores the weights and the optimizer's state of the best validation
+            and lowers the rate; counters continue: images, draws, prompts, schedules.
         factor: On the learning rate; with ``kl_target``, on the step that it aims at.
         reward: Name of the held-out reward that decides which validation is best. If not given, ``truth``
             where that is one, else the first.
         false_alarms: Probability of an alarm in a whole run in which no held-out reward changes. A rise in
             vain is tested with it in each validation, since it takes several in a row.
         max_distance: Largest mean ``kl``, in nats per image, or ``drift``. There is no default: shipped runs
-            that gain end between 1 and 25 nats, and one at 42 had lost more than half of the truth. Below
-            float32 roundings are in both, about 0.01 nats for each noisy step and 1024 latent elements.
+            that gain truth end between 4 and 281 nats, and runs that lost half of it between 50 and 66. Below
+            float32 both include rounding, about 0.01 nats for each noisy step and 1024 latent elements.
         patience: Validations after which a reward has risen in vain; that of Lightning's ``EarlyStopping``.
 
     Raises:
@@ -113,8 +113,8 @@ class Guard(Callback):
         before = callbacks[: callbacks.index(self)]
         if late := [one for one in before if isinstance(one, AdapterExport | RunSummary)]:
             raise ConfigError(
-                f"Guard: it stands behind {type(late[0]).__name__}, which would write of weights that are "
-                "given up; give [Guard(...), *default_callbacks()]"
+                f"Guard: it comes after {type(late[0]).__name__}, which would write weights that a rollback "
+                "discards; give [Guard(...), *default_callbacks()]"
             )
         if self.action == "rollback" and not pl_module.goes_back:
             raise ConfigError(
@@ -130,7 +130,7 @@ class Guard(Callback):
     def _decided_by(self, held_out: tuple[str, ...]) -> list[str]:
         if not held_out:
             raise ConfigError(
-                "Guard: all rewards are trained on, so nothing can tell when they are exploited; add one "
+                "Guard: all rewards are trained on, so nothing shows when they are exploited; add one "
                 "without a weight to rewards"
             )
         names = {name.removeprefix("reward/"): name for name in held_out}
@@ -145,10 +145,10 @@ class Guard(Callback):
         self._tidy = True
         if self._stopped and self.action == "stop":
             trainer.should_stop = True
-            rank_zero_warn("guard: this run was stopped; another action, or no guard, lets it go on")
+            rank_zero_warn("guard: this run was stopped; to resume it, change action or remove the guard")
         there = trainer.strategy.broadcast(self._file(trainer).exists())
         if self._best and not there and self.action == "rollback":
-            rank_zero_warn(f"guard: {self._file(trainer)} is gone; the next validation counts as the best")
+            rank_zero_warn(f"guard: {self._file(trainer)} is missing; the next validation counts as the best")
             self._best = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -167,7 +167,7 @@ class Guard(Callback):
         if not self._best and trains(now, self._rewards) and self.patience > (there := validations(trainer)):
             rank_zero_warn(
                 f"guard: patience {self.patience} is more than the validations of this fit ({there}), so a "
-                "reward that rises in vain is not told; lower it, or set trainer.val_check_interval"
+                "reward that rises in vain is not noticed; lower it, or set trainer.val_check_interval"
             )
         changes = self._changes(trainer, now, pl_module.prompt_groups) if self._best else []
         better = (
@@ -190,7 +190,7 @@ class Guard(Callback):
             self._best, self._acted, self._pretrained = {}, {}, pretrained
             if (prompts := len(module.prompt_groups.unique())) < FEWEST:
                 rank_zero_warn(
-                    f"guard: {prompts} held-out prompts tell nothing for certain, so it will not act; raise "
+                    f"guard: {prompts} held-out prompts are too few to be certain, so it will not act; raise "
                     f"data.validation_prompts to {FEWEST} or more"
                 )
 
@@ -232,17 +232,17 @@ class Guard(Callback):
 
     def _act(self, trainer: Trainer, module: AlignmentModule, troubles: list[Change]) -> None:
         self._acted = dict(module.latest)
-        done = f"nothing is done; the weights from then are in {self._file(trainer)}"
+        done = f"nothing is changed; its weights are in {self._file(trainer)}"
         if self.action == "stop":
             self._stopped = trainer.should_stop = True
-            done = f"the run stops; the weights from then are in {self._file(trainer)}"
+            done = f"the run stops; its weights are in {self._file(trainer)}"
         if self.action == "rollback":
             self._go_back(trainer, module)
         if self.action in ("lower_rate", "rollback"):
             module.rate_factor *= self.factor
             done = f"the learning rate is {module.rate_factor:g} of what it was configured"
             if self.action == "rollback":
-                done = f"the weights from then are back, and {done}"
+                done = f"its weights are restored, and {done}"
         told = ", ".join(map(self._described, troubles))
         self._in_vain = 0
         rank_zero_warn(

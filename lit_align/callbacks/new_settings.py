@@ -1,4 +1,4 @@
-"""A run that goes on with other settings than its checkpoint was written with."""
+"""A run that resumes with other settings than its checkpoint was written with."""
 
 from collections.abc import Collection
 from typing import Any
@@ -15,7 +15,7 @@ class NewSettings(Callback):
         optimizer: Names of the optimizer's settings that have new values, such as ``lr``.
         measurement: Whether held-out images are now measured differently. Then what was measured before
             cannot be compared: the pretrained model is measured anew, and the best score starts anew.
-        told: Whether the user was told of all settings that differ.
+        told: Whether all settings that differ were already reported.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class NewSettings(Callback):
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         if missing := [name for name in self.optimizer if any(name not in group for group in groups)]:
             raise ConfigError(
-                f"ckpt_path: the optimizer's {missing[0]} cannot change in a run that goes on; set it back, "
+                f"ckpt_path: the optimizer's {missing[0]} cannot change when a run resumes; set it back, "
                 "or start a new run"
             )
         self._wanted = [{name: group[name] for name in self.optimizer} for group in groups]

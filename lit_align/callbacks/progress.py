@@ -14,7 +14,7 @@ from lit_align.data import Batch
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar, with epochs counted from 1, and gone before the run's last words."""
+    """Lightning's bar, with epochs counted from 1, and removed before the run's last lines."""
 
     def _get_train_description(self, current_epoch: int) -> str:
         return _epoch(self.trainer)

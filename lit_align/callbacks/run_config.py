@@ -18,7 +18,7 @@ from lit_align.folder import run_folder
 class RunConfig(Callback):
     """Writes the whole configuration to ``config.yaml``; that of a resumed run stands beside the first.
 
-    Checkpoints hold the settings, so that a run that is resumed with others is told what changes. TensorBoard
+    Checkpoints hold the settings, so that a resume with other settings can say what changes. TensorBoard
     gets the configuration as text, and at the end of a fit as hyper-parameters beside the newest held-out
     metrics, so that its HParams tab compares runs.
 

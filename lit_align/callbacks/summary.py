@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -73,7 +74,7 @@ class RunSummary(Callback):
         """Say why a fit ends before its epochs, which Lightning does not."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Timer) and (callback.time_remaining() or 1) < 0:
-                tell(f"ends after {pl_module.images} images, since its time is over (max_time)")
+                tell(f"ends after {pl_module.images} images, since its time limit is reached (max_time)")
             if isinstance(callback, EarlyStopping) and callback.wait_count >= callback.patience:
                 tell(
                     f"ends after {pl_module.images} images, since {callback.monitor} has not improved in "
@@ -284,4 +285,4 @@ def _show_places(result: Path) -> None:
     for name in ("adapter", "checkpoints", "images", result.name):
         if (folder / name).exists():
             show(f"{name.partition('.')[0]:<12} {folder / name}")
-    show(f"{'curves':<12} tensorboard --logdir {folder.parent}")
+    show(f"{'curves':<12} tensorboard --logdir {shlex.quote(str(folder.parent))}")

@@ -2,7 +2,7 @@
 
 import os
 
-# Before transformers is imported: it would tell at length that torchvision, which nothing here uses, is not
+# Before transformers is imported: it would say at length that torchvision, which nothing here uses, is not
 # installed.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

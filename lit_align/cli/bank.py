@@ -39,7 +39,7 @@ def read_bank(path: str) -> RewardBank:
     except ConfigError:
         raise
     except Exception as error:  # whatever a module of the user raises when it is imported
-        raise ConfigError(f"--rewards {path}: {described(error)}; mend it") from error
+        raise ConfigError(f"--rewards {path}: {described(error)}; correct it") from error
     return bank
 
 
@@ -56,6 +56,6 @@ def _bank(root: Any, path: str) -> dict[str, Any]:
         if isinstance(found.get("rewards"), dict) and "weights" in found:
             return {"class_path": "RewardBank", "init_args": found}
     raise ConfigError(
-        f"--rewards {path}: there is no bank in it; give rewards (name: {{class_path: ...}}) and weights "
+        f"--rewards {path}: it has no bank; give rewards (name: {{class_path: ...}}) and weights "
         "(name: number), or a configuration with model.rewards"
     )

@@ -48,25 +48,24 @@ class Saved:
         return folder.parent.relative_to(here) if here in folder.parent.parents else folder.parent
 
 
-def find(ckpt_path: str, runs: Path) -> Saved:
+def find(ckpt_path: str, runs: Path, named: str | None = None) -> Saved:
     """The checkpoint that the user means.
 
     Args:
         ckpt_path: ``last``, the folder of a run, or a file.
         runs: Where the runs of this configuration are.
+        named: The folder of its run in there; if not given, that with the highest number.
 
     Raises:
         ConfigError: There is none, or it cannot be read, or it is damaged.
     """
-    saved = _find(ckpt_path, runs)
+    saved = _last(runs, named) if ckpt_path == "last" else _find(ckpt_path)
     check_whole(saved.path)
     return saved
 
 
-def _find(ckpt_path: str, runs: Path) -> Saved:
+def _find(ckpt_path: str) -> Saved:
     path = user_path(ckpt_path)
-    if ckpt_path == "last":
-        return _last(runs)
     if not path.exists():
         raise ConfigError(
             f"ckpt_path: there is no {ckpt_path}; give a checkpoint, the folder of a run, or 'last'"
@@ -127,13 +126,13 @@ def newest(run: Path) -> Saved | None:
     )
     if taken is not None and broken:
         rank_zero_warn(
-            f"{broken[0]} cannot be read and is passed over; the newest that can is {taken.path}, at "
+            f"{broken[0]} cannot be read and is ignored; the newest that can be read is {taken.path}, at "
             f"{taken.images} images"
         )
     return taken
 
 
-def find_equal(runs: Path, settings: Mapping[str, Any]) -> Saved | None:
+def find_equal(runs: Path, settings: Mapping[str, Any], named: str | None = None) -> Saved | None:
     """The newest checkpoint of the newest run with some settings; None if there is none, and so a run begins.
 
     Runs with other settings are others' or another experiment's: a job that is started again without anybody
@@ -142,12 +141,13 @@ def find_equal(runs: Path, settings: Mapping[str, Any]) -> Saved | None:
     Args:
         runs: Where the runs of this configuration are.
         settings: Those of this command, by dotted name.
+        named: The folder of its run in there; all others are left alone then.
 
     Raises:
         ConfigError: It is damaged.
     """
     others = []
-    for folder in _runs(runs):
+    for folder in _runs(runs, named):
         saved = newest(folder)
         if saved is not None and saved.settings is not None:
             if not (names := _different(saved.settings, settings)):
@@ -165,21 +165,23 @@ def _different(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [name for name in names if not decides_nothing(name)]
 
 
-def _runs(runs: Path) -> list[Path]:
+def _runs(runs: Path, named: str | None) -> list[Path]:
     """The folders of runs that have begun, the newest first."""
-    folders = [
-        folder
+    numbers = {
+        folder: int(number)
         for folder in runs.glob("version_*")
-        if folder.name.removeprefix("version_").isdecimal()
-        and ((folder / "config.yaml").exists() or (folder / "checkpoints").is_dir())
-    ]
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("version_")), reverse=True)
+        if (number := folder.name.removeprefix("version_")).isdecimal()
+    }
+    folders = sorted(numbers, key=numbers.__getitem__, reverse=True) if named is None else [runs / named]
+    return [one for one in folders if (one / "config.yaml").exists() or (one / "checkpoints").is_dir()]
 
 
-def _last(runs: Path) -> Saved:
+def _last(runs: Path, named: str | None) -> Saved:
     """The newest checkpoint of the newest run."""
-    if not (folders := _runs(runs)):
-        raise ConfigError(f"ckpt_path: 'last' finds no run under {runs}; start without --ckpt_path")
+    if not (folders := _runs(runs, named)):
+        raise ConfigError(
+            f"ckpt_path: 'last' finds no run under {runs / (named or '')}; start without --ckpt_path"
+        )
     if (saved := newest(folders[0])) is not None:
         return saved
     older = next((folder for folder in folders[1:] if newest(folder)), None)

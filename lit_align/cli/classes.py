@@ -25,7 +25,7 @@ def _faults(path: str) -> Iterator[str]:
         room = importlib.import_module(module)
         kind: Any = getattr(room, name, None)
     except Exception as error:  # whatever a module of the user raises
-        yield f"{path} cannot be imported ({type(error).__name__}: {error}); mend or install {module}"
+        yield f"{path} cannot be imported ({type(error).__name__}: {error}); correct or install {module}"
         return
     if kind is None:
         if name == "py":

@@ -1,4 +1,4 @@
-"""The configuration files of a command, read beforehand: what is wrong in them is told with its line."""
+"""The configuration files of a command, read beforehand: mistakes in them are reported with their line."""
 
 import difflib
 import os
@@ -229,7 +229,7 @@ def _values(path: str, node: yaml.Node, known: dict[int, int]) -> int:
     """
     if (count := known.get(id(node))) is not None:
         if not count:
-            raise ConfigError(f"--config {path}: an alias (*) stands for something that it is inside of")
+            raise ConfigError(f"--config {path}: an alias (*) stands for a value that contains it")
         return count
     known[id(node)] = 0
     if ":python/" in node.tag or not node.tag.startswith("tag:yaml.org,2002:"):

@@ -63,7 +63,7 @@ class DoctorCLI(AlignCLI):
             except torch.OutOfMemoryError:
                 where = "model.optimisation.micro_batch"
                 remedy = "lower it, or set backbone.checkpointing to blocks, or backbone.dtype to bfloat16"
-                findings.append(Finding("memory", where, "two rollout batches in small do not fit", remedy))
+                findings.append(Finding("memory", where, "two small rollout batches do not fit", remedy))
             else:
                 if self.sharded:  # over more devices than that of the trial
                     self.trial.seen.memory = None
@@ -77,7 +77,7 @@ class DoctorCLI(AlignCLI):
         seen = self.trial.seen
         if sum(seen.images):
             each = sum(seen.seconds) / sum(seen.images)
-            show(f"in small, an image takes {each:.3g} s, updates included")
+            show(f"in this small trial an image takes {each:.3g} s, updates included")
         if findings:
             raise SystemExit(1)
         show("nothing was found that would make this run fail")

@@ -15,7 +15,7 @@ from lit_align.export.forms import check_others
 from lit_align.files import write
 
 ROUNDING = 1 / 255
-"""A larger difference of a pixel is told: a screen shows it."""
+"""A larger difference of a pixel is reported: a screen shows it."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,12 +29,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "run", nargs="+", type=Path, help="folder of a run, or its adapter/, or a checkpoint of it"
     )
-    made.add_argument("--weights", nargs="+", type=float, help="of several runs, in their mixture")
+    made.add_argument(
+        "--weights", nargs="+", type=float, help="of several runs: their weights in the mixture"
+    )
     made.add_argument(
         "--form",
         nargs="+",
         choices=FORMS,
-        help="adapter and (of UNets) kohya if not given, for all weights pipeline",
+        help="default: adapter, and kohya for UNets; pipeline if all weights were trained",
     )
     made.add_argument("--out", type=Path, help="folder; export/ in that of the first run if not given")
     made.add_argument("--name", help="of the model; the method and the number of the run if not given")
@@ -59,7 +61,7 @@ def export_command(arguments: Sequence[str]) -> None:
     first = runs[0].folder.resolve()
     name = (options.name or f"{first.parent.name}_{first.name}").removesuffix(".safetensors")
     if Path(name).name != name:
-        raise ConfigError(f"export: --name {name!r} is no name of a file; give --out for the folder")
+        raise ConfigError(f"export: --name {name!r} is not a file name; give --out for the folder")
     if options.out is not None:
         check_replaced(options.out, options.form or FORMS, name)
     live = mixture_of(runs, weights, options.device)

@@ -32,7 +32,7 @@ def going_on(saved: Saved, now: dict[str, Any], config: Any, stage: str) -> list
         check_method(saved.settings, now)
     if fit:
         _stop_if_complete(saved, config.trainer)
-    tell(f"{'goes on from' if fit else 'takes'} {saved.path}, at {saved.images} images")
+    tell(f"{'resumes from' if fit else 'uses'} {saved.path}, at {saved.images} images")
     if not fit and not saved.images:
         tell("that is before its first update: the weights are the pretrained ones")
     if saved.settings is None:
@@ -66,11 +66,11 @@ def _stop_if_complete(saved: Saved, trainer: Any) -> None:
     else:
         return
     if _lacks_files(saved):
-        tell(f"{saved.run} is complete but for its last files, which are written now")
+        tell(f"{saved.run} is complete except for its last files, which are written now")
         return
     unit = {"max_time": "seconds"}.get(option, option.removeprefix("max_"))
     more = str(timedelta(seconds=2 * done)) if option == "max_time" else 2 * done
-    tell(f"{saved.run or saved.path} is complete ({done} {unit}); add --trainer.{option} {more} to go on")
+    tell(f"{saved.run or saved.path} is complete ({done} {unit}); add --trainer.{option} {more} to continue")
     raise SystemExit(0)
 
 

@@ -35,6 +35,13 @@ def runs_of(config: Any) -> Path:
     return runs
 
 
+def named_run(config: Any) -> str | None:
+    """The folder in there that the user names by a logger's ``version``; None for one by its number."""
+    versions = [logger.init_args.get("version") for logger in _numbering(config.trainer.logger)]
+    version = next((version for version in versions if version is not None), None)
+    return f"version_{version}" if isinstance(version, int) else version
+
+
 def new_folder(config: Any) -> Path | None:
     """A folder for a new run; None where another process makes it, which then tells the others.
 
@@ -44,20 +51,19 @@ def new_folder(config: Any) -> Path | None:
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         return None
     runs = runs_of(config)
-    for logger in _numbering(config.trainer.logger):
-        if (version := logger.init_args.get("version")) is not None:
-            folder = runs / (version if isinstance(version, str) else f"version_{version}")
-            try:
-                with writing(folder.parent):
-                    folder.parent.mkdir(parents=True, exist_ok=True)
-                folder.mkdir()
-            except FileExistsError:
-                raise ConfigError(
-                    f"trainer.logger.version: {folder} is another run's; give another version, none for the "
-                    f"next number, or --ckpt_path {folder} to go on with that run"
-                ) from None
-            return folder
-    return claim(runs)
+    if (named := named_run(config)) is None:
+        return claim(runs)
+    folder = runs / named
+    try:
+        with writing(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+    except FileExistsError:
+        raise ConfigError(
+            f"trainer.logger.version: {folder} is of another run; give another version, none for the "
+            f"next number, or --ckpt_path {folder} to resume that run"
+        ) from None
+    return folder
 
 
 def use_folder(config: Any, folder: Path, images: int | None = None) -> None:

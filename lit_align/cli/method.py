@@ -57,7 +57,7 @@ def _check_annotations(class_path: str, method: Any) -> None:
     if untyped:
         raise ConfigError(
             f"model: {class_path} has no type for {', '.join(untyped)}; annotate the arguments of its "
-            "__init__, as in `sampler: SamplerFactory`, since types say what becomes of values"
+            "__init__, as in `sampler: SamplerFactory`, since values are converted by these types"
         )
 
 

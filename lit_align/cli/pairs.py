@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     """The options of the command."""
     made = argparse.ArgumentParser(
         prog="python -m lit_align pairs",
-        description="Make preference data of the images that predict has written: of each prompt, a better "
+        description="Make preference data from the images that predict wrote: for each prompt, a better "
         "and a worse image by a bank of rewards. FolderPairs reads it, for DPO, SPIN and finetuning.",
         allow_abbrev=False,
     )

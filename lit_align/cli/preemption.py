@@ -1,4 +1,4 @@
-"""A run that is told to end: what it still saves, how its processes agree, and how it goes on."""
+"""A run that gets a signal to end: what it still saves, how its processes agree, and how it resumes."""
 
 import os
 import re
@@ -44,7 +44,7 @@ class Command:
         if rank_zero_only.rank:  # type: ignore[attr-defined]
             return
         if SIGNALS.first is None:
-            why = f"{SIGNALS.lost or 'another process of this run was told to end'}, so this one ends too"
+            why = f"{SIGNALS.lost or 'another process of this run has to end'}, so this one ends too"
         else:
             why = f"{signal.Signals(SIGNALS.first).name}: ends"
             if SIGNALS.patient:
@@ -64,8 +64,8 @@ class Command:
             return f"nothing is lost; to start again: {same}"
         kept, given = _without_checkpoint(self.arguments)
         if given == "auto":
-            return f"to go on, the same command: {same}"
-        return f"to go on: {program} {shlex.join([*kept, '--ckpt_path', str(self.folder)])}"
+            return f"to resume, the same command: {same}"
+        return f"to resume: {program} {shlex.join([*kept, '--ckpt_path', str(self.folder)])}"
 
 
 def _without_checkpoint(arguments: Sequence[str]) -> tuple[list[str], str | None]:
@@ -159,7 +159,7 @@ def _check_same_start(saved: Saved | None, world: int) -> None:
         if (start and start[1:]) != (starts[0] and starts[0][1:]):
             first, other = (f"{at[0]} at {at[1]} images" if at else "none" for at in (starts[0], start))
             raise ConfigError(
-                f"ckpt_path: process 0 goes on from {first}, and process {rank} from {other}; let all nodes "
+                f"ckpt_path: process 0 resumes from {first}, and process {rank} from {other}; let all nodes "
                 "see the same folder of runs, or name the checkpoint"
             )
 

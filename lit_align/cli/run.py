@@ -35,7 +35,7 @@ from lit_align.methods import AlignmentModule
 LOAD_YAML = get_loader("yaml")
 
 SECOND = 3.0
-"""Seconds that another process than the first waits before it tells of an error; torchrun and SLURM look at
+"""Seconds that another process than the first waits before it prints an error; torchrun and SLURM look at
 their processes every 0.1 to 1."""
 
 TOOLS = {"export": export_command, "pairs": pairs_command, "report": report, "serve": serve_command}

@@ -1,4 +1,4 @@
-"""What decides the result of a run, and what may change when it goes on."""
+"""What decides the result of a run, and what may change when it resumes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -115,12 +115,12 @@ def check(found: Changes, saved: Mapping[str, Any], now: Mapping[str, Any], stag
     fixed = [name for name in found.optimizer if "lr_scheduler" in name.split(".") or not _is_value(name)]
     if fixed:
         raise ConfigError(
-            f"ckpt_path: in a run that goes on, the kind of the optimizer and the schedule cannot change "
+            f"ckpt_path: the kind of the optimizer and the schedule cannot change when a run resumes "
             f"({told(fixed, saved, now)}); set this back, or start a new run"
         )
     if moved := [name for name in (*found.measurement, *found.other) if _is_position(name, now)]:
         raise ConfigError(
-            "ckpt_path: in a run that goes on, what its place in the data depends on cannot change "
+            "ckpt_path: what decides the order of the data cannot change when a run resumes "
             f"({told(moved, saved, now)}); set this back, or start a new run"
         )
 

@@ -106,7 +106,7 @@ class Signals:
         self._pipe = None
 
     def leave(self, code: int) -> None:
-        """All is told: the process ends within the grace, whatever a library still waits for."""
+        """All is said: the process ends within the grace, whatever a library still waits for."""
         self._told = True
         if self.first is None:
             self._code = code

@@ -1,4 +1,4 @@
-"""Options of the Trainer that cannot work, told before any model is loaded."""
+"""Options of the Trainer that cannot work, refused before any model is loaded."""
 
 import importlib
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def check_seed(seed: int | bool | None) -> None:
         ConfigError: It is negative or too large.
     """
     if seed is not None and not 0 <= seed <= max_seed_value:
-        raise ConfigError(f"seed_everything: {seed} is no seed; give 0 to {max_seed_value}")
+        raise ConfigError(f"seed_everything: {seed} is not a seed; give 0 to {max_seed_value}")
 
 
 def check_trainer_options(config: Any, stage: str) -> None:
@@ -66,7 +66,7 @@ def check_trainer_options(config: Any, stage: str) -> None:
         check_callbacks(_classes(config.callbacks))
     if config.barebones:
         raise ConfigError(
-            "trainer.barebones: true takes away what a run says and leaves; set it to false, and "
+            "trainer.barebones: true switches off the output and the files of a run; set it to false, and "
             "trainer.logger and trainer.enable_checkpointing as you want them"
         )
     if isinstance(config.strategy, str):
@@ -88,18 +88,27 @@ def _classes(callbacks: Any) -> Iterator[type]:
 
 
 def _check_lengths(config: Any, stage: str) -> None:
-    """Refuse a command that would do nothing, and validations at no interval."""
+    """Refuse a command that would do nothing, lengths that contradict, and intervals that are none."""
     for name in LENGTHS[stage]:
         if config[name] == 0 and not config.fast_dev_run:
             raise ConfigError(f"trainer.{name}: 0 leaves nothing to do for {stage}; give 1 or more")
     if stage != "fit":
         return
+    for unit in ("epochs", "steps"):
+        least, most = config[f"min_{unit}"], config[f"max_{unit}"]
+        if least is not None and most is not None and 0 <= most < least:
+            raise ConfigError(
+                f"trainer.min_{unit}: {least} is more than max_{unit}, with which a fit ends; give at most "
+                f"{most}"
+            )
+    if (every := config.log_every_n_steps) is not None and every < 0:
+        raise ConfigError(f"trainer.log_every_n_steps: {every} is no interval; give 1, or 0 for no curves")
     for name, least in (("val_check_interval", 0.0), ("check_val_every_n_epoch", 0)):
         value = config[name]
         if isinstance(value, int | float) and value <= least:
             raise ConfigError(
-                f"trainer.{name}: {value} is no interval; give more than 0, or set trainer.limit_val_batches "
-                "to 0 for no validation"
+                f"trainer.{name}: {value} is not an interval; give more than 0, or set "
+                "trainer.limit_val_batches to 0 for no validation"
             )
     every, batches = config.val_check_interval, config.limit_train_batches
     by_epoch = isinstance(every, int) and isinstance(batches, int) and config.check_val_every_n_epoch
@@ -107,5 +116,5 @@ def _check_lengths(config: Any, stage: str) -> None:
         raise ConfigError(
             f"trainer.val_check_interval: {every} is never reached in an epoch of "
             f"trainer.limit_train_batches {batches}; give at most {batches}, or set "
-            "trainer.check_val_every_n_epoch to null, which counts on over the ends of epochs"
+            "trainer.check_val_every_n_epoch to null, which counts across epochs"
         )

@@ -97,6 +97,11 @@ class HubImages(CaptionedImages):
         rows = load_hub(name, split)
         for argument, column in (("image", image), ("text", text)):
             check_columns(rows.column_names, [column], f"dataset {name}", argument)
+        if getattr(kind := rows.features[text], "dtype", None) not in ("string", "large_string"):
+            raise ConfigError(
+                f"column '{text}' of dataset {name} holds {kind}, not text: set text to a column with one "
+                "caption for each image"
+            )
         self.name, self.resolution, self._image, self._text = name, resolution, image, text
         try:
             self._rows = rows.cast_column(image, datasets.Image(decode=False))

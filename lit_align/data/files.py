@@ -38,8 +38,14 @@ cache whatever their names are, a thousand times as large."""
 SPLIT = re.compile(r"(?:^|[_-])(train|val|valid|validation|test|dev)(?:$|[_.-])")
 """How names of files say of which split they are."""
 
+SHARD = re.compile(r"-\d+-of-0*(\d+)\b")
+"""How names of files say of how many they are one."""
+
 DELIMITERS = (",", ";", "\t", "|")
 """What programs write between columns; spreadsheets write semicolons where the comma is in numbers."""
+
+MAX_BLOCK = 2**31 - 1
+"""Bytes of a CSV that pyarrow reads at once, at most."""
 
 MAX_DEPTH = 500
 """Brackets inside of brackets in a line of JSON; at some thousands the reader of pyarrow ends the process."""
@@ -91,12 +97,17 @@ def _is_hidden(inside: Path) -> bool:
 
 
 def check_splits(path: str, folder: Path, files: list[Path]) -> None:
-    """Refuse a folder with the files of several splits, which would be read as one.
+    """Refuse a folder with the files of several splits, which would be read as one; tell of missing files.
 
     Raises:
         ConfigError: Its files are called ``train.txt`` and ``test.txt``, or ``color_train.txt`` and
             ``color_val.txt``, or are in folders of such names.
     """
+    shards = [int(found[1]) for file in files if (found := SHARD.search(file.name))]
+    if len(set(shards)) == 1 and len(shards) < shards[0]:
+        rank_zero_warn(
+            f"{path} holds {len(shards)} of {shards[0]} files by their names: the others are missing"
+        )
     splits: dict[str, Path] = {}
     for file in files:
         inside = file.relative_to(folder)
@@ -143,8 +154,11 @@ def read_delimited(path: str, ending: str, texts: list[str], delimiter: str, quo
         delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted
     )
     convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()))
+    data = text.encode()
+    # In one block: a row may not be longer than a block.
+    whole = pa.csv.ReadOptions(block_size=min(max(len(data), 1), MAX_BLOCK))
     try:
-        table = pa.csv.read_csv(io.BytesIO(text.encode()), parse_options=parse, convert_options=convert)
+        table = pa.csv.read_csv(io.BytesIO(data), whole, parse, convert)
     except pa.ArrowException as error:
         raise unreadable(file, form, first_line(error)) from error
     (name, *others) = table.column_names
@@ -180,9 +194,10 @@ def read_utf8(file: Path) -> str:
     """The text of a file without its byte order mark.
 
     Raises:
-        ConfigError: It is not UTF-8.
+        ConfigError: It is packed, or not UTF-8.
     """
     data = file.read_bytes()
+    _check_packed(file, data[:8])
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -191,26 +206,30 @@ def read_utf8(file: Path) -> str:
         raise ConfigError(f"{file} is not UTF-8 ({found}): save it as UTF-8") from error
 
 
-def check_content(file: Path, form: str, lines: bool) -> None:
+def _check_packed(file: Path, start: bytes) -> None:
+    if start.startswith(PACKED):
+        raise ConfigError(
+            f"{file} is compressed or a spreadsheet, not text: unpack it first, or save the sheet as CSV"
+        )
+
+
+def check_content(file: Path, lines: bool) -> None:
     """Refuse a text file that its reader must not see.
 
     Args:
         file: The file.
-        form: What error messages call its form.
         lines: Whether it holds JSON lines.
 
     Raises:
         ConfigError: It is packed, or nested too deeply.
     """
     with file.open("rb") as opened:
-        if opened.read(8).startswith(PACKED):
-            raise ConfigError(f"{file} is compressed, not {form}: unpack it first")
+        _check_packed(file, opened.read(8))
         opened.seek(0)
         for number, line in enumerate(opened if lines else (), start=1):
             if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(line) > MAX_DEPTH:
                 raise ConfigError(
-                    f"{file} has more than {MAX_DEPTH} brackets inside of each other in line {number}: leave "
-                    "that value out"
+                    f"{file} has more than {MAX_DEPTH} nested brackets in line {number}: leave that value out"
                 )
 
 

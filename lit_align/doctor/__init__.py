@@ -1,4 +1,4 @@
-"""Finds what makes runs fail before they start: by a look at the configuration, and by a trial in small."""
+"""Finds what makes runs fail before they start: checks the configuration, and makes a small trial."""
 
 from lit_align.doctor.finding import Finding
 from lit_align.doctor.look import Asked, look

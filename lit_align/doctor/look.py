@@ -147,7 +147,7 @@ def _held_out(module: AlignmentModule, data: Any, asked: Asked) -> Iterator[Find
         yield Finding(
             "no_validation",
             "trainer.limit_val_batches" if asked.val_batches == 0 else "trainer.check_val_every_n_epoch",
-            "nothing is measured on held-out prompts, and a rollout batch's reward moves with its prompts",
+            "nothing is measured on held-out prompts, and a rollout batch's reward depends on its prompts",
             "let the run validate",
         )
     elif isinstance(asked.val_batches, float | None):
@@ -168,7 +168,7 @@ def _held_out(module: AlignmentModule, data: Any, asked: Asked) -> Iterator[Find
             yield Finding(
                 "nothing_monitored",
                 "model.rewards",
-                f"all rewards are trained on ({', '.join(bank.names)}): nothing tells if one is exploited",
+                f"all rewards are trained on ({', '.join(bank.names)}): nothing shows if one is exploited",
                 "add a reward without a weight",
             )
 

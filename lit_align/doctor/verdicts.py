@@ -124,7 +124,7 @@ def _gradients(seen: Seen) -> Iterator[Finding]:
             "gradient_elsewhere",
             "model.backbone",
             f"{len(seen.foreign)} frozen weights get gradients, such as {min(seen.foreign)}",
-            "freeze is decided when the model is built; do not change requires_grad later",
+            "requires_grad is set when the model is built; do not change it later",
         )
     if any(not math.isfinite(norm) for norm in seen.norms):
         yield Finding(

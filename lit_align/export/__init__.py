@@ -1,4 +1,4 @@
-"""Results for other programs: adapters, files of kohya, pipelines; each is compared with the live model."""
+"""Export for other programs: adapters, kohya files, pipelines; each is compared with the live model."""
 
 from lit_align.export.forms import FORMS, Exported, export
 from lit_align.export.live import Live, mixture_of, read_run

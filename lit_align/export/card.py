@@ -127,7 +127,7 @@ def _figures(run: Run, of: str) -> str:
         if run.is_policy and images is not None and report.get("images") == images and not again:
             tables.append(_table(report["split"], images, report.get("metrics", {})))
     shown = [table for table in tables if table]
-    return f"## Figures{of}\n\n" + "\n\n".join(shown) if shown else ""
+    return f"## Metrics{of}\n\n" + "\n\n".join(shown) if shown else ""
 
 
 def _own_figures(run: Run) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def draw(pipeline: Any, live: Live, steps: int) -> Tensor:
 
 
 def call_options(live: Live) -> dict[str, Any]:
-    """What a pipeline is told in its call to draw as the run did: guidance and size."""
+    """Arguments with which a pipeline draws as the run did: guidance and size."""
     height, width = live.backbone.size
     guidance = live.runs[0][0].model.get("sampling", {}).get("guidance", 1.0)
     return live.backbone.pipeline_options(guidance) | {"height": height, "width": width}

@@ -102,7 +102,7 @@ def read_run(path: Path) -> Run:
     folder = next((one for one in (path, *path.parents) if (one / "config.yaml").is_file()), None)
     if folder is None:
         raise ConfigError(
-            f"export: {path} is in no folder with a config.yaml, by which a run says what its model is; from "
+            f"export: {path} is not in a folder with a config.yaml, which names the model of a run; from "
             "Python use backbone.weight_sets.save and save_merged"
         )
     weights = path / "adapter" if path == folder else path
@@ -155,7 +155,7 @@ def _read(checkpoint: Path) -> dict[str, Any]:
 
 
 def _no_checkpoint(path: Path) -> ConfigError:
-    return ConfigError(f"export: {path} is no checkpoint of lit_align, or not whole")
+    return ConfigError(f"export: {path} is not a checkpoint of lit_align, or not whole")
 
 
 def mixture_of(runs: Sequence[Run], weights: Sequence[float], device: str = "cpu") -> Live:

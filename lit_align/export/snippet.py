@@ -82,7 +82,7 @@ def _load(
 
 
 def _call(live: Live) -> dict[str, Any]:
-    """What the pipeline is told in its call; ``eta`` only where all steps have noise."""
+    """Arguments of the pipeline's call; ``eta`` only where all steps have noise."""
     model = live.runs[0][0].model
     sampler = (model.get("sampling", {}).get("eval_sampler") or model["sampler"])["init_args"]
     options = {"num_inference_steps": sampler["num_steps"]}

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, check_kinds
 from lit_align.methods.held_out import check_data, first_batches, held_out_prompts
 from lit_align.methods.identity import IdentifiedModule, measurement_of
-from lit_align.methods.metrics import Metrics, waited_for
+from lit_align.methods.metrics import Metrics, means, waited_for
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.skipped import LIMIT, check_weights
@@ -61,7 +61,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         optimisation: Optimisation = Optimisation(),
         sampling: Sampling = Sampling(),
     ) -> None:
-        """Wire the parts.
+        """Set up the method.
 
         Args:
             backbone: The diffusion model.
@@ -73,6 +73,8 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds what is trained, not the frozen models
+        check_kinds({"backbone": (backbone, DiffusionBackbone), "rewards": (rewards, RewardBank)})
+        check_kinds({"optimisation": (optimisation, Optimisation), "sampling": (sampling, Sampling)})
         backbone.check_guidance(sampling.guidance)
         self.backbone = backbone
         self.sampler = self.eval_sampler = backbone.make_sampler(sampler)
@@ -109,6 +111,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         check_trainer(self.trainer, stage)
         if stage == "fit":
             check_scaled(self.trainer, self.backbone.weight_sets.parameters(), "backbone.dtype")
+            self.backbone.weight_sets.check_frozen(self.backbone, *self.reward_banks)
         read_safely(self.trainer)
         self.identify(data, stage)
         self._check_domain(held_out_prompts(data, stage))
@@ -175,8 +178,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         measured.setdefault("unscored", scores["reward"].isnan().double())
         self.images += count
         self.reward_queries += count
-        logged: dict[str, Tensor | float] = {f"train/{n}": values.nanmean() for n, values in scores.items()}
-        logged |= {f"train/{n}": v.mean() for n, v in measured.items() if _is_told(n, v)}
+        logged = means(scores, measured)
         logged["train/reward_std"] = scores["reward"][scores["reward"].isfinite()].std()
         self.log_progress(logged, count / total, sampling / total)
         self.count_scores(measured["unscored"])
@@ -292,8 +294,3 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         self._validated_with = identity
         if stage in ("fit", "validate"):
             self.compare_measurement()
-
-
-def _is_told(name: str, values: Tensor) -> bool:
-    """Whether a metric is logged: those that count faults are logged only where they are not 0."""
-    return not name.startswith(("unscored", "ratio_deviation")) or bool(values.any())

@@ -69,7 +69,7 @@ class DDPOModule(JointModule):
         optimisation: Optimisation = Optimisation(),
         sampling: Sampling = Sampling(guidance=5.0),
     ) -> None:
-        """Wire the parts.
+        """Set up the method.
 
         Args:
             backbone: The diffusion model.

@@ -29,7 +29,7 @@ class DPOModule(PairModule[tuple[Noised, Noised]]):
         optimisation: Optimisation = Optimisation(),
         sampling: Sampling = Sampling(),
     ) -> None:
-        """Wire the parts.
+        """Set up the method.
 
         Args:
             backbone: The diffusion model.

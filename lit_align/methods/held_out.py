@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
 from lit_align.data import Batch, MultiTaskDataModule, PickaPicDataModule, PromptDataModule
 from lit_align.errors import ConfigError
 
@@ -25,12 +27,18 @@ def check_data(data: Any, stage: str, method: str, *, several: bool, pairs: bool
         pairs: Whether it learns from pairs of images.
 
     Raises:
-        ConfigError: The data are loaders alone, or it would learn from several tasks or pairs, and cannot.
+        ConfigError: The data are loaders alone, or give no batches of this package, or it would learn from
+            several tasks or pairs, and cannot.
     """
     if data is None:
         raise ConfigError(
-            "data: loaders alone know nothing of ranks and of runs that go on; give a data module of "
+            "data: loaders alone cannot handle ranks and resumed runs; give a data module of "
             "lit_align.data, as in trainer.fit(module, PromptDataModule(...))"
+        )
+    if not is_overridden("transfer_batch_to_device", data):  # what moves our batches
+        raise ConfigError(
+            f"data: {type(data).__name__} is no data module of lit_align.data, whose batches methods take; "
+            "use PromptDataModule, with a PromptSource of your own where none of the package fits"
         )
     if stage != "fit":
         return

@@ -168,9 +168,9 @@ def check_files(stamps: Mapping[str, Mapping[str, Any]], now: Mapping[str, Any],
             said = f"{path} was trained over other weights ({facts['base']}) than this model ({now['base']})"
             if not accepted:
                 raise ConfigError(
-                    f"{said}; give one of this model, or --accept_other_base true to take it in any case"
+                    f"{said}; give one of this model, or --accept_other_base true to accept it anyway"
                 )
-            rank_zero_warn(f"{said}, and is taken in any case")
+            rank_zero_warn(f"{said}, and is accepted anyway")
         kept = {name: facts[name] for name in ("sampler", "guidance", "size") if name in facts}
         if changed := differences(kept, now):
             tell(f"{path} was trained with another {_told(changed)}")
@@ -195,7 +195,7 @@ def check_checkpoint(
     if fit and "method" in changed:
         raise ConfigError(
             f"ckpt_path: the checkpoint is of {saved['method']}, and {now['method']} counts and optimises "
-            "otherwise; go on with its own method, or start from its adapter/ folder (backbone.adapters)"
+            "differently; resume with its own method, or start from its adapter/ folder (backbone.adapters)"
         )
     kinds: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
         ("another model", "base", BASE, other_base),
@@ -206,7 +206,7 @@ def check_checkpoint(
             said = f"ckpt_path: the checkpoint was made with {what} ({_told(found)})"
             if not accepted:
                 raise ConfigError(
-                    f"{said}; give that of its run, or --accept_other_{option} true to go on in any case"
+                    f"{said}; give that of its run, or --accept_other_{option} true to resume anyway"
                 )
             rank_zero_warn(said)
     if "versions" in changed:

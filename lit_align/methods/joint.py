@@ -89,7 +89,7 @@ class JointModule(AlignmentModule):
         optimisation: Optimisation,
         sampling: Sampling,
     ) -> None:
-        """Wire the parts; the arguments are documented where a method gives them defaults."""
+        """Set up the method; the arguments are documented where a method gives them defaults."""
         banks = [task.rewards for task in tasks.values()]
         super().__init__(
             backbone=backbone,
@@ -234,7 +234,7 @@ class JointModule(AlignmentModule):
         if useful and not ordered.any():
             rank_zero_warn(
                 f"{of_task('rollout batch', batch.task)}: all advantages are 0, so there is nothing to learn "
-                "from: the images have one score, or the normaliser takes away what they share"
+                "from: the images have one score, or the normaliser removes what they share"
             )
         return ordered[torch.searchsorted(index[order], batch.index)], useful
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from lit_align.errors import ConfigError
+
 Metrics = dict[str, Tensor]
 """Measured values by name, ``(N,)`` each, without gradient; their mean is logged as ``train/<name>``."""
 
@@ -19,6 +21,32 @@ def pooled(parts: Iterable[Metrics]) -> Metrics:
         for name, values in part.items():
             pieces.setdefault(name, []).append(values)
     return {name: torch.cat(values) for name, values in pieces.items()}
+
+
+def is_loss(computed: object) -> bool:
+    """Whether it is what a :data:`Loss` returns."""
+    match computed:
+        case (Tensor(ndim=0, requires_grad=True), dict(metrics)):
+            return all(isinstance(values, Tensor) and values.ndim == 1 for values in metrics.values())
+    return False
+
+
+def means(scores: Mapping[str, Tensor], measured: Mapping[str, Tensor]) -> dict[str, Tensor | float]:
+    """What is logged of a rollout batch, as ``train/<name>``.
+
+    Args:
+        scores: Of each image; NaN where there is none.
+        measured: By the updates. What counts faults is logged only where it is not 0.
+
+    Raises:
+        ConfigError: A name is that of a score and of a metric.
+    """
+    if both := scores.keys() & measured.keys():
+        raise ConfigError(f"metrics of a loss: {min(both)} is the name of a score; give it another name")
+    logged: dict[str, Tensor | float] = {f"train/{n}": values.nanmean() for n, values in scores.items()}
+    faults = ("unscored", "ratio_deviation")
+    told = {n: v for n, v in measured.items() if not n.startswith(faults) or bool(v.any())}
+    return logged | {f"train/{n}": values.mean() for n, values in told.items()}
 
 
 def chosen(metrics: Metrics, rows: Tensor) -> Metrics:

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lit_align.backbones import whole
 from lit_align.errors import ConfigError, check_positive
-from lit_align.methods.metrics import Loss, Metrics, pooled
+from lit_align.methods.metrics import Loss, Metrics, is_loss, pooled
 from lit_align.methods.skipped import SkippingModule
 
 
@@ -125,8 +125,10 @@ class OptimisedModule(SkippingModule):
             accumulates = more and isinstance(strategy, ParallelStrategy)
             with strategy.block_backward_sync() if accumulates else nullcontext():  # type: ignore[attr-defined]
                 computed = compute()
-                if not isinstance(computed, tuple):
-                    raise TypeError("a loss returns (loss, metrics): a scalar, and a dict of tensors")
+                if not is_loss(computed):
+                    raise TypeError(
+                        "a loss returns (loss, metrics): a scalar with a gradient, and a dict of tensors (N,)"
+                    )
                 loss, metrics = computed
                 self.manual_backward(loss)
             measured.append(metrics)

@@ -84,7 +84,7 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         optimisation: Optimisation = Optimisation(),
         sampling: Sampling = Sampling(),
     ) -> None:
-        """Wire the parts.
+        """Set up the method.
 
         Args:
             backbone: The diffusion model.

@@ -124,7 +124,7 @@ class PRDPModule(AlignmentModule):
         optimisation: Optimisation = Optimisation(),
         sampling: Sampling = Sampling(guidance=5.0),
     ) -> None:
-        """Wire the parts. "Small" and "large" are the scales of table 4 of the paper's supplement.
+        """Set up the method. "Small" and "large" are the scales of table 4 of the paper's supplement.
 
         Args:
             backbone: The diffusion model. The paper trains all weights.

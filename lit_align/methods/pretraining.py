@@ -83,7 +83,7 @@ def denoising_loss(
         images: ``(B, 3, H, W)`` in [0, 1].
         captions: ``B``.
         draws: Where timestep and noise of each image come from.
-        guidance: 1, which is none, or what the network is told.
+        guidance: 1, which is none, or the scale that the network gets as an input.
 
     Returns:
         ``(B,)``.

@@ -45,7 +45,7 @@ class Sampling:
             training if not given. Flow-GRPO (arXiv 2505.05470): 40 steps, and 10 in training.
 
     Raises:
-        ConfigError: The batch is not positive, the guidance not finite, or the place is none.
+        ConfigError: The batch is not positive, the guidance not finite, or ``store`` is unknown.
     """
 
     guidance: float = 7.5

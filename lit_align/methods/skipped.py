@@ -1,4 +1,4 @@
-"""One rule for numbers that are not finite, in all methods: skipped, counted, told, and past a limit the end.
+"""One rule for numbers that are not finite, in all methods: skip, count, report, and end after a limit.
 
 - An image without a finite score (NaN, infinite, or of a chain that is not finite) has no part in an update,
   neither in the reward nor in a penalty. ``train/unscored`` is the share of such images.
@@ -26,7 +26,7 @@ few at the start are normal, until the loss scale is found."""
 
 REMEDY = (
     "the weights are those from before; lower the learning rate, or use precision bf16-mixed or 32-true, "
-    "and go on from checkpoints/best.ckpt, or start anew where there is none"
+    "and resume from checkpoints/best.ckpt, or start anew if there is none"
 )
 
 
@@ -77,7 +77,9 @@ def check_weights(weights: Mapping[str, Any], shapes: Mapping[str, list[int]]) -
     """
     for name, weight in weights.items():
         if not isinstance(weight, Tensor) or list(weight.shape) != shapes.get(name):
-            raise ConfigError(f"ckpt_path: {name} in the checkpoint is not what it says; give another")
+            raise ConfigError(
+                f"ckpt_path: {name} in the checkpoint has another shape than it declares; give another"
+            )
         if not bool(weight.isfinite().all()):
             raise ConfigError(
                 f"ckpt_path: {name} in the checkpoint holds numbers that are not finite: the run had gone "
@@ -103,6 +105,18 @@ class SkippingModule(LightningModule):
         gathered: list[Any] = [None] * self.trainer.world_size
         torch.distributed.all_gather_object(gathered, value)
         return gathered
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Refuse a method that counts no images: its curves, checkpoints and results would all be at 0.
+
+        Raises:
+            ConfigError: It is one.
+        """
+        if not self.images:
+            raise ConfigError(
+                f"{type(self).__name__}.training_step has counted no image of its rollout batch; let it end "
+                "with self.log_rollout_batch(...)"
+            )
 
     def remember(self, index: Tensor, prompts: list[str], scores: Mapping[str, Tensor]) -> None:
         """Keep what the coming updates learn from, for the case that they are skipped.

@@ -34,7 +34,7 @@ UNFIT: dict[type[Callback], str] = {
     LearningRateFinder: "trains on the run's prompts before it begins; take it out, and try short runs",
     ModelPruning: "changes frozen weights, which no checkpoint holds; take it out",
     StochasticWeightAveraging: "averages weights that nothing measures or saves; take it out",
-    WeightAveraging: "keeps a copy of all models, from which no run can go on; take it out",
+    WeightAveraging: "keeps a copy of all models, from which no run can resume; take it out",
 }
 """Callbacks of Lightning that take over what a method does, and why they cannot."""
 
@@ -64,8 +64,8 @@ def check_trainer(trainer: Trainer, stage: str = "") -> None:
         )
     if trainer.overfit_batches:  # type: ignore[attr-defined]
         raise ConfigError(
-            f"trainer.overfit_batches: {trainer.overfit_batches} would take other prompts in each epoch, "  # type: ignore[attr-defined]
-            "which goes on where the last one ended; give data.source a file of a few prompts, and set "
+            f"trainer.overfit_batches: {trainer.overfit_batches} would use other prompts in each epoch, "  # type: ignore[attr-defined]
+            "which continues where the last one ended; give data.source a file of a few prompts, and set "
             "trainer.limit_train_batches"
         )
     _check_world(trainer.world_size)
@@ -109,7 +109,7 @@ def _check_world(world: int) -> None:
     for environment in (TorchElasticEnvironment, SLURMEnvironment):
         if environment.detect() and (started := environment().world_size()) != world:
             raise ConfigError(
-                f"trainer.devices: {started} processes were started together, and the Trainer knows of "
+                f"trainer.devices: {started} processes were started together, and the Trainer expects "
                 f"{world}; set trainer.num_nodes to the number of nodes, and trainer.devices to that of "
                 "processes on each"
             )
@@ -228,6 +228,6 @@ def _check_strategy(strategy: Strategy, world: int) -> None:
         )
     if strategy._save_distributed_checkpoint:  # there is no public name
         raise ConfigError(
-            "trainer.strategy: a checkpoint in shards would ask for the frozen weights, which none holds; "
+            "trainer.strategy: a checkpoint in shards would need the frozen weights, which it does not hold; "
             "set save_distributed_checkpoint to false"
         )

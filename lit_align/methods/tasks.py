@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_align.advantages import Advantages
 from lit_align.data import MultiTaskDataModule, PromptDataModule
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, check_kinds
 from lit_align.methods.identity import rewards_of
 from lit_align.rewards import RewardBank, Scope, SetReward
 
@@ -53,6 +53,7 @@ def make_tasks(
     if not tasks:
         if rewards is None or advantages is None:
             raise ConfigError("model: give rewards and advantages, or tasks that have them")
+        check_kinds({"advantages": (advantages, Advantages)})
         return {"": Task(rewards, advantages)}
     if rewards is not None or advantages is not None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Reports: what a tested run is worth, as one page that needs nothing else."""
+"""Reports: the results of tested runs on one page that needs no other file."""
 
 from lit_align.report.comparable import differences
 from lit_align.report.page import at_equal, render

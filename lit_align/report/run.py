@@ -1,13 +1,14 @@
 """What the folder of a run says: its settings, its newest test, its images and its curves."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, described
 from lit_align.files import numbered, read_config, read_rows
 from lit_align.report.curves import Curves, read_curves
 
@@ -117,12 +118,23 @@ def read_run(folder: Path, result: Path | None = None) -> Run:
         result: The test that is meant; the newest if not given.
 
     Raises:
-        ConfigError: It holds no result, or one that cannot be read.
+        ConfigError: It holds no result, or a file that is not as a run writes it.
     """
-    result = result or result_of(folder)
+    try:
+        return _read_run(folder, result or result_of(folder))
+    except ConfigError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+        raise ConfigError(
+            f"report: {folder} has a file that is not as its run wrote it ({described(error)}); put it back, "
+            "or run test again"
+        ) from error
+
+
+def _read_run(folder: Path, result: Path) -> Run:
     found = _read(result)
     measured = _measured(found)
-    config = folder / str(found.get("config"))
+    config = folder / Path(str(found.get("config"))).name
     try:
         validated = _measured(_read(folder / "validation.json"))
     except ConfigError:  # there is none: what a test says but for its prompts, which are its own
@@ -145,8 +157,10 @@ def read_run(folder: Path, result: Path | None = None) -> Run:
 def _read(result: Path) -> dict[str, Any]:
     try:
         found = json.loads(result.read_text())
-        int(found["images"]), str(found["split"]), dict(found["metrics"])
-    except (OSError, ValueError, KeyError, TypeError):
+        int(found["images"]), str(found["split"])
+        for metric in found["metrics"].values():
+            [math.isfinite(number) for number in metric.values() if number is not None]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"report: {result} cannot be read; run test again") from None
     return dict(found)
 
@@ -176,6 +190,8 @@ def _shown(result: Path) -> list[Shown]:
     scores = read_rows(result.with_suffix(".csv"))
     shown = []
     for row in rows:
+        if not all((folder / row[kind]).is_file() for kind in ("before", "after")):
+            continue  # deleted to save room
         measured = scores[row["index"]] if row["index"] < len(scores) else {}
         names = [name for name in measured if f"base/{name}" in measured and name not in DISTANCES]
         pairs = {name: (_number(measured[f"base/{name}"]), _number(measured[name])) for name in names}

@@ -21,7 +21,7 @@ MLP = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")
 
 
 class AestheticScore(Reward):
-    """How well an image pleases, about 1 to 10, by one of LAION's heads (Schuhmann et al. 2022).
+    """Aesthetic quality, about 1 to 10, by one of LAION's heads (Schuhmann et al. 2022).
 
     Both published heads read unit embeddings of ``openai/clip-vit-large-patch14`` and are files to download:
     ``sac+logos+ava1-l14-linearMSE.pth`` of github.com/christophschuhmann/improved-aesthetic-predictor, five
@@ -82,9 +82,9 @@ def _load_head(head: str | None) -> nn.Sequential:
     if set(state) != {f"{name}{part}" for name in names for part in ("weight", "bias")}:
         held = ", ".join(sorted(map(str, state))[:4])
         raise ConfigError(
-            f"AestheticScore: {head!r} is no aesthetic head: it holds {held} ...; it must hold the weight "
-            f"and bias of {', '.join(MLP)} (LAION's improved predictor), or of a single layer (its first). "
-            "Variants with ReLU have other layers and are not supported."
+            f"AestheticScore: {head!r} is not an aesthetic head: it holds {held} ...; it must hold the "
+            f"weight and bias of {', '.join(MLP)} (LAION's improved predictor), or of a single layer (its "
+            "first). Variants with ReLU have other layers and are not supported."
         )
     _check_tensors(state, names, head)
     layers = []
@@ -112,8 +112,9 @@ def _read(file: Path, head: str) -> dict[str, Tensor]:
     """A file's tensors by name."""
     if file.suffix not in (".safetensors", ".pth", ".pt") or not file.is_file():
         raise ConfigError(
-            f"AestheticScore: head: {head!r} is no file; give a .safetensors, .pth or .pt file that exists "
-            f"(the working directory is {Path.cwd()}), such as {DOWNLOAD}, or 'shapes' for the bundled head."
+            f"AestheticScore: head: {head!r} is not a file; give a .safetensors, .pth or .pt file that "
+            f"exists (the working directory is {Path.cwd()}), such as {DOWNLOAD}, or 'shapes' for the "
+            "bundled head."
         )
     try:
         if file.suffix == ".safetensors":

@@ -236,7 +236,7 @@ def _check(rewards: dict[str, Reward], weights: dict[str, float]) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             remedy = "use letters, digits, '_' and '-' only"
             if not isinstance(name, str):  # 1, yes and no are no text in YAML
-                remedy = "put it in quotes, without which it is no text, or use another"
+                remedy = "put it in quotes, so that it is text, or use another"
             raise ConfigError(f"The reward name {name!r} in rewards cannot be used as a tag; {remedy}.")
     there = ", ".join(rewards)
     for name, weight in weights.items():

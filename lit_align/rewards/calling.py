@@ -83,6 +83,8 @@ def as_scores(returned: object, images: Tensor, reward: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         remedy = f"does it lack a return statement? It must {wanted}" if returned is None else wanted
         raise ConfigError(f"{reward} returned {_kind(returned)}; {remedy}.") from None
+    if scores.ndim == 0 and count == 1:  # what squeeze() leaves of one image
+        scores = scores[None]
     if scores.ndim == 0:
         raise ConfigError(f"{reward} returned one number for {count} images; {wanted}.")
     if scores.numel() != count or max(scores.shape) != count:
@@ -110,10 +112,17 @@ def _several(value: object) -> bool:
 def _tensor(returned: object) -> Tensor:
     """Numbers as a tensor of their own shape."""
     if isinstance(returned, list | tuple):
-        if returned and all(isinstance(entry, Tensor) for entry in returned):
-            returned = torch.stack(list(returned))
+        entries = [float("nan") if entry is None else entry for entry in returned]
+        like = next((entry for entry in entries if isinstance(entry, Tensor)), None)
+        if like is None:
+            returned = entries
         else:
-            returned = [float("nan") if entry is None else entry for entry in returned]
+            returned = torch.stack(
+                [
+                    entry if isinstance(entry, Tensor) else torch.full_like(like, entry, dtype=torch.float32)
+                    for entry in entries
+                ]
+            )
     if not isinstance(returned, Tensor):
         array = np.asarray(returned)
         if array.dtype.kind not in "biuf":

@@ -83,7 +83,7 @@ def read(file: Path, name: str) -> dict[str, Tensor]:
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
             held = held[key]
     if not isinstance(held, Mapping) or not all(isinstance(value, Tensor) for value in held.values()):
-        raise ConfigError(f"{name}: {str(file)!r} holds no state dict; give the published checkpoint.")
+        raise ConfigError(f"{name}: {str(file)!r} does not hold a state dict; give the published checkpoint.")
     if fault := unsound(held):
         raise ConfigError(f"{name}: {str(file)!r} cannot be used: {fault}; download it again.")
     return {str(key).removeprefix("module."): value for key, value in held.items()}
@@ -135,7 +135,7 @@ def made(
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found := info[fault]:
             raise ConfigError(
-                f"{str(file)!r} is no checkpoint of this model: {fault.replace('_', ' ')}, {len(found)} of "
-                f"them, such as {sorted(map(str, found))[0]}; give the published checkpoint."
+                f"{str(file)!r} is not a checkpoint of this model: {fault.replace('_', ' ')}, {len(found)} "
+                f"of them, such as {sorted(map(str, found))[0]}; give the published checkpoint."
             )
     return model

@@ -50,7 +50,7 @@ class ColourFraction(Reward):
     """Soft share of pixels that have a colour: mean of ``1 / (1 + d² / width²)``.
 
     ``d`` is the RGB distance of a pixel to the colour. 1 when every pixel is exactly that colour. The tail is
-    heavy on purpose: a pixel of another colour still feels the pull.
+    heavy on purpose: a pixel of another colour still has a gradient.
 
     Args:
         colour: A CSS name (``red``), ``#rrggbb`` or ``rgb(r,g,b)``.

@@ -30,6 +30,6 @@ class JPEGIncompressibility(BlackBoxReward):
 
 
 class JPEGCompressibility(JPEGIncompressibility):
-    """Minus the size of the JPEG file in kB: smooth, plain images are rewarded (the same source)."""
+    """Minus the size of the JPEG file in kB: rewards smooth, plain images (Black et al. 2023)."""
 
     sign = -1.0

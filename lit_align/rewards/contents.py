@@ -1,18 +1,33 @@
 """What a reward computes with: other scores come of other weights, or of another program."""
 
 import inspect
+import json
 from itertools import chain
 from pathlib import Path
 
 from lit_align.identity import text_hash, weights_hash
 from lit_align.rewards.base import Reward
+from lit_align.rewards.calling import title
 from lit_align.rewards.function import FunctionReward
+from lit_align.rewards.served import ServedReward
+
+PLAIN = (str, int, float, list, tuple, dict)
+"""Types of options."""
 
 
 def contents(reward: Reward) -> str:
     """A hash of a reward's weights, and of the text of the file with it if a user wrote it."""
     weights = weights_hash(chain(reward.named_parameters(), reward.named_buffers()))
-    return text_hash([weights, _program(reward)])
+    served = [reward.served_by] if isinstance(reward, ServedReward) and reward.served_by else []
+    return text_hash([weights, _program(reward), *served])
+
+
+def settings(reward: Reward) -> str:
+    """The class or function of a reward, and the plain values under its public names, its options."""
+    held = {name: value for name, value in vars(reward).items() if not name.startswith("_")}
+    plain = {name: value for name, value in held.items() if isinstance(value, PLAIN)}
+    kind = title(reward.function if isinstance(reward, FunctionReward) else type(reward))
+    return kind + json.dumps(plain, sort_keys=True, skipkeys=True, default=lambda value: type(value).__name__)
 
 
 def _program(reward: Reward) -> str:

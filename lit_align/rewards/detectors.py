@@ -185,7 +185,7 @@ class OpenVocabulary(Detector):
         return list(logits.float().sigmoid().amax(dim=(1, 2)).cpu().split(counts))
 
     def in_words(self, objects: Sequence[list[str]]) -> dict[str, Any]:
-        """What the processor is told to ask for, flat: OWL's pad each inner list for itself."""
+        """What the processor asks for, flat: OWL's pad each inner list for itself."""
         texts = [self.query.format(name.lower()) for names in objects for name in names]
         self._told = self._told or warn_of_cut(
             self._reader, self.tokens, [*dict.fromkeys(texts)], "names of objects"

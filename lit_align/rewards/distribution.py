@@ -178,7 +178,7 @@ class StatisticalParity(SetReward):
         self.domain = domain_of(pretrained)
         if not 0 <= min_confidence <= 1:
             raise ConfigError(
-                f"min_confidence: {min_confidence} is no probability; with more than 1 no image has a class"
+                f"min_confidence: {min_confidence} is not a probability; above 1 no image would have a class"
             )
         self.model: PreTrainedModel = load_whole(
             AutoModelForImageClassification.from_pretrained,
@@ -281,8 +281,8 @@ def _target(labels: list[str], ignored: set[str], target: dict[str, float] | Non
         return [1 / len(classes)] * len(classes)
     if ignored & set(target) or abs(sum(target.values()) - 1) > 1e-6 or min(target.values()) < 0:
         raise ConfigError(
-            f"StatisticalParity: target {target} is no distribution over {', '.join(classes)}; give shares "
-            "of at least 0 that sum to 1, and none to an ignored label."
+            f"StatisticalParity: target {target} is not a distribution over {', '.join(classes)}; give "
+            "shares of at least 0 that sum to 1, and none to an ignored label."
         )
     return [target.get(label, 0.0) for label in classes]
 

@@ -50,7 +50,7 @@ class ImageFeatures(nn.Module):
             side = side.get("height") or side.get("shortest_edge")
         if self.vision.main_input_name != "pixel_values" or not isinstance(side, int):
             raise ConfigError(
-                f"pretrained: {self.pretrained!r} is a {config.model_type}, of which no vector of an image "
+                f"pretrained: {self.pretrained!r} is a {config.model_type}, for which no image vector "
                 "is known; give a CLIP, ViT or DINOv2 model"
             )
         self.side = side

@@ -152,7 +152,7 @@ def _config(state: dict[str, Tensor], file: Path) -> CLIPConfig:
         }
     except KeyError as error:
         raise ConfigError(
-            f"HPSv2: {str(file)!r} is no checkpoint of HPS v2: it has no {error.args[0]} (in the names of "
+            f"HPSv2: {str(file)!r} is not a checkpoint of HPS v2: it has no {error.args[0]} (in the names of "
             "transformers); give HPS_v2.1_compressed.pt."
         ) from None
 

@@ -108,7 +108,7 @@ def _models(
     except (KeyError, AttributeError) as error:
         lacking = f"it has no {error.args[0]}" if isinstance(error, KeyError) else f"{base!r} is no Qwen2-VL"
         raise ConfigError(
-            f"HPSv3: {str(file)!r} is no checkpoint of HPSv3: {lacking}; give {FILE}."
+            f"HPSv3: {str(file)!r} is not a checkpoint of HPSv3: {lacking}; give {FILE}."
         ) from None
     state.pop("lm_head.weight", None)
     layers: list[nn.Module] = []

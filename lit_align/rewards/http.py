@@ -8,12 +8,15 @@ from typing import Any, Self, TypeVar
 
 import urllib3
 
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, tell
 
 Answer = TypeVar("Answer")
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """Seconds before the second try, and at most; each wait is twice the one before."""
+
+SILENT = 4
+"""Tries after which it is told that a server does not answer: some 4 seconds, where it refuses at once."""
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 """Statuses after which another try may succeed: time-outs, too many requests, errors of the server."""
@@ -54,7 +57,7 @@ class Server:
         headers: Mapping[str, str] | None = None,
     ) -> None:
         if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"url: {url!r} is no address; give http://HOST:PORT or https://HOST.")
+            raise ConfigError(f"url: {url!r} is not an address; give http://HOST:PORT or https://HOST.")
         for name, value in (("timeout", timeout), ("connections", connections)):
             if not value > 0:
                 raise ConfigError(f"{name}: {value} must be positive")
@@ -94,6 +97,9 @@ class Server:
         sent = None if body is None else json.dumps(body).encode()
         reason, stopped = "", self._stopped
         for attempt in range(self.retries + 1):
+            if attempt == SILENT:
+                left = f"{self.retries + 1 - attempt} more times"
+                tell(f"{self.url}{path} has not answered yet ({reason[:300]}); it is asked {left}")
             if attempt and stopped.wait(min(self.first_wait * 2 ** (attempt - 1), LONGEST_WAIT)):
                 break
             try:
@@ -118,7 +124,7 @@ class Server:
         )
         try:
             parts: list[bytes] = []
-            for part in response.stream(CHUNK):
+            while part := response.read1(CHUNK):  # what is there, and not all of a chunk
                 parts.append(part)
                 if time.monotonic() > until:  # a server that sends a byte now and then
                     raise NoAnswer(f"it took longer than {self.timeout:g} s")

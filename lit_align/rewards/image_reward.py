@@ -144,7 +144,7 @@ def _models(
         sizes = [head_state[f"{layer}.weight"].shape for layer in HEAD]
     except KeyError as error:
         raise ConfigError(
-            f"ImageReward: {str(file)!r} is no checkpoint of ImageReward: it has no {error.args[0]}; give "
+            f"ImageReward: {str(file)!r} is not a checkpoint of ImageReward: it has no {error.args[0]}; give "
             f"{FILE}."
         ) from None
     head = nn.Sequential(*(nn.Linear(inputs, outputs) for outputs, inputs in sizes))

@@ -5,6 +5,10 @@ The protocol is JSON, without anything that runs code. ``GET /rewards`` answers
 [...], "columns": {name: [...]}}`` and answers ``{"scores": [number or null, ...]}``, one for each image.
 ``images`` is ``{"png": [base64, ...]}``, or ``{"safetensors": base64}`` of a file with a tensor ``images``
 ``(B, 3, H, W)`` float32 in [0, 1].
+
+Both answers may have ``contents``: a text that changes with what computes the scores. ``/rewards`` has it by
+name, of the weighted sum under the empty name, ``/score`` that of the reward which was asked for. Where it
+changes, a run does not go on.
 """
 
 import base64
@@ -66,7 +70,7 @@ class RemoteReward(ServedReward):
         super().__init__(server, batch, connections, columns or (), on_failure, cached)
         self.reward, self.form = reward, images
         try:
-            there = server.ask("/rewards", None, _names)
+            there, contents = server.ask("/rewards", None, _offered)
         except Unanswered as error:
             raise ConfigError(
                 f"RemoteReward: {error}; start it with python -m lit_align serve --rewards bank.yaml, or "
@@ -77,6 +81,7 @@ class RemoteReward(ServedReward):
                 f"RemoteReward: {url} has no reward {reward!r}; it has {', '.join(there)}; give one of them, "
                 "or none for their weighted sum."
             )
+        self.served_by = contents.get(reward or "", "")
 
     def ask(self, asked: Sequence[Asked]) -> list[float]:
         """The scores of some images."""
@@ -86,7 +91,17 @@ class RemoteReward(ServedReward):
             "prompts": [one.prompt for one in asked],
             "columns": {name: [one.columns[name] for one in asked] for name in self.columns},
         }
-        return self.server.ask("/score", body, lambda answer: scores_of(answer, len(asked)))
+        return self.server.ask("/score", body, lambda answer: self._read(answer, len(asked)))
+
+    def _read(self, answer: Any, count: int) -> list[float]:
+        scores, contents = scores_of(answer, count), answer.get("contents")
+        if self.served_by and contents and contents != self.served_by:
+            raise ConfigError(
+                f"RemoteReward: {self.server.url} computes {self.reward or 'the weighted sum'} with other "
+                "weights, options or code than when this run began, so its scores cannot be compared; serve "
+                "the bank of then and resume, or start a new run."
+            )
+        return scores
 
     def encoded(self, image: Tensor) -> bytes:
         if self.form == "png":
@@ -94,11 +109,14 @@ class RemoteReward(ServedReward):
         return image.numpy().tobytes()
 
 
-def _names(answer: Any) -> list[str]:
+def _offered(answer: Any) -> tuple[list[str], dict[str, str]]:
+    """The rewards of a server, and what computes them, where it says so."""
     names = answer.get("rewards") if isinstance(answer, dict) else None
     if not isinstance(names, list):
         raise NoAnswer("it sent no list of rewards")
-    return [str(name) for name in names]
+    contents = answer.get("contents")
+    told = contents if isinstance(contents, dict) else {}
+    return [str(name) for name in names], {str(name): str(value) for name, value in told.items()}
 
 
 def scores_of(answer: Any, count: int) -> list[float]:

@@ -109,16 +109,18 @@ def try_out(name: str, reward: Reward) -> None:
 def _check_scope(name: str, reward: Reward, images: Tensor, scores: Tensor) -> None:
     """Warn where an image's score is another without the other image: curves and comparisons mean nothing."""
     groups = torch.zeros(1, dtype=torch.long, device=images.device)
+    farthest = int(scores.nan_to_num().abs().argmax())  # one of two ranks is 0, and so is that of one image
     try:
-        alone, _ = score(name, reward, images[:1], PROMPTS[:1], groups, _NoColumns())
+        one_image, one_prompt = images[farthest, None], [PROMPTS[farthest]]
+        alone, _ = score(name, reward, one_image, one_prompt, groups, _NoColumns())
     except ConfigError:  # it needs more than one
         alone = scores.new_full((1,), torch.nan)
-    one, two = alone.item(), scores[0].item()
+    one, two = alone.item(), scores[farthest].item()
     if not math.isclose(one, two, rel_tol=1e-2, abs_tol=1e-4) and not math.isnan(two):
         rank_zero_warn(
             f"The reward '{name}' ({title(_code(reward))}) gives an image {two:g} beside another and {one:g} "
-            "alone: a score of the scope sample may depend neither on other images nor on chance; mend it, "
-            "or declare the scope group or batch"
+            "alone: a score of the scope sample may depend neither on other images nor on chance; correct "
+            "it, or declare the scope group or batch"
         )
 
 

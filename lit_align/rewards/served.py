@@ -53,6 +53,9 @@ class ServedReward(Reward):
     Where a server does not answer after all tries, ``on_failure`` decides: ``stop`` ends the run with one
     sentence, ``nan`` leaves the images without a score, which methods count in ``unscored``, and warns.
 
+    Attributes:
+        served_by: Changes with what the server computes the scores with; empty where it does not say.
+
     Args:
         server: The server.
         batch: Images of a request.
@@ -67,6 +70,7 @@ class ServedReward(Reward):
 
     differentiable = False
     scope = "sample"
+    served_by: str = ""
 
     def __init__(
         self,

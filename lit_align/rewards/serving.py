@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from lit_align.errors import ConfigError
+from lit_align.identity import text_hash
 from lit_align.rewards.bank import RewardBank
+from lit_align.rewards.contents import settings
 from lit_align.rewards.remote import unpacked
 from lit_align.rewards.scoring import score
 
@@ -39,10 +41,11 @@ def application(bank: RewardBank, device: torch.device) -> Any:
             "of single images, and compute these where the images are sampled."
         )
     bank.to(device)
+    contents = contents_of(bank)
     turn = asyncio.Lock()  # one request at a time is scored: a model has one device
 
     async def names(request: Request) -> Response:
-        return JSONResponse({"rewards": list(bank.names)})
+        return JSONResponse({"rewards": list(bank.names), "contents": contents})
 
     async def scores(request: Request) -> Response:
         try:
@@ -56,9 +59,16 @@ def application(bank: RewardBank, device: torch.device) -> Any:
                 # A reward that raised may work another time; what was asked wrongly never will.
                 failed = error.__cause__ is not None and not isinstance(error.__cause__, KeyError)
                 return JSONResponse({"error": str(error)}, FAILED if failed else REFUSED)
-        return JSONResponse({"scores": found})
+        return JSONResponse({"scores": found, "contents": contents[asked.get("reward") or ""]})
 
     return Starlette(routes=[Route("/rewards", names), Route("/score", scores, methods=["POST"])])
+
+
+def contents_of(bank: RewardBank) -> dict[str, str]:
+    """A hash of what computes each reward by name, and of their weighted sum under the empty name."""
+    found = {name: text_hash([bank.contents[name], settings(bank.rewards[name])]) for name in bank.names}
+    parts = [f"{weight:g} {found[name]}" for name, weight in bank.weights.items()]
+    return found | {"": text_hash(parts)}
 
 
 @torch.inference_mode()

@@ -46,6 +46,6 @@ def _caption(prompt: str) -> Caption:
         return parse(prompt)
     except ValueError as error:
         raise ConfigError(
-            f"ShapesTruth only knows prompts of the Shapes world, and {prompt!r} is none ({error}); "
+            f"ShapesTruth only knows prompts of the Shapes world, and {prompt!r} is not one ({error}); "
             f"use it with Shapes prompts, or take this reward out of the bank."
         ) from error

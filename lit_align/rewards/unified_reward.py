@@ -90,7 +90,7 @@ def checked_pattern(pattern: str) -> str:
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
-        raise ConfigError(f"pattern: {pattern!r} is no regular expression ({error}).") from error
+        raise ConfigError(f"pattern: {pattern!r} is not a regular expression ({error}).") from error
     if groups != 1:
         raise ConfigError(f"pattern: {pattern!r} has {groups} groups; put the number, and only it, in one.")
     return pattern

@@ -41,7 +41,7 @@ class Sampler(ABC):
 
     @property
     def no_noise(self) -> str:
-        """What is told where a method needs noise and there is none: why there is none, and the remedy."""
+        """The message where a method needs noise and there is none: why there is none, and the remedy."""
         option, place = self.noise_option, "set sampler.init_args."
         if not self.noise:
             return f"{option} is 0, which has no density; {place}{option} to {self.published_noise}"

@@ -210,6 +210,17 @@ def _window(noisy_steps: int | Sequence[int] | None, num_steps: int) -> slice:
 
 def _check_config(config: Mapping[str, Any]) -> None:
     family = str(config.get("_class_name", "FlowMatch"))
+    if config.get("use_flow_sigmas"):
+        raise ConfigError(
+            f"sampler: the pipeline's scheduler is {family} with use_flow_sigmas; put the model's own in its "
+            "place, a FlowMatchEulerDiscreteScheduler, in scheduler/ and model_index.json (flow_shift "
+            f"{config.get('flow_shift')} is its shift)."
+        )
+    if family == "FlowMatchLCMScheduler" or config.get("stochastic_sampling"):
+        raise ConfigError(
+            f"sampler: in each step the pipeline's {family} goes to the clean image and adds new noise, for "
+            "a model that was distilled so, and FlowSDE does not; give the model that it was distilled from."
+        )
     if not family.startswith("FlowMatch"):
         raise ConfigError(
             f"sampler: the pipeline's scheduler is {family}, of a diffusion model; FlowSDE needs a flow "

@@ -88,7 +88,14 @@ class DiffusionSchedule(NoiseSchedule):
 
     def __init__(self, scheduler_config: Mapping[str, Any]) -> None:
         _check_config(scheduler_config)
-        self._scheduler: Any = DDIMScheduler.from_config(dict(scheduler_config))
+        try:
+            self._scheduler: Any = DDIMScheduler.from_config(dict(scheduler_config))
+        except (NotImplementedError, TypeError, ValueError) as error:  # as a beta_schedule of DDPM's alone
+            said = str(error).partition(" for <class")[0]
+            raise ConfigError(
+                f"sampler: DDIM cannot be made of the pipeline's scheduler config ({said}); replace entries "
+                "of it under backbone.scheduler, or give another model."
+            ) from error
         self.num_train_timesteps: int = self._scheduler.config.num_train_timesteps
         self.prediction_type: str = self._scheduler.config.prediction_type
         self.levels: Tensor = self._scheduler.alphas_cumprod.double()
@@ -185,14 +192,19 @@ def _check_config(config: Mapping[str, Any]) -> None:
             f"sampler: the pipeline's {family} has use_flow_sigmas, of a flow model; DDIM needs a diffusion "
             "model."
         )
-    # Cutting counts where the scheduler does it: PNDM and Euler carry the word without heeding it, and a
+    if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
+        raise ConfigError(
+            f"sampler: the pipeline's {family} has timestep_type continuous, of a model that gets the "
+            "logarithm of the noise in place of timesteps, which DDIM does not."
+        )
+    # Clipping matters where the scheduler does it: PNDM and Euler have the entry but ignore it, and a
     # config without it must not get the default of DDIMScheduler.
     options = inspect.signature(getattr(diffusers, family)).parameters
     for key in ("clip_sample", "thresholding"):
         if key in options and config.get(key, False):
             raise ConfigError(
-                f"sampler: {key} is true in the pipeline's scheduler config, but where predictions are cut "
-                f"there is no gradient. Set {key} to false in the pipeline's scheduler/scheduler_config.json "
+                f"sampler: {key} is true in the pipeline's scheduler config, but clipped predictions "
+                f"have no gradient. Set {key} to false in the pipeline's scheduler/scheduler_config.json "
                 f"or by backbone.scheduler: {{{key}: false}}."
             )
     known = ("epsilon", "v_prediction", "sample")

@@ -140,9 +140,9 @@ def test_guidance_is_an_input_two_predictions_or_refused(flow_folder: Folder) ->
     dev, schnell = (FluxBackbone(str(flow_folder(name)), size=16) for name in ("flux", "schnell"))
     assert (dev.encode(PROMPTS).negative is None, schnell.encode(PROMPTS).negative is None) == (True, False)
     distilled = Flux2KleinBackbone(str(flow_folder("klein_distilled")), size=16)
-    with pytest.raises(ConfigError, match=r"guidance: 3\.0 means nothing to this model.*set it to 1"):
+    with pytest.raises(ConfigError, match=r"guidance: 3\.0 has no effect on this model.*set it to 1"):
         distilled.predict(latents(distilled), 500, distilled.encode(PROMPTS), guidance=3.0)
-    with pytest.raises(ConfigError, match=r"opponent_guidance: 0\.0 means nothing to this model"):
+    with pytest.raises(ConfigError, match=r"opponent_guidance: 0\.0 has no effect on this model"):
         distilled.check_guidance(0.0, "opponent_guidance")
     with pytest.raises(ConfigError, match=r"sampling\.guidance is 0: "):
         schnell.check_guidance(0.0)

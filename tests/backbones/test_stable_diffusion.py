@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 
 from lit_align.backbones import StableDiffusionBackbone
+from lit_align.backbones.autoencoder import encode
 from lit_align.errors import ConfigError
 from lit_align.rollout import rollout
 from lit_align.samplers import DDIM
@@ -61,7 +62,7 @@ def saved(tiny: Path, folder: Path, changes: dict[str, object]) -> str:
 )
 def test_a_unet_that_asks_for_more_than_prompts_is_refused(tiny: Path, tmp_path: Path, changes, message):
     folder = saved(tiny, tmp_path / "other", changes)
-    with pytest.raises(ConfigError, match=f"no plain text-to-image model .*{message}"):
+    with pytest.raises(ConfigError, match=f"not a plain text-to-image model .*{message}"):
         StableDiffusionBackbone(folder)
 
 
@@ -78,3 +79,10 @@ def test_an_autoencoder_with_a_shift_is_scaled_back_and_forth(tiny: Path, tmp_pa
     torch.testing.assert_close(shifted.decode((raw - 0.25) * 1.5), plain.decode(plain.latents(images)))
     assert isinstance(shifted.vae, AutoencoderKL)
     assert shifted.autoencoder_hash() != plain.autoencoder_hash()
+
+
+def test_an_autoencoder_without_a_distribution_encodes_too():
+    vae = AutoencoderTiny(num_encoder_blocks=(1, 1, 1, 1), num_decoder_blocks=(1, 1, 1, 1))
+    images = torch.rand(3, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(encode(vae, images, 3), vae.encode(2 * images - 1).latents)

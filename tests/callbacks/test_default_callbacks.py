@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Trainer
+from lightning.pytorch.callbacks import Timer
 
 from lit_align.advantages import GroupAdvantages
 from lit_align.backbones import StableDiffusionBackbone
-from lit_align.callbacks import RunFolder, checkpoint_callbacks, default_callbacks
+from lit_align.callbacks import BestCheckpoint, RunFolder, TestReport, checkpoint_callbacks, default_callbacks
+from lit_align.cli.align import in_order
 from lit_align.data import PromptDataModule, ShapesPrompts
 from lit_align.errors import ConfigError
 from lit_align.methods import AlignPropModule, DDPOModule
@@ -114,3 +116,14 @@ def test_callbacks_that_are_used_again_write_over_nothing(tiny, tmp_path):
         assert torch.equal(best["progress"]["latest"]["reward"], last["progress"]["latest"]["reward"])
         scores.append(best["progress"]["latest"]["reward"])
     assert not torch.equal(*scores)
+
+
+def test_a_callback_of_every_run_with_settings_of_its_own_stands_where_it_would():
+    """The page of a test reads the result that is written before it; else it was about the one before."""
+    timer, report, best = Timer(), TestReport(count=1), BestCheckpoint()
+    ours = default_callbacks()
+    others, placed = in_order([best, timer, report], ours)
+    assert others == [timer]
+    assert list(map(type, placed)) == list(map(type, ours))
+    assert placed[ours.index(next(one for one in ours if isinstance(one, TestReport)))] is report
+    assert best in placed

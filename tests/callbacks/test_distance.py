@@ -85,11 +85,11 @@ def test_features_come_from_a_clip_or_from_what_a_vision_model_pools(dino: Path)
 def test_a_model_without_images_and_a_folder_without_them_are_refused(reference, tmp_path):
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     BertModel(BertConfig(**sizes, vocab_size=10)).save_pretrained(tmp_path / "bert")
-    with pytest.raises(ConfigError, match="is a bert, of which no vector of an image is known"):
+    with pytest.raises(ConfigError, match="is a bert, for which no image vector is known"):
         ImageFeatures(str(tmp_path / "bert"))
     with pytest.raises(ConfigError, match="finds 0 images under"):
         ImageDistance(str(tmp_path), "shapes")
-    with pytest.raises(ConfigError, match="no folder"):
+    with pytest.raises(ConfigError, match="not a folder"):
         ImageDistance(str(reference), "./nowhere")
 
 

@@ -53,7 +53,7 @@ def test_a_callback_that_takes_over_what_a_method_does_is_refused_in_python(tiny
 @pytest.mark.parametrize(
     ("callbacks", "options", "told"),
     [
-        ([], {"max_time": {"microseconds": 1}}, "its time is over"),
+        ([], {"max_time": {"microseconds": 1}}, "its time limit is reached"),
         ([EarlyStopping("val/kl", patience=1)], {}, "val/kl has not improved in 1 validations"),
     ],
     ids=["time", "early"],

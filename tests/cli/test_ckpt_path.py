@@ -37,7 +37,7 @@ def test_last_is_what_the_counters_say_and_not_the_clock(tmp_path):
     assert find("last", tmp_path).path == last
     whole = last.read_bytes()
     last.write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"last.ckpt cannot be read and is passed over; .*best.ckpt, at 16"):
+    with pytest.warns(UserWarning, match=r"last.ckpt cannot be read and is ignored; .*best.ckpt, at 16"):
         assert find("last", tmp_path).path == best
     last.write_bytes(whole)
     best.write_bytes(best.read_bytes()[:300])
@@ -51,6 +51,14 @@ def test_last_is_of_the_newest_run_which_has_the_highest_number(tmp_path):
         save(tmp_path / f"version_{number}" / "checkpoints" / "last.ckpt", 100 - number)
     (tmp_path / "version_11").mkdir()  # of a test, or of nothing
     assert find("last", tmp_path).run == tmp_path / "version_10"
+
+
+def test_last_is_of_the_run_that_the_user_names_by_a_version(tmp_path):
+    for name in ("version_2", "exp-1"):
+        save(tmp_path / name / "checkpoints" / "last.ckpt", 8)
+    assert find("last", tmp_path, "exp-1").run == tmp_path / "exp-1"
+    with pytest.raises(ConfigError, match=r"finds no run under .*exp-2; start without"):
+        find("last", tmp_path, "exp-2")
 
 
 def test_a_newest_run_without_a_checkpoint_is_told_with_the_one_that_could_go_on(tmp_path):
@@ -202,7 +210,7 @@ def test_what_does_not_fit_is_refused_with_both_values(name, value, stage):
 def test_another_order_of_the_prompts_is_refused_before_anything_is_loaded():
     """It was refused by the loader, as ``data.seed``, which nobody had given."""
     now = SAVED | {"seed_everything": 1}
-    with pytest.raises(ConfigError, match=r"place in the data .*\(seed_everything 0 -> 1\); set this back"):
+    with pytest.raises(ConfigError, match=r"order of the data .*\(seed_everything 0 -> 1\); set this back"):
         check(changes(SAVED, now), SAVED, now, "fit")
     for own in ({"data.seed": 3}, {"data": "mine.Prompts"}):
         check(changes(SAVED | own, now | own), SAVED | own, now | own, "fit")

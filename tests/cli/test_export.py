@@ -174,11 +174,11 @@ def test_figures_and_facts_are_of_the_weights_that_are_exported(runs: Path, tmp_
     assert texts["then"].count("| reward |") == 1
     assert "validation_00000008.png" in texts["then"]
     assert "guidance_scale=3.0" in texts["then"]
-    assert "Figures" not in texts["end"]
+    assert "## Metrics" not in texts["end"]
     assert "validation_" not in texts["end"]
     last = mixture_of([read_run(run / "checkpoints" / "last.ckpt")], [1.0])
     assert facts(last)["images"] == 12
-    assert "Figures" not in card(last, [], "last", [])
+    assert "## Metrics" not in card(last, [], "last", [])
     (run / "test.json").write_text(json.dumps(report | {"split": "test", "images": 12}))
     shown = card(mixture_of([read_run(run)], [1.0]), [], "end", [])
     assert "test, 12 images trained on" in shown
@@ -193,7 +193,7 @@ def test_a_mixture_and_a_checkpoint_are_exported_without_a_fit(runs: Path, tmp_p
     assert max(one.difference for one in made) < 1e-5
     text = card(live, made, "soup", [])
     assert "0.3 x version_0, 0.7 x version_1" in text
-    assert "## Figures of version_0" in text  # and not of the mixture
+    assert "## Metrics of version_0" in text  # and not of the mixture
     assert facts(mixture_of(both[:1], [0.5])) == {"mixture": [{"weight": 0.5} | both[0].facts]}
     saved = read_run(runs / "version_0" / "checkpoints" / "last.ckpt")
     (one,) = export(mixture_of([saved], [1.0]), ["adapter"], tmp_path / "checkpoint", "last", 2)
@@ -207,13 +207,13 @@ def test_a_mixture_and_a_checkpoint_are_exported_without_a_fit(runs: Path, tmp_p
     ("arguments", "message"),
     [
         (["nowhere"], "there is no nowhere; give the folder of a run"),
-        (["{runs}"], "is in no folder with a config.yaml"),
+        (["{runs}"], "is not in a folder with a config.yaml"),
         (["{runs}/version_0", "{runs}/version_1"], "2 runs need --weights with a number for each"),
         (["{runs}/version_0", "--weights", "nan"], "--weights nan make no mixture"),
         (["{runs}/version_0", "{runs}/version_1", "--weights", "0", "0"], "--weights 0 0 make no mixture"),
         (["{runs}/version_0", "--steps", "0"], "export: --steps: 0 must be positive"),
         (["{runs}/version_0", "--device", "gpu"], "--device gpu cannot be used"),
-        (["{runs}/version_0", "--name", "../a"], "--name '../a' is no name of a file; give --out"),
+        (["{runs}/version_0", "--name", "../a"], "--name '../a' is not a file name; give --out"),
         (["{runs}/version_0", "--out", "{runs}/version_1"], "is the folder of a run; give another"),
     ],
 )
@@ -227,7 +227,8 @@ def test_nothing_else_is_replaced(runs: Path, tmp_path: Path, capsys: Any):
     def exported(run: str, name: str) -> str:
         capsys.readouterr()
         try:
-            main(["export", str(runs / run), "--out", str(tmp_path), "--form", "kohya", "--name", name])
+            out = ["--out", str(tmp_path), "--name", name]
+            main(["export", str(runs / run), *out, "--form", "kohya", "--steps=1"])
         except SystemExit:
             return str(capsys.readouterr().err)
         return ""
@@ -263,7 +264,7 @@ def test_other_weights_under_the_name_of_the_base_are_refused(
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("model: [1", "config.yaml is no configuration; put back"),
+        ("model: [1", "config.yaml is not a configuration; put back"),
         ("model: 1\n", "config.yaml does not say what the model is"),
         (
             "StableDiffusionXLBackbone -> mine.Backbone",

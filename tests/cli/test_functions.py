@@ -57,7 +57,7 @@ def test_another_object_that_can_be_called(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("NoReward", r"rewards\.rewards: .*\.NoReward is no Reward; derive its class from Reward"),
+        ("NoReward", r"rewards\.rewards: .*\.NoReward is not a subclass of Reward; derive it from Reward"),
         ("nothing", "test_functions has no nothing"),
     ],
 )
@@ -71,7 +71,7 @@ def test_a_module_that_raises_is_one_sentence(tmp_path: Path, monkeypatch: pytes
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "unlicensed.py").write_text("raise RuntimeError('no licence')")
     (tmp_path / "bank.yaml").write_text("rewards: {it: unlicensed.reward}\nweights: {it: 1}")
-    with pytest.raises(ConfigError, match=r"RuntimeError: no licence \(unlicensed\.py, line 1\); mend it"):
+    with pytest.raises(ConfigError, match=r"RuntimeError: no licence \(unlicensed\.py, line 1\); correct it"):
         read_bank(str(tmp_path / "bank.yaml"))
 
 

@@ -109,7 +109,7 @@ def test_a_checkpoint_from_python_does_not_go_on_with_another_method(capsys):
     del content["callbacks"]["RunConfig"]
     torch.save(content, "python.ckpt")
     told = refused(capsys, "fit", *ALIGNPROP, "--trainer.max_epochs=2", "--ckpt_path=python.ckpt")
-    assert "the checkpoint is of DDPOModule, and AlignPropModule counts and optimises otherwise" in told
+    assert "the checkpoint is of DDPOModule, and AlignPropModule counts and optimises differently" in told
 
 
 def test_a_complete_run_of_another_method_is_told_as_such(capsys):

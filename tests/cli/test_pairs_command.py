@@ -224,8 +224,8 @@ def test_forms_of_a_bank(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("rewards: {red: {class_path: Redness}}", "there is no bank in it; give rewards"),
-        ("data: {}", "there is no bank in it"),
+        ("rewards: {red: {class_path: Redness}}", "it has no bank; give rewards"),
+        ("data: {}", "it has no bank"),
         (
             "rewards: {red: {class_path: Rednes}}\nweights: {red: 1}",
             "no class Rednes is known; did you mean Redn",

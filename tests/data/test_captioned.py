@@ -62,6 +62,13 @@ def test_columns_of_any_name_and_a_missing_image(tmp_path: Path) -> None:
         source.image(1)
 
 
+def test_several_captions_of_an_image_are_none(tmp_path: Path) -> None:
+    rows = {"image": [{"bytes": b"", "path": None}], "captions": [["a cat", "one cat"]]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ConfigError, match=r"column 'captions' of .* not text: set text to a column with one"):
+        HubImages(str(tmp_path), text="captions")
+
+
 def test_a_broken_image_is_named(folder: Path) -> None:
     source = HubImages(str(folder), resolution=16)
     (folder / "1.png").write_bytes(b"no image")

@@ -212,9 +212,9 @@ def changed(**values: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        (changed(label_0="left"), ["row 0", "'label_0'", "'left' is no label", "1 where the first"]),
-        (changed(label_0=2), ["is no label"]),
-        (changed(label_0=0.8), ["'0.8' is no label", "0.5 for a tie"]),
+        (changed(label_0="left"), ["row 0", "'label_0'", "'left' is not a label", "1 where the first"]),
+        (changed(label_0=2), ["is not a label"]),
+        (changed(label_0=0.8), ["'0.8' is not a label", "0.5 for a tie"]),
         (changed(image_1="c.png"), ["'image_1'", "'c.png' cannot be read", "relative to"]),
         ([{"prompt": "a", "image_0": "a.png", "winner": 1}], ["no column 'image_1'", "image_0, winner"]),
         (

@@ -191,6 +191,31 @@ def test_columns_reach_every_image_of_their_prompt() -> None:
     assert [f"prompt {number}" for number in batch.columns["number"]] == batch.prompts
 
 
+class Own(PromptSource):
+    """As a user may write one."""
+
+    def __init__(self, *prompts: Any) -> None:
+        self.texts = prompts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def prompt(self, row: int) -> str:
+        return cast(str, self.texts[row])
+
+    def columns(self, row: int) -> dict[str, Any]:
+        return {"odd" if row % 2 else "even": row}
+
+
+def test_rows_have_columns_of_the_same_names() -> None:
+    prompts = PromptSet(Own("a", "b"))
+    with pytest.raises(
+        ConfigError,
+        match=r"the columns of row 0 are .*, of row 1 .*; give all rows a dict with the same names",
+    ):
+        prompts.batch([0, 1], [0, 1], 1)
+
+
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 1000, 1024, 4097])
 def test_a_permutation_reaches_every_number_once(size: int) -> None:
     order = Permutation(size, 7, 3, purpose="test")
@@ -382,3 +407,38 @@ def test_shapes_prompts_hold_out_pairs_of_shapes():
         ShapesPrompts(["open"], without=[pair])
     with pytest.raises(ConfigError, match="no pair of shapes"):
         ShapesPrompts(["pair"], without=["circle"])
+
+
+class Written(PromptSource):
+    """What a person may write."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return 20
+
+    def prompt(self, row: int) -> str:
+        return self.values.get("prompt", f"prompt {row}")
+
+    def columns(self, row: int) -> dict[str, Any]:
+        return self.values["columns"](row) if "columns" in self.values else {}
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        *(
+            ({"prompt": one}, f"Written: the prompt of row 0 is {shown}; give a text for every row")
+            for one, shown in ((float("nan"), "nan"), (None, "None"), (b"a cat", "b'a cat'"))
+        ),
+        ({"columns": lambda row: None}, r"the columns of row \d+ are None, of row .*; give all rows a dict"),
+        (
+            {"columns": lambda row: {"c": 1} if row % 2 else {}},
+            r"are \{.*\}, of row \d+ \{.*\}; give all rows",
+        ),
+    ],
+)
+def test_a_source_of_ones_own_that_gives_something_else_is_told(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        list(module(Written(values), images_per_prompt=2, prompts_per_batch=5).train_dataloader())

@@ -246,7 +246,7 @@ def test_each_set_trains_a_method_for_a_batch(name: str, tiny: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("rows", "options", "said"),
     [
-        ([{"a": 1}], {}, "has the columns a, which are of no set that is known"),
+        ([{"a": 1}], {}, "has the columns a, which belong to no known set"),
         ([{"jpg_0": "a", "jpg_1": "b"}], {}, "of Pick-a-Pic: read it with PickaPicFiles"),
         (
             [{"prompt": "x", "path1": "gone.jpg", "path2": "b"}],
@@ -255,10 +255,10 @@ def test_each_set_trains_a_method_for_a_batch(name: str, tiny: Path, tmp_path: P
         ),
         ([{"prompt": "x", "path1": "../a.jpg", "path2": "b"}], {}, "is outside of"),
         ([{"prompt": "x", "file_path": ["a"], "human_preference": [1, 0]}], {}, "1 images .* and 2 numbers"),
-        ([{"prompt": "x", "file_path": "a", "human_preference": [1, 0]}], {}, "'a' is no list"),
+        ([{"prompt": "x", "file_path": "a", "human_preference": [1, 0]}], {}, "'a' is not a list"),
         ([{"prompt": "x", "file_path": ["a"], "human_preference": [1]}], {}, "has no pairs"),
-        ([{"prompt": "x", "image_path": ["a", "b"], "rank": ["1st", "2nd"]}], {}, "'1st' is no number"),
-        ([{"prompt": "x", "image_0": "a", "image_1": "b", "label_0": 3}], {}, "3.* is no label: give 1"),
+        ([{"prompt": "x", "image_path": ["a", "b"], "rank": ["1st", "2nd"]}], {}, "'1st' is not a number"),
+        ([{"prompt": "x", "image_0": "a", "image_1": "b", "label_0": 3}], {}, "3.* is not a label: give 1"),
         (
             [{"prompt": one, "prompt_id": "7", "image": "a", "rank": 1} for one in ("x", "y")],
             {},
@@ -272,7 +272,12 @@ def test_each_set_trains_a_method_for_a_batch(name: str, tiny: Path, tmp_path: P
         (
             [{"prompt": "x", "image1": "a", "image2": "b", "votes_image1": 1, "votes_image2": -2}],
             {},
-            "column 'votes_image2': -2 is no number of votes",
+            "column 'votes_image2': -2 is not a number of votes",
+        ),
+        (
+            [{"prompt": "x", "path1": "a", "path2": "b", "label": 0}],
+            {},
+            "of which the first would be the preferred image, and label: say under columns",
         ),
         ([{"prompt": 3, "path1": "a", "path2": "b"}], {}, "prompt names a column of int64, not text"),
         ([{"prompt": "x", "path1": "a", "path2": "b"}], {"margin": 2}, "margin is 2"),
@@ -325,6 +330,25 @@ def test_tables_of_several_folders_need_one_for_the_images(tmp_path: Path) -> No
         PreferenceFiles(f"{tmp_path}/version_*/pairs.jsonl")
     assert len(PreferenceFiles(f"{tmp_path}/version_1/pairs.jsonl")) == 1
     assert len(PreferenceFiles(f"{tmp_path}/version_*/pairs.jsonl", folder=f"{tmp_path}/version_0")) == 2
+
+
+def test_names_and_prompts_of_digits_stay_text_in_a_csv(tmp_path: Path) -> None:
+    for name in ("0001", "0002"):
+        (tmp_path / name).write_bytes(jpeg(int(name), (16, 16)))
+    (file := tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\n1984,0001,0002\n")
+    source = PreferenceFiles(str(file))
+    assert (source.prompt(0), source.image(0, 1)) == ("1984", jpeg(2, (16, 16)))
+
+
+def test_keys_of_an_archive_that_lack_a_member_are_told(tmp_path: Path) -> None:
+    archive(tmp_path, {name: name for name in ("caption", "jpg_0", "jpg_1", "label_0")})
+    with tarfile.open(tmp_path / "train_00001.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("half.jpg_0"))
+        tar.addfile(tarfile.TarInfo("readme.txt"))
+    with pytest.warns(
+        UserWarning, match=r"1 key with some .* such as key half of .*, left out; 12 pairs read"
+    ):
+        assert len(WebDatasetPairs(str(tmp_path))) == COUNT
 
 
 def test_archives_that_cannot_be_read(tmp_path: Path) -> None:

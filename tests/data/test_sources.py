@@ -94,8 +94,17 @@ def test_hidden_files_of_a_folder_are_not_read(folder: Path, hidden: str) -> Non
 
 def test_lines_that_may_be_remarks_are_told(folder: Path) -> None:
     path = write(folder / "p.txt", "# animals\na cat\n#2 pencil\n")
-    with pytest.warns(UserWarning, match=r"2 lines of .*p\.txt with a # at the start, .*takes as prompts"):
+    with pytest.warns(UserWarning, match=r"2 lines of .*p\.txt with a # at the start, .*reads as prompts"):
         assert len(TextPrompts(path)) == 3
+
+
+def test_a_table_among_texts_and_files_that_are_missing_are_told(folder: Path) -> None:
+    path = write(folder / "p-00000-of-00003.txt", "prompt\tseed\na cat\t1\n")
+    with pytest.warns(UserWarning, match="has a tab, which TextPrompts takes as part of the prompt"):
+        TextPrompts(path)
+    write(folder / "p-00002-of-00003.txt", "a dog\n")
+    with pytest.warns(UserWarning, match="holds 2 of 3 files by their names: the others are missing"):
+        TextPrompts(str(folder))
 
 
 @pytest.mark.parametrize("splits", [False, True])
@@ -133,6 +142,11 @@ def test_numbers_in_a_csv_prompt_column_stay_text(folder: Path) -> None:
     assert CSVPrompts(write(folder / "p.csv", "prompt\n007\n")).prompt(0) == "007"
 
 
+def test_a_row_of_a_csv_may_be_of_megabytes(folder: Path) -> None:
+    source = CSVPrompts(write(folder / "p.csv", f"prompt,data\na cat,{'x' * 3_000_000}\na dog,y\n"))
+    assert (source.prompts(range(2)), len(source.columns(0)["data"])) == (["a cat", "a dog"], 3_000_000)
+
+
 def test_geneval_lists_of_several_types_are_read_as_they_are(folder: Path) -> None:
     beside = {"class": "cat", "count": 1, "position": ["left of", 0]}
     rows = [
@@ -146,6 +160,12 @@ def test_geneval_lists_of_several_types_are_read_as_they_are(folder: Path) -> No
     source = JSONLPrompts(write(folder / "m_metadata.jsonl", "\n".join(map(json.dumps, rows))))
     for number, row in enumerate(rows):
         assert source.columns(number) | {"prompt": source.prompt(number)} == row
+
+
+def test_numbers_and_texts_like_numbers_in_one_column_are_read(folder: Path) -> None:
+    lines = '{"prompt": "a cat", "id": 7}\n{"prompt": "a dog", "id": "0008"}\n'
+    source = JSONLPrompts(write(folder / "p.jsonl", lines))
+    assert [source.columns(row)["id"] for row in range(2)] == [7, "0008"]
 
 
 def test_views_of_text_are_text(folder: Path) -> None:
@@ -197,18 +217,22 @@ def parted(folder: Path) -> str:
         (lambda d: TextPrompts(two(d, "p.txt", "")), ["p.txt", "is empty", "delete or restore"]),
         (lambda d: TextPrompts(two(d, "p.txt", b"a\nb\xe4r")), ["p.txt", "not UTF-8", "0xe4", "line 2"]),
         (lambda d: CSVPrompts(write(d / "p.csv", b"prompt\nb\xe4r")), ["not UTF-8", "line 2"]),
+        (
+            lambda d: CSVPrompts(write(d / "p.xlsx", b"PK\x03\x04\xff")),
+            ["spreadsheet", "save the sheet as CSV"],
+        ),
         (lambda d: JSONLPrompts(two(d, "p.jsonl", b'{"prompt": "b\xe4r"}\n')), ["p.jsonl", "not UTF-8"]),
         (
             lambda d: TextPrompts(write(d / "p.csv", "prompt\na\n")),
-            ["a table by its name", "give CSVPrompts"],
+            ["has the name of a table", "give CSVPrompts"],
         ),
         (
             lambda d: TextPrompts(write(d / "p.txt", '{"prompt": "a"}\n')),
-            ["holds JSON", "JSONLPrompts"],
+            ["begins with JSON", "JSONLPrompts"],
         ),
         (
             lambda d: TextPrompts(write(d / "p.txt", '[{"prompt": "a"}]')),
-            ["holds JSON", "JSONPrompts"],
+            ["begins with JSON", "JSONPrompts"],
         ),
         (lambda d: TextPrompts("https://a.b/p.txt"), ["https://a.b/p.txt is an address: download"]),
         (lambda d: TextPrompts(write(d / "p.JSONL", '{"prompt": "a"}\n')), ["give JSONLPrompts"]),

@@ -76,10 +76,38 @@ def test_gradients_are_clipped_in_their_own_size_in_float16_too(tiny: Path, tmp_
     assert norms[1] == pytest.approx(norms[0], rel=0.01)
 
 
-def test_a_loss_without_metrics_is_told(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("returned", "error", "told"),
+    [
+        (torch.zeros((), requires_grad=True), TypeError, r"returns \(loss, metrics\)"),
+        ((torch.zeros((), requires_grad=True), {"loss": 1.0}), TypeError, r"returns \(loss, metrics\)"),
+        (
+            (torch.zeros((), requires_grad=True), {"loss": torch.zeros(())}),
+            TypeError,
+            r"dict of tensors \(N,\)",
+        ),
+        ((torch.zeros(()), {}), TypeError, "a scalar with a gradient"),
+        (
+            (torch.zeros((), requires_grad=True), {"reward": torch.zeros(1)}),
+            ConfigError,
+            "reward is the name of a",
+        ),
+    ],
+)
+def test_a_loss_that_returns_something_else_is_told(
+    returned, error, told, tiny: Path, tmp_path: Path, monkeypatch
+):
     module = make(DDPOModule, tiny, num_steps=2)
-    monkeypatch.setattr(module, "_loss", lambda *_: torch.zeros((), requires_grad=True))
-    with pytest.raises(TypeError, match="returns \\(loss, metrics\\)"):
+    monkeypatch.setattr(module, "_loss", lambda *_: returned)
+    with pytest.raises(error, match=told):
+        fit(module, tmp_path, data=prompts(prompts=2, images=2))
+
+
+def test_a_method_that_counts_no_image_is_told(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its curves, checkpoints and results were all at 0 images."""
+    module = make(DDPOModule, tiny, num_steps=2)
+    monkeypatch.setattr(module, "log_rollout_batch", lambda *_: None)
+    with pytest.raises(ConfigError, match=r"let it end with self\.log_rollout_batch"):
         fit(module, tmp_path, data=prompts(prompts=2, images=2))
 
 

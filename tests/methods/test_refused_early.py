@@ -1,22 +1,32 @@
 """What a run would meet after minutes is refused before its first validation, or before its first update."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning import Callback
+from lightning import Callback, LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
+from lit_align.advantages import GroupAdvantages
 from lit_align.errors import ConfigError
 from lit_align.methods import AlignPropModule, DDPOModule, DPOModule, SPINModule
 from lit_align.methods.strategies import check_scaled
 from lit_align.rewards import Brightness, PickScore, RewardBank
+from lit_align.samplers import DDIM
 from tests.methods.build import fit, make, pairs, prompts, trainer
 
 VALIDATED = {"limit_val_batches": 1.0}
+
+
+class Own(LightningDataModule):
+    """A data module as people write them."""
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(["a red star", "a blue circle"])
 
 
 @pytest.mark.parametrize(
@@ -43,6 +53,7 @@ def test_a_metric_that_no_validation_has(
         (DDPOModule, pairs, "DDPOModule learns from images that it draws, .*; use PromptDataModule"),
         (DPOModule, lambda: prompts(2, 2), "DPOModule learns from images .*; use PickaPicDataModule"),
         (DPOModule, lambda: pairs(resolution=32), r"images are 32 x 32 pixels .*set data\.resolution to it"),
+        (DDPOModule, Own, "data: Own is no data module .*; use PromptDataModule, with a PromptSource"),
         (DPOModule, lambda: pairs("winners"), r"data\.view: .* set it to pairs"),
     ],
 )
@@ -53,6 +64,41 @@ def test_data_from_which_a_method_does_not_learn(
     with pytest.raises(ConfigError, match=told):
         fit(module, tmp_path, 1, data=data(), **VALIDATED)
     assert not module.baseline
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        (
+            {"rewards": Brightness()},
+            r"rewards: Brightness\(\) is no RewardBank; give an object of that class",
+        ),
+        ({"rewards": {"bright": Brightness()}}, "rewards: .* is no RewardBank"),
+        ({"advantages": GroupAdvantages}, "advantages: <class .* is no Advantages"),
+        ({"optimisation": {"micro_batch": 4}}, "optimisation: .* is no Optimisation"),
+    ],
+)
+def test_a_part_of_another_class_in_python(option: dict[str, Any], told: str, tiny: Path) -> None:
+    """Some were met after the first validation, by what libraries say."""
+    module = make(DDPOModule, tiny)
+    parts = {"backbone": module.backbone, "rewards": module.rewards, "advantages": GroupAdvantages()}
+    with pytest.raises(ConfigError, match=told):
+        DDPOModule(**parts | {"sampler": partial(DDIM, num_steps=2), "clip_range": 1e-3} | option)
+
+
+def test_weights_that_were_frozen_or_not_after_the_module_was_built(tiny: Path, tmp_path: Path) -> None:
+    """All weights were trained, rewards among them, and the adapter was all that was written of them."""
+    module = make(DDPOModule, tiny, num_steps=2)
+    module.freeze()
+    with pytest.raises(
+        ConfigError, match=r"requires_grad: 0 weights would be trained, and not the 1,0.. of policy, as after"
+    ):
+        fit(module, tmp_path)
+    module.unfreeze()
+    with pytest.raises(
+        ConfigError, match=r"requires_grad: \d\d,\d+ weights would be .*; build the module anew"
+    ):
+        fit(module, tmp_path)
 
 
 def test_a_module_that_is_compiled_as_a_whole(tiny: Path, tmp_path: Path) -> None:
@@ -102,9 +148,9 @@ def test_a_column_that_the_data_does_not_have(reward: Any, told: str, tiny: Path
 @pytest.mark.parametrize(
     ("method", "options", "told"),
     [
-        (DDPOModule, {"guidance": 0.0}, r"sampling\.guidance is 0: .*; set it to 1, which is none"),
-        (DDPOModule, {"guidance": 0.99}, r"sampling\.guidance is 0\.99: below 1 the prompt counts for less"),
-        (SPINModule, {"opponent_guidance": 0.0}, r"opponent_guidance is 0: .*at 0 for nothing"),
+        (DDPOModule, {"guidance": 0.0}, r"sampling\.guidance is 0: .*; set it to 1, which is no guidance"),
+        (DDPOModule, {"guidance": 0.99}, r"sampling\.guidance is 0\.99: below 1 the prompt has less effect"),
+        (SPINModule, {"opponent_guidance": 0.0}, r"opponent_guidance is 0: .*at 0 none"),
     ],
 )
 def test_a_scale_of_guidance_that_pipelines_take_for_none(

@@ -118,16 +118,16 @@ def test_heads_that_cannot_be_read(clip_folder: Path, head_file: Path, tmp_path:
     (tmp_path / "cut.safetensors").write_bytes(head_file.read_bytes()[:-8])
     (tmp_path / "empty.pt").write_bytes(b"")
     said = {
-        "relu.pth": "no aesthetic head.*layers.0.bias.*ReLU",
+        "relu.pth": "not an aesthetic head.*layers.0.bias.*ReLU",
         "module.pth": "cannot read.*not a pickled module",
         "cut.safetensors": "cannot read.*download it again",
         "empty.pt": "cannot read.*download it again",
-        "none.pth": "is no file.*'shapes'",
+        "none.pth": "is not a file.*'shapes'",
     }
     for name, sentence in said.items():
         with pytest.raises(ConfigError, match=sentence):
             AestheticScore(str(tmp_path / name), str(clip_folder))
-    with pytest.raises(ConfigError, match="is no file"):
+    with pytest.raises(ConfigError, match="is not a file"):
         AestheticScore(str(tmp_path), str(clip_folder))
 
 

@@ -198,7 +198,7 @@ def broken(folder: Path, copy: Path, how: str) -> str:
         ("empty", "corrupt.*download them again"),
         ("no weights", "no file named model.safetensors.*check that the folder"),
         ("no config", "not a valid JSON file.*check that the folder"),
-        ("text tower only", "no complete CLIP model"),
+        ("text tower only", "not a complete CLIP model"),
     ],
 )
 def test_broken_folders(how: str, said: str, clip_folder: Path, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_broken_folders(how: str, said: str, clip_folder: Path, tmp_path: Path) 
     "pretrained", ["./nowhere", "/no/such/folder", "nowhere", "a/b/c", "~/no-such-folder"]
 )
 def test_missing_folders(pretrained: str) -> None:
-    with pytest.raises(ConfigError, match=r"is no folder.*'shapes'") as caught:
+    with pytest.raises(ConfigError, match=r"is not a folder.*'shapes'") as caught:
         CLIPScore(pretrained)
     assert repr(pretrained) in str(caught.value)
 

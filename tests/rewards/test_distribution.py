@@ -254,7 +254,7 @@ def test_refuses_what_cannot_work(four: str, options: dict[str, Any], named: str
 
 def test_a_classifier_of_ones_own_is_read_with_its_processor(four: str) -> None:
     """The real path through transformers: another size of image, another number of classes."""
-    with pytest.raises(ConfigError, match="no probability"):
+    with pytest.raises(ConfigError, match="not a probability"):
         StatisticalParity(four, min_confidence=1.5)
     reward = StatisticalParity(four, min_confidence=0)
     images = torch.rand(4, 3, 30, 20, generator=torch.Generator().manual_seed(0))

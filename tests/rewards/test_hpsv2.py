@@ -126,7 +126,7 @@ def test_two_rewards_share_what_they_load_alike(folder: Path) -> None:
             "empty",
             r"has no HPS_v2.1_compressed.pt; give the file, or the folder with it, or the fol",
         ),
-        ("other", r"no checkpoint of HPS v2: it has no .*patch_embedding.*; give HPS_v2.1"),
+        ("other", r"not a checkpoint of HPS v2: it has no .*patch_embedding.*; give HPS_v2.1"),
         ("broken", r"cannot read .*download it again"),
         ("half", r"missing keys, \d+ of them"),
         ("./nowhere.pt", "neither a file nor a folder"),

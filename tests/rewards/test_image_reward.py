@@ -63,8 +63,10 @@ def test_precision_and_a_safetensors_copy(folder: Path, tmp_path: Path) -> None:
 
 def test_what_is_no_checkpoint(folder: Path, tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(2)}, tmp_path / "ImageReward.pt")
-    with pytest.raises(ConfigError, match=r"no checkpoint of ImageReward: it has no embeddings.*; give Im"):
+    with pytest.raises(
+        ConfigError, match=r"not a checkpoint of ImageReward: it has no embeddings.*; give Im"
+    ):
         ImageReward(str(tmp_path), processor=str(folder))
     torch.save([1, 2], tmp_path / "ImageReward.pt")
-    with pytest.raises(ConfigError, match="holds no state dict"):
+    with pytest.raises(ConfigError, match="does not hold a state dict"):
         ImageReward(str(tmp_path), processor=str(folder))

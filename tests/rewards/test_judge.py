@@ -114,9 +114,9 @@ def test_a_key_is_sent_and_not_shown(images: torch.Tensor, monkeypatch: pytest.M
     ("options", "said"),
     [
         ({"question": "Is it?"}, "has no"),
-        ({"pattern": "("}, "no regular expression"),
+        ({"pattern": "("}, "not a regular expression"),
         ({"pattern": r"Points: (\d)"}, "pattern reads a number .* set answer to null"),
-        ({"url": "x"}, "no address"),
+        ({"url": "x"}, "not an address"),
     ],
 )
 def test_settings_that_cannot_work(options: dict[str, str], said: str) -> None:

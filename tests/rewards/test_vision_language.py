@@ -79,6 +79,8 @@ def test_questions_of_the_prompt_are_asked_each(folder: Path, pixels: np.ndarray
     ]
     torch.testing.assert_close(scores[:1], (single[0] * single[1]).sqrt(), rtol=1e-4, atol=0)
     assert scores.isnan().tolist() == [False, True, False]
+    with pytest.raises(ConfigError, match=r"'vqa_list' holds \['Is it.'\]; give a list of pairs"):
+        reward.check_columns({"vqa_list": [None, ["Is it?"]]})
     with pytest.raises(ConfigError, match=r"no column 'vqa_list'; its columns: other. Set questions"):
         reward(images, PROMPTS, columns={"other": [1, 2, 3]})
 
@@ -122,7 +124,7 @@ def test_precision_is_bfloat16_unless_asked(folder: Path, pixels: np.ndarray) ->
     ("options", "said"),
     [
         ({"question": "Is it?"}, r"question 'Is it\?' has no \{\}"),
-        ({"pretrained": "./none"}, "is no folder"),
+        ({"pretrained": "./none"}, "is not a folder"),
     ],
 )
 def test_questions_and_models_that_cannot_work(options: dict[str, str], said: str, folder: Path) -> None:
@@ -131,7 +133,7 @@ def test_questions_and_models_that_cannot_work(options: dict[str, str], said: st
             kind(**({"pretrained": str(folder)} | options))
 
 
-@pytest.mark.parametrize(("pattern", "said"), [("(", "no regular expression"), ("a|b", "has 0 groups")])
+@pytest.mark.parametrize(("pattern", "said"), [("(", "not a regular expression"), ("a|b", "has 0 groups")])
 def test_patterns_that_cannot_work(pattern: str, said: str, folder: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         UnifiedReward(str(folder), pattern=pattern)
@@ -168,7 +170,9 @@ def test_hpsv3_is_the_head_at_its_token(tmp_path: Path, pixels: np.ndarray) -> N
 def test_hpsv3_needs_its_checkpoint_and_its_base(tmp_path: Path) -> None:
     published.hpsv3(tmp_path)
     torch.save({"a": torch.zeros(1)}, tmp_path / "none.pt")
-    with pytest.raises(ConfigError, match=r"no checkpoint of HPSv3: it has no language_model.*HPSv3.safet"):
+    with pytest.raises(
+        ConfigError, match=r"not a checkpoint of HPSv3: it has no language_model.*HPSv3.safet"
+    ):
         HPSv3(str(tmp_path / "none.pt"), str(tmp_path))
     (base := tmp_path / "base").mkdir()
     with pytest.raises(ConfigError, match="cannot load"):

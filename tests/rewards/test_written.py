@@ -40,6 +40,7 @@ UNDERSTOOD: dict[str, Callable[[Tensor], Any]] = {
     "bfloat16 tensor": lambda images: levels(images).bfloat16(),
     "list of floats": lambda images: levels(images).tolist(),
     "list of tensors": lambda images: list(levels(images)),
+    "list of tensors and numbers": lambda images: [levels(images)[0], *levels(images)[1:].tolist()],
     "list of rows": lambda images: levels(images)[:, None].tolist(),
     "list of numpy scalars": lambda images: list(levels(images).numpy()),
     "tuple": lambda images: tuple(levels(images).tolist()),
@@ -91,6 +92,24 @@ def test_forms_of_scores_that_are_refused_when_the_bank_is_built(form: str) -> N
         bank(lambda images, prompts: make(images))
     assert str(caught.value).startswith("The reward 'mine' (")
     assert "\n" not in str(caught.value)
+
+
+def test_one_image_may_have_one_number(images: Tensor) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = bank(lambda images, prompts: levels(images).squeeze())(images[:1], PROMPTS[:1])
+    torch.testing.assert_close(out.total, levels(images[:1]))
+
+
+def test_scores_with_a_gradient_may_be_missing(images: Tensor) -> None:
+    def some(images: Tensor, prompts: list[str]) -> list[Tensor | None]:
+        return [None, *levels(images)[1:]]
+
+    images.requires_grad_()
+    out = bank(FunctionReward(some, differentiable=True))(images, PROMPTS)
+    assert out.total.isnan().tolist() == [True, False, False]
+    out.total.nansum().backward()
+    assert [bool(gradient.any()) for gradient in images.grad] == [False, True, True]
 
 
 class Short(Reward):
@@ -419,6 +438,9 @@ def test_a_score_that_depends_on_other_images_is_told(images: Tensor) -> None:
         UserWarning, match=r"'mine' .*ranked\) gives an image -?0\.7.* beside another and nan alone"
     ):
         bank(ranked)
+    for order in (1, -1):  # the rank of one of two images is 0, as that of one alone
+        with pytest.warns(UserWarning, match="beside another and 0 alone"):
+            bank(lambda images, prompts, order=order: (order * levels(images)).argsort().argsort())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bank(FunctionReward(ranked, scope="batch"))

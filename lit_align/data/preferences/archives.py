@@ -9,8 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lit_align.data.files import find_files
 from lit_align.data.images import MAX_BYTES, UnreadableImage
+from lit_align.data.loading import counted
 from lit_align.data.preferences.source import PairSource
 from lit_align.errors import ConfigError
 
@@ -74,13 +77,18 @@ class WebDatasetPairs(PairSource):
         self._files = find_files(path, ".tar")
         with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
             read = list(pool.map(lambda file: _rows(file, columns), self._files))
-        self._rows = [(number, row) for number, rows in enumerate(read) for row in rows]
-        self._counts = [len(rows) for rows in read]
+        self._rows = [(number, row) for number, (rows, _) in enumerate(read) for row in rows]
+        self._counts = [len(rows) for rows, _ in read]
         if not self._rows:
             raise ConfigError(
                 f"{path} has no pairs: no key has members that end in {' or '.join(columns.first)}, "
                 f"{' or '.join(columns.second)}, {' or '.join(columns.prompt)} and "
                 f"{' or '.join(columns.label)}; say under columns how they end"
+            )
+        if halves := [half for _, halves in read for half in halves]:
+            rank_zero_warn(
+                f"{path}: {counted(len(halves), 'key')} with some of the members of a pair alone, such as "
+                f"{halves[0]}, left out; {counted(len(self._rows), 'pair')} read"
             )
 
     def __len__(self) -> int:
@@ -122,8 +130,8 @@ class WebDatasetPairs(PairSource):
         return self.path
 
 
-def _rows(file: Path, columns: ArchiveColumns) -> list[Row]:
-    """The pairs of an archive, in the order of their keys."""
+def _rows(file: Path, columns: ArchiveColumns) -> tuple[list[Row], list[str]]:
+    """The pairs of an archive, in the order of their keys, and where those are of which a part is missing."""
     members: dict[str, dict[str, Member]] = {}
     try:
         with tarfile.open(file, "r:") as archive:
@@ -134,7 +142,7 @@ def _rows(file: Path, columns: ArchiveColumns) -> list[Row]:
                     members.setdefault(folder + slash + key, {})[ending] = Member(info.offset_data, info.size)
     except (tarfile.TarError, OSError) as error:
         raise ConfigError(f"{file} is no tar archive that can be read ({error}): load it again") from error
-    rows = []
+    rows, halves = [], list[str]()
     with file.open("rb") as opened:
         for key, there in members.items():
             first, second, prompt, label = (
@@ -142,6 +150,7 @@ def _rows(file: Path, columns: ArchiveColumns) -> list[Row]:
                 for endings in (columns.first, columns.second, columns.prompt, columns.label)
             )
             if first is None or second is None or prompt is None or label is None:
+                halves += [f"key {key} of {file}"] if first or second else []
                 continue
             decided = _one(there, columns.has_label)
             rows.append(
@@ -152,7 +161,7 @@ def _rows(file: Path, columns: ArchiveColumns) -> list[Row]:
                     (first, second),
                 )
             )
-    return rows
+    return rows, halves
 
 
 def _one(there: dict[str, Member], endings: Sequence[str]) -> Member | None:
@@ -173,5 +182,5 @@ def _label(text: bytes, decided: Any, where: str) -> float:
     except ValueError:
         label = math.inf
     if not math.isnan(label) and label not in (0.0, 0.5, 1.0):
-        raise ConfigError(f"{where}: {said!r} is no label: it is 1 where the first is preferred, 0 or 0.5")
+        raise ConfigError(f"{where}: {said!r} is not a label: it is 1 where the first is preferred, 0 or 0.5")
     return label

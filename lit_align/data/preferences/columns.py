@@ -152,7 +152,7 @@ class PairColumns:
         for row, group in enumerate(table[self.group].to_pylist()):
             if group is None:
                 raise ConfigError(
-                    f"row {row} of {name}, column '{self.group}': it is empty, so nothing belongs to it"
+                    f"row {row} of {name}, column '{self.group}': it is empty; give the image a group"
                 )
             members.setdefault(group, []).append(row)
         for group, rows in members.items():
@@ -194,20 +194,31 @@ KNOWN = {
 }
 """Published schemas: a table is of the first whose columns it has all."""
 
+VERDICTS = {"label", "label_0", "preference", "preferred", "winner", "choice", "votes"}
+"""Names of columns that say which image is preferred, where the order of the images does not."""
+
 
 def known(there: Sequence[str], name: str) -> PairColumns:
     """The published schema whose columns are all there.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: It is none, or a further column seems to say which image is preferred.
     """
     for columns in KNOWN.values():
         if set(columns.names().values()) <= set(there):
+            ordered = {*columns.names()} == {"prompt", "first", "second"}
+            if ordered and (said := sorted(VERDICTS & set(there))):
+                raise ConfigError(
+                    f"{name} has the columns {columns.first} and {columns.second}, of which the first would "
+                    f"be the preferred image, and {said[0]}: say under columns what they mean, such as "
+                    f"{{first: {columns.first}, second: {columns.second}, label: {said[0]}}}, without label "
+                    "where the first is always preferred"
+                )
             return columns
     if {"jpg_0", "jpg_1"} <= set(there):  # not known here: its has_label says which labels count
         raise ConfigError(f"{name} has the columns of Pick-a-Pic: read it with PickaPicFiles")
     raise ConfigError(
-        f"{name} has the columns {', '.join(there)}, which are of no set that is known ({', '.join(KNOWN)}): "
+        f"{name} has the columns {', '.join(there)}, which belong to no known set ({', '.join(KNOWN)}): "
         "say under columns what they mean, such as {prompt: caption, first: winner, second: loser}"
     )
 
@@ -215,7 +226,9 @@ def known(there: Sequence[str], name: str) -> PairColumns:
 def _label(value: Any, where: str) -> float:
     label = math.nan if value in (None, "") else _number(value, where)
     if not math.isnan(label) and label not in (0.0, 0.5, 1.0):
-        raise ConfigError(f"{where}: {value!r} is no label: give 1 where the first is preferred, 0, or 0.5")
+        raise ConfigError(
+            f"{where}: {value!r} is not a label: give 1 where the first is preferred, 0, or 0.5"
+        )
     return label
 
 
@@ -236,7 +249,7 @@ def _numbers(table: pa.Table, column: str, name: str) -> list[float]:
         where = f"row {row} of {name}, column '{column}'"
         found.append(_number(value or 0, where))
         if found[-1] < 0:
-            raise ConfigError(f"{where}: {value!r} is no number of votes")
+            raise ConfigError(f"{where}: {value!r} is not a number of votes")
     return found
 
 
@@ -246,7 +259,7 @@ def _number(value: Any, where: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if math.isnan(number):
-        raise ConfigError(f"{where}: {value!r} is no number")
+        raise ConfigError(f"{where}: {value!r} is not a number")
     return number
 
 
@@ -261,6 +274,6 @@ def _lists(table: pa.Table, column: str, name: str) -> list[list[Any]]:
             except ValueError:
                 held = None
         if not isinstance(held, list):
-            raise ConfigError(f"row {row} of {name}, column '{column}': {value!r} is no list")
+            raise ConfigError(f"row {row} of {name}, column '{column}': {value!r} is not a list")
         found.append(held)
     return found

@@ -101,6 +101,6 @@ def _label(value: Any, where: str) -> float:
         label = math.inf
     if not math.isnan(label) and label not in (0.0, 0.5, 1.0):
         raise ConfigError(
-            f"{where}: '{value}' is no label: give 1 where the first is preferred, 0, or 0.5 for a tie"
+            f"{where}: '{value}' is not a label: give 1 where the first is preferred, 0, or 0.5 for a tie"
         )
     return label

@@ -74,7 +74,7 @@ class PickaPicFiles(PairSource):
 
 
 class PickaPicHub(PickaPicFiles):
-    """Pick-a-Pic on the Hugging Face hub, read where it lies: nothing is kept on the disk.
+    """Pick-a-Pic on the Hugging Face hub, read from there: nothing is kept on the disk.
 
     The published ids, ``yuvalkirstain/pickapic_v1`` and ``_v2``, have answered 404 since April 2025 (issue 36
     of its repository PickScore): name a copy in the same schema. :class:`WebDatasetPairs` reads copies in

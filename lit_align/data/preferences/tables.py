@@ -1,7 +1,7 @@
 """Preference data as it is published: Parquet with images in it, or tables with the names of image files."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,7 @@ from lit_align.data.files import (
     read_delimited,
 )
 from lit_align.data.images import UnreadableImage, read_inside
-from lit_align.data.preferences.columns import PairColumns, known
+from lit_align.data.preferences.columns import KNOWN, PairColumns, known
 from lit_align.data.preferences.row_groups import RowGroups, holds_images, open_parquet, read_light
 from lit_align.data.preferences.source import PairSource
 from lit_align.data.prompts.sources import JSON, JSONL
@@ -67,7 +67,7 @@ class PreferenceFiles(PairSource):
         if ending == ".parquet":
             light, columns = self._read_parquet(columns, row_groups)
         else:
-            light = _read_table(path, ending)
+            light = _read_table(path, ending, [columns] if columns else KNOWN.values())
             columns = columns or known(light.column_names, path)
             check_columns(light.column_names, list(columns.names().values()), path, "columns")
         if margin and columns.first_votes is None:
@@ -199,9 +199,10 @@ def _ending(path: str) -> str:
     raise ConfigError(f"{path} {held}: give a file or a pattern of {', '.join(FORMS)}")
 
 
-def _read_table(path: str, ending: str) -> pa.Table:
-    if ending == ".csv":
-        return read_delimited(path, ending, [], delimiter=",", quoted=True)
+def _read_table(path: str, ending: str, columns: Iterable[PairColumns]) -> pa.Table:
+    if ending == ".csv":  # prompts and names of files are text, whatever they look like: 0001 is not 1
+        texts = [name for one in columns for name in (one.prompt, *one.holding_images)]
+        return read_delimited(path, ending, texts, delimiter=",", quoted=True)
     return (JSONL if ending == ".jsonl" else JSON).read(path)[0]
 
 

@@ -55,7 +55,7 @@ class FileForm:
 
         files = find_files(path, self.ending)
         for file in files if self.text else ():
-            check_content(file, self.name, self.ending == ".jsonl")
+            check_content(file, self.ending == ".jsonl")
         large = sum(file.stat().st_size for file in files) > LARGE
         with _quiet(bars=large and sys.stderr.isatty()):
             try:

@@ -94,14 +94,24 @@ def _known(file: Path, rows: int) -> Index | None:
 
 
 def read_keys(source: PromptSource) -> Keys:
-    """The key of each row's prompt, ``(len(source),)``."""
+    """The key of each row's prompt, ``(len(source),)``.
+
+    Raises:
+        ConfigError: One is no text.
+    """
     keys = np.empty(len(source), np.uint64)
     quiet = len(keys) < ON_DISK or getattr(rank_zero_only, "rank", 0) != 0
     starts = range(0, len(keys), CHUNK)
     for start in track(starts, f"Indexing {source}", console=Console(stderr=True), disable=quiet):
         rows = range(start, min(start + CHUNK, len(keys)))
+        prompts = source.prompts(rows)
+        for row, prompt in zip(rows, prompts, strict=True):
+            if not isinstance(prompt, str):
+                raise ConfigError(
+                    f"{source}: the prompt of row {row} is {prompt!r}; give a text for every row"
+                )
         try:
-            keys[start : rows.stop] = prompt_keys([prompt.strip() for prompt in source.prompts(rows)])
+            keys[start : rows.stop] = prompt_keys([prompt.strip() for prompt in prompts])
         except UnicodeError as error:
             raise ConfigError(
                 f"a prompt in rows {rows.start} to {rows.stop - 1} of {source} is no Unicode text ({error}): "

@@ -12,6 +12,7 @@ from lit_align.data.loading import Rows
 from lit_align.data.prompts.index import Index, index
 from lit_align.data.prompts.sources import PromptSource
 from lit_align.data.splits import Keys, Permutation, find, prompt_keys
+from lit_align.errors import ConfigError
 from lit_align.randomness import place
 
 COUNTED = 50_000
@@ -131,9 +132,18 @@ class PromptSet:
             rows: One per prompt, in their global order.
             groups: The global number of each prompt.
             images_per_prompt: Images that share a prompt.
+
+        Raises:
+            ConfigError: Two rows have other columns.
         """
         copies = range(images_per_prompt)
         columns = [self.source.columns(row) for row in rows]
+        for row, values in zip(rows, columns, strict=True):
+            if not isinstance(values, dict) or values.keys() != columns[0].keys():
+                raise ConfigError(
+                    f"{self.source}: the columns of row {rows[0]} are {columns[0]!s:.80}, of row {row} "
+                    f"{values!s:.80}; give all rows a dict with the same names, and None for no value"
+                )
         return Batch(
             prompts=[prompt for prompt in map(self.prompt, rows) for _ in copies],
             groups=torch.tensor(groups).repeat_interleave(images_per_prompt),

@@ -55,7 +55,7 @@ class ShapesPromptSet(PromptSource):
     ==============  =======  ===============================================================
     ``small``            45  one object of each colour and shape: the small scale
     ``large``       120,000  one group, pairs and relations: the large scale
-    ``open``            789  one group whose colour is unsaid, in which the world is biased
+    ``open``            789  one group whose colour is not named: the world is biased here
     ``pairs``         2,048  two objects joined by "and"
     ``validation``      512  of every kind; no reward model was trained on them
     ``test``            512  the same

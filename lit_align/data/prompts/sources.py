@@ -160,7 +160,10 @@ def _plain(value: Any, kind: pa.DataType) -> Any:
     if value is None:
         return None
     if isinstance(kind, pa.JsonType):
-        return json.loads(value)
+        try:
+            return json.loads(value)
+        except ValueError:  # as 0001, which datasets takes for JSON and stores as it is
+            return value
     if pa.types.is_list(kind):
         return [_plain(item, kind.value_type) for item in value]
     if pa.types.is_struct(kind):
@@ -179,20 +182,25 @@ class TextPrompts(TablePrompts):
         for ending, kind in TABLES.items():
             if path.lower().endswith(ending):
                 raise ConfigError(
-                    f"{path} is a table by its name, of which TextPrompts would take each line as a prompt: "
+                    f"{path} has the name of a table, and TextPrompts would read each line as a prompt: "
                     f"give {kind} as the source, or a file with another ending"
                 )
         table, files = TEXT.read(path)
         super().__init__(table, "text", path, files=files)
         if self.prompt(0).lstrip("[ ").startswith('{"'):
             raise ConfigError(
-                f"{path} holds JSON by its first line, which TextPrompts would take as a prompt: give "
+                f"{path} begins with JSON, and TextPrompts would read each line as a prompt: give "
                 "JSONLPrompts as the source, or JSONPrompts where the file is one list"
+            )
+        if "\t" in self.prompt(0).strip():
+            rank_zero_warn(
+                f"the first line of {path} has a tab, which TextPrompts takes as part of the prompt: if the "
+                "file is a table, name it *.tsv, and give TSVPrompts as the source"
             )
         if hashes := pc.sum(pc.starts_with(self._prompts, "#")).as_py():
             rank_zero_warn(
-                f"{counted(hashes, 'line')} of {path} with a # at the start, which TextPrompts takes as "
-                "prompts: delete them if they are none"
+                f"{counted(hashes, 'line')} of {path} with a # at the start, which TextPrompts reads as "
+                "prompts: delete them if they are comments"
             )
 
 

@@ -79,7 +79,7 @@ class AlignPropModule(AlignmentModule):
         optimisation: Optimisation = Optimisation(clip_norm=5.0, micro_batch=4),
         sampling: Sampling = Sampling(guidance=7.5),
     ) -> None:
-        """Wire the parts. "Released" is the authors' code, branch main.
+        """Set up the method. "Released" is the authors' code, branch main.
 
         Args:
             backbone: The diffusion model. With real models set its ``checkpointing``: a chain of predictions

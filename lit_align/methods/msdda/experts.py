@@ -109,7 +109,7 @@ class ExpertModule(AlignmentModule):
         optimisation: Optimisation,
         sampling: Sampling,
     ) -> None:
-        """Wire the parts; what is not said here is documented where a method gives it a default.
+        """Set up the method; what is not said here is documented where a method gives it a default.
 
         Args:
             backbone: The diffusion model, which gets a weight set for each objective. When all weight sets

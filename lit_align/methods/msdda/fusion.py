@@ -113,7 +113,9 @@ class RandomExpertPolicy:
 def draw_choices(weights: Sequence[float], steps: int, draws: Sequence[torch.Generator]) -> Tensor:
     """For each step and image the number of a policy, drawn with the chances ``weights``: ``(T, B)``."""
     if min(weights) < 0:
-        raise ConfigError(f"weights: one expert is drawn for each step, which {min(weights)} is no chance of")
+        raise ConfigError(
+            f"weights: one expert is drawn for each step, and {min(weights)} is not a probability"
+        )
     chances = torch.tensor(weights, dtype=torch.float64)
     drawn = [torch.multinomial(chances, steps, replacement=True, generator=draw) for draw in draws]
     return torch.stack(drawn, dim=1)

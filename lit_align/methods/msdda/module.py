@@ -80,7 +80,7 @@ class MSDDAModule(SweepModule):
         optimisation: Optimisation = Optimisation(),
         sampling: Sampling = Sampling(),
     ) -> None:
-        """Wire the parts.
+        """Set up the method.
 
         Args:
             backbone: The diffusion model. Its ``policy`` set is not used.
@@ -272,7 +272,7 @@ class MSDDAModule(SweepModule):
         if self.one_expert_per_step and self.device_mesh is not None:
             raise ConfigError(
                 "one_expert_per_step: processes draw different experts, and one that shares its weights with "
-                "others waits for them for ever; use DDP (trainer.devices), or set it to false"
+                "others waits for them forever; use DDP (trainer.devices), or set it to false"
             )
 
     def export(self, folder: Path | None) -> None:

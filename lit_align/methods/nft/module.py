@@ -53,7 +53,7 @@ class NFTModule(JointModule):
         optimisation: Optimisation = Optimisation(),
         sampling: Sampling = Sampling(guidance=1.0),
     ) -> None:
-        """Wire the parts. Published values are those of DiffusionNFT's released configurations for SD 3.5.
+        """Set up the method. Published values are those of DiffusionNFT's released configurations for SD 3.5.
 
         Args:
             backbone: The diffusion model.
@@ -62,22 +62,23 @@ class NFTModule(JointModule):
             rewards: What is maximised and what is monitored; null with ``tasks``.
             advantages: How rewards become advantages. The paper: differences from the mean of the prompt's
                 images, over the std of all, clipped at 5 (``GroupAdvantages`` with ``divide_by: batch``).
-                Their ``clip`` decides which advantage makes an image good for certain.
+                An advantage of ``clip`` or more counts as certainly good.
             objective: ``NFT`` (if not given) or ``AWM``.
             old_policy: How the old policy follows the policy.
             reference_weight: Weight of the squared distance of predictions to the reference's, in the
                 network's own space: 1e-4; AWM: 1e-4 to 3e-3. The paper's is one of velocities.
             timesteps: How many of the sampler's timesteps each image is noised to, at random and with noise
                 of its own; all of them if not given, as in the paper (AWM: 6).
-            updates: Optimizer steps per pass over a rollout batch; each takes whole prompts. 1; 2 for OCR.
-            inner_epochs: Passes over a rollout batch; each draws timesteps and noise anew. 1.
+            updates: Optimizer steps per pass over a rollout batch; each takes whole prompts. Released: 1;
+                2 for OCR.
+            inner_epochs: Passes over a rollout batch; each draws timesteps and noise anew. Released: 1.
             tasks: As of DDPOModule: several tasks by name, instead of ``rewards`` and ``advantages``.
-            task_order: As of DDPOModule. ``interleaved`` cannot be had with AWM, whose ratio needs the
+            task_order: As of DDPOModule. ``interleaved`` is refused with AWM, whose ratio needs the
                 weights that sampled.
             pretraining: Captioned images whose denoising loss is mixed in; off if not given.
             optimisation: How the weights are updated. The paper: AdamW, lr 3e-4, LoRA of rank 32 and alpha
                 64, clip 1. ``micro_batch`` counts (image, timestep) pairs.
-            sampling: How images are sampled. The predictions that are trained have no guidance, so with a
+            sampling: How images are sampled. The trained predictions have no guidance, so with a
                 ``guidance`` other than 1 the images are those of another policy. The paper: none. It
                 evaluates a moving average of the weights (decay .9), which is not done here: what is measured
                 is what is exported.

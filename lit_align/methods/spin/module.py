@@ -92,7 +92,7 @@ class SPINModule(OpponentModule[tuple[Noised, Noised] | Chains]):
         optimisation: Optimisation = Optimisation(),
         sampling: Sampling = Sampling(),
     ) -> None:
-        """Wire the parts. The paper's own values are in ``configs/paper/spin_sd15.yaml``, as far as known.
+        """Set up the method. The paper's own values are in ``configs/paper/spin_sd15.yaml``, as far as known.
 
         Args:
             backbone: The diffusion model.
