@@ -48,6 +48,8 @@ SMALL = [
 ]
 STEPS = ["--model.sampler.num_steps=3", "--model.sampler.noisy_steps=2"]
 """A short chain: more steps take longer and run no other line."""
+FEW = ["--data.validation_prompts=1"]
+"""Two held-out images, which have a diversity."""
 ON_PAIRS = {"dpo", "sft", "spin"}
 """Methods on pairs of images: no reward scores what they train on."""
 OWN = {
@@ -129,7 +131,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_every_method_trains_through_the_real_entry_point(config: Path):
     on_pairs = config.stem in ON_PAIRS
     sizes = [*(SMALL_PAIRS if on_pairs else SMALL), *OWN.get(config.stem, [])]
-    main(["fit", "--config", str(config), *sizes, *STEPS, "--trainer.max_epochs=1"])
+    main(["fit", "--config", str(config), *sizes, *STEPS, "--trainer.max_epochs=1", *FEW])
     run = Path("logs", config.stem, "version_0")
     names = scalars(run).Tags()["scalars"]
     wanted = {"train/loss", "train/reward", "val/reward", "val/kl", "val/diversity", "val/truth"}
@@ -476,8 +478,9 @@ def test_another_learning_rate_is_applied_to_a_run_that_goes_on(small, capsys):
     scheduler = "--model.optimisation.lr_scheduler=torch.optim.lr_scheduler.LinearLR"
     total = "--model.optimisation.lr_scheduler.init_args.total_iters=8"
     arguments = [*small, "--model.kl_target=null", "--model.updates=1", scheduler, total]
+    arguments += ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
     main(["fit", *arguments])
-    arguments += ["--trainer.max_epochs=4", "--ckpt_path=last"]
+    arguments += ["--trainer.max_epochs=2", "--ckpt_path=last"]
     main(["fit", *arguments, "--model.optimisation.optimizer.lr=1e-4"])
     rates = [value for _, value in curve(Path("logs/ddpo/version_0"), "train/lr")]
     factors = [(1 + 2 * k / 8) / 3 for k in range(4)]  # of LinearLR: from a third to all
@@ -612,18 +615,18 @@ def test_runs_have_folders_of_their_own_whatever_the_logger(small, done, capsys)
 
 
 def test_a_csv_logger_keeps_its_rows_when_the_run_goes_on_or_is_tested(small):
-    arguments = [*small, "--trainer.logger=CSVLogger"]
+    arguments = [*small, "--trainer.logger=CSVLogger", "--trainer.max_epochs=1"]
     main(["fit", *arguments])
     path = Path("logs/ddpo/version_0/metrics.csv")
     with path.open() as file:
         rows = list(csv.DictReader(file))
     main(["test", *arguments, "--ckpt_path=last"])
-    main(["fit", *arguments, "--ckpt_path=last", "--trainer.max_epochs=3"])
+    main(["fit", *arguments, "--ckpt_path=last", "--trainer.max_epochs=2"])
     with path.open() as file:
         now = list(csv.DictReader(file))
     assert [row["train/reward"] for row in now[: len(rows)]] == [row["train/reward"] for row in rows]
-    assert {row["step"] for row in now if row["test/reward"]} == {"8"}
-    assert [row["step"] for row in now if row["val/reward"]] == ["0", "4", "8", "12"]
+    assert {row["step"] for row in now if row["test/reward"]} == {"4"}
+    assert [row["step"] for row in now if row["val/reward"]] == ["0", "4", "8"]
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,9 @@ trainer:
   enable_progress_bar: false
 data:
   init_args:
-    validation_prompts: 2
+    validation_prompts: 1
     validation_images_per_prompt: 2
-    test_prompts: 2
+    test_prompts: 1
     test_images_per_prompt: 2
     eval_batch: 4
 """
@@ -209,3 +209,50 @@ def test_the_script_of_the_page_on_configurations_runs(work: Path):
     names: dict[str, object] = {}
     exec(compile(script, "script", "exec"), names)  # the documentation's own
     assert tuple(names["images"].shape) == (4, 3, 64, 64)  # type: ignore[attr-defined]
+
+
+ROWS = {
+    "**NFT**": "nft",
+    "AWM": "awm",
+    "PRDP": "prdp",
+    "DDPO with Flow-GRPO's loss": "flow_grpo",
+    "DDPO": "ddpo",
+    "DPOK": "dpok",
+    "AlignProp, gradient through all ten steps": "whole",
+    "DRaFT-3": "draft_k",
+    "AlignProp": "alignprop",
+    "AlignProp, the released code's rule": "per_step",
+    "DRaFT-LV": "draft_lv",
+    "ReFL": "refl",
+    "DRaFT-1": "draft_1",
+    "finetuning on winners": "sft",
+    "SPIN": "spin",
+    "Diffusion-DPO": "dpo",
+}
+"""The rows of the README's table of results, and their configurations in the plan."""
+
+
+def cells(text: str) -> list[list[str]]:
+    """The rows of all tables of a text."""
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in re.findall(r"^\|.*\|$", text, re.MULTILINE)
+    ]
+
+
+def test_the_table_of_the_readme_is_the_page_of_the_plan():
+    page = (ROOT / "tests" / "benchmarks" / "results" / "methods.md").read_text()
+    summary, *sections = re.split(r"^## (?=\w+$)", page, flags=re.MULTILINE)[1:]
+    means = {row[0]: row for row in cells(summary)}
+    seeds = {section.split("\n")[0]: cells(section) for section in sections}
+    shown = {row[0]: row for row in cells((ROOT / "README.md").read_text()) if row[0] in ROWS}
+    assert shown.keys() == ROWS.keys()
+    for name, (_, _, truth, gain, diversity, kl, images, minutes) in shown.items():
+        head, *rows = seeds[ROWS[name]]
+        runs = [dict(zip(head, row, strict=True)) for row in rows if row[0].isdigit()]
+        mean = means[ROWS[name]]
+        assert truth.strip("*").split(", ") == [run["truth"].split("-> 0")[1][:4] for run in runs], name
+        distances = [float(run[next(c for c in head if c.startswith("KL"))].split()[0]) for run in runs]
+        assert [float(one) for one in kl.split(",")] == pytest.approx(distances, abs=0.51), name
+        assert f"+0{gain} " in mean[3], name
+        assert [diversity, images, minutes] == [mean[4], mean[6], mean[8]], name

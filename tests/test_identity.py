@@ -16,6 +16,7 @@ from lit_align.callbacks.adapter import images_of
 from lit_align.errors import ConfigError
 from lit_align.identity import ADAPTER, STAMP, differences, read_stamp, stamp, versions, weights_hash
 from lit_align.methods.identity import check_checkpoint, check_files, measured_otherwise
+from tests.backbones.fresh import fresh
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -51,7 +52,7 @@ def adapter(backbone: StableDiffusionBackbone, folder: Path, **facts: Any) -> Pa
 
 def test_equal_adapters_are_equal_to_the_byte(tiny, tmp_path):
     """safetensors writes metadata, and Python sets, in an order that changes from time to time."""
-    backbone = StableDiffusionBackbone(str(tiny))
+    backbone = fresh(StableDiffusionBackbone, tiny)
     files = [adapter(backbone, tmp_path / str(number)) / ADAPTER for number in range(8)]
     assert len({file.read_bytes() for file in files}) == 1
     header = files[0].read_bytes()
@@ -61,7 +62,7 @@ def test_equal_adapters_are_equal_to_the_byte(tiny, tmp_path):
 
 
 def test_an_adapter_says_what_it_is_and_loads_as_before(tiny, tmp_path):
-    backbone = StableDiffusionBackbone(str(tiny))
+    backbone = fresh(StableDiffusionBackbone, tiny)
     backbone.weight_sets.save(tmp_path / "plain")
     folder = adapter(backbone, tmp_path / "said", method="DDPOModule")
     one, two = (load_file(place / ADAPTER) for place in (tmp_path / "plain", folder))
@@ -91,7 +92,7 @@ def test_files_that_say_nothing_have_no_facts(content, tmp_path):
 
 
 def test_adapters_are_known_with_what_they_say(tiny, tmp_path):
-    backbone = StableDiffusionBackbone(str(tiny))
+    backbone = fresh(StableDiffusionBackbone, tiny)
     folder = adapter(backbone, tmp_path / "a", guidance=3.0)
     mixed = StableDiffusionBackbone(str(tiny), adapters={str(folder): 0.5}).weight_sets
     assert mixed.stamps[str(folder)]["guidance"] == 3.0

@@ -28,6 +28,7 @@ KINDS = {
     "upscale": "an upscaler",
     "controlnet": "a ControlNet",
     "instruct-pix2pix": "InstructPix2Pix",
+    "codes": "a quantised model, whose weights are no numbers",
     "lora": "a LoRA, which belongs under backbone.adapters",
 }
 """Single files that diffusers can tell apart; all others it takes for Stable Diffusion 1."""
@@ -38,12 +39,14 @@ FILES: dict[str, tuple[str, ...]] = {
 }
 """Those of KINDS that a pipeline is made of."""
 
+CODED = (".scale_weight", ".weight_scale", "scaled_fp8", ".absmax", ".comfy_quant")
+"""Ends of names in single files whose weights are codes, which diffusers would take for numbers."""
+
 MARKS: dict[str, tuple[str, Any]] = {
     "v_pred": ("prediction_type", "v_prediction"),
     "ztsnr": ("rescale_betas_zero_snr", True),
 }
 """Empty entries of single files, by which programs know how they were trained."""
-
 
 LIBRARIES = ("diffusers", "transformers")
 """Whose classes the parts of a pipeline are."""
@@ -97,7 +100,7 @@ def load_pipeline(
     """
     pipeline_class, without = family.pipeline_class, family.without
     file = user_path(pretrained)
-    if file.suffix in (".safetensors", ".ckpt") and not file.is_dir():
+    if (file.is_file() or file.suffix in (".safetensors", ".ckpt")) and not file.is_dir():
         pipeline = _load_file(pipeline_class, file, without, dtypes, config)
         _check_complete(pretrained, pipeline, config or pretrained)
         return pipeline
@@ -248,6 +251,7 @@ def _check_file(pipeline_class: Any, file: Path, place: str) -> None:
     names = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     kind = infer_diffusers_model_type(names)
     kind = "lora" if any("lora_" in name for name in names) else kind
+    kind = "codes" if any(name.endswith(CODED) for name in names) else kind
     own = FILES.get(pipeline_class.__name__, ())
     if kind in KINDS and kind not in own:
         raise ConfigError(f"{place} is {KINDS[kind]}, and this backbone takes a {pipeline_class.__name__}")
@@ -261,8 +265,9 @@ def _load_file(
     config: str | None,
 ) -> Any:
     place = f"pretrained: {str(file)!r}"
-    if file.suffix == ".ckpt":
-        raise ConfigError(f"{place} may run code when it is opened; give the weights as .safetensors")
+    if file.suffix != ".safetensors":
+        what = "may run code when it is opened" if file.suffix == ".ckpt" else "is in a form that is not read"
+        raise ConfigError(f"{place} {what}; give the weights as .safetensors")
     if not file.is_file():
         raise ConfigError(
             f"{place} is not a file; give one that exists (the working directory is {Path.cwd()})"

@@ -198,14 +198,13 @@ def _no_value(text: str, found: re.Match[str], given: Given) -> str:
 
 
 def _not_a_kind(text: str, found: re.Match[str], given: Given) -> str:
-    return (
-        f"{given.place(_path(text))}: this is no {found[1]}; give its class_path, or its values as a mapping"
-    )
+    place = given.place(_path(text))
+    return f"{place}: this is not of the class {found[1]}; give a class_path, or its values as a mapping"
 
 
 def _other_class(text: str, found: re.Match[str], given: Given) -> str:
     place = given.place(_path(text), found[1])
-    return f"{place}: {found[1]} is no {found[2]}; derive its class from {found[2]}, or give another"
+    return f"{place}: {found[1]} is not a subclass of {found[2]}; derive it from {found[2]}, or give another"
 
 
 def _not_a_mapping(text: str, found: re.Match[str], given: Given) -> str:

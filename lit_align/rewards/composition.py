@@ -82,6 +82,8 @@ class ObjectPresence(Reward):
     def check_columns(self, columns: Mapping[str, list[Any]]) -> None:
         if self.column is not None:
             self.need(self.column, columns, "Set column to the one with the objects of each prompt.")
+            for entry in columns[self.column]:
+                _distinct(entry)
 
     def _objects(self, prompts: list[str], columns: dict[str, list[Any]] | None) -> list[list[str]]:
         """The distinct objects of each prompt."""
@@ -104,4 +106,10 @@ def _shapes_of(prompt: str) -> list[str]:
 
 def _distinct(entry: Sequence[str] | str | None) -> list[str]:
     names = entry.split(",") if isinstance(entry, str) else entry or []
+    listed = isinstance(entry, str) and entry.lstrip().startswith("[")  # brackets would be parts of names
+    if listed or not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+        raise ConfigError(
+            f"ObjectPresence: {entry!r} names no objects; give a list of texts, or one text with commas "
+            "between the names"
+        )
     return list(dict.fromkeys(name.strip() for name in names if name.strip()))

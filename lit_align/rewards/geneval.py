@@ -24,6 +24,9 @@ DETECTOR = "hustvl/yolos-base"
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 """The colours of GenEval."""
 
+PLACES = ("left of", "right of", "above", "below")
+"""The places of GenEval."""
+
 COLOUR_TEXTS = ("a photo of a {colour} {object}", "a photo of a {colour}-colored {object}")
 """How CLIP is asked for the colour of an object; the third text is without it: GenEval's own."""
 
@@ -182,18 +185,32 @@ class GenEval(Reward):
         self.need(self.column, columns, f"Set column to the one that lists {listed}.")
         for entries in columns[self.column]:
             for number, entry in enumerate(entries or []):
-                if not (isinstance(entry, Mapping) and entry.get("class") and (entry.get("count") or 0) > 0):
+                if not (isinstance(entry, Mapping) and entry.get("class") and _is_count(entry.get("count"))):
                     raise ConfigError(
                         f"GenEval: the column '{self.column}' holds {entry!r}; give {{class: dog, count: 2}}"
                         ", with color and position where they are asked for."
                     )
-                position = entry.get("position")
-                if position and not (len(position) == 2 and 0 <= int(position[1]) < number):
+                if (colour := entry.get("color")) and colour not in COLOURS:
                     raise ConfigError(
-                        f"GenEval: the column '{self.column}' holds the position {position!r}; give a place "
-                        "such as 'left of' and the number of an entry before, from 0."
+                        f"GenEval: the column '{self.column}' holds the color {colour!r}, which no object is "
+                        f"found to have; give one of {', '.join(COLOURS)}."
+                    )
+                if (position := entry.get("position")) and not _is_position(position, number):
+                    raise ConfigError(
+                        f"GenEval: the column '{self.column}' holds the position {position!r}; give a place, "
+                        f"one of {', '.join(PLACES)}, and the number of an entry before, from 0."
                     )
         return [list(entries or []) for entries in columns[self.column]]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int | float) and value >= 1
+
+
+def _is_position(value: Any, number: int) -> bool:
+    """Whether a value is a place beside an entry before that of this number."""
+    pair = isinstance(value, list | tuple) and len(value) == 2
+    return pair and value[0] in PLACES and str(value[1]).isdigit() and int(value[1]) < number
 
 
 def overlap(one: Tensor, other: Tensor) -> float:

@@ -124,7 +124,7 @@ class Server:
         )
         try:
             parts: list[bytes] = []
-            for part in response.stream(CHUNK):
+            while part := response.read1(CHUNK):  # what is there, and not all of a chunk
                 parts.append(part)
                 if time.monotonic() > until:  # a server that sends a byte now and then
                     raise NoAnswer(f"it took longer than {self.timeout:g} s")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_align.errors import ConfigError
 from lit_align.pretrained import Dtype, shared
 from lit_align.rewards.base import Reward
 from lit_align.rewards.vision_language import VisionLanguage, checked_question
@@ -83,6 +84,12 @@ class VQAScore(Reward):
         if self.questions is not None:
             remedy = "Set questions to the one with pairs of a question and an answer."
             self.need(self.questions, columns, remedy)
+            for entry in columns[self.questions]:
+                if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in entry or []):
+                    raise ConfigError(
+                        f"VQAScore: the column '{self.questions}' holds {entry!r}; give a list of pairs of a "
+                        "question and its answer, such as [[Is there a cat?, Yes]]."
+                    )
 
     def _asked(self, prompts: list[str], columns: dict[str, list[Any]] | None) -> list[list[tuple[str, str]]]:
         """Questions and answers of each image."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_align.backbones import POLICY, REFERENCE, Conditioning, LoRA
+from lit_align.backbones.options import choose_size
 from lit_align.backbones.prompt_cache import PromptCache
 from lit_align.errors import ConfigError
 from tests.backbones.conftest import (
@@ -21,6 +22,7 @@ from tests.backbones.conftest import (
     predict,
     trained,
 )
+from tests.backbones.fresh import fresh
 
 LORAS = pytest.mark.parametrize("lora", [LoRA(), None], ids=["adapter", "all weights"])
 
@@ -30,7 +32,7 @@ LORAS = pytest.mark.parametrize("lora", [LoRA(), None], ids=["adapter", "all wei
 
 @pytest.mark.parametrize(("size", "guidance"), [(None, 1.0), (None, 3.0), ((16, 48), 3.0)])
 def test_images_are_those_of_diffusers(family: Family, size: tuple[int, int] | None, guidance: float):
-    backbone = family.backbone(str(family.folder), size=size)
+    backbone = fresh(family.backbone, family.folder, size=size)
     if size is not None:
         assert backbone.size == size
     ours = draw(backbone, guidance)
@@ -66,14 +68,14 @@ def test_a_batch_may_mix_timesteps_of_any_dtype(family: Family):
 
 
 def test_each_prompt_is_encoded_once_and_independently_of_its_company(family: Family):
-    backbone = family.backbone(str(family.folder), prompt_cache=8)
+    backbone = fresh(family.backbone, family.folder, prompt_cache=8)
     calls: list[int] = []
     backbone.text_encoder.register_forward_pre_hook(lambda *_: calls.append(1))
     together = backbone.encode([*PROMPTS, *PROMPTS])
     assert len(calls) == 3  # two prompts and the empty one
     backbone.encode(PROMPTS)
     assert len(calls) == 3
-    alone = family.backbone(str(family.folder)).encode(PROMPTS[1:])
+    alone = fresh(family.backbone, family.folder).encode(PROMPTS[1:])
     for name, value in alone.prompt.items():
         assert torch.equal(value[0], together.prompt[name][1])
         assert torch.equal(value[0], together.prompt[name][3])
@@ -96,7 +98,7 @@ def test_the_prompt_cache_keeps_what_was_used_last():
 
 
 def test_conditioning_has_rows_and_joins(family: Family):
-    cond = family.backbone(str(family.folder)).encode(["a star", "a cross", "a heart"])
+    cond = fresh(family.backbone, family.folder).encode(["a star", "a cross", "a heart"])
     chosen = cond[torch.tensor([2, 0])]
     assert (len(cond), len(chosen), len(cond[1:])) == (3, 2, 2)
     joined = Conditioning.cat([cond[:1], chosen])
@@ -115,7 +117,7 @@ def test_conditioning_has_rows_and_joins(family: Family):
 
 @LORAS
 def test_the_policy_starts_as_the_reference_and_only_the_policy_is_trained(family: Family, lora: LoRA | None):
-    backbone = family.backbone(str(family.folder), lora=lora)
+    backbone = fresh(family.backbone, family.folder, lora=lora)
     assert torch.equal(predict(backbone), predict(backbone, REFERENCE))
     before = predict(backbone, REFERENCE).detach()
     perturb(backbone)
@@ -201,18 +203,18 @@ def test_an_adapter_is_saved_and_loaded_exactly(family: Family, tmp_path: Path, 
     backbone = family.make(dtype=dtype, lora=LoRA(3, 6.0))
     backbone.weight_sets.save(tmp_path / "adapter")
     backbone.weight_sets.train_only([])  # torch multiplies by a weight that is trained in another order
-    fresh = family.backbone(str(family.folder), dtype=dtype)
-    before = trained(fresh)
-    fresh.weight_sets.load("folder", tmp_path / "adapter")
-    fresh.weight_sets.load("file", tmp_path / "adapter" / "pytorch_lora_weights.safetensors")
-    assert trained(fresh) == before
+    other = fresh(family.backbone, family.folder, dtype=dtype)
+    before = trained(other)
+    other.weight_sets.load("folder", tmp_path / "adapter")
+    other.weight_sets.load("file", tmp_path / "adapter" / "pytorch_lora_weights.safetensors")
+    assert trained(other) == before
     own = backbone.weight_sets.parameters_of(POLICY)
     for name in ("folder", "file"):
-        loaded = fresh.weight_sets.parameters_of(name)
+        loaded = other.weight_sets.parameters_of(name)
         assert all(p.dtype == torch.float32 for p in loaded)
         # The strength, alpha / rank = 2, is in the file's second factors, which are every other one.
         assert all(torch.equal(a, (1 + i % 2) * b) for i, (a, b) in enumerate(zip(loaded, own, strict=True)))
-        assert torch.equal(predict(fresh, name), predict(backbone))
+        assert torch.equal(predict(other, name), predict(backbone))
     assert (predict(backbone) - predict(backbone, REFERENCE)).abs().max() > 1e-3
 
 
@@ -304,9 +306,9 @@ def test_attention_is_plain_where_asked_for_or_in_bfloat16_on_a_cpu(family: Fami
 
 
 def test_the_size_decides_latents_and_images(family: Family):
-    own = family.backbone(str(family.folder))
+    own = fresh(family.backbone, family.folder)
     unit = own.size[0] // own.latent_shape[1] * own.patch
-    backbone = family.backbone(str(family.folder), size=[3 * unit, 2 * unit])
+    backbone = fresh(family.backbone, family.folder, size=[3 * unit, 2 * unit])
     assert backbone.size == (3 * unit, 2 * unit)
     assert backbone.latent_shape == (own.latent_shape[0], 3 * own.patch, 2 * own.patch)
     images = torch.rand(2, 3, *backbone.size)
@@ -317,13 +319,16 @@ def test_the_size_decides_latents_and_images(family: Family):
         ConfigError, match=f"{2 * unit} x {3 * unit} pixels .* draws {3 * unit} x {2 * unit}; crop"
     ):
         backbone.clean_latents(images.mT, "crop them")
-    for size in (unit + 1, 0, [unit], [unit, -unit], (unit, unit, unit)):
-        with pytest.raises(ConfigError, match=rf"backbone.size: .* multiple of {unit}"):
-            family.backbone(str(family.folder), size=size)
+    refused = partial(pytest.raises, ConfigError, match=rf"backbone.size: .* multiple of {unit}")
+    with refused():
+        family.backbone(str(family.folder), size=unit + 1)
+    for size in (0, [unit], [unit, -unit], (unit, unit, unit)):
+        with refused():
+            choose_size(size, own.network.config, own.pipeline, own.patch)
 
 
 def test_decode_is_chunked_in_range_and_differentiable(family: Family):
-    backbone = family.backbone(str(family.folder), decode_batch=2)
+    backbone = fresh(family.backbone, family.folder, decode_batch=2)
     z = latents(backbone, 5).requires_grad_()
     images = backbone.decode(z)
     assert images.shape == (5, 3, *backbone.size)

@@ -16,6 +16,7 @@ from lit_align.backbones import DiffusersBackbone, StableDiffusionBackbone, Stab
 from lit_align.errors import ConfigError
 from lit_align.samplers import DDIM
 from tests.backbones.conftest import predict
+from tests.backbones.fresh import fresh
 from tests.backbones.original_layout import save_original
 
 UNET = Path("unet", "diffusion_pytorch_model.safetensors")
@@ -44,7 +45,7 @@ def refused(model: Path | str, message: str, **options: object) -> None:
 def test_a_single_file_is_the_same_model(tiny: Path, single: Path):
     ours, folder = (
         StableDiffusionBackbone(str(single), config=str(tiny)),
-        StableDiffusionBackbone(str(tiny)),
+        fresh(StableDiffusionBackbone, tiny),
     )
     assert torch.equal(predict(ours, guidance=2.0), predict(folder, guidance=2.0))
     assert ours.autoencoder_hash() == folder.autoencoder_hash()
@@ -56,7 +57,7 @@ def test_a_single_file_is_the_same_model(tiny: Path, single: Path):
 def test_a_single_file_of_xl_is_the_same_model(tiny_xl: Path, single_xl: Path):
     ours, folder = (
         StableDiffusionXLBackbone(str(single_xl), config=str(tiny_xl)),
-        StableDiffusionXLBackbone(str(tiny_xl)),
+        fresh(StableDiffusionXLBackbone, tiny_xl),
     )
     assert torch.equal(predict(ours, guidance=2.0), predict(folder, guidance=2.0))
     assert ours.autoencoder_hash() == folder.autoencoder_hash()
@@ -65,7 +66,7 @@ def test_a_single_file_of_xl_is_the_same_model(tiny_xl: Path, single_xl: Path):
 def test_a_single_file_of_stable_diffusion_2_is_the_same_model(tiny_v: Path, tmp_path: Path):
     save_original(tiny_v, tmp_path / "model.safetensors", second=True)
     ours = StableDiffusionBackbone(str(tmp_path / "model.safetensors"), config=str(tiny_v))
-    assert torch.equal(predict(ours), predict(StableDiffusionBackbone(str(tiny_v))))
+    assert torch.equal(predict(ours), predict(fresh(StableDiffusionBackbone, tiny_v)))
     sampler = ours.make_sampler(partial(DDIM, num_steps=2))
     assert sampler.schedule.prediction_type == "v_prediction"
 
@@ -88,6 +89,7 @@ def test_a_single_file_may_say_how_it_was_trained(tiny_xl: Path, tmp_path: Path)
         ("conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias", (8,), "the refiner of"),
         ("conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias", (8,), "Diffusion XL"),
         ("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", (4, 8), "a LoRA, which belongs under"),
+        ("model.diffusion_model.out.2.scale_weight", (1,), "a quantised model"),
     ],
 )
 def test_a_single_file_of_another_kind_is_refused_by_name(tiny: Path, tmp_path: Path, entry, shape, kind):
@@ -109,7 +111,7 @@ def test_a_refiner_is_refused_by_name(tiny_xl: Path, tmp_path: Path):
 
 
 def test_entries_of_the_schedule_can_be_replaced(tiny: Path):
-    plain = StableDiffusionBackbone(str(tiny)).make_sampler(partial(DDIM, num_steps=4))
+    plain = fresh(StableDiffusionBackbone, tiny).make_sampler(partial(DDIM, num_steps=4))
     given = {
         "timestep_spacing": "trailing",
         "prediction_type": "v_prediction",
@@ -130,7 +132,7 @@ def test_entries_of_the_schedule_can_be_replaced(tiny: Path):
 
 
 def test_long_prompts_are_told_once_with_their_number(tiny_xl: Path, capfd):
-    backbone = StableDiffusionXLBackbone(str(tiny_xl))
+    backbone = fresh(StableDiffusionXLBackbone, tiny_xl)
     long = [f"{count} red circles and " * 20 + "a star" for count in ("two", "three")]
     with pytest.warns(UserWarning, match="2 of the first 3 prompts are longer than the") as told:
         backbone.encode(["a star", *long])
@@ -142,7 +144,7 @@ def test_long_prompts_are_told_once_with_their_number(tiny_xl: Path, capfd):
 
 
 def test_text_encoders_wait_on_the_cpu(tiny_xl: Path, monkeypatch):
-    plain = StableDiffusionXLBackbone(str(tiny_xl))
+    plain = fresh(StableDiffusionXLBackbone, tiny_xl)
     backbone = StableDiffusionXLBackbone(str(tiny_xl), offload_text_encoders=True)
     assert not any(name.startswith("text_encoder") for name, _ in backbone.named_parameters())
     assert {n for n, _ in backbone.fixed_parameters()} == {n for n, _ in plain.fixed_parameters()}
@@ -180,6 +182,10 @@ def test_a_single_file_that_is_no_whole_checkpoint_is_named(tiny: Path, single: 
     refused(tmp_path / "noise.safetensors", "noise.safetensors.*check that the file", config=str(tiny))
     refused(tmp_path / "none.safetensors", "is not a file; give one that exists")
     refused(tmp_path / "old.ckpt", "may run code")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    refused(
+        tmp_path / "model.gguf", "is in a form that is not read; give .* as .safetensors", config=str(tiny)
+    )
 
 
 def test_a_config_is_for_a_single_file_of_the_same_family(tiny: Path, single: Path, copy: Path):
@@ -203,7 +209,7 @@ def test_a_pipeline_of_another_family_is_refused_before_it_is_read(copy: Path, p
 
 
 def test_a_variant_is_read_where_it_is_asked_for(tiny: Path, copy: Path):
-    expected = predict(StableDiffusionBackbone(str(tiny)))
+    expected = predict(fresh(StableDiffusionBackbone, tiny))
     for file in copy.rglob("*.safetensors"):
         file.rename(file.with_suffix(".fp16.safetensors"))
     refused(copy, "as the variant fp16 only; set variant: fp16")

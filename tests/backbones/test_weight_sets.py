@@ -17,6 +17,7 @@ from lit_align.identity import ADAPTER
 from lit_align.rollout import rollout
 from lit_align.samplers import DDIM
 from tests.backbones.conftest import PROMPTS, trained
+from tests.backbones.fresh import fresh
 
 LORAS = {
     "a": LoRA(2, 2.0),
@@ -46,7 +47,7 @@ def saved(tiny, tmp_path_factory) -> tuple[dict[str, Path], dict[str, Tensor]]:
     """Folders of three adapters, as runs leave them, and what the models predicted that wrote them."""
     folders, predictions = {}, {}
     for seed, (name, lora) in enumerate(LORAS.items()):
-        backbone = StableDiffusionBackbone(str(tiny), lora=lora)
+        backbone = fresh(StableDiffusionBackbone, tiny, lora=lora)
         randomise(backbone, POLICY, seed)
         folders[name] = tmp_path_factory.mktemp(name) / "adapter"
         backbone.weight_sets.save(folders[name])
@@ -57,7 +58,7 @@ def saved(tiny, tmp_path_factory) -> tuple[dict[str, Path], dict[str, Tensor]]:
 @pytest.fixture
 def backbone(tiny, saved) -> StableDiffusionBackbone:
     """One model with all three as named weight sets."""
-    backbone = StableDiffusionBackbone(str(tiny))
+    backbone = fresh(StableDiffusionBackbone, tiny)
     for name, folder in saved[0].items():
         backbone.weight_sets.load(name, folder)
     return backbone
@@ -77,7 +78,7 @@ def merge(backbone: StableDiffusionBackbone, weights: dict[str, float]) -> None:
 
 def test_a_loaded_set_predicts_what_was_saved_and_all_else_stays(tiny, saved):
     folders, predictions = saved
-    backbone = StableDiffusionBackbone(str(tiny))
+    backbone = fresh(StableDiffusionBackbone, tiny)
     before, base = trained(backbone), predict(backbone)
     for name, folder in folders.items():
         backbone.weight_sets.load(name, folder)
@@ -115,7 +116,7 @@ def test_a_set_is_itself_again_after_a_mixture_of_it_was_chosen(backbone):
 def test_weights_of_zero_are_the_base_bit_for_bit(backbone, saved, tiny):
     backbone.weight_sets.mix("nothing", {"a": 0.0, "b": 0.0})
     assert torch.equal(predict(backbone, "nothing"), predict(backbone, REFERENCE))
-    plain = StableDiffusionBackbone(str(tiny), lora=None)
+    plain = fresh(StableDiffusionBackbone, tiny, lora=None)
     given = StableDiffusionBackbone(str(tiny), adapters={str(folder): 0.0 for folder in saved[0].values()})
     assert torch.equal(predict(given), predict(plain, REFERENCE))
 
@@ -124,7 +125,7 @@ def test_given_adapters_are_the_policy_and_training_goes_on_from_them(backbone, 
     weights = {"a": 0.3, "b": 0.7}
     backbone.weight_sets.mix("mixture", weights)
     given = StableDiffusionBackbone(str(tiny), adapters={str(saved[0][n]): w for n, w in weights.items()})
-    assert trained(given) == trained(StableDiffusionBackbone(str(tiny)))
+    assert trained(given) == trained(fresh(StableDiffusionBackbone, tiny))
     torch.testing.assert_close(predict(given), predict(backbone, "mixture"), rtol=1e-6, atol=1e-6)
     given.weight_sets.add("opponent")
     assert torch.equal(predict(given, "opponent"), predict(given))
@@ -136,7 +137,7 @@ def test_given_adapters_are_the_policy_and_training_goes_on_from_them(backbone, 
 
 
 def test_the_mean_of_factors_is_another_model(tiny, saved):
-    backbone = StableDiffusionBackbone(str(tiny), lora=LORAS["a"])
+    backbone = fresh(StableDiffusionBackbone, tiny, lora=LORAS["a"])
     backbone.weight_sets.load("a", saved[0]["a"])
     for name in ("second", "factors"):
         backbone.weight_sets.add(name)
@@ -155,7 +156,7 @@ def test_the_mean_of_factors_is_another_model(tiny, saved):
 def test_a_saved_mixture_is_one_adapter_that_diffusers_loads(backbone, tiny, tmp_path):
     backbone.weight_sets.mix("mixture", {"a": 0.3, "b": 0.5, "c": 0.2})
     backbone.weight_sets.save(tmp_path / "soup", "mixture")
-    again = StableDiffusionBackbone(str(tiny))
+    again = fresh(StableDiffusionBackbone, tiny)
     again.weight_sets.load("soup", tmp_path / "soup")
     torch.testing.assert_close(predict(again, "soup"), predict(backbone, "mixture"), rtol=1e-5, atol=1e-5)
     sampler = backbone.make_sampler(partial(DDIM, num_steps=3, eta=0.0))
@@ -174,13 +175,13 @@ def test_a_saved_mixture_is_one_adapter_that_diffusers_loads(backbone, tiny, tmp
 
 
 def test_a_pipeline_folder_is_a_weight_set_beside_adapters(tiny, saved, tmp_path):
-    full = StableDiffusionBackbone(str(tiny), lora=None)
+    full = fresh(StableDiffusionBackbone, tiny, lora=None)
     with torch.no_grad():
         for parameter in full.unet.parameters():
             parameter.mul_(1.05)
     full.weight_sets.save(tmp_path / "model")
     for lora in (LoRA(), None):
-        backbone = StableDiffusionBackbone(str(tiny), lora=lora)
+        backbone = fresh(StableDiffusionBackbone, tiny, lora=lora)
         before = trained(backbone)
         backbone.weight_sets.load("expert", tmp_path / "model")
         assert torch.equal(predict(backbone, "expert"), predict(full))
@@ -192,7 +193,7 @@ def test_a_pipeline_folder_is_a_weight_set_beside_adapters(tiny, saved, tmp_path
 
 @pytest.mark.parametrize("lora", [LoRA(), None])
 def test_other_sets_can_be_what_is_trained(tiny, lora):
-    backbone = StableDiffusionBackbone(str(tiny), lora=lora)
+    backbone = fresh(StableDiffusionBackbone, tiny, lora=lora)
     for name in ("one", "two"):
         backbone.weight_sets.add(name)
     backbone.weight_sets.train_only(["one", "two"])
@@ -206,7 +207,7 @@ def test_other_sets_can_be_what_is_trained(tiny, lora):
 
 def test_an_adapter_of_lora_has_the_scale_1_unless_said_otherwise(tiny):
     for given in (LoRA(rank=32), {"rank": 32}, {"rank": 32, "alpha": None}):
-        backbone = StableDiffusionBackbone(str(tiny), lora=given)
+        backbone = fresh(StableDiffusionBackbone, tiny, lora=given)
         layers = [layer for layer in backbone.unet.modules() if isinstance(layer, LoraLayer)]
         assert {(layer.r[POLICY], layer.scaling[POLICY]) for layer in layers} == {(32, 1.0)}
 
@@ -224,7 +225,7 @@ def test_an_adapter_of_lora_has_the_scale_1_unless_said_otherwise(tiny):
 )
 def test_settings_of_lora_that_cannot_work_are_named(tiny, lora, message):
     with pytest.raises(ConfigError, match=message):
-        StableDiffusionBackbone(str(tiny), lora=lora)
+        fresh(StableDiffusionBackbone, tiny, lora=lora)
 
 
 def test_an_adapter_of_another_network_is_named_by_a_layer(tiny, saved, tmp_path):
@@ -232,11 +233,11 @@ def test_an_adapter_of_another_network_is_named_by_a_layer(tiny, saved, tmp_path
     renamed = {name.replace("attn", "joint"): value for name, value in factors.items()}
     save_file(renamed, tmp_path / "other.safetensors")
     with pytest.raises(ConfigError, match=r"for another network: this unet has no \S*joint\S*; give"):
-        StableDiffusionBackbone(str(tiny)).weight_sets.load("x", tmp_path / "other.safetensors")
+        fresh(StableDiffusionBackbone, tiny).weight_sets.load("x", tmp_path / "other.safetensors")
 
 
 def test_what_cannot_be_loaded_is_named(tiny, saved, tmp_path):
-    backbone = StableDiffusionBackbone(str(tiny))
+    backbone = fresh(StableDiffusionBackbone, tiny)
     with pytest.raises(ConfigError, match="nowhere"):
         backbone.weight_sets.load("x", tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"no weights.safetensors in .*nowhere"):
@@ -244,7 +245,7 @@ def test_what_cannot_be_loaded_is_named(tiny, saved, tmp_path):
     with pytest.raises(ConfigError, match="does not fit"):
         StableDiffusionBackbone().weight_sets.load("x", saved[0]["a"])
     with pytest.raises(ConfigError, match="lora"):
-        StableDiffusionBackbone(str(tiny), lora=None).weight_sets.load("x", saved[0]["a"])
+        fresh(StableDiffusionBackbone, tiny, lora=None).weight_sets.load("x", saved[0]["a"])
     with pytest.raises(ConfigError, match="lora"):
         StableDiffusionBackbone(str(tiny), lora=None, adapters={str(saved[0]["a"]): 1.0})
 
@@ -256,7 +257,7 @@ def test_the_saved_file_has_its_strength_in_the_weights(saved, tiny):
             config = json.loads(file.metadata()["lora_adapter_metadata"])
             layers = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         assert config["unet.r"] == config["unet.lora_alpha"] == LORAS[name].rank
-        backbone = StableDiffusionBackbone(str(tiny), lora=LORAS[name])
+        backbone = fresh(StableDiffusionBackbone, tiny, lora=LORAS[name])
         randomise(backbone, POLICY, seed)
         strength = LORAS[name].alpha / LORAS[name].rank
         factors = backbone.weight_sets.factors()

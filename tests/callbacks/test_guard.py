@@ -39,6 +39,7 @@ from tests.methods.build import (
 SIZES = {"validation_prompts": 12, "validation_images_per_prompt": 2}
 EVERY_BATCH = {"limit_val_batches": 1.0, "val_check_interval": 1}
 BATCHES = 4
+STEPS = {"num_steps": 2}
 
 
 class Darkness(Reward):
@@ -78,7 +79,7 @@ class Repaired(Callback):
 
 def exploited(tiny: Path, lr: float = 1e-2, method: type[Any] = AlignPropModule, **options: Any) -> Any:
     rewards = RewardBank({"bright": Brightness(), "dark": Darkness()}, {"bright": 1.0})
-    return make(method, tiny, rewards=rewards, lr=lr, seed=0, **options)
+    return make(method, tiny, rewards=rewards, lr=lr, seed=0, **STEPS | options)
 
 
 def run(
@@ -162,7 +163,7 @@ class Before(Callback):
 
 
 def test_a_rollback_takes_weights_and_moments_back_and_no_counter(tiny, tmp_path):
-    module, seen = exploited(tiny), Before()
+    module, seen = exploited(tiny, num_steps=4), Before()  # with two a later validation is better
     with pytest.warns(UserWarning, match="its weights are restored, and the learning rate is 0.5"):
         found = run(
             module,
@@ -218,7 +219,7 @@ def equal(one: Any, other: Any) -> bool:
 def in_vain(tiny: Path) -> Any:
     """A run whose trained reward rises, and the held-out one neither rises nor falls."""
     rewards = RewardBank({"bright": Brightness(), "still": Still()}, {"bright": 1.0})
-    return make(AlignPropModule, tiny, rewards=rewards, lr=1e-2, seed=0)
+    return make(AlignPropModule, tiny, rewards=rewards, lr=1e-2, seed=0, **STEPS)
 
 
 def test_a_reward_that_rises_in_vain_is_trouble_after_some_validations(tiny, tmp_path):
@@ -270,7 +271,7 @@ def test_where_no_reward_is_trained_on_none_rises_in_vain():
 
 def test_a_better_validation_is_the_best_and_older_files_go(tiny, tmp_path):
     rewards = RewardBank({"bright": Brightness(), "watched": Brightness()}, {"bright": 1.0})
-    module = make(AlignPropModule, tiny, rewards=rewards, lr=1e-2, seed=0)
+    module = make(AlignPropModule, tiny, rewards=rewards, lr=1e-2, seed=0, **STEPS)
     run(module, tmp_path, Guard("rollback"), BatchCheckpoint())
     (kept,) = (tmp_path / "checkpoints").glob("guard_*")
     assert kept.name == "guard_00000032.ckpt"
@@ -281,7 +282,7 @@ def test_a_better_validation_is_the_best_and_older_files_go(tiny, tmp_path):
 @pytest.mark.parametrize("answered", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_validation_without_scores_is_the_best_only_until_the_next(answered, tiny, tmp_path):
     rewards = RewardBank({"bright": Brightness(), "dark": Served(answered)}, {"bright": 1.0})
-    module = make(AlignPropModule, tiny, rewards=rewards, lr=1e-2, seed=0)
+    module = make(AlignPropModule, tiny, rewards=rewards, lr=1e-2, seed=0, **STEPS)
     with pytest.warns(UserWarning, match=r"reward/dark fell by .* since the best validation, at 8 images"):
         run(module, tmp_path, Guard(), Repaired())
     (kept,) = (tmp_path / "checkpoints").glob("guard_*")

@@ -227,7 +227,8 @@ def test_nothing_else_is_replaced(runs: Path, tmp_path: Path, capsys: Any):
     def exported(run: str, name: str) -> str:
         capsys.readouterr()
         try:
-            main(["export", str(runs / run), "--out", str(tmp_path), "--form", "kohya", "--name", name])
+            out = ["--out", str(tmp_path), "--name", name]
+            main(["export", str(runs / run), *out, "--form", "kohya", "--steps=1"])
         except SystemExit:
             return str(capsys.readouterr().err)
         return ""

@@ -57,7 +57,7 @@ def test_another_object_that_can_be_called(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("NoReward", r"rewards\.rewards: .*\.NoReward is no Reward; derive its class from Reward"),
+        ("NoReward", r"rewards\.rewards: .*\.NoReward is not a subclass of Reward; derive it from Reward"),
         ("nothing", "test_functions has no nothing"),
     ],
 )

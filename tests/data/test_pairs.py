@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
 from pyarrow import parquet
 
 from lit_align.data import (
@@ -342,6 +343,43 @@ def test_ties_alone_are_told_as_such(tmp_path: Path) -> None:
         ConfigError, match=r"0 pairs to train on: all 60 are ties or without a label; give pairs"
     ):
         module(source)
+
+
+class Own(PairSource):
+    """As a user may write one."""
+
+    def __init__(self, label: Any = 1.0, image: Any = b"") -> None:
+        self.said, self.stored = label, image
+
+    def __len__(self) -> int:
+        return 4
+
+    def prompt(self, row: int) -> str:
+        return "a cat"
+
+    def label(self, row: int) -> float:
+        return cast(float, self.said)
+
+    def image(self, row: int, side: int) -> bytes:
+        return cast(bytes, self.stored if side else jpeg(0))
+
+
+def test_what_a_source_returns_is_understood_or_refused() -> None:
+    whole = {"validation_fraction": 0.0, "test_fraction": 0.0, "pairs_per_batch": 4}
+    for label in (True, "0", np.float32(1)):
+        batch = next(
+            iter(module(Own(label, memoryview(jpeg(255))), **whole, view="pairs").train_dataloader())
+        )
+        assert batch.losers is not None
+        assert bool(batch.winners.mean() > batch.losers.mean()) is (str(label) == "0")
+    with pytest.raises(
+        ConfigError, match=r"Own has a label that is no number \(.*left.*\): give 1, 0 or 0.5"
+    ):
+        module(Own("left"), **whole)
+    with pytest.raises(
+        ConfigError, match=r"the image of row . of Own is a Image: give the bytes of its file"
+    ):
+        module(Own(image=Image.new("RGB", (64, 64))), **whole, view="pairs")
 
 
 def test_the_messages_for_pairs_of_held_out_prompts_lead_to_a_run(shards: Path) -> None:

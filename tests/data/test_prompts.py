@@ -191,6 +191,31 @@ def test_columns_reach_every_image_of_their_prompt() -> None:
     assert [f"prompt {number}" for number in batch.columns["number"]] == batch.prompts
 
 
+class Own(PromptSource):
+    """As a user may write one."""
+
+    def __init__(self, *prompts: Any) -> None:
+        self.texts = prompts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def prompt(self, row: int) -> str:
+        return cast(str, self.texts[row])
+
+    def columns(self, row: int) -> dict[str, Any]:
+        return {"odd" if row % 2 else "even": row}
+
+
+def test_rows_have_columns_of_the_same_names() -> None:
+    prompts = PromptSet(Own("a", "b"))
+    with pytest.raises(
+        ConfigError,
+        match=r"the columns of row 0 are .*, of row 1 .*; give all rows a dict with the same names",
+    ):
+        prompts.batch([0, 1], [0, 1], 1)
+
+
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 1000, 1024, 4097])
 def test_a_permutation_reaches_every_number_once(size: int) -> None:
     order = Permutation(size, 7, 3, purpose="test")
@@ -403,7 +428,10 @@ class Written(PromptSource):
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"prompt": float("nan")}, "Written: the prompt of row 0 is nan; give a text for every row"),
+        *(
+            ({"prompt": one}, f"Written: the prompt of row 0 is {shown}; give a text for every row")
+            for one, shown in ((float("nan"), "nan"), (None, "None"), (b"a cat", "b'a cat'"))
+        ),
         ({"columns": lambda row: None}, r"the columns of row \d+ are None, of row .*; give all rows a dict"),
         (
             {"columns": lambda row: {"c": 1} if row % 2 else {}},

@@ -108,7 +108,7 @@ def make(
         sampler: Instead of DDIM with ``num_steps``, ``eta`` and ``noisy_steps``.
         options: Of any group.
     """
-    given = {"lr": 1e-3, "num_steps": 4, "guidance": 1.0, "micro_batch": 16} | OWN[method] | options
+    given = {"lr": 1e-3, "num_steps": 3, "guidance": 1.0, "micro_batch": 16} | OWN[method] | options
     if lr is not None:
         given["lr"] = lr
     groups = [

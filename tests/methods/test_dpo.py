@@ -64,16 +64,16 @@ def test_equals_the_released_loss_of_diffusion_dpo(tiny):
 
 
 def test_finetuning_lowers_the_error_on_winners(tiny_attentive, tmp_path):
-    module, source = make(SFTModule, tiny_attentive), pairs("winners")
+    module, source = make(SFTModule, tiny_attentive, lr=2e-2), pairs("winners")
     source.setup("fit")
     with torch.no_grad():
         winners = module.prepare(next(iter(source.train_dataloader())))
         before = module.errors(winners)
-    fit(module, tmp_path, 32)
+    fit(module, tmp_path, 16)
     with torch.no_grad():
         after = module.errors(winners)
     assert after.mean() < 0.95 * before.mean()
-    assert module.images == 32 * BATCH
+    assert module.images == 16 * BATCH
 
 
 @pytest.mark.parametrize("method", [DPOModule, SFTModule])

@@ -90,7 +90,7 @@ def two_tasks() -> dict[str, Task]:
     }
 
 
-STEPS = {"num_steps": 3}
+STEPS = {"num_steps": 2}
 CASES = {
     "ddpo": Case(
         DDPOModule,
@@ -106,7 +106,7 @@ CASES = {
             }
         ),
         {"prompts": 4, "images": 2},
-        items=12,
+        items=8,
         updates=2,
     ),
     "joint": Case(
@@ -121,7 +121,7 @@ CASES = {
         ),
         # A reward of sets has no score for one image.
         {"prompts": 2, "images": 2, "validation_images_per_prompt": 2},
-        items=12,
+        items=8,
         updates=2,
     ),
     "nft": Case(
@@ -129,7 +129,7 @@ CASES = {
         # The old policy is the policy after the first batch, and then falls behind it.
         lambda: STEPS | {"old_policy": OldPolicy(0, 0.3, 0.5), "updates": 2, "lr_scheduler": SLOWER},
         {"prompts": 4, "images": 2},
-        items=12,
+        items=8,
         updates=2,
     ),
     "awm": Case(
@@ -139,14 +139,14 @@ CASES = {
             | {"objective": AWM(clip_range=0.1), "old_policy": OldPolicy(0, 0.3, 0.3), "inner_epochs": 2}
         ),
         {"prompts": 2, "images": 2},
-        items=12,
+        items=8,
         updates=2,
     ),
     "prdp": Case(
         PRDPModule,
         lambda: STEPS | {"inner_epochs": 2, "lr_scheduler": SLOWER},
         {"prompts": 2, "images": 2},
-        items=12,
+        items=8,
         updates=2,
     ),
     "alignprop": Case(
@@ -159,7 +159,7 @@ CASES = {
         MSDDAModule,
         lambda: STEPS | {"updates": 2, "lr_scheduler": SLOWER},
         {"prompts": 4, "images": 2},
-        items=12,
+        items=8,
         updates=2,
     ),
     "spin": Case(SPINModule, lambda: {"steps": 2, "lr_scheduler": SLOWER}, items=4),

@@ -260,7 +260,8 @@ def test_learns_a_reward_past_a_threshold(
 ) -> None:
     learner = LEARNERS[name]
     folder = of_v if learner.predicts_v else tiny_attentive
-    module = make(learner.method, folder, noisy_steps=2, micro_batch=128, batch=64, **learner.options)
+    steps = {"num_steps": 4, "noisy_steps": 2}
+    module = make(learner.method, folder, micro_batch=128, batch=64, **steps, **learner.options)
     fit(module, tmp_path, learner.batches, data=prompts(**learner.data), limit_val_batches=None)
     before, after = module.baseline, module.latest
     assert after["reward"].mean() > before["reward"].mean() + learner.gain * before["reward"].std()

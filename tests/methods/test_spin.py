@@ -62,7 +62,7 @@ class Players(Recorder):
     ids=["step", "exact"],
 )
 def test_the_first_loss_of_each_iteration_is_log_2_and_it_falls(model, request, tmp_path, options):
-    steps, folder = 8, request.getfixturevalue(model)
+    steps, folder = 4, request.getfixturevalue(model)
     logged = fit(module(folder, steps=steps, **options), tmp_path, 2 * steps).logged
     for first, *later in (logged[:steps], logged[steps:]):
         assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-7)

@@ -237,6 +237,9 @@ def test_unknown_labels_and_columns_are_named(detector_folder: Path, images: Ten
         ObjectPresence(str(detector_folder), column="things")(images, [""] * 3, columns=OBJECTS)
     with pytest.raises(ConfigError, match="no column 'objects'; its columns: none"):
         ObjectPresence(str(detector_folder))(images, ["a star"] * 3)
+    for wrong in ("['circle', 'star']", 7, [None]):
+        with pytest.raises(ConfigError, match=r"names no objects; give a list of texts, or one text with"):
+            ObjectPresence(str(detector_folder)).check_columns({"objects": [["circle"], wrong]})
     with pytest.raises(ConfigError, match=r"cannot read 'photo'.*name under 'column'"):
         ObjectPresence("shapes")(images, ["a photo of a cat"] * 3)
 

@@ -179,12 +179,27 @@ def test_metadata_of_geneval_is_read_as_it_is_published(judge: GenEval, tmp_path
         ({"tag": ["x"]}, "its columns: tag. Set column"),
         ({"include": [["dog"]]}, r"holds 'dog'; give \{class: dog, count: 2\}"),
         ({"include": [[{"class": "dog", "count": 0}]]}, "holds"),
+        ({"include": [[{"class": "dog", "count": "2"}]]}, "holds"),
         ({"include": [[{"class": "dog", "count": 1, "position": ["above", 0]}]]}, "holds the position"),
+        (
+            {
+                "include": [
+                    [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left", 0]}]
+                ]
+            },
+            r"holds the position \['left', 0\]; give a place, one of left of, right of",
+        ),
+        (
+            {"include": [[{"class": "dog", "count": 1, "color": "grey"}]]},
+            "holds the color 'grey', which no object is found to have; give one of red, orange",
+        ),
     ],
 )
 def test_columns_that_cannot_be_understood(judge: GenEval, columns: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         judge(torch.rand(1, 3, 64, 64), [""], columns=columns)
+    with pytest.raises(ConfigError, match=said):
+        judge.check_columns(columns or {})
 
 
 def test_a_prompt_that_asks_for_nothing_has_no_score(judge: GenEval) -> None:

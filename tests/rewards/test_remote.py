@@ -262,7 +262,7 @@ def test_a_server_that_drips_is_slow(images: Tensor) -> None:
     began = time.monotonic()
     with pytest.raises(ConfigError, match="did not answer in 1 try"):
         remote(images, PROMPTS)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 1.5  # and not the two seconds of all bytes
     listening.close()
 
 

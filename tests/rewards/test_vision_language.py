@@ -79,6 +79,8 @@ def test_questions_of_the_prompt_are_asked_each(folder: Path, pixels: np.ndarray
     ]
     torch.testing.assert_close(scores[:1], (single[0] * single[1]).sqrt(), rtol=1e-4, atol=0)
     assert scores.isnan().tolist() == [False, True, False]
+    with pytest.raises(ConfigError, match=r"'vqa_list' holds \['Is it.'\]; give a list of pairs"):
+        reward.check_columns({"vqa_list": [None, ["Is it?"]]})
     with pytest.raises(ConfigError, match=r"no column 'vqa_list'; its columns: other. Set questions"):
         reward(images, PROMPTS, columns={"other": [1, 2, 3]})
 

@@ -126,7 +126,7 @@ def test_ties_and_errors_come_at_their_rates() -> None:
 
 
 def test_a_image_keeps_its_verdict_when_it_is_stored() -> None:
-    captions, images = draw(200, 9, "pick")
+    captions, images = draw(100, 9, "pick")
     for number, (caption, image) in enumerate(zip(captions, images, strict=True)):
         pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
         shown = show(pixels, caption, "renderer", (0, number, 0))

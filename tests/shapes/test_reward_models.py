@@ -11,6 +11,7 @@ from transformers import CLIPTokenizer
 from lit_align.errors import ConfigError
 from lit_align.rewards import AestheticScore, PickScore
 from lit_align.shapes import CLIP
+from lit_align.shapes.recipe import preference
 from lit_align.shapes.recipe.aesthetic import (
     aesthetic_quality,
     degrade,
@@ -39,11 +40,11 @@ from lit_align.shapes.world import render, sample_caption, sample_scene
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe folder with 48 images, 24 prompts with six pairs each, and the shipped CLIP."""
+    """A recipe folder with 48 images, 12 prompts with six pairs each, and the shipped CLIP."""
     folder, rng, rows = tmp_path_factory.mktemp("recipe"), np.random.default_rng(0), []
     draw_images(folder / "images", 48, 0)
     (folder / "clip").symlink_to(CLIP)
-    for number in range(24):
+    for number in range(12):
         caption = sample_caption(rng)
         pixels = [degrade(render(sample_scene(caption, rng)), rng) for _ in range(4)]
         shown = [show(image, str(caption), "renderer", (0, number, i)) for i, image in enumerate(pixels)]
@@ -56,7 +57,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def taught(out: Path) -> Path:
     """The same folder with a preference model."""
-    make_preference(out, Budget(minutes=5.0, steps=4), "32-true", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preference, "DRAWN", 16)
+        make_preference(out, Budget(minutes=5.0, steps=4), "32-true", 0)
     return out
 
 
@@ -71,11 +74,11 @@ def test_loss_is_the_divergence_from_the_labels() -> None:
 def test_pairs_are_read_once_and_held_out_prompts_are_not(out: Path) -> None:
     files = [out / "pick" / "pairs.parquet"]
     everything, training = read_pairs(files, for_training=False), read_pairs(files, for_training=True)
-    assert len(everything.captions) == 144
-    assert everything.pixels.shape == (96, 64, 64, 3)
+    assert len(everything.captions) == 72
+    assert everything.pixels.shape == (48, 64, 64, 3)
     assert set(training.captions) == {c for c in everything.captions if not held_out(c)}
-    assert len(training.captions) < 144
-    assert torch.equal(everything.labels.sum(1), torch.ones(144))
+    assert len(training.captions) < 72
+    assert torch.equal(everything.labels.sum(1), torch.ones(72))
     place = everything.places[1, 1]  # the second pair is of the first and the third image
     assert torch.equal(
         everything.images(place[None])[0, :, 5, 6] * 255, torch.tensor(everything.pixels[2, 5, 6])

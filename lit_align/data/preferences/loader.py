@@ -215,14 +215,20 @@ class PairLoader:
         raise ConfigError(f"no image of {self.source} can be read; the last one: {reasons[-1]}")
 
     def _decode(self, row: int) -> tuple[Tensor, ...]:
-        winner = 0 if self.source.label(row) > 0.5 else 1
+        winner = 0 if float(self.source.label(row)) > 0.5 else 1
         sides = (winner, 1 - winner)[: self.sides]
         return tuple(self._image(row, *turn) for turn in enumerate(sides))
 
     def _image(self, row: int, place: int, side: int) -> Tensor:
         if self.known is not None and self.known(row, place):
             return torch.full((), math.nan).expand(3, *height_and_width(self.resolution))
-        return decode(self.source.image(row, side), self.resolution)
+        data: object = self.source.image(row, side)
+        if not isinstance(data, bytes | bytearray | memoryview):  # of a source that a user wrote
+            raise ConfigError(
+                f"the image of {self.source.where(row)} is a {type(data).__name__}: give the bytes of its "
+                "file, or raise UnreadableImage where there is none"
+            )
+        return decode(bytes(data), self.resolution)
 
     def _report(self, found: Found) -> Found:
         """Say, once, what could not be read; every rank speaks of its own share."""

@@ -121,7 +121,12 @@ class PickaPicDataModule(AlignmentDataModule):
 
     def _training_rows(self) -> NDArray[np.int64]:
         """The rows with a label whose prompt is not held out; the others are counted."""
-        labels = np.array([self.pairs.label(row) for row in range(len(self.pairs))])
+        try:
+            labels = np.array([self.pairs.label(row) for row in range(len(self.pairs))], float)  # None is NaN
+        except (TypeError, ValueError) as error:  # of a source that a user wrote
+            raise ConfigError(
+                f"{self.pairs} has a label that is no number ({error}): give 1, 0 or 0.5"
+            ) from error
         keys = read_keys(PickaPicPrompts(self.pairs))
         low, high = self._prompts.test_fraction, 1 - self._prompts.validation_fraction
         inside = (keys >= lowest_key(low)) & (keys < lowest_key(high)) & ~np.isin(keys, self._held_out_keys())

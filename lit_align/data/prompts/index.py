@@ -94,7 +94,11 @@ def _known(file: Path, rows: int) -> Index | None:
 
 
 def read_keys(source: PromptSource) -> Keys:
-    """The key of each row's prompt, ``(len(source),)``."""
+    """The key of each row's prompt, ``(len(source),)``.
+
+    Raises:
+        ConfigError: One is no text.
+    """
     keys = np.empty(len(source), np.uint64)
     quiet = len(keys) < ON_DISK or getattr(rank_zero_only, "rank", 0) != 0
     starts = range(0, len(keys), CHUNK)

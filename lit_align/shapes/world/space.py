@@ -75,6 +75,7 @@ class PromptSpace(Sequence[str]):
         raise IndexError(f"prompt {index} of {len(self)}")
 
 
+@cache
 def _radices(kind: Kind, pairs: ShapePairs) -> tuple[int, ...]:
     if kind == "single":
         return (4, len(RADII), len(SHAPES), len(COLOURS), len(COLOURS) - 1)
@@ -84,6 +85,7 @@ def _radices(kind: Kind, pairs: ShapePairs) -> tuple[int, ...]:
     return (choices, len(_SIZES), len(_SIZES), len(_looks(pairs)))
 
 
+@cache
 def _kind_length(kind: Kind, pairs: ShapePairs) -> int:
     return prod(_radices(kind, pairs))
 
