@@ -243,7 +243,7 @@ class WeightSets(nn.Module):
         if decided and (not trained or trained - decided):
             raise ConfigError(
                 f"requires_grad: {sum(p.numel() for p in trained):,} weights would be trained, and not the "
-                f"{sum(p.numel() for p in decided):,} of {', '.join(self._learners)}, as after module.freeze() "
+                f"{sum(p.numel() for p in decided):,} of {', '.join(self._learners)}, as by module.freeze() "
                 "or unfreeze(); call module.freeze() and module.backbone.weight_sets.train_only("
                 f"{list(self._learners)}), or build a module with lora null to train all weights"
             )

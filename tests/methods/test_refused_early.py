@@ -105,7 +105,7 @@ def test_weights_that_were_frozen_or_not_after_the_module_was_built(tiny: Path, 
     module = make(DDPOModule, tiny, num_steps=2)
     module.freeze()
     with pytest.raises(
-        ConfigError, match=r"requires_grad: 0 weights would be trained, and not the 1,0.. of policy, as after"
+        ConfigError, match=r"requires_grad: 0 weights would be trained, and not the 1,0.. of policy, as by"
     ):
         fit(module, tmp_path)
     module.unfreeze()
