@@ -243,8 +243,9 @@ class WeightSets(nn.Module):
         if decided and (not trained or trained - decided):
             raise ConfigError(
                 f"requires_grad: {sum(p.numel() for p in trained):,} weights would be trained, and not the "
-                f"{sum(p.numel() for p in decided):,} of {', '.join(self._learners)}, as after "
-                "module.freeze() or unfreeze(); build the module anew, with lora null to train all weights"
+                f"{sum(p.numel() for p in decided):,} of {', '.join(self._learners)}, as by module.freeze() "
+                "or unfreeze(); call module.freeze() and module.backbone.weight_sets.train_only("
+                f"{list(self._learners)}), or build a module with lora null to train all weights"
             )
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:

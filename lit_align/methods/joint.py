@@ -27,6 +27,7 @@ from lit_align.methods.pretraining import OTHER_SIZE, Pretraining, denoising_los
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.tasks import (
     Task,
+    check_parts,
     check_same_tasks,
     check_tasks,
     data_of_tasks,
@@ -90,17 +91,16 @@ class JointModule(AlignmentModule):
         sampling: Sampling,
     ) -> None:
         """Set up the method; the arguments are documented where a method gives them defaults."""
-        banks = [task.rewards for task in tasks.values()]
         super().__init__(
             backbone=backbone,
             sampler=sampler,
-            rewards=banks[0],
+            rewards=next(iter(tasks.values())).rewards,
             optimisation=optimisation,
             sampling=sampling,
         )
         if task_order not in ("sequence", "interleaved"):
             raise ConfigError(f"task_order: {task_order!r} must be sequence or interleaved")
-        self.banks = nn.ModuleList(banks)  # so that the trainer moves them
+        self.banks = nn.ModuleList(task.rewards for task in tasks.values())  # so that the trainer moves them
         self.tasks = dict(tasks)
         self.task_order = task_order
         self.pretraining = pretraining
@@ -150,9 +150,9 @@ class JointModule(AlignmentModule):
         Raises:
             ConfigError: With what to change.
         """
+        check_parts(self.rewards, vars(self).get("advantages"), self.tasks)
         if stage == "fit":
-            data: object = self.trainer.datamodule  # type: ignore[attr-defined]
-            check_tasks(self.tasks, data, updates, self.trainer.world_size)
+            check_tasks(self.tasks, self.trainer, updates)
 
     # ---- one iteration
 

@@ -26,7 +26,7 @@ def pooled(parts: Iterable[Metrics]) -> Metrics:
 def is_loss(computed: object) -> bool:
     """Whether it is what a :data:`Loss` returns."""
     match computed:
-        case (Tensor(ndim=0, requires_grad=True), dict(metrics)):
+        case (Tensor(ndim=0), dict(metrics)):
             return all(isinstance(values, Tensor) and values.ndim == 1 for values in metrics.values())
     return False
 

@@ -126,9 +126,7 @@ class OptimisedModule(SkippingModule):
             with strategy.block_backward_sync() if accumulates else nullcontext():  # type: ignore[attr-defined]
                 computed = compute()
                 if not is_loss(computed):
-                    raise TypeError(
-                        "a loss returns (loss, metrics): a scalar with a gradient, and a dict of tensors (N,)"
-                    )
+                    raise TypeError("a loss returns (loss, metrics): a scalar, and a dict of tensors (N,)")
                 loss, metrics = computed
                 self.manual_backward(loss)
             measured.append(metrics)

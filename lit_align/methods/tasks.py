@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning import Trainer
 from torch import Tensor
 
 from lit_align.advantages import Advantages
@@ -93,11 +94,29 @@ def data_of_tasks(data: object, tasks: Mapping[str, Task]) -> dict[str, PromptDa
     return there
 
 
-def check_tasks(tasks: Mapping[str, Task], data: object, updates: int, world: int) -> None:
+def check_parts(rewards: RewardBank, advantages: object, tasks: Mapping[str, Task]) -> None:
+    """Refuse rewards or advantages that were set on a module after it was built: its tasks have others.
+
+    Args:
+        rewards: Of the module now.
+        advantages: The same; a module that was only built has none.
+        tasks: What it was built with.
+
+    Raises:
+        ConfigError: There are some.
+    """
+    if rewards is not next(iter(tasks.values())).rewards or advantages is not None:
+        raise ConfigError(
+            "rewards, advantages: a module takes them when it is built; build it anew, with backbone="
+            "module.backbone to keep its weights"
+        )
+
+
+def check_tasks(tasks: Mapping[str, Task], trainer: Trainer, updates: int) -> None:
     """Refuse trained tasks that could not learn from their prompts; see :func:`check_task`."""
-    for name, there in data_of_tasks(data, tasks).items():
+    for name, there in data_of_tasks(trainer.datamodule, tasks).items():  # type: ignore[attr-defined]
         if tasks[name].weight:
-            check_task(name, tasks[name], there, updates, world)
+            check_task(name, tasks[name], there, updates, trainer.world_size)
 
 
 def check_task(name: str, task: Task, data: PromptDataModule, updates: int, world: int) -> None:

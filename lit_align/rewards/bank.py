@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -76,9 +77,10 @@ class RewardBank(nn.Module):
             try_out(name, reward)
 
     @property
-    def rewards(self) -> dict[str, Reward]:
-        """All rewards by name."""
-        return dict(zip(self.names, cast(Iterable[Reward], self._rewards), strict=True))
+    def rewards(self) -> Mapping[str, Reward]:
+        """All rewards by name; they were tried when the bank was built, so that none can be put in."""
+        found = dict(zip(self.names, cast(Iterable[Reward], self._rewards), strict=True))
+        return MappingProxyType(found)
 
     @property
     def trained(self) -> tuple[str, ...]:

@@ -86,19 +86,37 @@ def test_a_part_of_another_class_in_python(option: dict[str, Any], told: str, ti
         DDPOModule(**parts | {"sampler": partial(DDIM, num_steps=2), "clip_range": 1e-3} | option)
 
 
+def test_parts_that_are_set_when_the_module_is_built(tiny: Path, tmp_path: Path) -> None:
+    """They were passed over: the fit went on with those that it was built with."""
+    for name, part in (
+        ("rewards", RewardBank({"b": Brightness()}, {"b": 1.0})),
+        ("advantages", GroupAdvantages()),
+    ):
+        module = make(DDPOModule, tiny, num_steps=2)
+        setattr(module, name, part)
+        with pytest.raises(ConfigError, match=r"rewards, advantages: a module takes them when it is built"):
+            fit(module, tmp_path)
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        module.rewards.rewards["trained"] = Brightness()  # type: ignore[index]
+
+
 def test_weights_that_were_frozen_or_not_after_the_module_was_built(tiny: Path, tmp_path: Path) -> None:
     """All weights were trained, rewards among them, and the adapter was all that was written of them."""
     module = make(DDPOModule, tiny, num_steps=2)
     module.freeze()
     with pytest.raises(
-        ConfigError, match=r"requires_grad: 0 weights would be trained, and not the 1,0.. of policy, as after"
+        ConfigError, match=r"requires_grad: 0 weights would be trained, and not the 1,0.. of policy, as by"
     ):
         fit(module, tmp_path)
     module.unfreeze()
     with pytest.raises(
-        ConfigError, match=r"requires_grad: \d\d,\d+ weights would be .*; build the module anew"
+        ConfigError, match=r"requires_grad: \d\d,\d+ weights would be .*train_only\(\['policy'\]\)"
     ):
         fit(module, tmp_path)
+    module.freeze()
+    module.backbone.weight_sets.train_only(["policy"])
+    fit(module, tmp_path)
+    assert module.images
 
 
 def test_a_module_that_is_compiled_as_a_whole(tiny: Path, tmp_path: Path) -> None:
