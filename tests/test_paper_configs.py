@@ -137,6 +137,9 @@ def test_published_settings_train_one_batch(config: Path, models, tmp_path: Path
         path = tmp_path / f"{number}.yaml"
         path.write_text(yaml.safe_dump(reduced(yaml.safe_load(file.read_text()), models)))
         arguments.append(f"--config={path}")
+    updates = yaml.safe_load(config.read_text())["model"]["init_args"].get("updates", 1)
+    if updates > SIZES["prompts_per_batch"]:  # each is of whole prompts
+        arguments.append(f"--data.prompts_per_batch={updates}")
     quiet = [
         "accelerator=cpu",
         "enable_progress_bar=false",

@@ -233,7 +233,8 @@ def _wrong_value(text: str, found: re.Match[str], given: Given) -> str:
         meant = _did_you_mean(next(iter(short), named[-1].rpartition(".")[2]), names)
         return f"{place}: no class {named[-1]} is known{meant or '; give its import path'}"
     if kinds:
-        return f"{place}: {value!r} is not {' or '.join(kinds)}"
+        quotes = "; put it in quotes: YAML reads no, off, 1 and the like as values" if "text" in kinds else ""
+        return f"{place}: {value!r} is not {' or '.join(kinds)}{quotes}"
     return f"{place}: {value!r} cannot be used here"
 
 

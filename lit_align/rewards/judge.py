@@ -67,7 +67,9 @@ class VLMJudge(ServedReward):
         headers = {"authorization": f"Bearer {key}"} if key else None
         server = Server(url, timeout, retries, connections, headers)
         super().__init__(server, 1, connections, (), on_failure, cached)
-        self.model, self.answer, self.max_tokens = model, answer, max_tokens
+        if answer is not None and not answer.strip():
+            raise ConfigError("VLMJudge: answer is empty; give a word, or null for a number that is written.")
+        self.model, self.answer, self.max_tokens = model, answer and answer.strip(), max_tokens
         self.question, self.pattern = checked_question(question, "VLMJudge"), checked_pattern(pattern)
         if pattern != PATTERN and answer is not None:
             raise ConfigError(

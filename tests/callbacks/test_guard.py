@@ -381,13 +381,14 @@ def test_what_is_held_out(tiny):
 def test_methods_with_state_of_their_own_go_back(method, tiny_attentive, tmp_path):
     """DDPO with several tasks, NFT with its old policy, and a method on pairs."""
     if method is DPOModule:
-        module, data = make(method, tiny_attentive, lr=1.0), pairs(**SIZES)
+        module, data = make(method, tiny_attentive, lr=1.0, num_steps=4), pairs(**SIZES)
     elif method is NFTModule:
-        module, data = exploited(tiny_attentive, 1e-2, NFTModule), prompts(2, 4, **SIZES)
+        module, data = exploited(tiny_attentive, 1e-2, NFTModule, num_steps=4), prompts(2, 4, **SIZES)
     else:
         rewards = RewardBank({"bright": Brightness(), "still": Still()}, {"bright": 1.0})
         tasks = {name: Task(rewards, GroupAdvantages()) for name in "ab"}
-        module, data = make(method, tiny_attentive, tasks=tasks, lr=1e-2), task_prompts("a", "b", **SIZES)
+        module = make(method, tiny_attentive, tasks=tasks, lr=1e-2, num_steps=4)
+        data = task_prompts("a", "b", **SIZES)
     callbacks = [RunFolder(tmp_path), Guard("rollback", max_distance=1e-6), BatchCheckpoint()]
     fit(module, tmp_path, 3, *callbacks, data=data, **EVERY_BATCH)
     last = saved(tmp_path)

@@ -177,6 +177,7 @@ def test_a_mistake_on_the_command_line(arguments, parts, capsys):
             ["line 3: data.image_per_prompt: PromptDataModule has no option", "images_per_prompt"],
         ),
         ("model:\n  init_args:\n    sampling: {guidance: [1, 2]}\n", ["line 3: model.sampling.guidance"]),
+        ("model:\n  backbone:\n    variant: no\n", ["variant: 'False' is not text", "put it in quotes"]),
         (
             "model:\n  init_args:\n    rewards:\n      init_args:\n        rewards: [CLIPScore]\n",
             ["line 5: model.rewards.rewards:", "is not a mapping"],
@@ -221,7 +222,7 @@ def test_a_mistake_on_the_command_line(arguments, parts, capsys):
             ["line 1: YAML does not read 'on' as a name; put it into quotes"],
         ),
     ],
-    ids=range(27),
+    ids=range(28),
 )
 def test_a_mistake_in_a_file(text, parts, capsys):
     Path("mine.yaml").write_text(text)

@@ -52,6 +52,21 @@ def test_one_task_has_the_batches_of_a_plain_module() -> None:
         assert torch.equal(batch.groups, wanted.groups)
 
 
+def test_held_out_prompts_that_another_task_trains_on_are_told(recwarn: pytest.WarningsRecorder) -> None:
+    shared = TaskPrompts(prompts("open"), validation_source=prompts("any", 8), validation_prompts=5)
+    data = MultiTaskDataModule({"fair": shared, "liked": TaskPrompts(prompts("any"))}, prompts_per_batch=4)
+    data.setup("fit")
+    told = [str(one.message) for one in recwarn if "trains on" in str(one.message)]
+    trained = {prompt for _, liked in data.train_dataloader() for prompt in liked.prompts}
+    validated = {
+        prompt for batch in data.val_dataloader() if batch.task == "fair" for prompt in batch.prompts
+    }
+    count = len(trained & validated)
+    assert 0 < count <= 5
+    (text,) = told
+    assert text.startswith(f"the task liked trains on {count} validation prompts of the task fair, ")
+
+
 def test_a_task_may_be_tested_on_sizes_of_its_own() -> None:
     """Many prompts of few images beside few of many, which rewards of sets need."""
     tasks = {

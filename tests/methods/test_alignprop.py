@@ -21,7 +21,7 @@ from tests.methods.build import assert_close_gradients, assert_same, draw, fit, 
 
 STEPS = 4
 
-module = partial(make, AlignPropModule)
+module = partial(make, AlignPropModule, num_steps=STEPS)
 
 
 def window(length: int, images: int = 3) -> Tensor:
@@ -73,7 +73,7 @@ def test_graphs_of_further_steps_change_no_gradient(tiny):
 )
 def test_the_whole_chain_has_the_gradient_of_finite_differences(tiny, eta, guidance, one_shot):
     """A one-shot at the first step is a whole chain too."""
-    aligned = module(tiny, num_steps=STEPS, eta=eta)
+    aligned = module(tiny, eta=eta)
     trained = randomise(aligned)
     aligned.double()
     cond = aligned.backbone.encode(["a star", "a red circle"])

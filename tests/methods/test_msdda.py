@@ -122,7 +122,7 @@ def test_what_is_missing_to_one_stays_with_the_reference(tiny):
 
 
 def test_own_samplers_of_experts_change_the_stds_and_the_kl_knows(tiny):
-    fused, common = module(tiny, samplers={"red": partial(DDIM, num_steps=4, eta=0.5)}), module(tiny)
+    fused, common = module(tiny, samplers={"red": partial(DDIM, num_steps=3, eta=0.5)}), module(tiny)
     randomise(fused)
     randomise(common)
     stds = fused.step_stds()
@@ -155,9 +155,8 @@ def test_one_expert_per_step_draws_other_images_that_do_not_depend_on_the_batch(
 
 
 def test_each_expert_makes_what_its_own_reward_prefers_more_likely(tiny_attentive, tmp_path):
-    learner = module(
-        tiny_attentive, lr=4e-3, lora=LoRA(8, 8.0), beta=3e-3, updates=2, inner_epochs=4, micro_batch=128
-    )
+    options = {"beta": 3e-3, "updates": 2, "inner_epochs": 4, "micro_batch": 128, "num_steps": 4}
+    learner = module(tiny_attentive, lr=4e-3, lora=LoRA(8, 8.0), **options)
     recorder, data = fit(learner, tmp_path, data=prompts(2, 16)), prompts(2, 16)
     data.setup("fit")
     seen = next(iter(data.train_dataloader()))
@@ -180,7 +179,7 @@ def test_each_expert_makes_what_its_own_reward_prefers_more_likely(tiny_attentiv
 
 @pytest.mark.slow
 def test_each_expert_learns_its_own_reward_and_the_fused_policy_lies_between(tiny_attentive, tmp_path):
-    options = {"beta": 3e-3, "updates": 2, "inner_epochs": 2, "micro_batch": 128}
+    options = {"beta": 3e-3, "updates": 2, "inner_epochs": 2, "micro_batch": 128, "num_steps": 4}
     learner = module(tiny_attentive, lr=4e-3, lora=LoRA(8, 8.0), **options)
     recorder = fit(learner, tmp_path, 8, data=prompts(4, 16), limit_val_batches=None)
     validated = held_out(learner)
@@ -227,7 +226,7 @@ def test_what_fit_cannot_train_is_refused(tiny, tmp_path):
     with pytest.raises(ConfigError, match="eta"):
         fit(module(tiny, eta=0.0), tmp_path)
     with pytest.raises(ConfigError, match="samplers: fit learns red from chains of the common sampler"):
-        fit(module(tiny, samplers={"red": partial(DDIM, num_steps=4, eta=0.5)}), tmp_path)
+        fit(module(tiny, samplers={"red": partial(DDIM, num_steps=3, eta=0.5)}), tmp_path)
     bank = RewardBank(
         {"bright": Brightness(), "varied": PairwiseDiversity("shapes")}, {"bright": 1.0, "varied": 1.0}
     )
@@ -321,9 +320,9 @@ def test_names_that_do_not_fit_are_refused(changes, named):
         ({"beta": 0.0}, "beta"),
         ({"experts": BOTH | {"red": "nowhere"}}, "nowhere"),
         ({"samplers": {"red": partial(DDIM, num_steps=5)}}, "num_steps"),
-        ({"samplers": {"red": partial(DDIM, num_steps=4, eta=0.0)}}, "stds"),
+        ({"samplers": {"red": partial(DDIM, num_steps=3, eta=0.0)}}, "stds"),
         (
-            {"eta": 0.2, "samplers": dict.fromkeys(BOTH, partial(DDIM, num_steps=4)), "target_beta": 0.02},
+            {"eta": 0.2, "samplers": dict.fromkeys(BOTH, partial(DDIM, num_steps=3)), "target_beta": 0.02},
             "precision",
         ),
         ({"one_expert_per_step": True, "target_beta": 0.02}, "chance"),

@@ -176,7 +176,7 @@ def test_two_tasks_leave_the_shortcut_of_the_first_update_to_the_first_task(tiny
 
 def test_what_cannot_work_is_refused(tiny: Any) -> None:
     for options, named in (
-        ({"timesteps": 9}, "timesteps: 9 are more than the 4"),
+        ({"timesteps": 9}, "timesteps: 9 are more than the 3"),
         ({"updates": 0}, "updates"),
         ({"reference_weight": -1.0}, "reference_weight"),
         ({"tasks": two_tasks(), "task_order": "interleaved", "objective": AWM()}, "task_order"),

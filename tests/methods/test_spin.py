@@ -58,12 +58,15 @@ class Players(Recorder):
 
 @pytest.mark.parametrize(
     ("model", "options"),
-    [("tiny_attentive", {"lr": 3e-3}), ("tiny", {"exact": True, "beta": 10.0, "lr": 1e-3})],
+    [
+        ("tiny_attentive", {"lr": 3e-3, "steps": 4}),
+        ("tiny", {"exact": True, "beta": 10.0, "lr": 1e-3, "steps": 8}),
+    ],
     ids=["step", "exact"],
 )
 def test_the_first_loss_of_each_iteration_is_log_2_and_it_falls(model, request, tmp_path, options):
-    steps, folder = 4, request.getfixturevalue(model)
-    logged = fit(module(folder, steps=steps, **options), tmp_path, 2 * steps).logged
+    steps = options["steps"]
+    logged = fit(module(request.getfixturevalue(model), **options), tmp_path, 2 * steps).logged
     for first, *later in (logged[:steps], logged[steps:]):
         assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-7)
         assert first["train/margin"] == 0

@@ -1,5 +1,6 @@
 """What every reward class declares is true; classes are found by a walk, so none is forgotten."""
 
+import copy
 import inspect
 import zlib
 from collections.abc import Callable, Iterator
@@ -128,7 +129,7 @@ def _servers() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=names())
+@pytest.fixture(scope="module", params=names())
 def reward(
     request: pytest.FixtureRequest,
     clip_folder: Path,
@@ -136,6 +137,7 @@ def reward(
     detector_folder: Path,
     published_folders: Path,
 ) -> Reward:
+    """One of each class, which no test changes."""
     assert request.param in MAKE, f"tell tests/rewards/test_declared.py how to make {request.param}"
     return MAKE[request.param](clip_folder)
 
@@ -181,7 +183,7 @@ def test_differentiable_as_declared(reward: Reward) -> None:
         pixels = torch.rand(2, 3, 64, 64)
         assert not reward(pixels.requires_grad_(), PROMPTS[:2]).requires_grad
         return
-    reward = reward.double()
+    reward = copy.deepcopy(reward).double()
     pixels.requires_grad_()
     score = reward(pixels, PROMPTS[:2])
     assert score.requires_grad

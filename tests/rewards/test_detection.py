@@ -126,7 +126,7 @@ def test_a_detr_counts_too(tmp_path: Path) -> None:
 
 
 def test_the_shipped_detector_counts() -> None:
-    captions, images = draw(64, 5, "count")
+    captions, images = draw(32, 5, "count")
     groups = [parse(caption).groups for caption in captions]
     there = torch.tensor([float(sum(group.count for group in each)) for each in groups])
     count = ObjectCount("shapes").count(images)

@@ -60,6 +60,7 @@ def test_the_probability_of_yes(images: torch.Tensor) -> None:
         scores = RewardBank({"judge": judge}, {"judge": 1.0})(images, PROMPTS).total
         torch.testing.assert_close(scores, levels(images))
         assert torch.equal(judge(images, PROMPTS), scores)
+        assert VLMJudge(f"{url}/v1", "some-model", answer=" Yes").answer == judge.answer
     assert len(model.asked) == 3
     by_text = {body["messages"][0]["content"][1]["text"]: body for body in model.asked}
     assert set(by_text) == {f'Does this figure show "{p}"? Please answer Yes or No.' for p in PROMPTS}
@@ -117,6 +118,7 @@ def test_a_key_is_sent_and_not_shown(images: torch.Tensor, monkeypatch: pytest.M
         ({"pattern": "("}, "not a regular expression"),
         ({"pattern": r"Points: (\d)"}, "pattern reads a number .* set answer to null"),
         ({"url": "x"}, "not an address"),
+        ({"answer": " "}, "answer is empty"),
     ],
 )
 def test_settings_that_cannot_work(options: dict[str, str], said: str) -> None:

@@ -184,8 +184,8 @@ def test_it_learns() -> None:
 
 
 def test_the_shipped_detector() -> None:
-    captions, images = draw(150, 5, "detector")
-    quality = detector_quality(DETECTOR, images, captions, 300, 3)
+    captions, images = draw(75, 5, "detector")
+    quality = detector_quality(DETECTOR, images, captions, 150, 3)
     assert quality["count right"] > 0.88
     assert quality["found"] > 0.9
     assert quality["IoU of the found"] > 0.75

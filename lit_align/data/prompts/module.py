@@ -130,6 +130,12 @@ class PromptDataModule(AlignmentDataModule):
         length = self.batches_per_epoch or count // wanted
         return RolloutLoader(train, wanted, self.images_per_prompt, length, self.order_seed, rank)
 
+    def trained_elsewhere(self, other: "PromptDataModule") -> dict[str, int]:
+        """How many of the prompts that are validated and tested on here another module trains on."""
+        splits = ("validation", "test") if self.test_split == "test" else ("validation",)
+        used = {name: self._sets[name].keys_in_use(getattr(self, f"{name}_prompts")) for name in splits}
+        return {name: other._sets["train"].has(keys) for name, keys in used.items()}
+
     def train_dataloader(self) -> RolloutLoader:
         """The train loader: one object a fit, whose position survives a reload between epochs."""
         assert self._train_loader is not None, "setup('fit') comes first"

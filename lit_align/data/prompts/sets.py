@@ -94,12 +94,22 @@ class PromptSet:
 
     def places(self) -> NDArray[np.float64] | None:
         """The places of the split's prompts, ascending; None of many distinct prompts."""
+        keys = self._keys()
+        return None if keys is None else np.ldexp((keys >> np.uint64(16)).astype(np.float64), -48)
+
+    def has(self, wanted: Keys) -> int:
+        """How many of some different keys are of prompts of the split; 0 of many distinct prompts."""
+        keys = self._keys()
+        return 0 if keys is None else len(find(keys, wanted))
+
+    def _keys(self) -> Keys | None:
+        """The keys of the split's prompts, ascending; None of many distinct prompts."""
         if self.index is None:
             return None
         keys = self.index.keys[self.index.window(self._start, self._end)]
         for held_out in self._held_out:
             keys = np.delete(keys, find(keys, held_out))
-        return np.ldexp((keys >> np.uint64(16)).astype(np.float64), -48)
+        return keys
 
     def keys(self, wanted: int) -> Keys:
         """The keys of all prompts of the source; of distinct ones, only of the first in the fixed order."""

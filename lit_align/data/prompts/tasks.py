@@ -2,9 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Literal
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lit_align.data.batch import Batch
+from lit_align.data.loading import counted
 from lit_align.data.module import AlignmentDataModule
 from lit_align.data.prompts.loaders import FixedLoader, RolloutLoader
 from lit_align.data.prompts.module import PromptDataModule
@@ -153,10 +157,18 @@ class MultiTaskDataModule(AlignmentDataModule):
             data.prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
-        """Split the prompts of each task."""
+        """Split the prompts of each task; tell of held-out prompts of one that another trains on."""
         for data in self.modules.values():
             data.trainer = self.trainer
             data.setup(stage)
+        for name, other in permutations(self.modules, 2) if stage in ("fit", None) else ():
+            for split, count in self.modules[name].trained_elsewhere(self.modules[other]).items():
+                if count:
+                    rank_zero_warn(
+                        f"the task {other} trains on {counted(count, f'{split} prompt')} of the task {name}, "
+                        "whose figures are then not of prompts that the run has never seen; take them out of "
+                        f"data.tasks.{other}.source"
+                    )
 
     def train_dataloader(self) -> JointLoader:
         """A rollout batch of each task in every batch."""
