@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_align.callbacks.files import writes
 from lit_align.callbacks.histograms import tensorboards
 from lit_align.data import Batch
-from lit_align.errors import ConfigError, tell
+from lit_align.errors import ConfigError, check_positive, tell
 from lit_align.files import replace_file, unused, writing
 from lit_align.folder import run_folder
 
@@ -120,10 +120,14 @@ class BatchCheckpoint(Checkpoint):
 
     Args:
         every: Rollout batches between two checkpoints; the end of an epoch always gets one.
+
+    Raises:
+        ConfigError: ``every`` is not positive.
     """
 
     def __init__(self, every: int = 1) -> None:
         super().__init__()
+        check_positive({"BatchCheckpoint.every": every})
         self.every = every
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:

@@ -285,4 +285,7 @@ def _show_places(result: Path) -> None:
     for name in ("adapter", "checkpoints", "images", result.name):
         if (folder / name).exists():
             show(f"{name.partition('.')[0]:<12} {folder / name}")
-    show(f"{'curves':<12} tensorboard --logdir {shlex.quote(str(folder.parent))}")
+    if any(folder.glob("events.out.tfevents.*")):
+        show(f"{'curves':<12} tensorboard --logdir {shlex.quote(str(folder.parent))}")
+    elif (table := folder / "metrics.csv").exists():
+        show(f"{'curves':<12} {table}")

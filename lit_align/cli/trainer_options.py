@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import max_seed_value
 
 from lit_align.errors import ConfigError
+from lit_align.folder import RunFolder
 from lit_align.methods.strategies import check_callbacks, check_trainer
 
 REFUSED = (ValueError, TypeError, RuntimeError, MisconfigurationException)
@@ -62,8 +63,14 @@ def check_trainer_options(config: Any, stage: str) -> None:
             "their updates themselves; set model.optimisation.clip_norm"
         )
     _check_lengths(config, stage)
+    kinds = list(_classes(config.callbacks))
+    if any(issubclass(kind, RunFolder) for kind in kinds):
+        raise ConfigError(
+            "trainer.callbacks: RunFolder is for Python; on the command line the logger's save_dir, name and "
+            "version are the folder of a run"
+        )
     if stage == "fit":
-        check_callbacks(_classes(config.callbacks))
+        check_callbacks(kinds)
     if config.barebones:
         raise ConfigError(
             "trainer.barebones: true switches off the output and the files of a run; set it to false, and "

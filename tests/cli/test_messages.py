@@ -86,6 +86,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--data.source=TextPrompt"], ["did you mean TextPrompts"]),
         (["--data.source=TextPrompts"], ["--data.source: TextPrompts needs path"]),
         (["--trainer.logger=TensorboardLogger"], ["did you mean TensorBoardLogger?"]),
+        (["--trainer.callbacks+=lit_align.callbacks.RunFolder"], ["RunFolder is for Python; on the command"]),
         (["--trainer.min_epochs=5"], ["trainer.min_epochs: 5 is more than max_epochs, ", "give at most 3"]),
         (["--trainer.log_every_n_steps=-1"], ["log_every_n_steps: -1 is no interval; give 1"]),
         (["--trainer.callbacks+=EarlyStoping"], ["did you mean EarlyStopping?"]),
