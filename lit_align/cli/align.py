@@ -145,7 +145,7 @@ class AlignCLI(LightningCLI):
             return
         self.folder.path = self._folder_of_checkpoint()
         if self.folder.path is None:
-            self.folder.path = new_folder(config)
+            self.folder.path = new_folder(config, again=self.auto)
             self.claimed = self.folder.path is not None
         if self.folder.path is not None:
             self.earlier = set(self.folder.path.iterdir())

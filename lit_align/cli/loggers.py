@@ -13,9 +13,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_align.errors import ConfigError
-from lit_align.files import read_rows, write, writing
-from lit_align.folder import check_local, claim
+from lit_align.errors import ConfigError, tell
+from lit_align.files import read_rows, unused, write, writing
+from lit_align.folder import Hold, check_local, claim
 
 NUMBERING = ("TensorBoardLogger", "CSVLogger")
 """Loggers that write to ``save_dir/name/version``."""
@@ -42,8 +42,13 @@ def named_run(config: Any) -> str | None:
     return f"version_{version}" if isinstance(version, int) else version
 
 
-def new_folder(config: Any) -> Path | None:
+def new_folder(config: Any, again: bool = False) -> Path | None:
     """A folder for a new run; None where another process makes it, which then tells the others.
+
+    Args:
+        config: That of the subcommand.
+        again: Whether the same command may start a job again: a folder that the user names, and that the job
+            left before its first checkpoint, gets another name.
 
     Raises:
         ConfigError: The version that the user gives a logger is taken.
@@ -54,6 +59,10 @@ def new_folder(config: Any) -> Path | None:
     if (named := named_run(config)) is None:
         return claim(runs)
     folder = runs / named
+    if again and _is_left(folder):
+        aside = unused(folder.with_name(f"{folder.name}-left"))
+        folder.rename(aside)
+        tell(f"{folder} has no checkpoint to resume from: it is {aside} now, and the run starts anew")
     try:
         with writing(folder.parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +73,16 @@ def new_folder(config: Any) -> Path | None:
             f"next number, or --ckpt_path {folder} to resume that run"
         ) from None
     return folder
+
+
+def _is_left(folder: Path) -> bool:
+    """Whether a run began there that has no checkpoint, and that no process trains."""
+    if not (folder / "config.yaml").exists() or any((folder / "checkpoints").glob("*")):
+        return False
+    hold = Hold()
+    free = hold.take(folder)
+    hold.leave()
+    return free
 
 
 def use_folder(config: Any, folder: Path, images: int | None = None) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import dict_to_namespace
 
 from lit_align.cli.checkpoint import find, newest, read
 from lit_align.cli.going_on import going_on
+from lit_align.cli.loggers import new_folder
 from lit_align.cli.settings import Changes, changes, check
 from lit_align.errors import ConfigError
 from lit_align.identity import STAMP
@@ -51,6 +53,28 @@ def test_last_is_of_the_newest_run_which_has_the_highest_number(tmp_path):
         save(tmp_path / f"version_{number}" / "checkpoints" / "last.ckpt", 100 - number)
     (tmp_path / "version_11").mkdir()  # of a test, or of nothing
     assert find("last", tmp_path).run == tmp_path / "version_10"
+
+
+def test_a_job_that_left_its_named_run_before_a_checkpoint_starts_it_anew(tmp_path):
+    """With ``auto``; what it wrote is kept. A run with a checkpoint is not moved."""
+    logger = {
+        "class_path": "CSVLogger",
+        "init_args": {"save_dir": str(tmp_path), "name": "a", "version": "x"},
+    }
+    trainer = {"logger": logger, "default_root_dir": None}
+    config = dict_to_namespace({"model": {"class_path": "DDPOModule"}, "trainer": trainer})
+    run = new_folder(config, again=True)
+    with pytest.raises(ConfigError, match="is of another run"):
+        new_folder(config, again=True)  # nothing says that a run began there
+    (run / "config.yaml").write_text("seen: 1")
+    with pytest.raises(ConfigError, match="is of another run"):
+        new_folder(config)
+    assert new_folder(config, again=True) == run
+    assert (tmp_path / "a" / "x-left" / "config.yaml").read_text() == "seen: 1"
+    (run / "config.yaml").touch()
+    save(run / "checkpoints" / "last.ckpt", 8)
+    with pytest.raises(ConfigError, match="is of another run"):
+        new_folder(config, again=True)
 
 
 def test_last_is_of_the_run_that_the_user_names_by_a_version(tmp_path):
