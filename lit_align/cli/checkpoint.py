@@ -109,18 +109,23 @@ def read(path: Path) -> Saved:
     return Saved(path, images, steps, epoch + bool(ended), settings, measured, seconds)
 
 
-def newest(run: Path) -> Saved | None:
-    """The whole checkpoint of a run with the most images; of several, ``last.ckpt``.
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoints of a run.
 
     Those of a guard are left out: they are written in the middle of what follows a validation.
     """
+    files = (run / "checkpoints").glob("*.ckpt")
+    return [path for path in files if path.is_file() and not path.name.startswith(KEPT)]
+
+
+def newest(run: Path) -> Saved | None:
+    """The whole checkpoint of a run with the most images; of several, ``last.ckpt``."""
     found, broken = [], []
-    for path in (run / "checkpoints").glob("*.ckpt"):
-        if path.is_file() and not path.name.startswith(KEPT):
-            try:
-                found.append(read(path))
-            except ConfigError:
-                broken.append(path)  # cut by a kill, or another program's
+    for path in checkpoints_of(run):
+        try:
+            found.append(read(path))
+        except ConfigError:
+            broken.append(path)  # cut by a kill, or another program's
     taken = max(
         found, key=lambda saved: (saved.images, saved.steps, saved.path.name == "last.ckpt"), default=None
     )

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_align.cli.checkpoint import checkpoints_of
 from lit_align.errors import ConfigError, tell
 from lit_align.files import read_rows, unused, write, writing
 from lit_align.folder import Hold, check_local, claim
@@ -77,7 +78,7 @@ def new_folder(config: Any, again: bool = False) -> Path | None:
 
 def _is_left(folder: Path) -> bool:
     """Whether a run began there that has no checkpoint, and that no process trains."""
-    if not (folder / "config.yaml").exists() or any((folder / "checkpoints").glob("*")):
+    if not (folder / "config.yaml").exists() or checkpoints_of(folder):
         return False
     hold = Hold()
     free = hold.take(folder)

@@ -67,6 +67,9 @@ def test_a_job_that_left_its_named_run_before_a_checkpoint_starts_it_anew(tmp_pa
     with pytest.raises(ConfigError, match="is of another run"):
         new_folder(config, again=True)  # nothing says that a run began there
     (run / "config.yaml").write_text("seen: 1")
+    (run / "checkpoints").mkdir()
+    for name in ("guard_00000000.ckpt", ".last.ckpt.draft"):  # from before, and cut by a kill
+        (run / "checkpoints" / name).touch()
     with pytest.raises(ConfigError, match="is of another run"):
         new_folder(config)
     assert new_folder(config, again=True) == run
