@@ -75,6 +75,7 @@ class RewardBank(nn.Module):
         self.contents = {name: contents(reward) for name, reward in self.rewards.items()}
         for name, reward in self.rewards.items():
             try_out(name, reward)
+            reward.freeze()  # again: some load their model when they are first called
 
     @property
     def rewards(self) -> Mapping[str, Reward]:

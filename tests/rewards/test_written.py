@@ -112,6 +112,21 @@ def test_scores_with_a_gradient_may_be_missing(images: Tensor) -> None:
     assert [bool(gradient.any()) for gradient in images.grad] == [False, True, True]
 
 
+class Lazy(Reward):
+    """Loads its model when it is first called."""
+
+    def __init__(self) -> None:
+        self.model: nn.Linear | None = None
+
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:  # type: ignore[override]
+        self.model = self.model or nn.Linear(1, 1)
+        return self.model(images.mean((1, 2, 3))[:, None])[:, 0]
+
+
+def test_a_model_that_is_loaded_late_is_frozen_too() -> None:
+    assert [weight.requires_grad for weight in bank(Lazy()).parameters()] == [False, False]
+
+
 class Short(Reward):
     """Declares nothing, and takes images and prompts alone."""
 
