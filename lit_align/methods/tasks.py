@@ -99,13 +99,14 @@ def check_parts(rewards: RewardBank, advantages: object, tasks: Mapping[str, Tas
 
     Args:
         rewards: Of the module now.
-        advantages: The same; a module that was only built has none.
+        advantages: The same; a module has none, unless a class of the user's keeps those of a task so.
         tasks: What it was built with.
 
     Raises:
         ConfigError: There are some.
     """
-    if rewards is not next(iter(tasks.values())).rewards or advantages is not None:
+    known = (None, *(task.advantages for task in tasks.values()))
+    if rewards is not next(iter(tasks.values())).rewards or not any(advantages is one for one in known):
         raise ConfigError(
             "rewards, advantages: a module takes them when it is built; build it anew, with backbone="
             "module.backbone to keep its weights"

@@ -15,6 +15,7 @@ from lit_align.advantages import GroupAdvantages
 from lit_align.errors import ConfigError
 from lit_align.methods import AlignPropModule, DDPOModule, DPOModule, SPINModule
 from lit_align.methods.strategies import check_scaled
+from lit_align.methods.tasks import check_parts
 from lit_align.rewards import Brightness, PickScore, RewardBank
 from lit_align.samplers import DDIM
 from tests.methods.build import fit, make, pairs, prompts, trainer
@@ -96,6 +97,8 @@ def test_parts_that_are_set_when_the_module_is_built(tiny: Path, tmp_path: Path)
         setattr(module, name, part)
         with pytest.raises(ConfigError, match=r"rewards, advantages: a module takes them when it is built"):
             fit(module, tmp_path)
+    module = make(DDPOModule, tiny, num_steps=2)
+    check_parts(module.rewards, module.tasks[""].advantages, module.tasks)  # a class may keep them
     with pytest.raises(TypeError, match="does not support item assignment"):
         module.rewards.rewards["trained"] = Brightness()  # type: ignore[index]
 
