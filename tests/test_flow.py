@@ -195,6 +195,12 @@ def test_precise_is_the_posterior_of_ddpm_at_the_root_of_2() -> None:
         assert std == pytest.approx(to * math.sqrt(between) / now, rel=1e-9)
 
 
+def test_entries_that_a_scheduler_has_from_another_change_nothing() -> None:
+    """diffusers keeps them: ``FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)``."""
+    other = SD3 | {"use_flow_sigmas": True, "flow_shift": 3.0}
+    assert levels(FlowSDE(other, 4)) == levels(FlowSDE(SD3, 4))
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_every_number_of_steps_is_finite(rule: Rule) -> None:
     for steps in (1, 2, 3, 28, 1000):

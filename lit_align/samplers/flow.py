@@ -210,7 +210,7 @@ def _window(noisy_steps: int | Sequence[int] | None, num_steps: int) -> slice:
 
 def _check_config(config: Mapping[str, Any]) -> None:
     family = str(config.get("_class_name", "FlowMatch"))
-    if config.get("use_flow_sigmas"):
+    if config.get("use_flow_sigmas") and not family.startswith("FlowMatch"):  # else a trace of another one
         raise ConfigError(
             f"sampler: the pipeline's scheduler is {family} with use_flow_sigmas; put the model's own in its "
             "place, a FlowMatchEulerDiscreteScheduler, in scheduler/ and model_index.json (flow_shift "
