@@ -6,6 +6,7 @@ arXiv:2505.05470). Shapes: ``B`` images, ``n`` objects.
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -204,7 +205,7 @@ class GenEval(Reward):
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int | float) and value >= 1
+    return isinstance(value, Real) and float(value) >= 1  # numpy's too
 
 
 def _is_position(value: Any, number: int) -> bool:

@@ -202,6 +202,10 @@ def test_columns_that_cannot_be_understood(judge: GenEval, columns: Any, said: s
         judge.check_columns(columns or {})
 
 
+def test_counts_of_numpy_are_counts(judge: GenEval) -> None:
+    judge.check_columns({"include": [[{"class": "dog", "count": np.int64(2)}]]})
+
+
 def test_a_prompt_that_asks_for_nothing_has_no_score(judge: GenEval) -> None:
     columns = {"include": [[], None]}
     assert judge(torch.rand(2, 3, 64, 64), ["", ""], columns=columns).isnan().all()
