@@ -91,7 +91,9 @@ def _classes(callbacks: Any) -> Iterator[type]:
     """The classes of the callbacks that a configuration names."""
     for callback in callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []:
         module, _, name = callback.class_path.rpartition(".")
-        yield getattr(importlib.import_module(module), name)
+        kind = getattr(importlib.import_module(module), name)
+        if isinstance(kind, type):  # and no function that makes one, which the Trainer's check meets
+            yield kind
 
 
 def _check_lengths(config: Any, stage: str) -> None:

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
+from lightning import Callback
 
 from lit_align.cli.bank import read_bank
 from lit_align.cli.functions import arguments_with_functions, with_functions
+from lit_align.cli.trainer_options import _classes
 from lit_align.errors import ConfigError
 from lit_align.rewards import FunctionReward
 
@@ -65,6 +68,15 @@ def test_what_is_no_reward_is_named(given: str, said: str, tmp_path: Path) -> No
     (tmp_path / "bank.yaml").write_text(f"rewards: {{it: {__name__}.{given}}}\nweights: {{it: 1}}")
     with pytest.raises(ConfigError, match=said):
         read_bank(str(tmp_path / "bank.yaml"))
+
+
+def hello() -> Callback:
+    return Callback()
+
+
+def test_a_function_that_makes_a_callback_is_no_class_of_one() -> None:
+    given = [Namespace(class_path=f"{__name__}.hello"), Namespace(class_path="lightning.Callback")]
+    assert list(_classes(given)) == [Callback]
 
 
 def test_a_module_that_raises_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
