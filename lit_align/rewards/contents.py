@@ -27,7 +27,8 @@ def settings(reward: Reward) -> str:
     held = {name: value for name, value in vars(reward).items() if not name.startswith("_")}
     plain = {name: value for name, value in held.items() if isinstance(value, PLAIN)}
     kind = title(reward.function if isinstance(reward, FunctionReward) else type(reward))
-    return kind + json.dumps(plain, sort_keys=True, skipkeys=True, default=lambda value: type(value).__name__)
+    # Not sorted: names of several types have no order.
+    return kind + json.dumps(plain, skipkeys=True, default=lambda value: type(value).__name__)
 
 
 def _program(reward: Reward) -> str:
