@@ -1,6 +1,7 @@
 """Prompts: their splits, and the order and numbers with which they are handed out."""
 
-from collections import Counter
+from collections import Counter, UserDict
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
@@ -407,6 +408,22 @@ def test_shapes_prompts_hold_out_pairs_of_shapes():
         ShapesPrompts(["open"], without=[pair])
     with pytest.raises(ConfigError, match="no pair of shapes"):
         ShapesPrompts(["pair"], without=["circle"])
+
+
+class Other(Own):
+    """With other types than lists and dicts, which are as good."""
+
+    def prompts(self, rows: Sequence[int]) -> Any:
+        return (self.texts[row] for row in rows)
+
+    def columns(self, row: int) -> Any:
+        return UserDict({"row": row})
+
+
+def test_prompts_and_columns_of_other_types_are_read() -> None:
+    sizes = {"images_per_prompt": 1, "prompts_per_batch": 2, "validation_fraction": 0.0, "test_fraction": 0.0}
+    (batch,) = module(Other("a", "b"), **sizes).train_dataloader()
+    assert sorted(zip(batch.prompts, batch.columns["row"], strict=True)) == [("a", 0), ("b", 1)]
 
 
 class Written(PromptSource):

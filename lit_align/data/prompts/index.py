@@ -104,7 +104,7 @@ def read_keys(source: PromptSource) -> Keys:
     starts = range(0, len(keys), CHUNK)
     for start in track(starts, f"Indexing {source}", console=Console(stderr=True), disable=quiet):
         rows = range(start, min(start + CHUNK, len(keys)))
-        prompts = source.prompts(rows)
+        prompts = list(source.prompts(rows))
         for row, prompt in zip(rows, prompts, strict=True):
             if not isinstance(prompt, str):
                 raise ConfigError(

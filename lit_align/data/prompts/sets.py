@@ -1,6 +1,6 @@
 """The prompts of one split, and the orders in which they are taken."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -149,7 +149,7 @@ class PromptSet:
         copies = range(images_per_prompt)
         columns = [self.source.columns(row) for row in rows]
         for row, values in zip(rows, columns, strict=True):
-            if not isinstance(values, dict) or values.keys() != columns[0].keys():
+            if not isinstance(values, Mapping) or values.keys() != columns[0].keys():
                 raise ConfigError(
                     f"{self.source}: the columns of row {rows[0]} are {columns[0]!s:.80}, of row {row} "
                     f"{values!s:.80}; give all rows a dict with the same names, and None for no value"
