@@ -222,12 +222,12 @@ def _check_weights(pretrained: str, folder: Path, variant: str | None) -> None:
 
 
 def _check_quantised(pretrained: str, part: str, config: Any) -> None:
-    """Refuse a denoiser in a quantised form, whose weights are codes of numbers."""
+    """Refuse a denoiser in a quantised form, whose weights are codes; a loaded one has an object for it."""
     if isinstance(config, dict) and (form := config.get("quantization_config")):
+        method = form.get("quant_method") if isinstance(form, dict) else form.quant_method.value
         raise ConfigError(
-            f"pretrained: the {part} of {pretrained!r} is quantised ({form.get('quant_method')}), and is "
-            "trained as the numbers that it was made of; give the model before that, with dtype: bfloat16 to "
-            "halve its memory"
+            f"pretrained: the {part} of {pretrained!r} is quantised ({method}), and is "
+            "trained as numbers; give the model before that (dtype: bfloat16 halves its memory)"
         )
 
 

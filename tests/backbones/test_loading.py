@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import GGUFQuantizationConfig, UNet2DConditionModel
 from jsonargparse import ArgumentParser
 from safetensors.torch import load_file, save_file
 
 from lit_align.backbones import DiffusersBackbone, StableDiffusionBackbone, StableDiffusionXLBackbone
+from lit_align.backbones.loading import _check_quantised
 from lit_align.errors import ConfigError
 from lit_align.samplers import DDIM
 from tests.backbones.conftest import predict
@@ -244,6 +245,9 @@ def test_a_quantised_model_is_refused_by_name(copy: Path):
     config |= {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     (copy / UNET).with_name("config.json").write_text(json.dumps(config))
     refused(copy, r"the unet of .* is quantised \(bitsandbytes\), .*; give the model before that")
+    loaded = {"quantization_config": GGUFQuantizationConfig()}  # of a hub id, after it was loaded
+    with pytest.raises(ConfigError, match=r"the unet of 'a/b' is quantised \(gguf\)"):
+        _check_quantised("a/b", "unet", loaded)
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "vae"])
