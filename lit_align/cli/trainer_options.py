@@ -111,7 +111,9 @@ def _check_lengths(config: Any, stage: str) -> None:
                 f"{most}"
             )
     if (every := config.log_every_n_steps) is not None and every < 0:
-        raise ConfigError(f"trainer.log_every_n_steps: {every} is no interval; give 1, or 0 for no curves")
+        raise ConfigError(
+            f"trainer.log_every_n_steps: {every} is not an interval; give 1, or 0 for no curves"
+        )
     for name, least in (("val_check_interval", 0.0), ("check_val_every_n_epoch", 0)):
         value = config[name]
         if isinstance(value, int | float) and value <= least:

@@ -23,11 +23,13 @@ def contents(reward: Reward) -> str:
 
 
 def settings(reward: Reward) -> str:
-    """The class or function of a reward, and the plain values under its public names, its options."""
-    held = {name: value for name, value in vars(reward).items() if not name.startswith("_")}
-    plain = {name: value for name, value in held.items() if isinstance(value, PLAIN)}
+    """The class or function of a reward, and its options: plain values under the names of its arguments."""
+    given = inspect.signature(type(reward)).parameters
+    plain = {
+        name: value for name, value in vars(reward).items() if name in given and isinstance(value, PLAIN)
+    }
     kind = title(reward.function if isinstance(reward, FunctionReward) else type(reward))
-    # Not sorted: names of several types have no order.
+    # Not sorted: keys of several types have no order.
     return kind + json.dumps(plain, skipkeys=True, default=lambda value: type(value).__name__)
 
 

@@ -88,7 +88,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--trainer.logger=TensorboardLogger"], ["did you mean TensorBoardLogger?"]),
         (["--trainer.callbacks+=lit_align.callbacks.RunFolder"], ["RunFolder is for Python; on the command"]),
         (["--trainer.min_epochs=5"], ["trainer.min_epochs: 5 is more than max_epochs, ", "give at most 3"]),
-        (["--trainer.log_every_n_steps=-1"], ["log_every_n_steps: -1 is no interval; give 1"]),
+        (["--trainer.log_every_n_steps=-1"], ["log_every_n_steps: -1 is not an interval; give 1"]),
         (["--trainer.callbacks+=EarlyStoping"], ["did you mean EarlyStopping?"]),
         (["--model.rewards.rewards.x=Nothing"], ["no class Nothing is known; give its import path"]),
         (["--model.rewards.rewards.x=mine.Red"], ["mine.Red cannot be imported; there is no module mine"]),

@@ -48,7 +48,7 @@ def files(folder: Path, *values: int) -> list[str]:
 
 def open_image_preferences(folder: Path) -> PairSource:
     rows = [
-        {"prompt": f"prompt {n}", "chosen": stored(2 * n), "rejected": stored(200 - n), "category": "x"}
+        {"prompt": f"prompt {n}", "chosen": stored(2 * n), "rejected": stored(200 - n), "label": "x"}
         for n in range(COUNT)
     ]
     return PreferenceFiles(write_parquet(folder, rows, ["chosen", "rejected"]))

@@ -303,6 +303,7 @@ def test_what_a_server_refuses_is_not_asked_again(url: str, images: Tensor) -> N
 class Brightness(Reward):
     def __init__(self, factor: float = 1.0) -> None:
         self.factor = factor
+        self.started = time.monotonic()  # no option: it says nothing about the scores
         self.names = {0: "dark", "other": "bright", ("a", "b"): "both"}
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:  # type: ignore[override]

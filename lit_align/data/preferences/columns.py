@@ -207,7 +207,7 @@ def known(there: Sequence[str], name: str) -> PairColumns:
     for columns in KNOWN.values():
         if set(columns.names().values()) <= set(there):
             ordered = {*columns.names()} == {"prompt", "first", "second"}
-            if ordered and (said := sorted(VERDICTS & set(there))):
+            if ordered and columns.first != "chosen" and (said := sorted(VERDICTS & set(there))):
                 raise ConfigError(
                     f"{name} has the columns {columns.first} and {columns.second}, of which the first would "
                     f"be the preferred image, and {said[0]}: say under columns what they mean, such as "
