@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,9 @@ def small(tiny: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``logs/ddpo/version_0``, a run of two epochs that is over."""
-    folder, here = tmp_path_factory.mktemp("finished"), Path.cwd()
-    os.chdir(folder)
-    main(["fit", *small])
-    os.chdir(here)
+    folder = tmp_path_factory.mktemp("finished")
+    with chdir(folder):
+        main(["fit", *small])
     return folder
 
 
@@ -367,10 +367,9 @@ def long(small: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def whole(long: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing interrupted."""
-    folder, here = tmp_path_factory.mktemp("whole"), Path.cwd()
-    os.chdir(folder)
-    main(["fit", *long])
-    os.chdir(here)
+    folder = tmp_path_factory.mktemp("whole")
+    with chdir(folder):
+        main(["fit", *long])
     return folder / "logs/ddpo/version_0"
 
 

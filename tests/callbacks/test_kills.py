@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,10 +61,9 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(scope="module")
 def whole(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nobody killed."""
-    folder, here = tmp_path_factory.mktemp("whole"), Path.cwd()
-    os.chdir(folder)
-    main(["fit", *arguments])
-    os.chdir(here)
+    folder = tmp_path_factory.mktemp("whole")
+    with chdir(folder):
+        main(["fit", *arguments])
     return folder / RUN
 
 
@@ -211,10 +211,9 @@ def guarded(arguments: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def guarded_whole(guarded: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run with a guard that nobody killed; it has gone back, and found a better validation too."""
-    folder, here = tmp_path_factory.mktemp("guarded"), Path.cwd()
-    os.chdir(folder)
-    main(["fit", *guarded])
-    os.chdir(here)
+    folder = tmp_path_factory.mktemp("guarded")
+    with chdir(folder):
+        main(["fit", *guarded])
     acts = [value for _, value in curves(folder / RUN)["guard/acts"]]
     assert 0 < sum(acts) < len(acts) - 1
     return folder / RUN

@@ -141,7 +141,7 @@ def test_one_random_expert_per_step_has_the_cost_of_one_model_and_the_right_mean
     # An image's choices are its own, whatever the others of the batch.
     again = draw_choices(weights, 4000, [torch.Generator().manual_seed(1)])
     assert torch.equal(again[:, 0], choices[:, 1])
-    with pytest.raises(ConfigError, match="chance"):
+    with pytest.raises(ConfigError, match="not a probability"):
         draw_choices([1.5, -0.5], 3, generators)
 
 

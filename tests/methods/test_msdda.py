@@ -325,7 +325,7 @@ def test_names_that_do_not_fit_are_refused(changes, named):
             {"eta": 0.2, "samplers": dict.fromkeys(BOTH, partial(DDIM, num_steps=3)), "target_beta": 0.02},
             "precision",
         ),
-        ({"one_expert_per_step": True, "target_beta": 0.02}, "chance"),
+        ({"one_expert_per_step": True, "target_beta": 0.02}, "not a probability"),
         ({"sweep": Sweep(2, [{"brihgt": 0.5, "red": 0.5}])}, r"sweep.points.*no expert brihgt"),
         ({"joint": [{"brihgt": 0.5, "red": 0.5}]}, r"joint.*no expert brihgt"),
         ({"joint": [{"bright": 0.9, "red": 0.5}]}, r"joint.*at most 1"),

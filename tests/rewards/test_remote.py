@@ -300,7 +300,7 @@ def test_what_a_server_refuses_is_not_asked_again(url: str, images: Tensor) -> N
         RemoteReward(at)
 
 
-class Brightness(Reward):
+class Dimmed(Reward):
     def __init__(self, factor: float = 1.0) -> None:
         self.factor = factor
         self.started = time.monotonic()  # no option: it says nothing about the scores
@@ -312,10 +312,10 @@ class Brightness(Reward):
 
 @pytest.mark.parametrize("reward", ["bright", None])
 def test_a_server_that_comes_back_with_another_bank_is_told(reward: str | None, images: Tensor) -> None:
-    served = {"bright": Brightness(), "jpeg": JPEGCompressibility()}
+    served = {"bright": Dimmed(), "jpeg": JPEGCompressibility()}
     first = RewardBank(served, {"bright": 1.0})
-    same = RewardBank({"bright": Brightness()}, {"bright": 1.0})
-    others = [RewardBank(served | {"bright": Brightness(2.0)}, {"bright": 1.0})]
+    same = RewardBank({"bright": Dimmed()}, {"bright": 1.0})
+    others = [RewardBank(served | {"bright": Dimmed(2.0)}, {"bright": 1.0})]
     others += [RewardBank(served, {"bright": 1.0, "jpeg": -1.0})] if reward is None else []
     with serving(first) as url:
         remote, again = RemoteReward(url, reward), RemoteReward(url, reward)
