@@ -1,7 +1,7 @@
 """Prompts: their splits, and the order and numbers with which they are handed out."""
 
 from collections import Counter, UserDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
@@ -195,8 +195,8 @@ def test_columns_reach_every_image_of_their_prompt() -> None:
 class Own(PromptSource):
     """As a user may write one."""
 
-    def __init__(self, *prompts: Any) -> None:
-        self.texts = prompts
+    def __init__(self, texts: Sequence[Any], columns: Callable[[int], Any] = lambda row: {}) -> None:
+        self.texts, self._columns = texts, columns
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -204,12 +204,12 @@ class Own(PromptSource):
     def prompt(self, row: int) -> str:
         return cast(str, self.texts[row])
 
-    def columns(self, row: int) -> dict[str, Any]:
-        return {"odd" if row % 2 else "even": row}
+    def columns(self, row: int) -> Any:
+        return self._columns(row)
 
 
 def test_rows_have_columns_of_the_same_names() -> None:
-    prompts = PromptSet(Own("a", "b"))
+    prompts = PromptSet(Own("ab", lambda row: {"odd" if row % 2 else "even": row}))
     with pytest.raises(
         ConfigError,
         match=r"the columns of row 0 are .*, of row 1 .*; give all rows a dict with the same names",
@@ -410,52 +410,36 @@ def test_shapes_prompts_hold_out_pairs_of_shapes():
         ShapesPrompts(["pair"], without=["circle"])
 
 
-class Other(Own):
-    """With other types than lists and dicts, which are as good."""
+class Lazy(Own):
+    """Its prompts come one by one."""
 
     def prompts(self, rows: Sequence[int]) -> Any:
         return (self.texts[row] for row in rows)
 
-    def columns(self, row: int) -> Any:
-        return UserDict({"row": row})
-
 
 def test_prompts_and_columns_of_other_types_are_read() -> None:
     sizes = {"images_per_prompt": 1, "prompts_per_batch": 2, "validation_fraction": 0.0, "test_fraction": 0.0}
-    (batch,) = module(Other("a", "b"), **sizes).train_dataloader()
+    (batch,) = module(Lazy("ab", lambda row: UserDict({"row": row})), **sizes).train_dataloader()
     assert sorted(zip(batch.prompts, batch.columns["row"], strict=True)) == [("a", 0), ("b", 1)]
 
 
-class Written(PromptSource):
-    """What a person may write."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.values = values
-
-    def __len__(self) -> int:
-        return 20
-
-    def prompt(self, row: int) -> str:
-        return self.values.get("prompt", f"prompt {row}")
-
-    def columns(self, row: int) -> dict[str, Any]:
-        return self.values["columns"](row) if "columns" in self.values else {}
+TEXTS = [f"prompt {row}" for row in range(20)]
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("source", "told"),
     [
         *(
-            ({"prompt": one}, f"Written: the prompt of row 0 is {shown}; give a text for every row")
+            (Own([one] * 20), f"Own: the prompt of row 0 is {shown}; give a text for every row")
             for one, shown in ((float("nan"), "nan"), (None, "None"), (b"a cat", "b'a cat'"))
         ),
-        ({"columns": lambda row: None}, r"the columns of row \d+ are None, of row .*; give all rows a dict"),
+        (Own(TEXTS, lambda row: None), r"the columns of row \d+ are None, of row .*; give all rows a dict"),
         (
-            {"columns": lambda row: {"c": 1} if row % 2 else {}},
+            Own(TEXTS, lambda row: {"c": 1} if row % 2 else {}),
             r"are \{.*\}, of row \d+ \{.*\}; give all rows",
         ),
     ],
 )
-def test_a_source_of_ones_own_that_gives_something_else_is_told(values: dict[str, Any], told: str) -> None:
+def test_a_source_of_ones_own_that_gives_something_else_is_told(source: Own, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        list(module(Written(values), images_per_prompt=2, prompts_per_batch=5).train_dataloader())
+        list(module(source, images_per_prompt=2, prompts_per_batch=5).train_dataloader())
