@@ -23,6 +23,16 @@ MEASURED = 16
 """Of so many trained pairs one is measured after the updates: about 2 % of the work of a rollout batch."""
 
 
+def measured_one_in(rounds: bool, followed: bool = False) -> int:
+    """Of how many trained pairs one is measured.
+
+    Args:
+        rounds: Whether predictions are below float32: then a pair takes three of them (see Yardstick).
+        followed: Whether the learning rate follows the KL: twice as many pairs then.
+    """
+    return MEASURED // (2 if followed else 1) * (3 if rounds else 1)
+
+
 @dataclass(frozen=True)
 class Pairs:
     """Some (image, step) pairs of a rollout batch: what is replayed in one backward pass.

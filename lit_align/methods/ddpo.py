@@ -29,7 +29,7 @@ from lit_align.methods.pretraining import Pretraining
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.tasks import Task, make_tasks, of_task
 from lit_align.randomness import generator
-from lit_align.replay import MEASURED, Pairs, Yardstick, draw_few_pairs, draw_pairs
+from lit_align.replay import Pairs, Yardstick, draw_few_pairs, draw_pairs, measured_one_in
 from lit_align.rewards import RewardBank
 from lit_align.samplers import Sampler
 
@@ -220,14 +220,12 @@ class DDPOModule(JointModule):
     def collect(self, batch: Batch) -> Rollouts:
         """Sample images of a task, score them, and prepare to measure how far they move the policy."""
         rollouts = super().collect(batch)
-        # Twice as many where they set the learning rate. Below float32 a pair takes three predictions.
-        one_in = MEASURED // (1 if self.kl_target is None else 2) * (3 if self.backbone.rounds else 1)
         some = draw_few_pairs(
             batch.index,
             batch.firsts,
             self.stochastic_steps,
             self.steps_per_image,
-            one_in,
+            measured_one_in(self.backbone.rounds, followed=self.kl_target is not None),
             self.seed,
             self.inner_epochs,
         )

@@ -25,7 +25,7 @@ from lit_align.methods.metrics import Metrics, pooled
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.tasks import check_rewards, check_updates
-from lit_align.replay import MEASURED, Pairs, Replay, Yardstick, draw_few_pairs
+from lit_align.replay import Pairs, Replay, Yardstick, draw_few_pairs, measured_one_in
 from lit_align.rewards import RewardBank
 
 Convention = Literal["listing", "equations"]
@@ -207,7 +207,7 @@ class PRDPModule(AlignmentModule):
         rewards = scores.total.cpu().double().view(-1, images)
         metrics: Metrics = {}
         if any(self.gather(bool(rewards.isfinite().any()))):
-            steps, one_in = self.stochastic_steps, MEASURED * (3 if self.backbone.rounds else 1)
+            steps, one_in = self.stochastic_steps, measured_one_in(self.backbone.rounds)
             few = draw_few_pairs(batch.index, batch.firsts, steps, len(steps), one_in, self.seed, 0)
             yardstick = Yardstick.of(replay, few, self.sampling.batch, batch.index, self.seed)
             old, compared = self._compare(replay)

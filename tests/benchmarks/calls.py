@@ -19,7 +19,7 @@ from lit_align.methods import (
     SPINModule,
 )
 from lit_align.randomness import generator
-from lit_align.replay import MEASURED, draw_few_pairs
+from lit_align.replay import draw_few_pairs, measured_one_in
 
 Kind = Literal["forward", "gradient", "decode", "decode gradient"]
 
@@ -62,7 +62,9 @@ def ddpo(module: DDPOModule, batch: Batch) -> tuple[Part, ...]:
     if module.kl_weight:
         learning.append(Calls("forward", replayed, micro))
     index, firsts, steps = batch.index, batch.firsts, module.stochastic_steps
-    few = draw_few_pairs(index, firsts, steps, module.steps_per_image, MEASURED // 2, module.seed, 0)
+    few = draw_few_pairs(
+        index, firsts, steps, module.steps_per_image, measured_one_in(False, followed=True), module.seed, 0
+    )
     measured = (Calls("forward", width * len(few.rows), min(micro, width * len(few.rows))),)
     return (
         Part("sampling", "sample", (sampling, decoding)),
