@@ -168,7 +168,9 @@ class SamplingModule(LightningModule):
             ConfigError: It is one text, there is no prompt, or no such weight set.
         """
         if isinstance(prompts, str) or not prompts:
-            raise ConfigError(f'generate: {prompts!r} is no list of prompts; give one, as in ["a red star"]')
+            raise ConfigError(
+                f'generate: {prompts!r} is not a list of prompts; give one, as in ["a red star"]'
+            )
         if weights not in (known := self.backbone.weight_sets.names):
             raise ConfigError(f"generate: there are no weights {weights!r}; give {' or '.join(known)}")
         numbers = torch.arange(len(prompts))

@@ -106,7 +106,9 @@ def _models(
         config.text_config.vocab_size = len(state["language_model.embed_tokens.weight"])
         parts = {n: {p: state.pop(f"rm_head.{n}.{p}").float() for p in ("weight", "bias")} for n in HEAD}
     except (KeyError, AttributeError) as error:
-        lacking = f"it has no {error.args[0]}" if isinstance(error, KeyError) else f"{base!r} is no Qwen2-VL"
+        lacking = (
+            f"it has no {error.args[0]}" if isinstance(error, KeyError) else f"{base!r} is not a Qwen2-VL"
+        )
         raise ConfigError(
             f"HPSv3: {str(file)!r} is not a checkpoint of HPSv3: {lacking}; give {FILE}."
         ) from None

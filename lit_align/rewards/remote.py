@@ -129,7 +129,7 @@ def scores_of(answer: Any, count: int) -> list[float]:
     if not isinstance(scores, list) or len(scores) != count:
         raise NoAnswer(f"it sent no list of {count} scores")
     if not all(score is None or type(score) in (int, float) for score in scores):
-        raise NoAnswer("it sent scores that are no numbers")
+        raise NoAnswer("it sent scores that are not numbers")
     return [math.nan if score is None else float(score) for score in scores]
 
 
