@@ -10,7 +10,7 @@ from transformers import AutoConfig, Qwen2VLModel
 
 from lit_align.errors import ConfigError
 from lit_align.pretrained import Dtype, loading, resolve
-from lit_align.rewards.base import Reward, to_bytes
+from lit_align.rewards.base import Reward, are_whole, to_bytes
 from lit_align.rewards.checkpoints import find, made, read, renamed
 from lit_align.rewards.templates import HPSV3, REWARD_TOKEN
 from lit_align.rewards.vision_language import load_processor, prepare
@@ -81,7 +81,7 @@ class HPSv3(Reward):
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
         """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
-        whole, pixels = images.flatten(1).sum(dim=1).isfinite(), to_bytes(images)
+        whole, pixels = are_whole(images), to_bytes(images)
         scores = torch.full((len(images),), torch.nan, device=images.device)
         for rows in whole.nonzero().flatten().split(self.IMAGES_AT_ONCE):
             chosen = [Image.fromarray(pixels[row]) for row in rows.tolist()]
