@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, first_line
 from lit_align.pretrained import Dtype, loading, unsound, why_not_read
 
 ENDINGS = (".safetensors", ".pt", ".pth")
@@ -52,11 +52,10 @@ def find(pretrained: str, published: str, name: str, whole: str = "") -> Path:
         try:
             return Path(hf_hub_download(pretrained, published))
         except Exception as error:  # the hub's client raises errors of several libraries
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise ConfigError(
-                f"{name}: pretrained: cannot load {published} of {pretrained!r} ({reason}); check the id and "
-                "the network; without a network, download it elsewhere and give its folder (hf download "
-                f"{pretrained} {published} --local-dir FOLDER)."
+                f"{name}: pretrained: cannot load {published} of {pretrained!r} ({first_line(error)}); check "
+                "the id and the network; without a network, download it elsewhere and give its folder (hf "
+                f"download {pretrained} {published} --local-dir FOLDER)."
             ) from error
 
 

@@ -14,7 +14,6 @@ from lit_align.data.files import (
     check_columns,
     check_lengths,
     find_files,
-    first_line,
     read_delimited,
 )
 from lit_align.data.images import UnreadableImage, read_inside
@@ -22,7 +21,7 @@ from lit_align.data.preferences.columns import KNOWN, PairColumns, known
 from lit_align.data.preferences.row_groups import RowGroups, holds_images, open_parquet, read_light
 from lit_align.data.preferences.source import PairSource
 from lit_align.data.prompts.sources import JSON, JSONL
-from lit_align.errors import ConfigError, tell, user_path
+from lit_align.errors import ConfigError, first_line, tell, user_path
 
 FORMS = (".parquet", ".jsonl", ".json", ".csv")
 

@@ -14,11 +14,10 @@ from lit_align.data.files import (
     check_content,
     find_files,
     fingerprint,
-    first_line,
     read_utf8,
     unreadable,
 )
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, first_line
 
 LARGE = 16 * 2**20
 """Files of more bytes together take a while to read: a terminal shows a progress bar."""
