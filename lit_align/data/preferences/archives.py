@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_align.data.files import find_files
-from lit_align.data.images import MAX_BYTES, UnreadableImage
+from lit_align.data.images import UnreadableImage, check_bytes
 from lit_align.data.loading import counted
 from lit_align.data.preferences.source import PairSource
 from lit_align.errors import ConfigError
@@ -103,8 +103,7 @@ class WebDatasetPairs(PairSource):
     def image(self, row: int, side: int) -> bytes:
         number, found = self._rows[row]
         member = found.images[side]
-        if member.size > MAX_BYTES:
-            raise UnreadableImage(f"its file has more than {MAX_BYTES >> 20} MiB")
+        check_bytes(member.size)
         try:
             with self._files[number].open("rb") as file:
                 data = _read(file, member)
