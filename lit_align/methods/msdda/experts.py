@@ -210,10 +210,8 @@ class ExpertModule(AlignmentModule):
         lessons, missing = [], torch.ones(len(batch), dtype=torch.bool)
         for name, objective in self.objectives.items():
             rewards = self.weighted_reward(parts, objective)
-            compared, missing = (
-                comparable(rewards, batch.groups).to(self.device),
-                missing & ~rewards.isfinite(),
-            )
+            missing &= ~rewards.isfinite()
+            compared = comparable(rewards, batch.groups).to(self.device)
             advantages = centred(rewards, batch.groups).to(self.device)
             lessons.append(Lesson(self.expert(name, cond), chains, name, advantages, compared))
         useful = any(self.gather(any(bool(lesson.compared.any()) for lesson in lessons)))
