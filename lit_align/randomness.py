@@ -7,8 +7,10 @@ depends neither on the batch that it was made in, nor on the rank, nor on the de
 import hashlib
 import os
 import unicodedata
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 
 def run_seed(seed: int | None) -> int:
@@ -31,6 +33,11 @@ def derive_seed(seed: int, purpose: str, *counters: int) -> int:
 def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
     """A CPU generator that is a pure function of its arguments (see :func:`derive_seed`)."""
     return torch.Generator().manual_seed(derive_seed(seed, purpose, *counters))
+
+
+def normal(shape: Sequence[int], draws: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal numbers on the CPU, ``(B, *shape)``: each row from a generator of its own."""
+    return torch.stack([torch.randn(shape, generator=draw) for draw in draws])
 
 
 def place(prompt: str) -> float:

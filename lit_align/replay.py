@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_align.backbones import DenoisingPolicy
 from lit_align.gaussian import GaussianStep
-from lit_align.randomness import generator
+from lit_align.randomness import generator, normal
 from lit_align.rollout import Trajectory
 
 NEARBY = 1e-2
@@ -175,9 +175,8 @@ class Yardstick:
         places = zip(index[pairs.rows].tolist(), pairs.steps.tolist(), strict=True)
         draws = [generator(seed, "nearby", *place) for place in places]
         states = replay.states(pairs)
-        noise = torch.stack([torch.randn(states.shape[1:], generator=draw) for draw in draws])
         scale = states.square().flatten(1).mean(1).sqrt().view(-1, *(1,) * (states.ndim - 1))
-        states = states + NEARBY * scale * noise.to(states)
+        states = states + NEARBY * scale * normal(states.shape[1:], draws).to(states)
         parts = zip(pairs.split(size), states.split(size), strict=True)
         means = torch.cat([replay.policy[some.rows](x, some.steps).mean for some, x in parts])
         return cls(replay, pairs, size, (states, means))

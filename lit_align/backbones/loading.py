@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_align.backbones.options import with_entries
 from lit_align.backbones.text import check_tokenizer
-from lit_align.errors import ConfigError, tell, user_path
+from lit_align.errors import ConfigError, first_line, tell, user_path
 from lit_align.pretrained import loading, not_finite, resolve
 
 KINDS = {
@@ -287,8 +287,7 @@ def _load_file(
             str(file), dtype=torch.float32, config=None if folder is None else str(folder), **without
         )
     except Exception as error:  # whatever a wrong file makes of the conversion of names
-        reason = " ".join((str(error).strip().splitlines() or [type(error).__name__])[:1]).rstrip(".")
-        raise ConfigError(f"{place} cannot be loaded ({reason}); {remedy}") from error
+        raise ConfigError(f"{place} cannot be loaded ({first_line(error)}); {remedy}") from error
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module):
             nn.Module.to(component, dtypes.get(name, dtypes["default"]))

@@ -18,6 +18,7 @@ from lit_align.data import Batch
 from lit_align.data.images import UnreadableImage, decode, read_inside
 from lit_align.errors import ConfigError
 from lit_align.rewards import ImageFeatures
+from lit_align.rewards.base import are_whole
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -73,7 +74,7 @@ class ImageDistance(Callback):
             raise ConfigError(f"ImageDistance: {file}: {error}; take it out of the folder") from error
 
     def _add(self, kind: str, images: Tensor, numbers: Tensor) -> None:
-        whole = images.flatten(1).sum(1).isfinite()
+        whole = are_whole(images)
         self._found[kind].append((numbers[whole.cpu()], self.features(images[whole]).float().cpu()))
 
     def on_test_batch_end(

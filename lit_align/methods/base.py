@@ -51,6 +51,9 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
     learns_from_pairs: ClassVar[bool] = False
     """Whether a training batch is one of :class:`~lit_align.data.PickaPicDataModule`."""
 
+    also_kept: ClassVar[tuple[str, ...]] = ()
+    """Weight sets that move without being trained: a checkpoint holds them too."""
+
     goes_back: ClassVar[bool] = True
     """Whether a run can go on from earlier weights: nothing else that it uses was made by later ones."""
 
@@ -85,8 +88,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         # Copies: where no settings are given, all modules are given the same.
         self.optimisation = replace(optimisation)
         self.sampling = replace(sampling, seed=run_seed(sampling.seed))
-        self.images = 0
-        self.reward_queries = 0
+        self.images = self.reward_queries = 0
         self.collected: dict[str, Tensor] = {}
         self.baseline, self.latest, self.taken_back, self.prompt_groups = {}, {}, {}, torch.zeros(0)
         self.gradient_norm, self.lr, self.rate_factor = torch.zeros(()), None, 1.0
@@ -241,8 +243,9 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         self.backbone.weight_sets.save(folder)
 
     def kept(self) -> dict[str, Tensor]:
-        """The parameters that a checkpoint holds: what is trained."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+        """The parameters that a checkpoint holds: what is trained, and :attr:`also_kept`."""
+        moved = {p for name in self.also_kept for p in self.backbone.weight_sets.parameters_of(name)}
+        return {name: p for name, p in self.named_parameters() if p.requires_grad or p in moved}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained and every counter; the frozen models come from their own files."""

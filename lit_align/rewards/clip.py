@@ -187,7 +187,6 @@ class CLIPScore(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         scores: Tensor = self.scale * self.clip(images, prompts)
         return scores
 
@@ -229,7 +228,6 @@ class PickScore(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         scores: Tensor = self.scale * self.clip(images, prompts)
         return scores
 

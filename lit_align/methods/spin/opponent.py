@@ -45,10 +45,6 @@ class OpponentModule(PairModule[Prepared], ABC):
     opponent_guidance: float
     pool: Pool | None
 
-    def _opponent_weights(self) -> dict[str, Tensor]:
-        own = set(self.backbone.weight_sets.parameters_of(OPPONENT))
-        return {name: parameter for name, parameter in self.named_parameters() if parameter in own}
-
     def _opponent_hash(self) -> str:
         """Changes with the opponent, the pretrained model under it, the prompts, and how it is sampled."""
         source = self.trainer.datamodule.source  # type: ignore[attr-defined]
@@ -60,7 +56,10 @@ class OpponentModule(PairModule[Prepared], ABC):
             digest.update(f"{step.mean.item()} {step.std.item()}".encode())
         dtypes = sorted({str(weight.dtype) for weight in self.backbone.parameters()})
         digest.update(f"{[self._facts[name] for name in BASE]} {dtypes}".encode())
-        for name, parameter in self._opponent_weights().items():
+        opponent = set(self.backbone.weight_sets.parameters_of(OPPONENT))
+        for name, parameter in self.named_parameters():
+            if parameter not in opponent:
+                continue
             digest.update(name.encode())
             digest.update(whole(parameter.detach()).float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
