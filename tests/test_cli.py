@@ -541,7 +541,7 @@ def test_validate_test_and_predict_of_a_trained_run(small, done, capsys):
     assert report["metrics"]["reward"]["difference"] != 0
     with (done / "test.csv").open() as file:
         images = [float(row["reward"]) - float(row["base/reward"]) for row in csv.DictReader(file)]
-    assert sum(images) / 4 == pytest.approx(report["metrics"]["reward"]["difference"], abs=1e-5)
+    assert sum(images) / 4 == pytest.approx(report["metrics"]["reward"]["difference"])
     assert [step for step, _ in curve(done, "test/reward")] == [8]
     assert "test/reward" not in capsys.readouterr().out  # Lightning's table
     kept = {name: content for name, content in files(done).items() if name.startswith("test")}

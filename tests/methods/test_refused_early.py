@@ -67,6 +67,9 @@ def test_data_from_which_a_method_does_not_learn(
     assert not module.baseline
 
 
+MADE = DDIM({"_class_name": "DDIMScheduler", "steps_offset": 1}, num_steps=2)
+
+
 @pytest.mark.parametrize(
     ("option", "told"),
     [
@@ -77,6 +80,7 @@ def test_data_from_which_a_method_does_not_learn(
         ({"rewards": {"bright": Brightness()}}, "rewards: .* is not of the class RewardBank"),
         ({"advantages": GroupAdvantages}, "advantages: <class .* is not of the class Advantages"),
         ({"optimisation": {"micro_batch": 4}}, "optimisation: .* is not of the class Optimisation"),
+        ({"sampler": MADE}, r"sampler: this DDIM is made already, .*; give partial\(DDIM, num_steps=2\)"),
     ],
 )
 def test_a_part_of_another_class_in_python(option: dict[str, Any], told: str, tiny: Path) -> None:
