@@ -34,8 +34,8 @@ def tell(text: str) -> None:
 class ConfigError(ValueError):
     """A value that the user gave cannot work.
 
-    The message names the value, the place where it was given and the remedy; ``cli.py`` prints it alone and
-    exits with status 2.
+    The message names the value, the place where it was given and the remedy; the command line prints it
+    alone and exits with status 2.
     """
 
 
@@ -105,6 +105,12 @@ def built(kind: type[Made], /, *args: Any, **kwargs: Any) -> Made:
         raise ConfigError(
             f"{kind.__module__}.{kind.__qualname__} cannot be made: {described(error)}"
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The start of somebody else's error message; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def described(error: BaseException) -> str:

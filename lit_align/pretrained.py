@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import ImageProcessingMixin, PreTrainedTokenizerBase
 
-from lit_align.errors import ConfigError, user_path
+from lit_align.errors import ConfigError, first_line, user_path
 
 SHAPES = "shapes"
 
@@ -92,13 +92,11 @@ def loading(pretrained: str) -> Iterator[None]:
             "delete them and download them again."
         ) from error
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        if isinstance(
-            error, KeyError | TypeError | AttributeError | IndexError
-        ):  # a message without a sentence
-            lines = [f"{type(error).__name__}: {lines[0]}"]
+        reason = first_line(error)
+        if isinstance(error, KeyError | TypeError | AttributeError | IndexError):  # no sentence
+            reason = f"{type(error).__name__}: {reason}"
         if isinstance(error, ImportError):  # as where DETR's backbone comes from timm
-            lines = [f"a package is missing: {' '.join(str(error).split())}"]
+            reason = f"a package is missing: {' '.join(str(error).split()).rstrip('.')}"
         if pretrained == SHAPES:
             remedy = "reinstall lit_align, whose weights they are"
         elif user_path(pretrained).is_dir():
@@ -111,7 +109,6 @@ def loading(pretrained: str) -> Iterator[None]:
                 "check the id and the network; without a network, download it elsewhere and give the folder "
                 f"(hf download {pretrained} --local-dir FOLDER)"
             )
-        reason = lines[0].rstrip(".")
         raise ConfigError(f"pretrained: cannot load {pretrained!r} ({reason}); {remedy}.") from error
 
 
@@ -160,6 +157,12 @@ def has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
     return len(tokenizer) > len(tokenizer.all_special_ids)
 
 
+def misfit(tokenizer: PreTrainedTokenizerBase, encoder: Any) -> str | None:
+    """Why a text encoder cannot read the tokens of a tokenizer, or None: it has rows for fewer."""
+    words, rows = len(tokenizer), encoder.get_input_embeddings().num_embeddings
+    return f"{words} tokens, of which the text encoder knows {rows}" if words > rows else None
+
+
 def processor_config(pretrained: str, shapes: Path) -> dict[str, Any]:
     """What a model's folder says about preparing images; empty where it says nothing."""
     try:
@@ -193,4 +196,4 @@ def why_not_read(error: BaseException) -> str:
     """The first line of what was raised on a file of tensors; torch's proposes to run what is in it."""
     if isinstance(error, UnpicklingError):
         return "it holds more than tensors"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return first_line(error)

@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
 
-from lit_align.errors import LONGEST, ConfigError
+from lit_align.errors import LONGEST, ConfigError, first_line
 from lit_align.identity import ADAPTER
 from lit_align.pretrained import not_finite
 
@@ -228,9 +228,8 @@ def check_contents(layers: Mapping[str, Any], metadata: Mapping[str, Any] | None
 
 def reason(error: Exception) -> str:
     """The first line of what a library says, with the type where it is no sentence."""
-    text = (str(error).strip().splitlines() or [""])[0].strip().rstrip(".")
+    text = first_line(error)
     if text.endswith(":"):  # what it is about stands below
         text = textwrap.shorten(str(error), LONGEST, placeholder=" ...")
-    return (
-        text if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: {text}"
-    )
+    is_sentence = isinstance(error, ValueError | RuntimeError | OSError)
+    return text if is_sentence else f"{type(error).__name__}: {text}"

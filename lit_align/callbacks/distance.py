@@ -17,6 +17,7 @@ from lit_align.data import Batch
 from lit_align.data.images import UnreadableImage, decode, read_inside
 from lit_align.errors import ConfigError
 from lit_align.rewards import ImageFeatures
+from lit_align.rewards.base import are_whole
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -69,8 +70,7 @@ class ImageDistance(Callback):
             raise ConfigError(f"ImageDistance: {file}: {error}; take it out of the folder") from error
 
     def _add(self, kind: str, images: Tensor) -> None:
-        whole = images.flatten(1).sum(1).isfinite()
-        self._found[kind].append(self.features(images[whole]).float().cpu())
+        self._found[kind].append(self.features(images[are_whole(images)]).float().cpu())
 
     def on_test_batch_end(
         self,

@@ -9,10 +9,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from lit_align.data.files import check_columns, first_line
+from lit_align.data.files import check_columns
 from lit_align.data.hub import load_hub
 from lit_align.data.images import UnreadableImage, decode, read_inside
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, first_line
 from lit_align.randomness import derive_seed
 from lit_align.shapes.world import Kind, PromptSpace, render, sample_scene
 

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lit_align.data.files import first_line
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, first_line
 
 SAVED = ("dataset_dict.json", "state.json")
 """What ``save_to_disk`` of ``datasets`` writes into a folder: of several splits, or of one."""

@@ -115,11 +115,6 @@ def in_global_order(parts: Iterable[dict[str, Tensor]]) -> tuple[dict[str, Tenso
     return merged, merged.pop("group")
 
 
-def base_metrics(measured: dict[str, Any]) -> dict[str, Any]:
-    """The metrics of the pretrained model, named apart from the policy's."""
-    return {f"base/{name}": value for name, value in measured.items() if name not in ("index", "group")}
-
-
 class ValidatedModule(SamplingModule, SkippingModule):
     """A module whose policy is compared with the pretrained model on held-out prompts and the same noise.
 
@@ -238,7 +233,8 @@ class ValidatedModule(SamplingModule, SkippingModule):
         base = self.evaluate(before.images, batch)
         base |= {name: torch.zeros_like(values) for name, values in distance.items()}
         measured = self.evaluate(samples.images, batch)
-        self._evaluated.append(base_metrics(base) | measured | distance)
+        base = {f"base/{name}": values for name, values in base.items() if name not in ("index", "group")}
+        self._evaluated.append(base | measured | distance)
         return {POLICY: samples.images, REFERENCE: before.images}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lit_align.identity import text_hash, weights_hash
 from lit_align.rewards.base import Reward
-from lit_align.rewards.calling import title
-from lit_align.rewards.function import FunctionReward
+from lit_align.rewards.calling import is_ours, title
+from lit_align.rewards.function import code_of
 from lit_align.rewards.served import ServedReward
 
 PLAIN = (str, int, float, list, tuple, dict)
@@ -28,15 +28,15 @@ def settings(reward: Reward) -> str:
     plain = {
         name: value for name, value in vars(reward).items() if name in given and isinstance(value, PLAIN)
     }
-    kind = title(reward.function if isinstance(reward, FunctionReward) else type(reward))
+    kind = title(code_of(reward))
     # Not sorted: keys of several types have no order.
     return kind + json.dumps(plain, skipkeys=True, default=lambda value: type(value).__name__)
 
 
 def _program(reward: Reward) -> str:
     """The file; empty where none is known, and for this package, of which checkpoints say the version."""
-    written = reward.function if isinstance(reward, FunctionReward) else type(reward)
-    if str(getattr(written, "__module__", "")).startswith("lit_align."):
+    written = code_of(reward)
+    if is_ours(written):
         return ""
     try:
         return Path(inspect.getfile(written)).read_text()

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 
 from lit_align.errors import ConfigError
 from lit_align.pretrained import SHAPES, load_whole, loading, resolve, shared
-from lit_align.rewards.base import Reward, Scope, domain_of, to_bytes
+from lit_align.rewards.base import Reward, Scope, are_whole, domain_of, to_bytes
 from lit_align.rewards.clip import CLIP_MODEL, CLIPCosine
 from lit_align.shapes import CLASSIFIER as SHAPES_CLASSIFIER
 
@@ -206,8 +206,7 @@ class StatisticalParity(SetReward):
         likely = torch.cat([self._likely(chunk) for chunk in images.split(self.IMAGES_AT_ONCE)])
         confidence, label = likely.max(dim=1)
         shown = label[:, None] == torch.tensor(self.classes)
-        whole = images.flatten(1).sum(dim=1).isfinite().cpu()
-        found = shown.any(dim=1) & (confidence >= self.min_confidence) & whole
+        found = shown.any(dim=1) & (confidence >= self.min_confidence) & are_whole(images).cpu()
         return torch.where(found[:, None], shown.double(), torch.nan)
 
     def _likely(self, images: Tensor) -> Tensor:

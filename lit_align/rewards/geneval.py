@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_align.errors import ConfigError
 from lit_align.pretrained import SHAPES, shared
-from lit_align.rewards.base import Reward, domain_of, to_bytes
+from lit_align.rewards.base import Reward, are_whole, domain_of, to_bytes
 from lit_align.rewards.clip import CLIP_MODEL, CLIPCosine
 from lit_align.rewards.detectors import Found, load_detector
 
@@ -109,7 +109,7 @@ class GenEval(Reward):
         """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         asked = self._asked(columns or {})
         counting = [kind == "counting" for kind in (columns or {}).get(self.tag, [""] * len(images))]
-        whole, pixels = images.flatten(1).sum(dim=1).isfinite().tolist(), to_bytes(images)
+        whole, pixels = are_whole(images).tolist(), to_bytes(images)
         rows = [row for row, entries in enumerate(asked) if entries and whole[row]]
         scores = torch.full((len(images),), torch.nan, device=images.device)
         for start in range(0, len(rows), self.IMAGES_AT_ONCE):

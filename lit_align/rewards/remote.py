@@ -164,8 +164,8 @@ def unpacked(packed: Any) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"a tensor {tuple(images.shape)} of {images.dtype}")
         return images.float()
-    except Exception as error:  # each library raises errors of its own
+    except Exception as error:  # each library raises errors of its own; the request is to blame
         raise ConfigError(
             f"images cannot be read ({type(error).__name__}: {str(error).splitlines()[:1]}); send "
             '{"png": [base64, ...]} or {"safetensors": base64} of a tensor images (B, 3, H, W) in [0, 1].'
-        ) from error
+        ) from None

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, check_positive
 from lit_align.rewards.base import Reward
 from lit_align.rewards.http import Server, Unanswered
 
@@ -82,8 +82,7 @@ class ServedReward(Reward):
         cached: int = CACHED,
     ) -> None:
         super().__init__()
-        if batch < 1:
-            raise ConfigError(f"batch: {batch} must be positive")
+        check_positive({"batch": batch})
         self.server, self.batch, self.on_failure, self.cached = server, batch, on_failure, cached
         self.columns = tuple(columns)
         self._scores: OrderedDict[bytes, Future[float]] = OrderedDict()

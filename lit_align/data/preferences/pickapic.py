@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lit_align.data.files import check_lengths, first_line
+from lit_align.data.files import check_lengths
 from lit_align.data.preferences.row_groups import RowGroups, holds_images, open_parquet, read_light
 from lit_align.data.preferences.source import HeldOut, PairSource
 from lit_align.data.prompts import PromptSource, ShapesPromptSet
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, first_line
 from lit_align.shapes import PICK
 
 IMAGES = ("jpg_0", "jpg_1")

@@ -30,14 +30,13 @@ from lit_align.data.files import (
     check_lengths,
     find_files,
     fingerprint,
-    first_line,
     read_delimited,
     unreadable,
 )
 from lit_align.data.hub import load_hub
 from lit_align.data.loading import counted
 from lit_align.data.prompts.forms import FileForm
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, first_line
 
 UTF8 = {"encoding": "utf-8-sig"}
 """How text is read; with this name the JSON builder of ``datasets`` refuses bytes that are not UTF-8."""

@@ -8,7 +8,7 @@ timestep) pairs.
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -34,6 +34,8 @@ from lit_align.rewards import RewardBank
 
 class NFTModule(JointModule):
     """Policy optimisation on the forward process, for any reward and any sampler."""
+
+    also_kept: ClassVar[tuple[str, ...]] = (OLD,)
 
     def __init__(
         self,
@@ -246,11 +248,6 @@ class NFTModule(JointModule):
         return self._predict(rollouts, pairs, x, t, OLD)
 
     # ---- checkpoints
-
-    def kept(self) -> dict[str, Tensor]:
-        """What is trained, and the old policy."""
-        own = set(self.backbone.weight_sets.parameters_of(OLD))
-        return super().kept() | {name: p for name, p in self.named_parameters() if p in own}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

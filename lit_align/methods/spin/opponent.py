@@ -44,10 +44,6 @@ class OpponentModule(PairModule[Prepared], ABC):
     opponent_guidance: float
     pool: Pool | None
 
-    def _opponent_weights(self) -> dict[str, Tensor]:
-        own = set(self.backbone.weight_sets.parameters_of(OPPONENT))
-        return {name: parameter for name, parameter in self.named_parameters() if parameter in own}
-
     def _opponent_hash(self) -> str:
         """Changes with the opponent, the pretrained model under it, the prompts, and how it is sampled."""
         source = self.trainer.datamodule.source  # type: ignore[attr-defined]
