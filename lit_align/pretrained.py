@@ -112,12 +112,22 @@ def loading(pretrained: str) -> Iterator[None]:
         raise ConfigError(f"pretrained: cannot load {pretrained!r} ({reason}); {remedy}.") from error
 
 
+def load_part(kind: Any, pretrained: str, shapes: Path) -> Any:
+    """A configuration, a tokenizer or a processor: what a class of transformers reads of a model's folder.
+
+    Raises:
+        ConfigError: It cannot be loaded.
+    """
+    with loading(pretrained):
+        # Where trust_remote_code is left out, transformers asks the user in the terminal.
+        return kind.from_pretrained(resolve(pretrained, shapes), trust_remote_code=False)
+
+
 def load_whole(
     load: Callable[..., tuple[Any, dict[str, Any]]],
     pretrained: str,
     shapes: Path,
     what: str,
-    saved_from: str,
     dtype: Dtype = "float32",
 ) -> Any:
     """Load a transformers model from safetensors.
@@ -127,7 +137,6 @@ def load_whole(
         pretrained: What the user wrote.
         shapes: The shipped folder that ``"shapes"`` stands for here.
         what: What it should be, for the message: "CLIP model".
-        saved_from: What such a folder is saved from.
         dtype: Precision of the weights.
 
     Returns:
@@ -143,12 +152,12 @@ def load_whole(
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             output_loading_info=True,
-            trust_remote_code=False,  # left out, transformers asks the user in the terminal
+            trust_remote_code=False,
         )
     if missing := info["missing_keys"]:
         raise ConfigError(
             f"pretrained: {pretrained!r} is not a complete {what}: {len(missing)} weights are missing, such "
-            f"as {min(missing)}; give a folder or hub id that was saved from a transformers {saved_from}."
+            f"as {min(missing)}; give a folder or hub id that was saved from a transformers {what}."
         )
     if broken := not_finite(dict(model.named_parameters())):
         raise ConfigError(

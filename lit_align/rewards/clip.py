@@ -12,16 +12,7 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lit_align.errors import ConfigError
-from lit_align.pretrained import (
-    Dtype,
-    has_words,
-    load_whole,
-    loading,
-    misfit,
-    processor_config,
-    resolve,
-    shared,
-)
+from lit_align.pretrained import Dtype, has_words, load_part, load_whole, misfit, processor_config, shared
 from lit_align.rewards.base import Reward, domain_of
 from lit_align.shapes import CLIP as SHAPES_CLIP
 from lit_align.shapes import PREFERENCE as SHAPES_PREFERENCE
@@ -80,9 +71,7 @@ class CLIPCosine(nn.Module):
 
     def load(self, pretrained: str, shapes: Path, dtype: Dtype) -> CLIPModel:
         """The model."""
-        model: CLIPModel = load_whole(
-            CLIPModel.from_pretrained, pretrained, shapes, "CLIP model", "CLIPModel", dtype
-        )
+        model: CLIPModel = load_whole(CLIPModel.from_pretrained, pretrained, shapes, "CLIP model", dtype)
         return model
 
     @property
@@ -234,10 +223,7 @@ class PickScore(Reward):
 
 def load_tokenizer(processor: str, shapes: Path, encoder: Any) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a text encoder; one without words, or of another model, is an error here."""
-    with loading(processor):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            resolve(processor, shapes), trust_remote_code=False
-        )
+    tokenizer: PreTrainedTokenizerBase = load_part(AutoTokenizer, processor, shapes)
     if not has_words(tokenizer):
         raise ConfigError(
             f"There is no tokenizer in {processor!r}; save one there with save_pretrained, "

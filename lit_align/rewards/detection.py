@@ -132,7 +132,7 @@ def expected(logits: Tensor, classes: list[int]) -> Tensor:
 def _load_model(pretrained: str) -> PreTrainedModel:
     """A detector of a family whose confidences say that there is no object."""
     model: PreTrainedModel = load_whole(
-        AutoModelForObjectDetection.from_pretrained, pretrained, SHAPES_DETECTOR, "detector", "detector"
+        AutoModelForObjectDetection.from_pretrained, pretrained, SHAPES_DETECTOR, "detector"
     )
     if model.config.model_type not in FAMILIES:
         raise ConfigError(

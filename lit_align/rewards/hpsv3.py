@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, Qwen2VLModel
 
 from lit_align.errors import ConfigError
-from lit_align.pretrained import Dtype, loading, resolve
+from lit_align.pretrained import Dtype, load_part
 from lit_align.rewards.base import Reward, are_whole, to_bytes
 from lit_align.rewards.checkpoints import find, linear, made, read, renamed
 from lit_align.rewards.templates import HPSV3, REWARD_TOKEN
@@ -99,8 +99,7 @@ def _models(
     state: dict[str, Tensor], base: str, file: Path, dtype: Dtype
 ) -> tuple[Qwen2VLModel, nn.Sequential]:
     """The model without its last layer, and the head, with the weights of a checkpoint."""
-    with loading(base):
-        config = AutoConfig.from_pretrained(resolve(base, SHAPES_CLIP), trust_remote_code=False)
+    config = load_part(AutoConfig, base, SHAPES_CLIP)
     try:
         config.text_config.vocab_size = len(state["language_model.embed_tokens.weight"])
         first, second, last = (linear(state, f"rm_head.{name}.") for name in HEAD)

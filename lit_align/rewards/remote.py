@@ -67,7 +67,7 @@ class RemoteReward(ServedReward):
         cached: int = CACHED,
     ) -> None:
         server = Server(url, timeout, retries, connections)
-        super().__init__(server, batch, connections, columns or (), on_failure, cached)
+        super().__init__(server, batch, columns or (), on_failure, cached)
         self.reward, self.form = reward, images
         try:
             there, contents = server.ask("/rewards", None, _offered)

@@ -59,7 +59,6 @@ class ServedReward(Reward):
     Args:
         server: The server.
         batch: Images of a request.
-        connections: Requests at the same time.
         columns: The data's columns that are sent with the images; none if not given.
         on_failure: What to do where there is no answer.
         cached: Scores that are remembered.
@@ -76,7 +75,6 @@ class ServedReward(Reward):
         self,
         server: Server,
         batch: int,
-        connections: int,
         columns: Sequence[str] = (),
         on_failure: Failure = "stop",
         cached: int = CACHED,
@@ -87,9 +85,8 @@ class ServedReward(Reward):
         self.columns = tuple(columns)
         self._scores: OrderedDict[bytes, Future[float]] = OrderedDict()
         self._waiting: list[Asked] = []
-        self._connections = connections
         self._process = os.getpid()
-        self._pool = ThreadPoolExecutor(connections)
+        self._pool = ThreadPoolExecutor(server.connections)
 
     @abstractmethod
     def ask(self, asked: Sequence[Asked]) -> list[float]:
@@ -201,7 +198,7 @@ class ServedReward(Reward):
         """Leave all that was asked."""
         self.server.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._pool = ThreadPoolExecutor(self._connections)
+        self._pool = ThreadPoolExecutor(self.server.connections)
         self._scores.clear()
         self._waiting = []
 
