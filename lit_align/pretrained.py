@@ -157,6 +157,12 @@ def has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
     return len(tokenizer) > len(tokenizer.all_special_ids)
 
 
+def misfit(tokenizer: PreTrainedTokenizerBase, encoder: Any) -> str | None:
+    """Why a text encoder cannot read the tokens of a tokenizer, or None: it has rows for fewer."""
+    words, rows = len(tokenizer), encoder.get_input_embeddings().num_embeddings
+    return f"{words} tokens, of which the text encoder knows {rows}" if words > rows else None
+
+
 def processor_config(pretrained: str, shapes: Path) -> dict[str, Any]:
     """What a model's folder says about preparing images; empty where it says nothing."""
     try:

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -84,9 +85,9 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         if sampling.eval_sampler is not None:
             self.eval_sampler = backbone.make_sampler(sampling.eval_sampler)
         self.rewards = rewards
-        self.optimisation = optimisation
-        self.sampling = sampling
-        self.seed = run_seed(sampling.seed)
+        # Copies: where no settings are given, all modules are given the same.
+        self.optimisation = replace(optimisation)
+        self.sampling = replace(sampling, seed=run_seed(sampling.seed))
         self.images = 0
         self.reward_queries = 0
         self.collected: dict[str, Tensor] = {}

@@ -208,7 +208,7 @@ class PRDPModule(AlignmentModule):
             yardstick = Yardstick.of(replay, few, self.sampling.batch, batch.index, self.seed)
             old, compared = self._compare(replay)
             learnt = self._learn(replay, old.view(len(rewards), images, -1), rewards)
-            metrics = compared | learnt | {"kl": yardstick.read().kl}
+            metrics = compared | learnt | {"kl": self._move(yardstick)}
         self.log_rollout_batch(scores.report, metrics, sampled - started, time.perf_counter() - started)
 
     @torch.no_grad()
@@ -283,6 +283,10 @@ class PRDPModule(AlignmentModule):
             deviation = log_ratio.detach().expm1().abs()
             metrics["ratio_deviation"] = deviation[replay.trajectory.finite[pairs.rows]]
         return (wanted.to(log_ratio) * log_ratio).sum(), metrics
+
+    def _move(self, yardstick: Yardstick) -> Tensor:
+        """How far the updates moved the policy, in nats a step; the benchmark of calls times it by its name."""
+        return yardstick.read().kl
 
     @property
     def unit(self) -> int:

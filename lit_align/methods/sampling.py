@@ -15,7 +15,7 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError, check_positive
 from lit_align.gaussian import GaussianStep
-from lit_align.randomness import generator, normal
+from lit_align.randomness import generator, normal, run_seed
 from lit_align.rollout import Trajectory, rollout
 from lit_align.samplers import Sampler
 
@@ -82,7 +82,15 @@ class SamplingModule(LightningModule):
     sampler: Sampler
     eval_sampler: Sampler
     sampling: Sampling
-    seed: int
+
+    @property
+    def seed(self) -> int:
+        """Of all noise: ``sampling.seed``."""
+        return run_seed(self.sampling.seed)
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self.sampling.seed = seed
 
     @property
     def training_guidance(self) -> float:

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
 from lit_align.errors import ConfigError
-from lit_align.pretrained import Dtype, has_words, load_whole, loading, processor_config, resolve, shared
+from lit_align.pretrained import (
+    Dtype,
+    has_words,
+    load_whole,
+    loading,
+    misfit,
+    processor_config,
+    resolve,
+    shared,
+)
 from lit_align.rewards.base import Reward, domain_of
 from lit_align.shapes import CLIP as SHAPES_CLIP
 from lit_align.shapes import PREFERENCE as SHAPES_PREFERENCE
@@ -57,7 +66,7 @@ class CLIPCosine(nn.Module):
         super().__init__()
         processor = pretrained if processor is None else processor
         self.model = self.load(pretrained, shapes, dtype)
-        self.tokenizer = load_tokenizer(processor, shapes)
+        self.tokenizer = load_tokenizer(processor, shapes, self.model.text_model)
         config: Any = self.model.config
         self.side: int = config.vision_config.image_size
         self.positions: int = config.text_config.max_position_embeddings
@@ -222,8 +231,8 @@ class PickScore(Reward):
         return scores
 
 
-def load_tokenizer(processor: str, shapes: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; one without words is an error here."""
+def load_tokenizer(processor: str, shapes: Path, encoder: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a text encoder; one without words, or of another model, is an error here."""
     with loading(processor):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             resolve(processor, shapes), trust_remote_code=False
@@ -232,6 +241,10 @@ def load_tokenizer(processor: str, shapes: Path) -> PreTrainedTokenizerBase:
         raise ConfigError(
             f"There is no tokenizer in {processor!r}; save one there with save_pretrained, "
             "or name under 'processor' where it is."
+        )
+    if wrong := misfit(tokenizer, encoder):
+        raise ConfigError(
+            f"The tokenizer in {processor!r} has {wrong}; name under 'processor' where the model's own is."
         )
     return tokenizer
 

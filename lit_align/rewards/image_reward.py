@@ -77,9 +77,9 @@ class ImageReward(Reward):
         if processor is None:
             own = (Path(pretrained).expanduser() / "tokenizer_config.json").is_file()
             processor = pretrained if own else TOKENIZER
-        self.tokenizer = load_tokenizer(processor, Path(pretrained))
-        self._reader, self._told = f"the reward model {pretrained!r}", False
         self.vision, self.text, self.head = _models(state, file, dtype)
+        self.tokenizer = load_tokenizer(processor, Path(pretrained), self.text)
+        self._reader, self._told = f"the reward model {pretrained!r}", False
         self.side: int = self.vision.config.image_size
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)

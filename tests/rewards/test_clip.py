@@ -15,6 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from lit_align.errors import ConfigError
 from lit_align.rewards import CLIPScore, PickScore, RewardBank
 from lit_align.rewards.clip import MEAN, CLIPCosine, _pooled
+from lit_align.shapes import PIPELINE
 
 PROMPTS = ["a red circle", "the blue square and the red square on a circle", "a red circle"]
 
@@ -159,6 +160,8 @@ def test_another_place_for_the_tokenizer(clip_folder: Path, images: Tensor, tmp_
         PickScore(str(tmp_path))
     whole, split = PickScore(str(clip_folder)), PickScore(str(tmp_path), processor=str(clip_folder))
     assert torch.equal(whole(images, PROMPTS), split(images, PROMPTS))
+    with pytest.raises(ConfigError, match=r"has \d+ tokens, of which .* knows 32; name under 'processor'"):
+        PickScore(str(tmp_path), processor=str(PIPELINE / "tokenizer"))
 
 
 def test_published_statistics_without_a_configuration(clip_folder: Path, tmp_path: Path) -> None:
