@@ -285,7 +285,7 @@ class PRDPModule(AlignmentModule):
         return (wanted.to(log_ratio) * log_ratio).sum(), metrics
 
     def _move(self, yardstick: Yardstick) -> Tensor:
-        """How far the updates moved the policy, in nats a step: a part that the benchmark of calls times."""
+        """How far the updates moved the policy, in nats a step; benchmarks time it by its name."""
         return yardstick.read().kl
 
     @property
