@@ -123,7 +123,8 @@ class Moved(NamedTuple):
     Attributes:
         kl: KL of the policy that sampled to the one of now, in nats, ``(M,)`` on the CPU, at the pairs whose
             chain is finite. Below float32 an estimate of it, which is right on average and may be negative.
-        variance: Of each estimate, by what rounding leaves in it; 0 in float32.
+        variance: Of each estimate, by what rounding leaves in it; 0 in float32. At most so much: what the
+            movement itself differs between rows of pixels counts as rounding too.
     """
 
     kl: Tensor
