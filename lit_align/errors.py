@@ -35,8 +35,8 @@ def tell(text: str) -> None:
 class ConfigError(ValueError):
     """A value that the user gave cannot work.
 
-    The message names the value, the place where it was given and the remedy; ``cli.py`` prints it alone and
-    exits with status 2.
+    The message names the value, the place where it was given and the remedy; the command line prints it
+    alone and exits with status 2.
     """
 
 
@@ -73,7 +73,7 @@ def check_kinds(values: Mapping[str, tuple[object, type]]) -> None:
     for name, (value, kind) in values.items():
         if not isinstance(value, kind):
             shown = textwrap.shorten(repr(value), 60, placeholder=" ...")
-            raise ConfigError(f"{name}: {shown} is no {kind.__name__}; give an object of that class")
+            raise ConfigError(f"{name}: {shown} is not of the class {kind.__name__}; give one that is")
 
 
 def user_path(path: str) -> Path:
@@ -109,6 +109,12 @@ def built(kind: type[Made], /, *args: Any, **kwargs: Any) -> Made:
         raise ConfigError(
             f"{kind.__module__}.{kind.__qualname__} cannot be made: {described(error)}"
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The start of somebody else's error message; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def described(error: BaseException) -> str:

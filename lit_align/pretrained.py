@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import ImageProcessingMixin, PreTrainedTokenizerBase
 
-from lit_align.errors import ConfigError, user_path
+from lit_align.errors import ConfigError, first_line, user_path
 
 SHAPES = "shapes"
 
@@ -92,13 +92,11 @@ def loading(pretrained: str) -> Iterator[None]:
             "delete them and download them again."
         ) from error
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        if isinstance(
-            error, KeyError | TypeError | AttributeError | IndexError
-        ):  # a message without a sentence
-            lines = [f"{type(error).__name__}: {lines[0]}"]
+        reason = first_line(error)
+        if isinstance(error, KeyError | TypeError | AttributeError | IndexError):  # no sentence
+            reason = f"{type(error).__name__}: {reason}"
         if isinstance(error, ImportError):  # as where DETR's backbone comes from timm
-            lines = [f"a package is missing: {' '.join(str(error).split())}"]
+            reason = f"a package is missing: {' '.join(str(error).split()).rstrip('.')}"
         if pretrained == SHAPES:
             remedy = "reinstall lit_align, whose weights they are"
         elif user_path(pretrained).is_dir():
@@ -111,8 +109,18 @@ def loading(pretrained: str) -> Iterator[None]:
                 "check the id and the network; without a network, download it elsewhere and give the folder "
                 f"(hf download {pretrained} --local-dir FOLDER)"
             )
-        reason = lines[0].rstrip(".")
         raise ConfigError(f"pretrained: cannot load {pretrained!r} ({reason}); {remedy}.") from error
+
+
+def load_part(kind: Any, pretrained: str, shapes: Path) -> Any:
+    """A configuration, a tokenizer or a processor: what a class of transformers reads of a model's folder.
+
+    Raises:
+        ConfigError: It cannot be loaded.
+    """
+    with loading(pretrained):
+        # Where trust_remote_code is left out, transformers asks the user in the terminal.
+        return kind.from_pretrained(resolve(pretrained, shapes), trust_remote_code=False)
 
 
 def load_whole(
@@ -120,7 +128,6 @@ def load_whole(
     pretrained: str,
     shapes: Path,
     what: str,
-    saved_from: str,
     dtype: Dtype = "float32",
 ) -> Any:
     """Load a transformers model from safetensors.
@@ -130,14 +137,14 @@ def load_whole(
         pretrained: What the user wrote.
         shapes: The shipped folder that ``"shapes"`` stands for here.
         what: What it should be, for the message: "CLIP model".
-        saved_from: What such a folder is saved from.
         dtype: Precision of the weights.
 
     Returns:
         The model.
 
     Raises:
-        ConfigError: It cannot be loaded, or the file lacks weights, which would be random.
+        ConfigError: It cannot be loaded, or the file lacks weights, which would be random, or some are no
+            numbers.
     """
     with loading(pretrained):
         model, info = load(
@@ -145,12 +152,16 @@ def load_whole(
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             output_loading_info=True,
-            trust_remote_code=False,  # left out, transformers asks the user in the terminal
+            trust_remote_code=False,
         )
     if missing := info["missing_keys"]:
         raise ConfigError(
             f"pretrained: {pretrained!r} is not a complete {what}: {len(missing)} weights are missing, such "
-            f"as {min(missing)}; give a folder or hub id that was saved from a transformers {saved_from}."
+            f"as {min(missing)}; give a folder or hub id that was saved from a transformers {what}."
+        )
+    if broken := not_finite(dict(model.named_parameters())):
+        raise ConfigError(
+            f"pretrained: {broken} of {pretrained!r} holds numbers that are not finite; download it again."
         )
     return model
 
@@ -158,6 +169,12 @@ def load_whole(
 def has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer has a vocabulary: where its files are missing transformers makes one without."""
     return len(tokenizer) > len(tokenizer.all_special_ids)
+
+
+def misfit(tokenizer: PreTrainedTokenizerBase, encoder: Any) -> str | None:
+    """Why a text encoder cannot read the tokens of a tokenizer, or None: it has rows for fewer."""
+    words, rows = len(tokenizer), encoder.get_input_embeddings().num_embeddings
+    return f"{words} tokens, of which the text encoder knows {rows}" if words > rows else None
 
 
 def processor_config(pretrained: str, shapes: Path) -> dict[str, Any]:
@@ -171,8 +188,12 @@ def processor_config(pretrained: str, shapes: Path) -> dict[str, Any]:
 
 def not_finite(tensors: Mapping[str, Any]) -> str | None:
     """The name of the first tensor with a number that is not finite, or None."""
-    real = {name: t for name, t in tensors.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
-    return next((name for name, tensor in real.items() if not bool(tensor.isfinite().all())), None)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
+            values = tensor.detach().float() if tensor.itemsize == 1 else tensor.detach()
+            if not all(end.isfinite() for end in values.aminmax()):  # 20 times as fast as isfinite of all
+                return name
+    return None
 
 
 def unsound(tensors: Mapping[str, Any]) -> str | None:
@@ -182,7 +203,7 @@ def unsound(tensors: Mapping[str, Any]) -> str | None:
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
-            return f"{name} is no tensor"
+            return f"{name} is not a tensor"
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             return f"{name} is larger than what the file holds"
     broken = not_finite(tensors)
@@ -193,4 +214,4 @@ def why_not_read(error: BaseException) -> str:
     """The first line of what was raised on a file of tensors; torch's proposes to run what is in it."""
     if isinstance(error, UnpicklingError):
         return "it holds more than tensors"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return first_line(error)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import chdir
@@ -656,14 +657,16 @@ def test_a_version_that_is_taken_is_refused(small, done, capsys):
 
 def in_two_processes(*arguments: str) -> None:
     """The command in two processes, as torchrun starts them; forked, since an import takes seconds."""
-    torch.multiprocessing.start_processes(_rank, (arguments,), nprocs=2, start_method="fork")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(_rank, (port, arguments), nprocs=2, start_method="fork")
 
 
-def _rank(rank: int, arguments: tuple[str, ...]) -> None:
+def _rank(rank: int, port: int, arguments: tuple[str, ...]) -> None:
     torch.set_num_threads(1)  # a forked process would wait for the threads of its parent, which it has not
     place = {"LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ.update({name: str(value) for name, value in place.items()})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531", "GROUP_RANK": "0"})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0"})
     rank_zero_only.rank = rank  # found when Lightning is imported
     main(["fit", *arguments])
 

@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
 
-from lit_align.errors import LONGEST, ConfigError
+from lit_align.errors import LONGEST, ConfigError, first_line
 from lit_align.identity import ADAPTER
 from lit_align.pretrained import not_finite
 
@@ -31,6 +31,9 @@ WHOLE = (".diff", ".diff_b", ".w_norm", ".b_norm")
 
 PREFIXES = ("lora_", "text_encoder", "diffusion_model.", "double_blocks.", "single_blocks.")
 """How names begin that are not those of a layer in diffusers; the last are those of FLUX's own code."""
+
+ALPHA_NEEDED = "lora_transformer_"
+"""How names begin in files of OneTrainer and the like."""
 
 OTHERS = {
     "hada_": "LoHa",
@@ -132,6 +135,11 @@ def _apply_alphas(layers: dict[str, Tensor]) -> None:
         if second is None:
             raise ValueError(f"{name} belongs to no layer")
         layers[second] = _times(layers[second], alpha / layers[second].shape[1])
+    # A form of FLUX's that diffusers reads only with an alpha: the rank, which changes nothing.
+    for name in [name for name in layers if name.startswith(ALPHA_NEEDED)]:
+        layer, _, factor = name.partition(".lora_down")
+        if factor:
+            layers[f"{layer}.alpha"] = torch.tensor(float(len(layers[name])))
 
 
 def _alone(layers: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -228,9 +236,8 @@ def check_contents(layers: Mapping[str, Any], metadata: Mapping[str, Any] | None
 
 def reason(error: Exception) -> str:
     """The first line of what a library says, with the type where it is no sentence."""
-    text = (str(error).strip().splitlines() or [""])[0].strip().rstrip(".")
+    text = first_line(error)
     if text.endswith(":"):  # what it is about stands below
         text = textwrap.shorten(str(error), LONGEST, placeholder=" ...")
-    return (
-        text if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: {text}"
-    )
+    is_sentence = isinstance(error, ValueError | RuntimeError | OSError)
+    return text if is_sentence else f"{type(error).__name__}: {text}"

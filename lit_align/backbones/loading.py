@@ -11,11 +11,12 @@ import transformers
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_align.backbones.options import with_entries
-from lit_align.errors import ConfigError, tell, user_path
-from lit_align.pretrained import has_words, loading, resolve
+from lit_align.backbones.text import check_tokenizer
+from lit_align.errors import ConfigError, first_line, tell, user_path
+from lit_align.pretrained import loading, not_finite, resolve
 
 KINDS = {
     "inpainting": "an inpainting model",
@@ -28,7 +29,7 @@ KINDS = {
     "upscale": "an upscaler",
     "controlnet": "a ControlNet",
     "instruct-pix2pix": "InstructPix2Pix",
-    "codes": "a quantised model, whose weights are no numbers",
+    "codes": "a quantised model, whose weights are not numbers",
     "lora": "a LoRA, which belongs under backbone.adapters",
 }
 """Single files that diffusers can tell apart; all others it takes for Stable Diffusion 1."""
@@ -50,9 +51,6 @@ MARKS: dict[str, tuple[str, Any]] = {
 
 LIBRARIES = ("diffusers", "transformers")
 """Whose classes the parts of a pipeline are."""
-
-LONGEST = 10**6
-"""Tokens; where nothing says how many a text may have, transformers says 10^30."""
 
 
 class Family(Protocol):
@@ -93,7 +91,7 @@ def load_pipeline(
         pretrained: What the user wrote: ``shapes``, a folder, a hub id, or a .safetensors file.
         dtypes: Of components by name; of all others under ``default``.
         config: Folder or hub id with the configuration of a single file.
-        variant: Of the weight files, such as ``fp16``.
+        variant: Of the weight files of a folder or hub id, such as ``fp16``.
 
     Raises:
         ConfigError: There is no such model, it cannot be read, or it is of another family.
@@ -101,6 +99,11 @@ def load_pipeline(
     pipeline_class, without = family.pipeline_class, family.without
     file = user_path(pretrained)
     if (file.is_file() or file.suffix in (".safetensors", ".ckpt")) and not file.is_dir():
+        if variant is not None:
+            raise ConfigError(
+                f"variant: {variant!r} is for a folder or a hub id, and {pretrained!r} is a single file; "
+                "take variant out, or give the file with those weights"
+            )
         pipeline = _load_file(pipeline_class, file, without, dtypes, config)
         _check_complete(pretrained, pipeline, config or pretrained)
         return pipeline
@@ -161,11 +164,17 @@ def _is_absent(index: Mapping[str, Any], source: str | Path, part: str) -> bool:
 
 def _check_complete(pretrained: str, pipeline: Any, config: str) -> None:
     for part, component in pipeline.components.items():
-        weights = component.named_parameters() if isinstance(component, nn.Module) else ()
-        if missing := [name for name, weight in weights if weight.is_meta]:
+        weights = dict(component.named_parameters()) if isinstance(component, nn.Module) else {}
+        if missing := [name for name, weight in weights.items() if weight.is_meta]:
             raise _lacking(pretrained, part, missing)
+        if broken := not_finite(weights):
+            raise ConfigError(
+                f"pretrained: {broken} in the {part} of {pretrained!r} holds numbers that are not finite, so "
+                "that images would have none; copy or download it again, or give another model"
+            )
         if isinstance(component, PreTrainedTokenizerBase):
-            _check_tokenizer(config, part, component)
+            encoder = getattr(pipeline, part.replace("tokenizer", "text_encoder"), None)
+            check_tokenizer(config, part, component, encoder)
 
 
 def _lacking(pretrained: str, part: str, missing: Sequence[str]) -> ConfigError:
@@ -173,17 +182,6 @@ def _lacking(pretrained: str, part: str, missing: Sequence[str]) -> ConfigError:
         f"pretrained: the {part} of {pretrained!r} lacks {len(missing)} of its weights, such as "
         f"{missing[0]}; copy or download it again"
     )
-
-
-def _check_tokenizer(folder: str, part: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer whose files were left behind: to it all prompts are alike, or of any length."""
-    lost = None if has_words(tokenizer) else "words"
-    if isinstance(tokenizer, CLIPTokenizer) and tokenizer.model_max_length > LONGEST:
-        lost = lost or "length, which is in tokenizer_config.json"
-    if lost:
-        raise ConfigError(
-            f"pretrained: the {part} of {folder!r} has no {lost}; copy or download all of its files"
-        )
 
 
 def _check_class(pipeline_class: Any, index: Mapping[str, Any], place: str) -> None:
@@ -289,8 +287,7 @@ def _load_file(
             str(file), dtype=torch.float32, config=None if folder is None else str(folder), **without
         )
     except Exception as error:  # whatever a wrong file makes of the conversion of names
-        reason = " ".join((str(error).strip().splitlines() or [type(error).__name__])[:1]).rstrip(".")
-        raise ConfigError(f"{place} cannot be loaded ({reason}); {remedy}") from error
+        raise ConfigError(f"{place} cannot be loaded ({first_line(error)}); {remedy}") from error
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module):
             nn.Module.to(component, dtypes.get(name, dtypes["default"]))

@@ -1,4 +1,4 @@
-"""Text encoders: where they are while nothing is encoded, and what is said of prompts that they cut."""
+"""Text encoders: where they are while nothing is encoded, what they cut, and whether their tokenizer fits."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,8 +7,14 @@ from typing import Any, Protocol
 import torch
 from diffusers.utils import logging
 from torch import Tensor, nn
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
+from lit_align.errors import ConfigError
+from lit_align.pretrained import has_words, misfit
 from lit_align.tokens import Counts, count_tokens, warn_of_cut
+
+LONGEST = 10**6
+"""Tokens; where nothing says how many a text may have, transformers says 10^30."""
 
 
 class Encoder(Protocol):
@@ -83,3 +89,26 @@ def count_chat(tokenizer: Any, prompt: str, enable_thinking: bool) -> int:
         enable_thinking=enable_thinking,
     )
     return count_tokens(tokenizer, text)
+
+
+def check_tokenizer(folder: str, part: str, tokenizer: PreTrainedTokenizerBase, encoder: Any) -> None:
+    """Refuse a tokenizer that is not the one of its text encoder.
+
+    Args:
+        folder: What the user wrote.
+        part: Its name in the pipeline.
+        tokenizer: Where its files were left behind, all prompts are alike to it, or of any length.
+        encoder: The text encoder that reads its tokens; None where a pipeline has none.
+
+    Raises:
+        ConfigError: It has no words, no length, or tokens which the encoder does not know.
+    """
+    lost = None if has_words(tokenizer) else "words"
+    if isinstance(tokenizer, CLIPTokenizer) and tokenizer.model_max_length > LONGEST:
+        lost = lost or "length, which is in tokenizer_config.json"
+    if lost:
+        raise ConfigError(
+            f"pretrained: the {part} of {folder!r} has no {lost}; copy or download all of its files"
+        )
+    if encoder is not None and (wrong := misfit(tokenizer, encoder)):
+        raise ConfigError(f"pretrained: the {part} of {folder!r} has {wrong}; give the one of the same model")

@@ -5,10 +5,10 @@ wrote, such as a learning rate, and wrong for what is only the old class's defau
 number, Adafactor's a pair.
 """
 
-import importlib
 import inspect
 from collections.abc import Iterator, Mapping
 from enum import Enum
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
@@ -50,7 +50,7 @@ def use_own_defaults(config: Any, given: Given) -> None:
         ConfigError: A number stands where a class without annotations has several.
     """
     for path, class_path, options in _parts(config, ()):
-        kind = _imported(class_path)
+        kind = resolve_name(class_path)
         replaced = given.classes(path) - {class_path.rpartition(".")[2]}
         for name, value in list(options.items(branches=True, nested=False)):
             default, annotated = _declared(kind, name)
@@ -72,14 +72,6 @@ def _parts(value: Any, path: tuple[str, ...]) -> Iterator[tuple[list[str], str, 
         yield list(path), entries["class_path"], entries["init_args"]
     for name, entry in entries.items():
         yield from _parts(entry, path if name == "init_args" else (*path, str(name)))
-
-
-def _imported(class_path: str) -> Any:
-    module, _, name = class_path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except ImportError:  # a class inside a class
-        return None
 
 
 def _declared(kind: Any, name: str) -> tuple[Any, bool]:

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -81,23 +82,25 @@ class ConfigFile:
         """The class that the file gives for the model, if it gives one."""
         return self.class_at(["model"])
 
-    def base(self) -> str:
-        """The configuration that an overlay is for, as its first line says."""
-        return self.named_base() or "configs/ddpo.yaml"
-
     def named_base(self) -> str | None:
         """The configuration that the first line of an overlay names."""
         named = re.search(r"[Oo]verlay (?:for|after) (\S+\.yaml)", self.text.partition("\n")[0])
         return named[1] if named else None
 
 
+def values_of(arguments: Sequence[str], *options: str) -> list[str]:
+    """What the command line gives for an option, which may have several names, each time that it stands."""
+    found = []
+    for argument, following in zip_longest(arguments, arguments[1:]):
+        option, equals, value = argument.partition("=")
+        if option in options and (equals or following is not None):
+            found.append(value if equals else following)
+    return found
+
+
 def given_files(arguments: Sequence[str]) -> list[str]:
     """The values of all ``--config`` and ``-c``."""
-    found = []
-    for place, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        if option in ("--config", "-c") and (equals or place + 1 < len(arguments)):
-            found.append(value if equals else arguments[place + 1])
+    found = values_of(arguments, "--config", "-c")
     return [path for path in found if "\n" not in path and not path.startswith("{")]  # else it is the content
 
 
@@ -124,15 +127,13 @@ def read(path: str, option: str = "--config") -> ConfigFile:
         text = Path(path).read_text()
     except FileNotFoundError:
         raise ConfigError(f"{option} {path}: there is no such file{_near_files(path)}") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        if not isinstance(error, UnicodeDecodeError):  # no permission, a name too long, a link to itself
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise ConfigError(
-                f"{option} {path[:200]}: this cannot be read ({reason}); check the path"
-            ) from None
+    except ConfigError:
+        raise
+    except UnicodeDecodeError:
         raise ConfigError(f"{option} {path}: this is not a text file") from None
+    except (OSError, ValueError) as error:  # no permission, a name too long, a link to itself
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{option} {path[:200]}: this cannot be read ({reason}); check the path") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -183,7 +184,7 @@ def check_order(files: Sequence[ConfigFile], arguments: Sequence[str], model: st
     if not whole and model is None:
         raise ConfigError(
             f"{files[0].path} is an overlay: give a configuration before it, as in --config "
-            f"{files[0].base()} --config {files[0].path}"
+            f"{files[0].named_base() or 'configs/ddpo.yaml'} --config {files[0].path}"
         )
 
 

@@ -1,10 +1,10 @@
 """What the parser refuses, as a sentence: where it stands, what is wrong, and what was probably meant."""
 
 import difflib
-import importlib
 import inspect
 import re
 from collections.abc import Iterable, Sequence
+from pkgutil import resolve_name
 from types import ModuleType
 from typing import Any
 
@@ -148,7 +148,7 @@ def _unknown_option(text: str, found: re.Match[str], given: Given) -> str:
     path = _path(text)
     parts = [part for part in name.split(".") if part != "init_args"]
     path = path if path[-len(parts) :] == parts else [*path, *parts]
-    accepted = _parameters(_imported(owner[-1])) if owner else []
+    accepted = _parameters(resolve_name(owner[-1])) if owner else []
     class_name = owner[-1].rpartition(".")[2] if owner else "this part"
     meant = _did_you_mean(parts[0], accepted) or _elsewhere(name, given, but=path)
     if base := given.other_base(path):
@@ -264,11 +264,6 @@ def _did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
 def _elsewhere(name: str, given: Given, but: Sequence[str] = ()) -> str:
     places = given.ending_with(name.rpartition(".")[2], but)
     return f"; did you mean {' or '.join(places[:2])}?" if places else ""
-
-
-def _imported(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
 
 
 def _parameters(owner: Any) -> list[str]:

@@ -2,23 +2,12 @@
 
 import importlib
 import inspect
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lit_align.methods
 from lit_align.cli.given import Given
 from lit_align.errors import ConfigError
-
-
-def model_argument(arguments: Sequence[str]) -> str | None:
-    """The class that the command line gives for the model."""
-    found = None
-    for place, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        if option in ("--model", "--model.class_path"):
-            found = value if equals else next(iter(arguments[place + 1 :]), None)
-    return found
 
 
 def use_method(given: Given, model: str | None) -> str | None:

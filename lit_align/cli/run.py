@@ -13,13 +13,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lit_align.cli.align import AlignCLI
-from lit_align.cli.config_files import check_order, given_files, read
+from lit_align.cli.config_files import check_order, given_files, read, values_of
 from lit_align.cli.doctor import DoctorCLI
 from lit_align.cli.errors import explain
 from lit_align.cli.export import export_command
 from lit_align.cli.functions import LOAD_YAML, arguments_with_functions, with_functions
 from lit_align.cli.given import Given
-from lit_align.cli.method import model_argument, use_method
+from lit_align.cli.method import use_method
 from lit_align.cli.pairs import pairs_command
 from lit_align.cli.preemption import Command, lost_process, say
 from lit_align.cli.quiet import quiet
@@ -50,7 +50,7 @@ def _run(command: Command, cli: type[AlignCLI] = AlignCLI) -> None:
             refuse_both(file)
         for overruled in given.overruled():
             rank_zero_warn(overruled)
-        model = model_argument(arguments)
+        model = next(reversed(values_of(arguments, "--model", "--model.class_path")), None)
         check_order(given.files, arguments, model)
         method = use_method(given, model)
     else:

@@ -112,7 +112,8 @@ def check(found: Changes, saved: Mapping[str, Any], now: Mapping[str, Any], stag
     if stage != "fit":
         return
     check_method(saved, now)
-    fixed = [name for name in found.optimizer if "lr_scheduler" in name.split(".") or not _is_value(name)]
+    # Of the optimizer the class, and not its values.
+    fixed = [n for n in found.optimizer if "lr_scheduler" in n.split(".") or n.endswith("optimizer")]
     if fixed:
         raise ConfigError(
             f"ckpt_path: the kind of the optimizer and the schedule cannot change when a run resumes "
@@ -136,11 +137,6 @@ def check_method(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             f"ckpt_path: the checkpoint is of {old}, and the configuration of {new}; give the config.yaml of "
             "its run, or start a new run"
         )
-
-
-def _is_value(name: str) -> bool:
-    """Whether it is a value of the optimizer, and not its class."""
-    return not name.endswith("optimizer")
 
 
 def _is_position(name: str, now: Mapping[str, Any]) -> bool:

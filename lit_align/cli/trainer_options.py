@@ -1,7 +1,7 @@
 """Options of the Trainer that cannot work, refused before any model is loaded."""
 
-import importlib
 from collections.abc import Iterator
+from pkgutil import resolve_name
 from typing import Any
 
 from lightning import Trainer
@@ -90,8 +90,7 @@ def check_trainer_options(config: Any, stage: str) -> None:
 def _classes(callbacks: Any) -> Iterator[type]:
     """The classes of the callbacks that a configuration names."""
     for callback in callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []:
-        module, _, name = callback.class_path.rpartition(".")
-        kind = getattr(importlib.import_module(module), name)
+        kind = resolve_name(callback.class_path)
         if isinstance(kind, type):  # and no function that makes one, which the Trainer's check meets
             yield kind
 

@@ -9,10 +9,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from lit_align.data.files import check_columns, first_line
+from lit_align.data.files import check_columns
 from lit_align.data.hub import load_hub
 from lit_align.data.images import UnreadableImage, decode, read_inside
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, first_line
 from lit_align.randomness import derive_seed
 from lit_align.shapes.world import Kind, PromptSpace, render, sample_scene
 
@@ -78,6 +78,7 @@ class HubImages(CaptionedImages):
         split: Which of the dataset's own splits to read.
         image: The column with the images.
         text: The column with the captions.
+        subset: Which of the dataset's configurations to read, where it has several.
 
     Raises:
         ConfigError: The dataset cannot be read or has no such column; on reading, for a broken image.
@@ -90,11 +91,12 @@ class HubImages(CaptionedImages):
         split: str = "train",
         image: str = "image",
         text: str = "text",
+        subset: str | None = None,
     ) -> None:
         import datasets  # .3 s: only those who read from the hub should wait for it
         from huggingface_hub.constants import HF_HUB_CACHE
 
-        rows = load_hub(name, split)
+        rows = load_hub(name, split, subset)
         for argument, column in (("image", image), ("text", text)):
             check_columns(rows.column_names, [column], f"dataset {name}", argument)
         if getattr(kind := rows.features[text], "dtype", None) not in ("string", "large_string"):
@@ -128,5 +130,5 @@ class HubImages(CaptionedImages):
             return decode(data or b"", self.resolution)
         except UnreadableImage as error:
             raise ConfigError(
-                f"row {row} of dataset {self.name} is no readable image ({first_line(error)}): remove it"
+                f"row {row} of dataset {self.name} is not a readable image ({first_line(error)}): remove it"
             ) from error

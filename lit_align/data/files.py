@@ -16,7 +16,7 @@ import pyarrow.csv
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_align.data.loading import counted
-from lit_align.errors import ConfigError, user_path
+from lit_align.errors import ConfigError, first_line, user_path
 
 MAX_PROMPT = 10_000
 """Bytes of a prompt. Text encoders read 77 tokens, a few 512 (some 2,500 characters); what is much longer is
@@ -268,11 +268,6 @@ def check_lengths(prompts: pa.ChunkedArray, name: str) -> None:
 def unreadable(file: Path, form: str, reason: str) -> ConfigError:
     """The error of a file that is not what it should be."""
     return ConfigError(f"{file} is not {form} ({reason}): repair it or choose another source class")
-
-
-def first_line(error: BaseException) -> str:
-    """The start of somebody else's error message."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def check_columns(there: list[str], wanted: list[str], name: str, setting: str = "column") -> None:

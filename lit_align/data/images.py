@@ -50,13 +50,13 @@ def read_inside(folders: Sequence[Path], name: str) -> bytes:
         if not any(path.is_relative_to(folder.resolve()) for folder in folders):
             raise UnreadableImage(f"'{name[:200]}' is outside of {folders[0]}")
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait until somebody writes into it
-            raise UnreadableImage(f"'{name[:200]}' is no regular file")
+            raise UnreadableImage(f"'{name[:200]}' is not a regular file")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError, RuntimeError) as error:  # a link to itself is the last
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UnreadableImage(f"'{name[:200]}' cannot be read ({reason})") from error
-    _check_bytes(len(data))
+    check_bytes(len(data))
     return data
 
 
@@ -91,7 +91,7 @@ def decode(data: bytes, resolution: int | Sequence[int]) -> Tensor:
     Raises:
         UnreadableImage: The file is cut short, no image, too large, or in a mode whose white is not known.
     """
-    _check_bytes(len(data))
+    check_bytes(len(data))
     height, width = height_and_width(resolution)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
@@ -107,7 +107,8 @@ def decode(data: bytes, resolution: int | Sequence[int]) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
 
 
-def _check_bytes(count: int) -> None:
+def check_bytes(count: int) -> None:
+    """Refuse an image's file of more than :data:`MAX_BYTES`."""
     if count > MAX_BYTES:
         raise UnreadableImage(f"its file has more than {MAX_BYTES >> 20} MiB")
 

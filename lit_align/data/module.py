@@ -28,9 +28,6 @@ class AlignmentDataModule(LightningDataModule):
         eval_batch: Images in a batch of one rank in validation, test and predict, at most; prompts are kept
             whole.
         seed: Seed of the training order alone; that of ``seed_everything`` if not given.
-
-    Attributes:
-        order_seed: The seed, whether it was given or not.
     """
 
     batches_per_epoch: int | None = None
@@ -45,7 +42,12 @@ class AlignmentDataModule(LightningDataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.order_seed = run_seed(self.seed)
+        self.seed = run_seed(self.seed)
+
+    @property
+    def order_seed(self) -> int:
+        """Of the training order."""
+        return run_seed(self.seed)
 
     def shared(self) -> dict[str, Any]:
         """The settings that all data modules have, by name."""

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -50,6 +51,9 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
     learns_from_pairs: ClassVar[bool] = False
     """Whether a training batch is one of :class:`~lit_align.data.PickaPicDataModule`."""
 
+    also_kept: ClassVar[tuple[str, ...]] = ()
+    """Weight sets that move without being trained: a checkpoint holds them too."""
+
     goes_back: ClassVar[bool] = True
     """Whether a run can go on from earlier weights: nothing else that it uses was made by later ones."""
 
@@ -78,15 +82,13 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         check_factory("sampler", sampler)
         backbone.check_guidance(sampling.guidance)
         self.backbone = backbone
-        self.sampler = self.eval_sampler = backbone.make_sampler(sampler)
-        if sampling.eval_sampler is not None:
-            self.eval_sampler = backbone.make_sampler(sampling.eval_sampler)
+        self.sampler, other = backbone.make_sampler(sampler), sampling.eval_sampler
+        self.eval_sampler = self.sampler if other is None else backbone.make_sampler(other)
         self.rewards = rewards
-        self.optimisation = optimisation
-        self.sampling = sampling
-        self.seed = run_seed(sampling.seed)
-        self.images = 0
-        self.reward_queries = 0
+        # Copies: where no settings are given, all modules are given the same.
+        self.optimisation = replace(optimisation)
+        self.sampling = replace(sampling, seed=run_seed(sampling.seed))
+        self.images = self.reward_queries = 0
         self.collected: dict[str, Tensor] = {}
         self.baseline, self.latest, self.taken_back, self.prompt_groups = {}, {}, {}, torch.zeros(0)
         self.gradient_norm, self.lr, self.rate_factor = torch.zeros(()), None, 1.0
@@ -241,8 +243,9 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         self.backbone.weight_sets.save(folder)
 
     def kept(self) -> dict[str, Tensor]:
-        """The parameters that a checkpoint holds: what is trained."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+        """The parameters that a checkpoint holds: what is trained, and :attr:`also_kept`."""
+        moved = {p for name in self.also_kept for p in self.backbone.weight_sets.parameters_of(name)}
+        return {name: p for name, p in self.named_parameters() if p.requires_grad or p in moved}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained and every counter; the frozen models come from their own files."""

@@ -15,7 +15,7 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError, check_positive
 from lit_align.gaussian import GaussianStep
-from lit_align.randomness import generator
+from lit_align.randomness import generator, normal, run_seed
 from lit_align.rollout import Trajectory, rollout
 from lit_align.samplers import Sampler
 
@@ -97,7 +97,15 @@ class SamplingModule(LightningModule):
     sampler: Sampler
     eval_sampler: Sampler
     sampling: Sampling
-    seed: int
+
+    @property
+    def seed(self) -> int:
+        """Of all noise: ``sampling.seed``."""
+        return run_seed(self.sampling.seed)
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self.sampling.seed = seed
 
     @property
     def training_guidance(self) -> float:
@@ -159,8 +167,7 @@ class SamplingModule(LightningModule):
     ) -> tuple[Tensor, list[torch.Generator]]:
         """First states ``(B, C, H, W)`` of the images with these numbers, and where the rest comes from."""
         draws = [generator(self.seed if seed is None else seed, purpose, i) for i in index.tolist()]
-        noise = torch.stack([torch.randn(self.backbone.latent_shape, generator=draw) for draw in draws])
-        return noise.to(self.device), draws
+        return normal(self.backbone.latent_shape, draws).to(self.device), draws
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], seed: int | None = None, weights: str = POLICY) -> Tensor:
@@ -175,7 +182,9 @@ class SamplingModule(LightningModule):
             ConfigError: It is one text, there is no prompt, or no such weight set.
         """
         if isinstance(prompts, str) or not prompts:
-            raise ConfigError(f'generate: {prompts!r} is no list of prompts; give one, as in ["a red star"]')
+            raise ConfigError(
+                f'generate: {prompts!r} is not a list of prompts; give one, as in ["a red star"]'
+            )
         if weights not in (known := self.backbone.weight_sets.names):
             raise ConfigError(f"generate: there are no weights {weights!r}; give {' or '.join(known)}")
         numbers = torch.arange(len(prompts))

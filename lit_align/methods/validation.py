@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_align.backbones import POLICY, REFERENCE, Conditioning
-from lit_align.comparison import diversity, high_frequency, saturation
+from lit_align.comparison import DISTANCES, diversity, high_frequency, saturation
 from lit_align.data import Batch
 from lit_align.gaussian import GaussianStep
 from lit_align.methods.sampling import BatchPolicy, SamplingModule
@@ -115,11 +115,6 @@ def in_global_order(parts: Iterable[dict[str, Tensor]]) -> tuple[dict[str, Tenso
     return merged, merged.pop("group")
 
 
-def base_metrics(measured: dict[str, Any]) -> dict[str, Any]:
-    """The metrics of the pretrained model, named apart from the policy's."""
-    return {f"base/{name}": value for name, value in measured.items() if name not in ("index", "group")}
-
-
 class ValidatedModule(SamplingModule, SkippingModule):
     """A module whose policy is compared with the pretrained model on held-out prompts and the same noise.
 
@@ -212,7 +207,7 @@ class ValidatedModule(SamplingModule, SkippingModule):
         has trained its backbone. Roundings count only then: a fusion of untrained experts is the pretrained
         model up to them.
         """
-        distances = [self.latest[name] for name in ("kl", "drift") if name in self.latest]
+        distances = [self.latest[name] for name in DISTANCES if name in self.latest]
         sets = self.backbone.weight_sets
         moved = bool(sets.file_hashes) or sets.trained
         return not (moved and any(bool((values != 0).any()) for values in distances))
@@ -238,7 +233,8 @@ class ValidatedModule(SamplingModule, SkippingModule):
         base = self.evaluate(before.images, batch)
         base |= {name: torch.zeros_like(values) for name, values in distance.items()}
         measured = self.evaluate(samples.images, batch)
-        self._evaluated.append(base_metrics(base) | measured | distance)
+        base = {f"base/{name}": values for name, values in base.items() if name not in ("index", "group")}
+        self._evaluated.append(base | measured | distance)
         return {POLICY: samples.images, REFERENCE: before.images}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_align.errors import ConfigError, user_path
-from lit_align.pretrained import SHAPES, shared, unsound, why_not_read
+from lit_align.pretrained import SHAPES, shared
 from lit_align.rewards.base import Reward, domain_of
+from lit_align.rewards.checkpoints import ENDINGS, linear, read
 from lit_align.rewards.clip import CLIP_MODEL, CLIPCosine
 from lit_align.shapes import AESTHETIC as SHAPES_AESTHETIC
 
@@ -64,7 +63,6 @@ class AestheticScore(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images, whatever their prompts (see :class:`Reward`)."""
         embeddings = self.clip.embed_images(images)
         scores: Tensor = self.head(embeddings.to(next(self.head.parameters()).dtype))
         return scores.squeeze(-1).to(embeddings.dtype)
@@ -77,7 +75,14 @@ def _load_head(head: str | None) -> nn.Sequential:
             f"AestheticScore: head is missing; download {DOWNLOAD} and give its path under 'head', or give "
             "'pretrained: shapes' for the bundled predictor of Shapes."
         )
-    state = _read(SHAPES_AESTHETIC if head == SHAPES else user_path(head), head)
+    file = SHAPES_AESTHETIC if head == SHAPES else user_path(head)
+    if file.suffix not in ENDINGS or not file.is_file():
+        raise ConfigError(
+            f"AestheticScore: head: {head!r} is not a file; give a .safetensors, .pth or .pt file that "
+            f"exists (the working directory is {Path.cwd()}), such as {DOWNLOAD}, or 'shapes' for the "
+            "bundled head."
+        )
+    state = read(file, "AestheticScore: head")
     names = ("",) if set(state) == {"weight", "bias"} else tuple(f"{layer}." for layer in MLP)
     if set(state) != {f"{name}{part}" for name in names for part in ("weight", "bias")}:
         held = ", ".join(sorted(map(str, state))[:4])
@@ -87,45 +92,15 @@ def _load_head(head: str | None) -> nn.Sequential:
             "first). Variants with ReLU have other layers and are not supported."
         )
     _check_tensors(state, names, head)
-    layers = []
-    for name in names:
-        weight, bias = state[f"{name}weight"].float(), state[f"{name}bias"].float()
-        layer = nn.Linear(weight.shape[-1], len(weight))
-        layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
-        layers.append(layer)
-    return nn.Sequential(*layers)
+    return nn.Sequential(*(linear(state, name) for name in names))
 
 
 def _check_tensors(state: dict[str, Tensor], names: tuple[str, ...], head: str) -> None:
-    """Refuse what is no chain of linear layers of finite numbers, from an embedding to one score."""
-    fault = unsound(state)
-    shapes = [] if fault else [(state[f"{n}weight"].shape, state[f"{n}bias"].shape) for n in names]
+    """Refuse what is no chain of linear layers, from an embedding to one score."""
+    fault, shapes = None, [(state[f"{n}weight"].shape, state[f"{n}bias"].shape) for n in names]
     if any(len(weight) != 2 or bias != weight[:1] for weight, bias in shapes):
-        fault = "its weights and biases are no linear layers"
-    elif not fault and [weight[0] for weight, _ in shapes] != [*(weight[1] for weight, _ in shapes[1:]), 1]:
+        fault = "its weights and biases are not linear layers"
+    elif [weight[0] for weight, _ in shapes] != [*(weight[1] for weight, _ in shapes[1:]), 1]:
         fault = "its layers do not fit each other"
     if fault:
         raise ConfigError(f"AestheticScore: head: {head!r} cannot be used: {fault}; download it again.")
-
-
-def _read(file: Path, head: str) -> dict[str, Tensor]:
-    """A file's tensors by name."""
-    if file.suffix not in (".safetensors", ".pth", ".pt") or not file.is_file():
-        raise ConfigError(
-            f"AestheticScore: head: {head!r} is not a file; give a .safetensors, .pth or .pt file that "
-            f"exists (the working directory is {Path.cwd()}), such as {DOWNLOAD}, or 'shapes' for the "
-            "bundled head."
-        )
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise TypeError(f"it holds a {type(state).__name__}")
-    except Exception as error:  # what the unpickler raises has no common base
-        reason = why_not_read(error)
-        raise ConfigError(
-            f"AestheticScore: head: cannot read {head!r} ({reason}); "
-            "download it again; it must be a state dict, not a pickled module."
-        ) from error
-    return state

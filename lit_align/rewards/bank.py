@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_align.errors import ConfigError
-from lit_align.rewards.base import Reward
+from lit_align.rewards.base import Reward, are_whole
 from lit_align.rewards.contents import contents
 from lit_align.rewards.function import FunctionReward
 from lit_align.rewards.scoring import score, try_out
@@ -169,8 +169,7 @@ class RewardBank(nn.Module):
     ) -> RewardOutput:
         """Score images with every reward; arguments as in :meth:`Reward.forward`."""
         images = at_least_float32(images)
-        # The sum is finite exactly where all pixels are, and much cheaper than a mask of the image's size.
-        shown_at_all = images.detach().flatten(1).sum(dim=1).isfinite()
+        whole = are_whole(images)
         total, worth = images.new_zeros(len(images)), images.new_zeros(len(images))
         parts: dict[str, Tensor] = {}
         shown: dict[str, Tensor] = {}
@@ -178,8 +177,8 @@ class RewardBank(nn.Module):
             attach = torch.is_grad_enabled() and name in self.weights and reward.differentiable
             with torch.set_grad_enabled(attach):
                 scores, value = score(name, reward, images, prompts, groups, columns)
-            if not bool(shown_at_all.all()):  # whatever a reward says of what is no image
-                scores, value = (one.masked_fill(~shown_at_all, torch.nan) for one in (scores, value))
+            if not bool(whole.all()):  # whatever a reward says of what is no image
+                scores, value = (one.masked_fill(~whole, torch.nan) for one in (scores, value))
             if name in self.weights:
                 total = total + self.weights[name] * scores
                 worth = worth + self.weights[name] * value.detach()

@@ -130,6 +130,12 @@ def domain_of(pretrained: str) -> Domain | None:
     return "shapes" if pretrained == SHAPES else None
 
 
+def are_whole(images: Tensor) -> Tensor:
+    """Which images ``(B, 3, H, W)`` have only finite pixels, ``(B,)`` bool: the others have no score."""
+    # The sum is finite exactly where all pixels are, and much cheaper than a mask of the image's size.
+    return images.detach().flatten(1).sum(dim=1).isfinite()
+
+
 def to_bytes(images: Tensor) -> NDArray[np.uint8]:
     """8-bit images ``(B, H, W, 3)`` of ``(B, 3, H, W)`` in [0, 1]."""
     rounded = images.detach().clamp(0, 1).mul_(255).round_().to(torch.uint8).cpu()
@@ -154,12 +160,8 @@ class BlackBoxReward(Reward):
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
         """Round to 8 bits and score one by one; an image with a pixel that is not finite has no score."""
-        # The sum is finite exactly where all pixels are, and much cheaper than a mask of the image's size.
-        finite = images.detach().flatten(1).sum(dim=1).isfinite().tolist()
-        scores = [
-            self.score(image, prompt) if ok else None
-            for image, prompt, ok in zip(to_bytes(images), prompts, finite, strict=True)
-        ]
+        rows = zip(to_bytes(images), prompts, are_whole(images).tolist(), strict=True)
+        scores = [self.score(image, prompt) if whole else None for image, prompt, whole in rows]
         numbers = [self._number(score) for score in scores]
         return torch.tensor(numbers, dtype=torch.float32, device=images.device)
 

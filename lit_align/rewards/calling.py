@@ -105,7 +105,7 @@ def title(code: object) -> str:
 
 def is_ours(code: object) -> bool:
     """Whether a function or a class is part of this package, whose tests prove what it declares."""
-    return getattr(code, "__module__", "").startswith("lit_align.")
+    return str(getattr(code, "__module__", "")).startswith("lit_align.")
 
 
 def _several(value: object) -> bool:

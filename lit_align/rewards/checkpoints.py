@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, first_line
 from lit_align.pretrained import Dtype, loading, unsound, why_not_read
 
 ENDINGS = (".safetensors", ".pt", ".pth")
@@ -52,11 +52,10 @@ def find(pretrained: str, published: str, name: str, whole: str = "") -> Path:
         try:
             return Path(hf_hub_download(pretrained, published))
         except Exception as error:  # the hub's client raises errors of several libraries
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise ConfigError(
-                f"{name}: pretrained: cannot load {published} of {pretrained!r} ({reason}); check the id and "
-                "the network; without a network, download it elsewhere and give its folder (hf download "
-                f"{pretrained} {published} --local-dir FOLDER)."
+                f"{name}: pretrained: cannot load {published} of {pretrained!r} ({first_line(error)}); check "
+                "the id and the network; without a network, download it elsewhere and give its folder (hf "
+                f"download {pretrained} {published} --local-dir FOLDER)."
             ) from error
 
 
@@ -77,7 +76,8 @@ def read(file: Path, name: str) -> dict[str, Tensor]:
     except Exception as error:  # what the unpickler raises has no common base
         reason = why_not_read(error)
         raise ConfigError(
-            f"{name}: cannot read {str(file)!r} ({reason}); download it again; it must be a state dict."
+            f"{name}: cannot read {str(file)!r} ({reason}); download it again; it must be a state dict, not "
+            "a pickled module."
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
@@ -87,6 +87,14 @@ def read(file: Path, name: str) -> dict[str, Tensor]:
     if fault := unsound(held):
         raise ConfigError(f"{name}: {str(file)!r} cannot be used: {fault}; download it again.")
     return {str(key).removeprefix("module."): value for key, value in held.items()}
+
+
+def linear(state: dict[str, Tensor], prefix: str) -> nn.Linear:
+    """A layer in float32, as it is small, whose weight and bias are taken out of a state dict."""
+    weight, bias = (state.pop(f"{prefix}{part}").float() for part in ("weight", "bias"))
+    layer = nn.Linear(weight.shape[1], len(weight))
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    return layer
 
 
 def renamed(state: Mapping[str, Tensor], names: Sequence[tuple[str, str]]) -> dict[str, Tensor]:

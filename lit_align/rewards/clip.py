@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lit_align.errors import ConfigError
-from lit_align.pretrained import Dtype, has_words, load_whole, loading, processor_config, resolve, shared
+from lit_align.pretrained import Dtype, has_words, load_part, load_whole, misfit, processor_config, shared
 from lit_align.rewards.base import Reward, domain_of
 from lit_align.shapes import CLIP as SHAPES_CLIP
 from lit_align.shapes import PREFERENCE as SHAPES_PREFERENCE
@@ -58,7 +58,7 @@ class CLIPCosine(nn.Module):
         super().__init__()
         processor = pretrained if processor is None else processor
         self.model = self.load(pretrained, shapes, dtype)
-        self.tokenizer = load_tokenizer(processor, shapes)
+        self.tokenizer = load_tokenizer(processor, shapes, self.model.text_model)
         config: Any = self.model.config
         self.side: int = config.vision_config.image_size
         self.positions: int = config.text_config.max_position_embeddings
@@ -71,9 +71,7 @@ class CLIPCosine(nn.Module):
 
     def load(self, pretrained: str, shapes: Path, dtype: Dtype) -> CLIPModel:
         """The model."""
-        model: CLIPModel = load_whole(
-            CLIPModel.from_pretrained, pretrained, shapes, "CLIP model", "CLIPModel", dtype
-        )
+        model: CLIPModel = load_whole(CLIPModel.from_pretrained, pretrained, shapes, "CLIP model", dtype)
         return model
 
     @property
@@ -178,7 +176,6 @@ class CLIPScore(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         scores: Tensor = self.scale * self.clip(images, prompts)
         return scores
 
@@ -220,21 +217,21 @@ class PickScore(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         scores: Tensor = self.scale * self.clip(images, prompts)
         return scores
 
 
-def load_tokenizer(processor: str, shapes: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; one without words is an error here."""
-    with loading(processor):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            resolve(processor, shapes), trust_remote_code=False
-        )
+def load_tokenizer(processor: str, shapes: Path, encoder: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a text encoder; one without words, or of another model, is an error here."""
+    tokenizer: PreTrainedTokenizerBase = load_part(AutoTokenizer, processor, shapes)
     if not has_words(tokenizer):
         raise ConfigError(
             f"There is no tokenizer in {processor!r}; save one there with save_pretrained, "
             "or name under 'processor' where it is."
+        )
+    if wrong := misfit(tokenizer, encoder):
+        raise ConfigError(
+            f"The tokenizer in {processor!r} has {wrong}; name under 'processor' where the model's own is."
         )
     return tokenizer
 

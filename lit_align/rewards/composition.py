@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_align.errors import ConfigError
 from lit_align.pretrained import SHAPES
-from lit_align.rewards.base import Reward, domain_of, to_bytes
+from lit_align.rewards.base import Reward, are_whole, domain_of, to_bytes
 from lit_align.rewards.detectors import load_detector
 from lit_align.shapes.world import parse
 
@@ -68,8 +68,7 @@ class ObjectPresence(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
-        whole, pixels = images.flatten(1).sum(dim=1).isfinite().tolist(), to_bytes(images)
+        whole, pixels = are_whole(images).tolist(), to_bytes(images)
         objects = self._objects(prompts, columns)
         rows = [row for row, names in enumerate(objects) if names and whole[row]]
         scores = torch.full((len(images),), torch.nan)

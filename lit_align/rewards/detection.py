@@ -45,7 +45,7 @@ class ObjectCount(Reward):
 
     Raises:
         ConfigError: The detector cannot be loaded or is of another family, it has no such label, or the
-            target is no number of objects.
+            target is not a number of objects.
     """
 
     IMAGES_AT_ONCE = 64
@@ -82,7 +82,6 @@ class ObjectCount(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images, whatever their prompts (see :class:`Reward`)."""
         count = self.count(images)
         return -count if self.target is None else -(count - self.target).abs()
 
@@ -133,7 +132,7 @@ def expected(logits: Tensor, classes: list[int]) -> Tensor:
 def _load_model(pretrained: str) -> PreTrainedModel:
     """A detector of a family whose confidences say that there is no object."""
     model: PreTrainedModel = load_whole(
-        AutoModelForObjectDetection.from_pretrained, pretrained, SHAPES_DETECTOR, "detector", "detector"
+        AutoModelForObjectDetection.from_pretrained, pretrained, SHAPES_DETECTOR, "detector"
     )
     if model.config.model_type not in FAMILIES:
         raise ConfigError(

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from lit_align.errors import ConfigError
-from lit_align.pretrained import load_whole, loading, resolve
+from lit_align.pretrained import load_part, load_whole, loading
 from lit_align.shapes import DETECTOR as SHAPES_DETECTOR
 from lit_align.tokens import Counts, count_tokens, warn_of_cut
 
@@ -57,10 +57,7 @@ def load_detector(pretrained: str) -> "Detector":
     Raises:
         ConfigError: It cannot be loaded.
     """
-    with loading(pretrained):
-        family = AutoConfig.from_pretrained(
-            resolve(pretrained, SHAPES_DETECTOR), trust_remote_code=False
-        ).model_type
+    family = load_part(AutoConfig, pretrained, SHAPES_DETECTOR).model_type
     return (OpenVocabulary if family in QUERIES else ClosedSet)(pretrained)
 
 
@@ -111,11 +108,9 @@ class ClosedSet(Detector):
     def __init__(self, pretrained: str) -> None:
         super().__init__()
         load = AutoModelForObjectDetection.from_pretrained
-        self.model = load_whole(load, pretrained, SHAPES_DETECTOR, "detector", "detector")
+        self.model = load_whole(load, pretrained, SHAPES_DETECTOR, "detector")
         with loading(pretrained):
-            self.processor = AutoImageProcessor.from_pretrained(
-                resolve(pretrained, SHAPES_DETECTOR), trust_remote_code=False
-            )
+            self.processor = load_part(AutoImageProcessor, pretrained, SHAPES_DETECTOR)
             self.prepare(BLANK)
         labels = cast(dict[int, str], self.model.config.id2label)
         self.numbers = {label: number for number, label in labels.items()}
@@ -166,11 +161,9 @@ class OpenVocabulary(Detector):
     def __init__(self, pretrained: str) -> None:
         super().__init__()
         load = AutoModelForZeroShotObjectDetection.from_pretrained
-        self.model = load_whole(load, pretrained, SHAPES_DETECTOR, "detector", "detector")
+        self.model = load_whole(load, pretrained, SHAPES_DETECTOR, "detector")
         with loading(pretrained):
-            self.processor = AutoProcessor.from_pretrained(
-                resolve(pretrained, SHAPES_DETECTOR), trust_remote_code=False
-            )
+            self.processor = load_part(AutoProcessor, pretrained, SHAPES_DETECTOR)
             self.prepare(BLANK, text=["nothing."])
         config: Any = self.model.config
         self.query = QUERIES[config.model_type]

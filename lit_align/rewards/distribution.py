@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from lit_align.errors import ConfigError
-from lit_align.pretrained import SHAPES, load_whole, loading, resolve, shared
-from lit_align.rewards.base import Reward, Scope, domain_of, to_bytes
+from lit_align.pretrained import SHAPES, load_part, load_whole, shared
+from lit_align.rewards.base import Reward, Scope, are_whole, domain_of, to_bytes
 from lit_align.rewards.clip import CLIP_MODEL, CLIPCosine
 from lit_align.shapes import CLASSIFIER as SHAPES_CLASSIFIER
 
@@ -185,12 +185,8 @@ class StatisticalParity(SetReward):
             pretrained,
             SHAPES_CLASSIFIER,
             "image classifier",
-            "image classifier",
         )
-        with loading(pretrained):
-            self.processor = AutoImageProcessor.from_pretrained(
-                resolve(pretrained, SHAPES_CLASSIFIER), trust_remote_code=False
-            )
+        self.processor = load_part(AutoImageProcessor, pretrained, SHAPES_CLASSIFIER)
         if pretrained == SHAPES:
             self.processor.do_resize = True  # its own images need none; those of another model do
         names = cast(dict[int, str], self.model.config.id2label)
@@ -206,8 +202,7 @@ class StatisticalParity(SetReward):
         likely = torch.cat([self._likely(chunk) for chunk in images.split(self.IMAGES_AT_ONCE)])
         confidence, label = likely.max(dim=1)
         shown = label[:, None] == torch.tensor(self.classes)
-        whole = images.flatten(1).sum(dim=1).isfinite().cpu()
-        found = shown.any(dim=1) & (confidence >= self.min_confidence) & whole
+        found = shown.any(dim=1) & (confidence >= self.min_confidence) & are_whole(images).cpu()
         return torch.where(found[:, None], shown.double(), torch.nan)
 
     def _likely(self, images: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from lit_align.errors import ConfigError
-from lit_align.pretrained import load_whole, loading, processor_config, resolve, shared
+from lit_align.pretrained import load_part, load_whole, processor_config, shared
 from lit_align.rewards.clip import CLIPCosine, resized
 from lit_align.shapes import CLIP as SHAPES_CLIP
 
@@ -31,16 +31,11 @@ class ImageFeatures(nn.Module):
     def __init__(self, pretrained: str) -> None:
         super().__init__()
         self.pretrained = pretrained
-        with loading(pretrained):
-            config: Any = AutoConfig.from_pretrained(
-                resolve(pretrained, SHAPES_CLIP), trust_remote_code=False
-            )
+        config: Any = load_part(AutoConfig, pretrained, SHAPES_CLIP)
         self.clip = shared(CLIPCosine, pretrained) if config.model_type == "clip" else None
         self.vision: Any = None
         if self.clip is None:
-            self.vision = load_whole(
-                AutoModel.from_pretrained, pretrained, SHAPES_CLIP, "vision model", "vision model"
-            )
+            self.vision = load_whole(AutoModel.from_pretrained, pretrained, SHAPES_CLIP, "vision model")
             self._prepare(processor_config(pretrained, SHAPES_CLIP), config)
         self.requires_grad_(False).eval()
 

@@ -58,3 +58,8 @@ class FunctionReward(Reward):
         given, named = accepted(self._code, images, prompts, groups, columns)
         returned = self.function(*given, **named)
         return returned, returned
+
+
+def code_of(reward: Reward) -> Any:
+    """What the user wrote: the function of a :class:`FunctionReward`, or the class."""
+    return reward.function if isinstance(reward, FunctionReward) else type(reward)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_align.errors import ConfigError
 from lit_align.pretrained import SHAPES, shared
-from lit_align.rewards.base import Reward, domain_of, to_bytes
+from lit_align.rewards.base import Reward, are_whole, domain_of, to_bytes
 from lit_align.rewards.clip import CLIP_MODEL, CLIPCosine
 from lit_align.rewards.detectors import Found, load_detector
 
@@ -67,7 +67,7 @@ class GenEval(Reward):
             surer one counts; 1 is no limit, as published. Open-vocabulary detectors need about .5.
 
     Raises:
-        ConfigError: A model cannot be loaded, or a number is no share; on scoring, if there is no such
+        ConfigError: A model cannot be loaded, or a number is not a share; on scoring, if there is no such
             column, or it cannot be understood.
     """
 
@@ -106,10 +106,9 @@ class GenEval(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         asked = self._asked(columns or {})
         counting = [kind == "counting" for kind in (columns or {}).get(self.tag, [""] * len(images))]
-        whole, pixels = images.flatten(1).sum(dim=1).isfinite().tolist(), to_bytes(images)
+        whole, pixels = are_whole(images).tolist(), to_bytes(images)
         rows = [row for row, entries in enumerate(asked) if entries and whole[row]]
         scores = torch.full((len(images),), torch.nan, device=images.device)
         for start in range(0, len(rows), self.IMAGES_AT_ONCE):

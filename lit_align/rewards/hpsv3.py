@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, Qwen2VLModel
 
 from lit_align.errors import ConfigError
-from lit_align.pretrained import Dtype, loading, resolve
-from lit_align.rewards.base import Reward, to_bytes
-from lit_align.rewards.checkpoints import find, made, read, renamed
+from lit_align.pretrained import Dtype, load_part
+from lit_align.rewards.base import Reward, are_whole, to_bytes
+from lit_align.rewards.checkpoints import find, linear, made, read, renamed
 from lit_align.rewards.templates import HPSV3, REWARD_TOKEN
 from lit_align.rewards.vision_language import load_processor, prepare
 from lit_align.shapes import CLIP as SHAPES_CLIP
@@ -80,8 +80,7 @@ class HPSv3(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
-        whole, pixels = images.flatten(1).sum(dim=1).isfinite(), to_bytes(images)
+        whole, pixels = are_whole(images), to_bytes(images)
         scores = torch.full((len(images),), torch.nan, device=images.device)
         for rows in whole.nonzero().flatten().split(self.IMAGES_AT_ONCE):
             chosen = [Image.fromarray(pixels[row]) for row in rows.tolist()]
@@ -100,21 +99,17 @@ def _models(
     state: dict[str, Tensor], base: str, file: Path, dtype: Dtype
 ) -> tuple[Qwen2VLModel, nn.Sequential]:
     """The model without its last layer, and the head, with the weights of a checkpoint."""
-    with loading(base):
-        config = AutoConfig.from_pretrained(resolve(base, SHAPES_CLIP), trust_remote_code=False)
+    config = load_part(AutoConfig, base, SHAPES_CLIP)
     try:
         config.text_config.vocab_size = len(state["language_model.embed_tokens.weight"])
-        parts = {n: {p: state.pop(f"rm_head.{n}.{p}").float() for p in ("weight", "bias")} for n in HEAD}
+        first, second, last = (linear(state, f"rm_head.{name}.") for name in HEAD)
     except (KeyError, AttributeError) as error:
-        lacking = f"it has no {error.args[0]}" if isinstance(error, KeyError) else f"{base!r} is no Qwen2-VL"
+        lacking = (
+            f"it has no {error.args[0]}" if isinstance(error, KeyError) else f"{base!r} is not a Qwen2-VL"
+        )
         raise ConfigError(
             f"HPSv3: {str(file)!r} is not a checkpoint of HPSv3: {lacking}; give {FILE}."
         ) from None
     state.pop("lm_head.weight", None)
-    layers: list[nn.Module] = []
-    for name in HEAD:
-        outputs, inputs = parts[name]["weight"].shape
-        linear = nn.Linear(inputs, outputs)
-        linear.load_state_dict(parts[name])
-        layers += [linear, nn.ReLU()]
-    return made(Qwen2VLModel, config, state, file, dtype), nn.Sequential(*layers[:-1])
+    head = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
+    return made(Qwen2VLModel, config, state, file, dtype), head

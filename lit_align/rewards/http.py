@@ -8,7 +8,7 @@ from typing import Any, Self, TypeVar
 
 import urllib3
 
-from lit_align.errors import ConfigError, tell
+from lit_align.errors import ConfigError, check_positive, tell
 
 Answer = TypeVar("Answer")
 
@@ -58,9 +58,7 @@ class Server:
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"url: {url!r} is not an address; give http://HOST:PORT or https://HOST.")
-        for name, value in (("timeout", timeout), ("connections", connections)):
-            if not value > 0:
-                raise ConfigError(f"{name}: {value} must be positive")
+        check_positive({"timeout": timeout, "connections": connections})
         if retries < 0:
             raise ConfigError(f"retries: {retries} must not be negative")
         self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
@@ -142,7 +140,7 @@ class Server:
 
 def _no_constant(name: str) -> None:
     """NaN and Infinity are not JSON: an image without a score is null."""
-    raise NoAnswer(f"it sent {name}, which is no number; null is an image without a score")
+    raise NoAnswer(f"it sent {name}, which is not a number; null is an image without a score")
 
 
 def _said(text: bytes) -> str:

@@ -10,7 +10,7 @@ from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVi
 from lit_align.errors import ConfigError
 from lit_align.pretrained import Dtype
 from lit_align.rewards.base import Reward
-from lit_align.rewards.checkpoints import count, find, made, read, renamed
+from lit_align.rewards.checkpoints import count, find, linear, made, read, renamed
 from lit_align.rewards.clip import MEAN, STD, load_tokenizer, resized
 from lit_align.tokens import Counts, count_tokens, warn_of_cut
 
@@ -77,9 +77,9 @@ class ImageReward(Reward):
         if processor is None:
             own = (Path(pretrained).expanduser() / "tokenizer_config.json").is_file()
             processor = pretrained if own else TOKENIZER
-        self.tokenizer = load_tokenizer(processor, Path(pretrained))
-        self._reader, self._told = f"the reward model {pretrained!r}", False
         self.vision, self.text, self.head = _models(state, file, dtype)
+        self.tokenizer = load_tokenizer(processor, Path(pretrained), self.text)
+        self._reader, self._told = f"the reward model {pretrained!r}", False
         self.side: int = self.vision.config.image_size
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
@@ -92,7 +92,6 @@ class ImageReward(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         # The end of a long prompt is not rewarded.
         self._told = self._told or warn_of_cut(self._reader, self.prompt_tokens, [*dict.fromkeys(prompts)])
         tokens = self.tokenizer(
@@ -138,18 +137,14 @@ def _models(
     prefix = "blip.text_encoder."
     text_state = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
     text_state.pop("embeddings.position_ids", None)  # a constant
-    head_state = {key[11:]: v for key, v in state.items() if key.startswith("mlp.layers.")}
     try:
         vision_config, text_config = _vision_config(vision_state), _text_config(text_state)
-        sizes = [head_state[f"{layer}.weight"].shape for layer in HEAD]
+        head = nn.Sequential(*(linear(state, f"mlp.layers.{layer}.") for layer in HEAD))
     except KeyError as error:
         raise ConfigError(
             f"ImageReward: {str(file)!r} is not a checkpoint of ImageReward: it has no {error.args[0]}; give "
             f"{FILE}."
         ) from None
-    head = nn.Sequential(*(nn.Linear(inputs, outputs) for outputs, inputs in sizes))
-    for layer, linear in zip(HEAD, head, strict=True):  # in float32: it is small
-        linear.load_state_dict({part: head_state[f"{layer}.{part}"] for part in ("weight", "bias")})
     vision = made(BlipVisionModel, vision_config, vision_state, file, dtype)
     text = made(BlipTextModel, text_config, text_state, file, dtype, add_pooling_layer=False)
     return vision, text, head

@@ -66,7 +66,7 @@ class VLMJudge(ServedReward):
         key = os.environ.get(KEY)
         headers = {"authorization": f"Bearer {key}"} if key else None
         server = Server(url, timeout, retries, connections, headers)
-        super().__init__(server, 1, connections, (), on_failure, cached)
+        super().__init__(server, 1, (), on_failure, cached)
         if answer is not None and not answer.strip():
             raise ConfigError("VLMJudge: answer is empty; give a word, or null for a number that is written.")
         self.model, self.answer, self.max_tokens = model, answer and answer.strip(), max_tokens

@@ -7,8 +7,8 @@ The protocol is JSON, without anything that runs code. ``GET /rewards`` answers
 ``(B, 3, H, W)`` float32 in [0, 1].
 
 Both answers may have ``contents``: a text that changes with what computes the scores. ``/rewards`` has it by
-name, of the weighted sum under the empty name, ``/score`` that of the reward which was asked for. Where it
-changes, a run does not go on.
+name, of the weighted sum under the empty name, ``/score`` that of the reward which was asked for. A run whose
+server answers with another one ends with an error.
 """
 
 import base64
@@ -67,7 +67,7 @@ class RemoteReward(ServedReward):
         cached: int = CACHED,
     ) -> None:
         server = Server(url, timeout, retries, connections)
-        super().__init__(server, batch, connections, columns or (), on_failure, cached)
+        super().__init__(server, batch, columns or (), on_failure, cached)
         self.reward, self.form = reward, images
         try:
             there, contents = server.ask("/rewards", None, _offered)
@@ -129,7 +129,7 @@ def scores_of(answer: Any, count: int) -> list[float]:
     if not isinstance(scores, list) or len(scores) != count:
         raise NoAnswer(f"it sent no list of {count} scores")
     if not all(score is None or type(score) in (int, float) for score in scores):
-        raise NoAnswer("it sent scores that are no numbers")
+        raise NoAnswer("it sent scores that are not numbers")
     return [math.nan if score is None else float(score) for score in scores]
 
 
@@ -164,8 +164,8 @@ def unpacked(packed: Any) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"a tensor {tuple(images.shape)} of {images.dtype}")
         return images.float()
-    except Exception as error:  # each library raises errors of its own
+    except Exception as error:  # each library raises errors of its own; the request is to blame
         raise ConfigError(
             f"images cannot be read ({type(error).__name__}: {str(error).splitlines()[:1]}); send "
             '{"png": [base64, ...]} or {"safetensors": base64} of a tensor images (B, 3, H, W) in [0, 1].'
-        ) from error
+        ) from None

@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_align.errors import ConfigError, described
 from lit_align.rewards.base import Reward, Scope
 from lit_align.rewards.calling import as_scores, is_ours, title
-from lit_align.rewards.function import FunctionReward
+from lit_align.rewards.function import code_of
 
 Columns = Mapping[str, list[Any]]
 
@@ -40,7 +40,7 @@ def score(
     Raises:
         ConfigError: The reward fails, or does not return one number per image.
     """
-    subject = f"The reward '{name}' ({title(_code(reward))})"
+    subject = _subject(name, reward)
     own: Any = None if groups is None else groups.clone(), copy.deepcopy(columns)
     try:
         with torch.autocast(images.device.type, enabled=False), _own_defaults():
@@ -89,12 +89,12 @@ def try_out(name: str, reward: Reward) -> None:
         ConfigError: The reward fails, returns anything but one number per image, or declares a gradient that
             it does not have.
     """
-    subject = f"The reward '{name}' ({title(_code(reward))})"
+    subject = _subject(name, reward)
     if reward.scope not in get_args(Scope):
         raise ConfigError(
             f"{subject} declares the scope {reward.scope!r}; give {', '.join(get_args(Scope))}."
         )
-    if is_ours(_code(reward)):
+    if is_ours(code_of(reward)):
         return
     with isolate_rng(include_cuda=torch.cuda.is_initialized()), torch.set_grad_enabled(reward.differentiable):
         images, scores = _scores_of_two(name, reward)
@@ -122,9 +122,9 @@ def _check_scope(name: str, reward: Reward, images: Tensor, scores: Tensor) -> N
     one, two = alone.item(), scores[farthest].item()
     if not math.isclose(one, two, rel_tol=1e-2, abs_tol=1e-4) and not math.isnan(two):
         rank_zero_warn(
-            f"The reward '{name}' ({title(_code(reward))}) gives an image {two:g} beside another and {one:g} "
-            "alone: a score of the scope sample may depend neither on other images nor on chance; correct "
-            "it, or declare the scope group or batch"
+            f"{_subject(name, reward)} gives an image {two:g} beside another and {one:g} alone: a score of "
+            "the scope sample may depend neither on other images nor on chance; correct it, or declare the "
+            "scope group or batch"
         )
 
 
@@ -183,6 +183,5 @@ class _NoColumns(Mapping[str, list[Any]]):
         return self
 
 
-def _code(reward: Reward) -> object:
-    """What the user wrote: the function of a :class:`FunctionReward`, or the class."""
-    return reward.function if isinstance(reward, FunctionReward) else type(reward)
+def _subject(name: str, reward: Reward) -> str:
+    return f"The reward '{name}' ({title(code_of(reward))})"

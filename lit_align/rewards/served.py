@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, check_positive
 from lit_align.rewards.base import Reward
 from lit_align.rewards.http import Server, Unanswered
 
@@ -59,7 +59,6 @@ class ServedReward(Reward):
     Args:
         server: The server.
         batch: Images of a request.
-        connections: Requests at the same time.
         columns: The data's columns that are sent with the images; none if not given.
         on_failure: What to do where there is no answer.
         cached: Scores that are remembered.
@@ -76,21 +75,18 @@ class ServedReward(Reward):
         self,
         server: Server,
         batch: int,
-        connections: int,
         columns: Sequence[str] = (),
         on_failure: Failure = "stop",
         cached: int = CACHED,
     ) -> None:
         super().__init__()
-        if batch < 1:
-            raise ConfigError(f"batch: {batch} must be positive")
+        check_positive({"batch": batch})
         self.server, self.batch, self.on_failure, self.cached = server, batch, on_failure, cached
         self.columns = tuple(columns)
         self._scores: OrderedDict[bytes, Future[float]] = OrderedDict()
         self._waiting: list[Asked] = []
-        self._connections = connections
         self._process = os.getpid()
-        self._pool = ThreadPoolExecutor(connections)
+        self._pool = ThreadPoolExecutor(server.connections)
 
     @abstractmethod
     def ask(self, asked: Sequence[Asked]) -> list[float]:
@@ -115,7 +111,6 @@ class ServedReward(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         futures = self._futures(images, prompts, columns)
         self._send(len(self._waiting))
         failures: list[str] = []
@@ -203,7 +198,7 @@ class ServedReward(Reward):
         """Leave all that was asked."""
         self.server.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._pool = ThreadPoolExecutor(self._connections)
+        self._pool = ThreadPoolExecutor(self.server.connections)
         self._scores.clear()
         self._waiting = []
 

@@ -90,7 +90,7 @@ def answer(bank: RewardBank, asked: Any, device: torch.device) -> list[float | N
 def _read(bank: RewardBank, asked: Any) -> tuple[Tensor, list[str], dict[str, list[Any]], str | None]:
     """Images, prompts, columns, and the name of the reward."""
     try:
-        images, prompts = _images(asked["images"]), [str(prompt) for prompt in asked["prompts"]]
+        images, prompts = unpacked(asked["images"]), [str(prompt) for prompt in asked["prompts"]]
         columns = {str(name): list(values) for name, values in (asked.get("columns") or {}).items()}
         reward = asked.get("reward")
     except (KeyError, TypeError, AttributeError) as error:
@@ -104,10 +104,3 @@ def _read(bank: RewardBank, asked: Any) -> tuple[Tensor, list[str], dict[str, li
     if len(lengths) > 1:
         raise ConfigError(f"images, prompts and columns differ in length: {sorted(lengths)}")
     return images, prompts, columns, reward
-
-
-def _images(packed: Any) -> Tensor:
-    try:
-        return unpacked(packed)
-    except ConfigError as error:
-        raise error from None  # whatever a library said, the request is to blame

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_align.errors import ConfigError
 from lit_align.pretrained import Dtype, shared
-from lit_align.rewards.base import Reward
+from lit_align.rewards.base import Reward, are_whole
 from lit_align.rewards.templates import UNIFIED_REWARD
 from lit_align.rewards.vision_language import VisionLanguage, checked_question
 
@@ -65,8 +65,7 @@ class UnifiedReward(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
-        rows = images.detach().flatten(1).sum(dim=1).isfinite().nonzero().flatten()
+        rows = are_whole(images).nonzero().flatten()
         scores = torch.full((len(images),), torch.nan, device=images.device)
         if len(rows):
             asked = [self.question.replace("{}", prompts[row]) for row in rows.tolist()]

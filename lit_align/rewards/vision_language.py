@@ -33,7 +33,7 @@ class VisionLanguage(nn.Module):
         super().__init__()
         load = AutoModelForImageTextToText.from_pretrained
         self.model: PreTrainedModel = load_whole(
-            load, pretrained, SHAPES_CLIP, "image-text-to-text model", "image-text-to-text model", dtype
+            load, pretrained, SHAPES_CLIP, "image-text-to-text model", dtype
         )
         self.processor = load_processor(pretrained)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lit_align.errors import ConfigError
 from lit_align.pretrained import Dtype, shared
-from lit_align.rewards.base import Reward
+from lit_align.rewards.base import Reward, are_whole
 from lit_align.rewards.vision_language import VisionLanguage, checked_question
 
 MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -66,9 +66,8 @@ class VQAScore(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         asked = self._asked(prompts, columns)
-        whole = images.detach().flatten(1).sum(dim=1).isfinite().tolist()
+        whole = are_whole(images).tolist()
         rows = [row for row, pairs in enumerate(asked) if whole[row] for _ in pairs]
         scores = torch.full((len(images),), torch.nan, device=images.device)
         if not rows:

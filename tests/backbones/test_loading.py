@@ -11,6 +11,7 @@ import torch
 from diffusers import GGUFQuantizationConfig, UNet2DConditionModel
 from jsonargparse import ArgumentParser
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from lit_align.backbones import DiffusersBackbone, StableDiffusionBackbone, StableDiffusionXLBackbone
 from lit_align.backbones.loading import _check_quantised
@@ -191,6 +192,7 @@ def test_a_single_file_that_is_no_whole_checkpoint_is_named(tiny: Path, single: 
 
 def test_a_config_is_for_a_single_file_of_the_same_family(tiny: Path, single: Path, copy: Path):
     refused(tiny, "config: .* is for a single file", config=str(tiny))
+    refused(single, "variant: 'fp16' is for a folder", config=str(tiny), variant="fp16")
     rename(copy, "StableDiffusionXLPipeline")
     refused(single, "config: .* is a StableDiffusionXLPipeline", config=str(copy))
 
@@ -236,6 +238,9 @@ def test_missing_and_corrupt_weights_are_named(copy: Path):
     weights.pop("conv_norm_out.weight")
     save_file(weights, copy / UNET, {"format": "pt"})
     refused(copy, "the unet of .* lacks 1 of its weights, such as conv_norm_out.weight")
+    whole = weights | {"conv_norm_out.weight": torch.full((8,), torch.nan)}
+    save_file(whole, copy / UNET, {"format": "pt"})
+    refused(copy, "conv_norm_out.weight in the unet of .* holds numbers that are not finite")
     (copy / UNET).write_bytes((copy / UNET).read_bytes()[:1000])
     refused(copy, "model")
 
@@ -272,6 +277,13 @@ def test_a_tokenizer_whose_files_were_left_behind_is_refused(copy: Path, single:
     refused(single, f"the tokenizer of '{copy}' has no words", config=str(copy))
     shutil.rmtree(own)
     refused(copy, "the tokenizer of .* has no words")
+
+
+def test_a_tokenizer_of_another_model_is_refused(copy: Path):
+    tokenizer = CLIPTokenizer.from_pretrained(copy / "tokenizer")
+    tokenizer.add_tokens(["<cat-toy>"])
+    tokenizer.save_pretrained(copy / "tokenizer")
+    refused(copy, r"the tokenizer of .* has 630 tokens, of which the text encoder knows 629; give the one of")
 
 
 def test_a_single_file_has_all_of_its_text_encoder(tiny: Path, single: Path, tmp_path: Path):

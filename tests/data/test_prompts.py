@@ -252,10 +252,12 @@ def test_numbers_are_unique_over_the_run_and_images_of_a_prompt_stand_together()
 
 
 def test_the_order_depends_on_the_seed_alone() -> None:
+    data = module(table(60), seed=0, images_per_prompt=1)
+
     def order(seed: int) -> list[str]:
-        return [
-            p for b in module(table(60), seed=seed, images_per_prompt=1).train_dataloader() for p in b.prompts
-        ]
+        data.seed = seed
+        data.setup("fit")
+        return [prompt for batch in data.train_dataloader() for prompt in batch.prompts]
 
     assert order(0) == order(0) != order(1)
 
@@ -406,7 +408,7 @@ def test_shapes_prompts_hold_out_pairs_of_shapes():
         ShapesPrompts(["pair"], only=[pair], without=[pair])
     with pytest.raises(ConfigError, match="add pair or relation"):
         ShapesPrompts(["open"], without=[pair])
-    with pytest.raises(ConfigError, match="no pair of shapes"):
+    with pytest.raises(ConfigError, match="not a pair of shapes"):
         ShapesPrompts(["pair"], without=["circle"])
 
 

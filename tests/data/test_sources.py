@@ -124,6 +124,16 @@ def test_what_datasets_has_saved_is_read(folder: Path, splits: bool) -> None:
         HubPrompts(str(folder), "train[:1]")
 
 
+def test_one_of_several_subsets_of_a_dataset(folder: Path) -> None:
+    configs = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("one", "two")]
+    write(folder / "README.md", f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    for name in ("one", "two"):
+        write(folder / f"{name}.jsonl", json.dumps({"prompt": f"a {name}"}))
+    assert HubPrompts(str(folder), subset="two").prompts(range(9)) == ["a two"]
+    with pytest.raises(ConfigError, match=r"has several subsets: set subset to one of \['one', 'two'\]"):
+        HubPrompts(str(folder))
+
+
 def test_a_file_that_changes_is_read_anew(folder: Path) -> None:
     assert len(TextPrompts(write(folder / "p.txt", "a cat\n"))) == 1
     assert len(TextPrompts(write(folder / "p.txt", "a cat\na dog\n"))) == 2
@@ -188,6 +198,13 @@ def shards(folder: Path, *, broken: bool = False, column: str = "prompt", level:
         data[4:60] = bytes(56)
         bad.write_bytes(data)
     return str(folder)
+
+
+def mapped(folder: Path) -> str:
+    """A Parquet file with a column of mappings."""
+    mappings = pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))
+    pyarrow.parquet.write_table(pa.table({"prompt": ["a"], "level": mappings}), folder / "p.parquet")
+    return str(folder / "p.parquet")
 
 
 def two(folder: Path, name: str, content: str | bytes) -> str:
@@ -259,6 +276,7 @@ def parted(folder: Path) -> str:
         (lambda d: ParquetPrompts(write(d / "p.parquet", "no")), ["p.parquet", "not Parquet"]),
         (lambda d: ParquetPrompts(shards(d, broken=True)), ["1.parquet", "not Parquet"]),
         (lambda d: ParquetPrompts(shards(d, column="Promt")), ["1.parquet", "column: Promt"]),
+        (lambda d: ParquetPrompts(mapped(d)), ["map<string", "datasets does not read", "without it"]),
         (lambda d: ParquetPrompts(shards(d), keep=["style"]), ["0.parquet", "'style'"]),
         (lambda d: ParquetPrompts(shards(d, level="one")), ["do not fit together", "same type"]),
         (lambda d: HubPrompts(str(d / "nobody")), ["nobody", "check the name", "local file"]),

@@ -427,7 +427,7 @@ def test_generate_draws_what_predict_draws(case: Case, whole: Run, tmp_path: Pat
     assert torch.equal(module.generate(listed[:2]), images[:2])
     for other in (module.generate(listed, seed=module.seed + 1), module.generate(listed, weights=REFERENCE)):
         assert (other - images).flatten(1).abs().amax(1).min() > 1e-4
-    module.seed += 1
+    module.sampling.seed += 1
     ((other, _),) = trainer(tmp_path, 1).predict(module, data)
     module.seed -= 1
     assert torch.equal(module.generate(listed, seed=module.seed + 1), other)

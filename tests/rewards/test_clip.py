@@ -15,6 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from lit_align.errors import ConfigError
 from lit_align.rewards import CLIPScore, PickScore, RewardBank
 from lit_align.rewards.clip import MEAN, CLIPCosine, _pooled
+from lit_align.shapes import PIPELINE
 
 PROMPTS = ["a red circle", "the blue square and the red square on a circle", "a red circle"]
 
@@ -159,6 +160,8 @@ def test_another_place_for_the_tokenizer(clip_folder: Path, images: Tensor, tmp_
         PickScore(str(tmp_path))
     whole, split = PickScore(str(clip_folder)), PickScore(str(tmp_path), processor=str(clip_folder))
     assert torch.equal(whole(images, PROMPTS), split(images, PROMPTS))
+    with pytest.raises(ConfigError, match=r"has \d+ tokens, of which .* knows 32; name under 'processor'"):
+        PickScore(str(tmp_path), processor=str(PIPELINE / "tokenizer"))
 
 
 def test_published_statistics_without_a_configuration(clip_folder: Path, tmp_path: Path) -> None:
@@ -185,6 +188,10 @@ def broken(folder: Path, copy: Path, how: str) -> str:
         weights.unlink()
     elif how == "no config":
         config.write_text("{")
+    elif how == "no numbers":
+        model = CLIPModel.from_pretrained(copy)
+        model.text_projection.weight.data[0, 0] = torch.nan
+        model.save_pretrained(copy)
     elif how == "text tower only":
         CLIPModel.from_pretrained(copy).text_model.save_pretrained(copy)
         shutil.copy(folder / "config.json", config)
@@ -196,6 +203,7 @@ def broken(folder: Path, copy: Path, how: str) -> str:
     [
         ("truncated", "corrupt.*download them again"),
         ("empty", "corrupt.*download them again"),
+        ("no numbers", "text_projection.weight of .* holds numbers that are not finite"),
         ("no weights", "no file named model.safetensors.*check that the folder"),
         ("no config", "not a valid JSON file.*check that the folder"),
         ("text tower only", "not a complete CLIP model"),

@@ -12,9 +12,9 @@ from typing import Any, BinaryIO, NamedTuple
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_align.data.files import find_files
-from lit_align.data.images import MAX_BYTES, UnreadableImage
+from lit_align.data.images import UnreadableImage, check_bytes
 from lit_align.data.loading import counted
-from lit_align.data.preferences.source import PairSource
+from lit_align.data.preferences.source import PairSource, read_label
 from lit_align.errors import ConfigError
 
 OPENED_AT_ONCE = 8
@@ -103,8 +103,7 @@ class WebDatasetPairs(PairSource):
     def image(self, row: int, side: int) -> bytes:
         number, found = self._rows[row]
         member = found.images[side]
-        if member.size > MAX_BYTES:
-            raise UnreadableImage(f"its file has more than {MAX_BYTES >> 20} MiB")
+        check_bytes(member.size)
         try:
             with self._files[number].open("rb") as file:
                 data = _read(file, member)
@@ -141,7 +140,7 @@ def _rows(file: Path, columns: ArchiveColumns) -> tuple[list[Row], list[str]]:
                     key, _, ending = name.partition(".")  # webdataset: the key ends at the first dot
                     members.setdefault(folder + slash + key, {})[ending] = Member(info.offset_data, info.size)
     except (tarfile.TarError, OSError) as error:
-        raise ConfigError(f"{file} is no tar archive that can be read ({error}): load it again") from error
+        raise ConfigError(f"{file} is not a tar archive that can be read ({error}): load it again") from error
     rows, halves = [], list[str]()
     with file.open("rb") as opened:
         for key, there in members.items():
@@ -177,10 +176,4 @@ def _label(text: bytes, decided: Any, where: str) -> float:
     if decided and decided.decode("utf-8", "replace").strip().lower() not in TRUE:
         return math.nan
     said = text.decode("utf-8", "replace").strip()
-    try:
-        label = float(said) if said and said != "None" else math.nan
-    except ValueError:
-        label = math.inf
-    if not math.isnan(label) and label not in (0.0, 0.5, 1.0):
-        raise ConfigError(f"{where}: {said!r} is not a label: it is 1 where the first is preferred, 0 or 0.5")
-    return label
+    return read_label(None if said == "None" else said, where)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from lit_align.data.preferences.source import read_label
 from lit_align.errors import ConfigError
 
 
@@ -119,7 +120,7 @@ class PairColumns:
         count = len(table)
         if self.label is not None:
             labels: Iterable[float] = (
-                _label(value, f"row {row} of {name}, column '{self.label}'")
+                read_label(value, f"row {row} of {name}, column '{self.label}'")
                 for row, value in enumerate(table[self.label].to_pylist())
             )
         elif self.first_votes is not None and self.second_votes is not None:
@@ -221,15 +222,6 @@ def known(there: Sequence[str], name: str) -> PairColumns:
         f"{name} has the columns {', '.join(there)}, which belong to no known set ({', '.join(KNOWN)}): "
         "say under columns what they mean, such as {prompt: caption, first: winner, second: loser}"
     )
-
-
-def _label(value: Any, where: str) -> float:
-    label = math.nan if value in (None, "") else _number(value, where)
-    if not math.isnan(label) and label not in (0.0, 0.5, 1.0):
-        raise ConfigError(
-            f"{where}: {value!r} is not a label: give 1 where the first is preferred, 0, or 0.5"
-        )
-    return label
 
 
 def _of_votes(first: float, second: float, margin: float) -> float:

@@ -1,12 +1,9 @@
 """Preference data of one's own: a table of prompts, names of images and labels."""
 
-import hashlib
-import math
-from contextlib import suppress
-from typing import Any
+from itertools import chain
 
 from lit_align.data.images import UnreadableImage, read_inside
-from lit_align.data.preferences.source import PairSource
+from lit_align.data.preferences.source import PairSource, read_label, states_of
 from lit_align.data.prompts import CSVPrompts, JSONLPrompts
 from lit_align.errors import ConfigError, user_path
 
@@ -59,7 +56,8 @@ class FolderPairs(PairSource):
         self._prompts = table.prompts(range(len(table)))
         self._names = [[str(values[name] or "") for name in names] for values in rows]
         self._labels = [
-            _label(values[label], f"{self.where(row)}, column '{label}'") for row, values in enumerate(rows)
+            read_label(values[label], f"{self.where(row)}, column '{label}'")
+            for row, values in enumerate(rows)
         ]
         for side, column in enumerate(names):
             try:
@@ -83,24 +81,7 @@ class FolderPairs(PairSource):
         return read_inside([self.folder], self._names[row][side])
 
     def images_are(self) -> str:
-        digest = hashlib.sha256()
-        for name in (name for names in self._names for name in names):
-            with suppress(OSError, ValueError):  # it will be reported when its turn comes
-                state = (self.folder / name).stat()
-                digest.update(f"{name} {state.st_size} {state.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
+        return states_of(self.folder, chain.from_iterable(self._names))
 
     def __str__(self) -> str:
         return self.path
-
-
-def _label(value: Any, where: str) -> float:
-    try:
-        label = math.nan if value in (None, "") else float(value)
-    except (TypeError, ValueError):
-        label = math.inf
-    if not math.isnan(label) and label not in (0.0, 0.5, 1.0):
-        raise ConfigError(
-            f"{where}: '{value}' is not a label: give 1 where the first is preferred, 0, or 0.5 for a tie"
-        )
-    return label

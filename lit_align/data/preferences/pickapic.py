@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lit_align.data.files import check_lengths, first_line
+from lit_align.data.files import check_lengths
 from lit_align.data.preferences.row_groups import RowGroups, holds_images, open_parquet, read_light
 from lit_align.data.preferences.source import HeldOut, PairSource
 from lit_align.data.prompts import PromptSource, ShapesPromptSet
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, first_line
 from lit_align.shapes import PICK
 
 IMAGES = ("jpg_0", "jpg_1")
@@ -124,7 +124,7 @@ def _read_light(file: Any) -> pa.Table:
         raise
     except Exception as error:  # each file system raises errors of its own
         raise ConfigError(
-            f"{file.path} is no Parquet file that can be read ({first_line(error)}): load it again"
+            f"{file.path} is not a Parquet file that can be read ({first_line(error)}): load it again"
         ) from error
     if "has_label" not in table.column_names:
         table = table.append_column("has_label", pa.array(np.ones(len(table), bool)))

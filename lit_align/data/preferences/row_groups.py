@@ -14,9 +14,9 @@ import fsspec  # type: ignore[import-untyped]
 import pyarrow as pa
 from pyarrow import dataset, fs
 
-from lit_align.data.files import check_splits, first_line
+from lit_align.data.files import check_splits
 from lit_align.data.images import UnreadableImage
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, first_line
 
 SPLIT = re.compile(r"([^/]+)-\d{5}-of-\d{5}[^/]*$")
 """How ``datasets`` names the files of a split."""

@@ -1,11 +1,15 @@
 """The interface of preference data: numbered pairs of images, in any storage."""
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
 
 from lit_align.data.prompts import PromptSource
+from lit_align.errors import ConfigError
 
 HeldOut = Literal["validation", "test"]
 
@@ -67,6 +71,33 @@ class PairSource(ABC):
     def __str__(self) -> str:
         """What error messages call this source."""
         return type(self).__name__
+
+
+def read_label(value: Any, where: str) -> float:
+    """A label as it is stored, NaN where there is none.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        label = math.nan if value in (None, "") else float(value)
+    except (TypeError, ValueError):
+        label = math.inf
+    if not math.isnan(label) and label not in (0.0, 0.5, 1.0):
+        raise ConfigError(
+            f"{where}: '{value}' is not a label: give 1 where the first is preferred, 0, or 0.5 for a tie"
+        )
+    return label
+
+
+def states_of(folder: Path, names: Iterable[str]) -> str:
+    """A hash of the sizes and times of some files, which changes with what is in them."""
+    digest = hashlib.sha256()
+    for name in names:
+        with suppress(OSError, ValueError):  # it will be reported when its turn comes
+            state = (folder / name).stat()
+            digest.update(f"{name} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 class PickaPicPrompts(PromptSource):

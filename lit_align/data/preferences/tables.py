@@ -1,11 +1,10 @@
 """Preference data as it is published: Parquet with images in it, or tables with the names of image files."""
 
-import hashlib
+import json
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,15 +13,14 @@ from lit_align.data.files import (
     check_columns,
     check_lengths,
     find_files,
-    first_line,
     read_delimited,
 )
 from lit_align.data.images import UnreadableImage, read_inside
 from lit_align.data.preferences.columns import KNOWN, PairColumns, known
 from lit_align.data.preferences.row_groups import RowGroups, holds_images, open_parquet, read_light
-from lit_align.data.preferences.source import PairSource
+from lit_align.data.preferences.source import PairSource, states_of
 from lit_align.data.prompts.sources import JSON, JSONL
-from lit_align.errors import ConfigError, tell, user_path
+from lit_align.errors import ConfigError, first_line, tell, user_path
 
 FORMS = (".parquet", ".jsonl", ".json", ".csv")
 
@@ -137,19 +135,20 @@ class PreferenceFiles(PairSource):
 
     def image(self, row: int, side: Literal[0, 1] | int) -> bytes:
         place, item = int(self._places[row, side]), int(self._places[row, 2 + side])
-        column = self.columns.images or self.columns.image
-        if column is None:
-            column = (self.columns.first, self.columns.second)[item]
-            assert column is not None
+        column = self._column(item)
         if self._rows is not None and column in self._rows.columns:
             return self._rows.image(place, column)
         return read_inside([self.folder], self._name(column, place, item))
+
+    def _column(self, item: int) -> str:
+        """The column of an image, by its place in a pair or a list."""
+        return self.columns.images or self.columns.image or self.columns.holding_images[item]
 
     def _name(self, column: str, place: int, item: int) -> str:
         """The name of an image's file."""
         held = self._light[column][place].as_py()
         if self.columns.images is not None:
-            held = _parsed(held)[item]
+            held = (json.loads(held) if isinstance(held, str) else held)[item]
         held = held.get("path") if isinstance(held, dict) else held
         return str(held or "")
 
@@ -167,16 +166,9 @@ class PreferenceFiles(PairSource):
     def images_are(self) -> str:
         if self._rows is not None:
             return str(self._rows)
-        digest = hashlib.sha256()
-        for row in range(len(self)):
-            for side in (0, 1):
-                place, item = int(self._places[row, side]), int(self._places[row, 2 + side])
-                column = self.columns.images or self.columns.image or self.columns.holding_images[item]
-                name = self._name(column, place, item)
-                with suppress(OSError, ValueError):  # it will be reported when its turn comes
-                    state = (self.folder / name).stat()
-                    digest.update(f"{name} {state.st_size} {state.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
+        images = (zip(row[:2], row[2:], strict=True) for row in self._places.tolist())
+        named = (self._name(self._column(item), place, item) for pair in images for place, item in pair)
+        return states_of(self.folder, named)
 
     def __str__(self) -> str:
         return self.path
@@ -195,7 +187,7 @@ def _ending(path: str) -> str:
     ]
     if len(there) == 1:
         return there[0]
-    held = f"holds {' and '.join(there)} files" if there else "is no table"
+    held = f"holds {' and '.join(there)} files" if there else "is not a table"
     raise ConfigError(f"{path} {held}: give a file or a pattern of {', '.join(FORMS)}")
 
 
@@ -232,10 +224,3 @@ def _with_text(table: pa.Table, name: str) -> pa.Table:
         raise ConfigError(f"columns: prompt names a column of {kind}, not text")
     plain = table[name].cast(pa.large_string())
     return table.set_column(table.column_names.index(name), name, plain)
-
-
-def _parsed(held: Any) -> list[Any]:
-    """A list, or the list that a text holds as JSON."""
-    import json
-
-    return json.loads(held) if isinstance(held, str) else held

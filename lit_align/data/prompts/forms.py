@@ -14,14 +14,16 @@ from lit_align.data.files import (
     check_content,
     find_files,
     fingerprint,
-    first_line,
     read_utf8,
     unreadable,
 )
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, first_line
 
 LARGE = 16 * 2**20
 """Files of more bytes together take a while to read: a terminal shows a progress bar."""
+
+RAISED = (OSError, ValueError, TypeError, pa.ArrowException)
+"""What builders of ``datasets`` raise, beside its own errors."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,7 @@ class FileForm:
         with _quiet(bars=large and sys.stderr.isatty()):
             try:
                 rows = self._load(files)
-            except (
-                OSError,
-                ValueError,
-                TypeError,
-                pa.ArrowException,
-                datasets.exceptions.DatasetsError,
-            ) as error:
+            except (*RAISED, datasets.exceptions.DatasetsError) as error:
                 raise self._explained(error.__cause__ or error, path, files) from error
         pa.default_memory_pool().release_unused()  # copying leaves some 350 MB behind
         return rows.data.table, fingerprint(rows)
@@ -85,6 +81,11 @@ class FileForm:
 
         if "no data" in str(reason) or "at least one example" in str(reason):
             return ConfigError(f"{path} has no rows: give a source with at least one prompt")
+        if "datasets dtype equivalent" in str(reason):
+            return ConfigError(
+                f"{path} has a column of a type that datasets does not read ({first_line(reason)}): save "
+                "the files without it"
+            )
         if isinstance(reason, OSError) and reason.errno:  # of the system, not of what a file holds
             return ConfigError(
                 f"{path} cannot be written into the cache at {datasets.config.HF_DATASETS_CACHE} "
@@ -98,13 +99,7 @@ class FileForm:
                     pass
             except ConfigError as error:
                 return error
-            except (
-                OSError,
-                ValueError,
-                TypeError,
-                pa.ArrowException,
-                datasets.exceptions.DatasetsError,
-            ) as error:
+            except (*RAISED, datasets.exceptions.DatasetsError) as error:
                 return unreadable(file, self.name, first_line(error))
         return ConfigError(
             f"the files of {path} do not fit together ({first_line(reason)}): give all of them the same "

@@ -8,7 +8,7 @@ timestep) pairs.
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -27,13 +27,15 @@ from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.pretraining import Pretraining
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.tasks import Task, make_tasks
-from lit_align.randomness import generator
+from lit_align.randomness import generator, normal
 from lit_align.replay import Pairs, draw_pairs
 from lit_align.rewards import RewardBank
 
 
 class NFTModule(JointModule):
     """Policy optimisation on the forward process, for any reward and any sampler."""
+
+    also_kept: ClassVar[tuple[str, ...]] = (OLD,)
 
     def __init__(
         self,
@@ -185,8 +187,7 @@ class NFTModule(JointModule):
         clean = rollouts.trajectory.states[-1, pairs.rows].to(self.device).float()
         numbers = zip(rollouts.batch.index[pairs.rows].tolist(), pairs.steps.tolist(), strict=True)
         draws = [generator(self.seed, "noising", image, step, epoch) for image, step in numbers]
-        shape = self.backbone.latent_shape
-        noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws]).to(clean)
+        noise = normal(self.backbone.latent_shape, draws).to(clean)
         t = self.sampler.timesteps[pairs.steps]
         return clean, noise, self.sampler.schedule.add_noise(clean, noise, t), t
 
@@ -246,11 +247,6 @@ class NFTModule(JointModule):
         return self._predict(rollouts, pairs, x, t, OLD)
 
     # ---- checkpoints
-
-    def kept(self) -> dict[str, Tensor]:
-        """What is trained, and the old policy."""
-        own = set(self.backbone.weight_sets.parameters_of(OLD))
-        return super().kept() | {name: p for name, p in self.named_parameters() if p in own}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

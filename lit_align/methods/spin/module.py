@@ -75,6 +75,8 @@ class Chains:
 class SPINModule(OpponentModule[tuple[Noised, Noised] | Chains]):
     """Self-play finetuning on preferred images, all iterations in one fit."""
 
+    also_kept: ClassVar[tuple[str, ...]] = (OPPONENT,)  # to go on in the middle of an iteration
+
     goes_back: ClassVar[bool] = False  # the pool holds images of the opponent, which is a later policy
 
     def __init__(
@@ -269,10 +271,6 @@ class SPINModule(OpponentModule[tuple[Noised, Noised] | Chains]):
         return loss, sums | metrics
 
     # ---- checkpoints
-
-    def kept(self) -> dict[str, Tensor]:
-        """What is trained, and the opponent: both are needed to go on in the middle of an iteration."""
-        return super().kept() | self._opponent_weights()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -1,5 +1,4 @@
 """How the shipped Shapes weights were made: ``python -m lit_align.shapes.recipe --out DIR``.
 
-Stages, each in its own file and resumable by its output folder: ``images``, ``tokenizer``, ``clip``,
-``vae``, ``decoder``, ``unet``, ``quality``.
+Each stage of :class:`~lit_align.shapes.recipe.stages.Recipe` is resumable by its output folder.
 """

@@ -12,8 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from jsonargparse import CLI
 from lightning import seed_everything
@@ -22,43 +21,19 @@ from lit_align.errors import ConfigError
 from lit_align.shapes.recipe.stages import FURTHER, REWARD_MODELS, Recipe, StageName
 
 
-def main(
-    out: Path,
-    stage: StageName | None = None,
-    minutes: float | None = None,
-    steps: int = 1_000_000,
-    num_images: int = 200_000,
-    num_latents: int = 120_000,
-    num_pairs: int = 20_000,
-    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed",
-    export_every: float = 10.0,
-    num_samples: int = 256,
-    seed: int = 0,
-    further: bool = False,
-    num_processes: int = 1,
-    compile: bool = False,
-) -> None:
-    """Run one stage or all; see :class:`Recipe` for the arguments."""
-    if further and stage not in FURTHER:
+def main(stage: StageName | None = None, **options: Any) -> None:
+    """Run one stage or all.
+
+    Args:
+        stage: The one to run; without it all run in order.
+        options: Of :class:`Recipe`.
+    """
+    recipe = Recipe(**options)
+    if recipe.further and stage not in FURTHER:
         raise ConfigError(
             f"--further true trains one stage for another round; give --stage {' or '.join(FURTHER)} with it."
         )
-    out.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(
-        out,
-        minutes,
-        steps,
-        num_images,
-        num_latents,
-        num_pairs,
-        precision,
-        export_every,
-        num_samples,
-        seed,
-        further,
-        num_processes,
-        compile,
-    )
+    recipe.out.mkdir(parents=True, exist_ok=True)
     stages: dict[str, Callable[[], None]] = {
         "images": recipe.images,
         "tokenizer": recipe.tokenizer,
@@ -75,7 +50,7 @@ def main(
     }
     for name, run in stages.items():
         if stage in (None, name):
-            seed_everything(seed, verbose=False)
+            seed_everything(recipe.seed, verbose=False)
             run()
 
 

@@ -40,28 +40,28 @@ BLOCK = 16  # prompts sampled together; fixed, because an image's last bits depe
 SHARD = 1664  # prompts of a file (9,984 pairs)
 
 
-def make_pick(out: Path, num_pairs: int, seed: int, pipeline: Path) -> None:
+def make_pick(out: Path, pairs: int, seed: int = 0, pipeline: Path = PIPELINE) -> None:
     """Write ``out/pick/seed-S-pairs-A-to-B.parquet``, 9,984 pairs a file; files that are there are kept.
 
     Args:
         out: Working folder of the recipe.
-        num_pairs: How many.
+        pairs: How many.
         seed: Of everything.
-        pipeline: Pipeline folder. Delete ``out/pick`` when it changes.
+        pipeline: Pipeline folder, by default the shipped one. Delete ``out/pick`` when it changes.
 
     Raises:
         ConfigError: For no pairs, or where ``out/pick`` holds files of another seed or number of pairs.
     """
     step, size = BLOCK * len(PAIRS), SHARD * len(PAIRS)
-    starts = range(0, num_pairs, size)
-    names = [f"seed-{seed}-pairs-{a:08d}-to-{min(a + size, num_pairs):08d}.parquet" for a in starts]
+    starts = range(0, pairs, size)
+    names = [f"seed-{seed}-pairs-{a:08d}-to-{min(a + size, pairs):08d}.parquet" for a in starts]
     folder = _claim(out / "pick", names)
     model = StableDiffusionPipeline.from_pretrained(pipeline)
     model.set_progress_bar_config(disable=True)
     with Progress() as bar:
-        task = bar.add_task("pairs", total=num_pairs)
+        task = bar.add_task("pairs", total=pairs)
         for start, name in zip(starts, names, strict=True):
-            end, rows = min(start + size, num_pairs), list[Row]()
+            end, rows = min(start + size, pairs), list[Row]()
             if not (folder / name).exists():
                 for block in range(start // step, ceil(end / step)):
                     rows += make_block(model, seed, block)
@@ -118,17 +118,5 @@ def _drawn(caption: str, model: str, rng: np.random.Generator) -> Bytes:
     return render(sample_scene(parse(mutate(caption, rng) if model == WRONG else caption), rng))
 
 
-def main(out: Path, pairs: int, seed: int = 0, pipeline: Path = PIPELINE) -> None:
-    """Make preference data.
-
-    Args:
-        out: Working folder; the files go to its folder ``pick``.
-        pairs: How many.
-        seed: Of everything.
-        pipeline: Pipeline folder, by default the shipped one.
-    """
-    make_pick(out, pairs, seed, pipeline)
-
-
 if __name__ == "__main__":
-    CLI(main, as_positional=False)
+    CLI(make_pick, as_positional=False)

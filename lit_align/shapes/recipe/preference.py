@@ -59,6 +59,12 @@ class Pairs:
         """Images ``(B, 3, 64, 64)`` float32 in [0, 1]."""
         return as_images(self.pixels[places.numpy()])
 
+    def asked(self) -> list[str]:
+        """Of each of the N images the caption that it was made for."""
+        pairs = zip(self.places.tolist(), self.captions, strict=True)
+        captions = {place: caption for places, caption in pairs for place in places}
+        return [captions[place] for place in range(len(self.pixels))]
+
 
 def read_pairs(files: Sequence[Path], for_training: bool) -> Pairs:
     """Read pairs in Pick-a-Pic's schema.
@@ -90,8 +96,7 @@ def ask_panel(pairs: Pairs, seed: int) -> Pairs:
     One label of a pair is mostly chance where the images are nearly alike, and a small model learns the
     chance: with 36,000 pairs it named 68 % of fresh labels after panels, 63 % after single labels.
     """
-    owners = dict(zip(pairs.places.flatten().tolist(), np.repeat(pairs.captions, 2).tolist(), strict=True))
-    worth = [utility(pixels, owners[place]) for place, pixels in enumerate(pairs.pixels)]
+    worth = [utility(*shown) for shown in zip(pairs.pixels, pairs.asked(), strict=True)]
     rng = counted_rng(seed, "panel")
     first = [
         np.mean([prefer(worth[i], worth[j], rng) for _ in range(ANNOTATORS)])
@@ -206,10 +211,8 @@ def preference_quality(
         captions: Their N prompts.
     """
     pairs = read_pairs(files, for_training=False)
-    owners = dict(zip(pairs.places.flatten().tolist(), np.repeat(pairs.captions, 2).tolist(), strict=True))
-    numbers = torch.arange(len(pairs.pixels))
-    said = [owners[number] for number in numbers.tolist()]
-    scores = preference_scores(folder, pairs.images(numbers), said)[pairs.places]
+    said = pairs.asked()
+    scores = preference_scores(folder, as_images(pairs.pixels), said)[pairs.places]
     worth = torch.tensor([utility(*shown) for shown in zip(pairs.pixels, said, strict=True)])[pairs.places]
     ahead = scores[:, 0] > scores[:, 1]
     labelled, unequal = pairs.labels[:, 0] != 0.5, worth[:, 0] != worth[:, 1]

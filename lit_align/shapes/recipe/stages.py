@@ -88,18 +88,18 @@ class Recipe:
     """
 
     out: Path
-    minutes: float | None
-    steps: int
-    num_images: int
-    num_latents: int
-    num_pairs: int
-    precision: Literal["bf16-mixed", "32-true"]
-    export_every: float
-    num_samples: int
-    seed: int
-    further: bool
-    num_processes: int
-    compile: bool
+    minutes: float | None = None
+    steps: int = 1_000_000
+    num_images: int = 200_000
+    num_latents: int = 120_000
+    num_pairs: int = 20_000
+    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
+    export_every: float = 10.0
+    num_samples: int = 256
+    seed: int = 0
+    further: bool = False
+    num_processes: int = 1
+    compile: bool = False
 
     def budget(self, stage: str) -> Budget:
         """The budget of a trained stage."""

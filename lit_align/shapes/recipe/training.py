@@ -119,7 +119,7 @@ class Stage(L.LightningModule):
         self.before = checkpoint["minutes"]
 
     def parameter_groups(self) -> list[dict[str, object]]:
-        """Parameters for the optimizer; ``scale`` multiplies the learning rate."""
+        """Parameters, of which AdamW passes over the frozen; ``scale`` multiplies the learning rate."""
         return [{"params": list(self.model.parameters()), "scale": 1.0}]
 
     def configure_optimizers(self) -> Any:

@@ -111,10 +111,10 @@ class UNetStage(Stage):
 
     def parameter_groups(self) -> list[dict[str, object]]:
         """The text tower has been trained before: it moves at a third of the rate."""
-        unet, text = self.model["unet"], self.model["text"]
-        groups: list[dict[str, object]] = [{"params": list(unet.parameters()), "scale": 1.0}]
-        trained = [weight for weight in text.parameters() if weight.requires_grad]
-        return groups + ([{"params": trained, "scale": 0.3}] if trained else [])
+        scales = {"unet": 1.0, "text": 0.3}
+        return [
+            {"params": list(self.model[part].parameters()), "scale": scale} for part, scale in scales.items()
+        ]
 
     def errors(self, batch: Tensor) -> Tensor:
         """Weighted errors ``(B,)`` of the predictions for the images with these numbers ``(B,)``."""

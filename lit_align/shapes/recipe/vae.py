@@ -89,12 +89,6 @@ class VAEStage(Stage):
             model.encoder.requires_grad_(False)
             model.quant_conv.requires_grad_(False)
 
-    def parameter_groups(self) -> list[dict[str, object]]:
-        """Whatever is not frozen."""
-        return [
-            {"params": [weight for weight in self.model.parameters() if weight.requires_grad], "scale": 1.0}
-        ]
-
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """One batch of image numbers ``(B,)``."""
         images = frame_half(self.images.images(batch)) * 2 - 1
