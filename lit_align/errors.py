@@ -5,6 +5,7 @@ import sysconfig
 import textwrap
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import chdir
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,11 +102,14 @@ def user_path(path: str) -> Path:
 def built(kind: type[Made], /, *args: Any, **kwargs: Any) -> Made:
     """Make an object of a user's class, for jsonargparse's ``add_instantiator``.
 
+    A working directory that the constructor changes is put back: a run's folder may be relative to it.
+
     Raises:
         ConfigError: The constructor raises; the message names the class and the line.
     """
     try:
-        return kind(*args, **kwargs)
+        with chdir("."):
+            return kind(*args, **kwargs)
     except ConfigError:
         raise
     except Exception as error:

@@ -31,6 +31,6 @@ class RewardHistograms(Callback):
     def _show(self, trainer: Trainer, stage: str, metrics: dict[str, Tensor], images: int) -> None:
         for writer in tensorboards(trainer):
             for name, values in metrics.items():
-                values = values[values.isfinite()]
+                values = values[values.abs() < 1e20]  # where the bins end; NaN is not
                 if name.startswith("reward") and len(values):
                     writer.add_histogram(f"{stage}_histogram/{name}", values, images)

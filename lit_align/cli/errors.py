@@ -75,6 +75,7 @@ def explain(error: BaseException, given: Given) -> str:
         (r"invalid choice: '([^']+)' \(choose from (.*)\)", _choice),
         (r"argument --(\S+): expected", _no_value),
         (r"Not a valid subclass of (\w+)", _not_a_kind),
+        (r"Expected an instantiatable class, but (\S+) is abstract", _abstract),
         (r"Unable to load config [\"'](.*?)[\"']$", _not_a_mapping),
         (r"Expected a", _wrong_value),
     ):
@@ -200,6 +201,11 @@ def _no_value(text: str, found: re.Match[str], given: Given) -> str:
 def _not_a_kind(text: str, found: re.Match[str], given: Given) -> str:
     place = given.place(_path(text))
     return f"{place}: this is not of the class {found[1]}; give a class_path, or its values as a mapping"
+
+
+def _abstract(text: str, found: re.Match[str], given: Given) -> str:
+    _, why = unusable(found[1]) or (found[1], "this class is abstract; give one that can be made")
+    return f"{given.place(given.naming(found[1]) or _path(text), found[1])}: {why}"
 
 
 def _other_class(text: str, found: re.Match[str], given: Given) -> str:

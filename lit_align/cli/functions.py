@@ -1,9 +1,16 @@
 """Rewards that are plain functions: their import path is enough, in files and on the command line."""
 
 import importlib
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
+
+from jsonargparse import get_loader
+from yaml import YAMLError
+
+LOAD_YAML = get_loader("yaml")
+"""How the parser reads text: 1e-3 is a number."""
 
 
 def with_functions(value: Any) -> Any:
@@ -19,7 +26,7 @@ def with_functions(value: Any) -> Any:
 
 
 def arguments_with_functions(arguments: Sequence[str]) -> list[str]:
-    """The same for options such as ``--model.rewards.rewards.mine my_rewards.mine``."""
+    """The same for options such as ``--model.rewards.rewards.mine my_rewards.mine``, and for mappings."""
     found: list[str] = []
     last = ""
     for argument in arguments:
@@ -31,10 +38,23 @@ def arguments_with_functions(arguments: Sequence[str]) -> list[str]:
             if not equals:
                 found.pop()
             found += [name, "FunctionReward", f"{name}.function", given]
+        elif given.startswith("{"):
+            found.append(f"{option if equals else ''}{equals}{_mapping(name, given)}")
         else:
             found.append(argument)
         last = argument
     return found
+
+
+def _mapping(option: str, text: str) -> str:
+    """A mapping on the command line; as it was written where it names no function."""
+    try:
+        value = LOAD_YAML(text)
+    except YAMLError:  # the parser will say so
+        return text
+    name = option.rpartition(".")[2]
+    made = with_functions({name: value})[name]
+    return text if made == value else json.dumps(made)
 
 
 def is_function(path: Any) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, get_loader, set_loader
+from jsonargparse import ArgumentError, set_loader
 from lightning import LightningDataModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -17,7 +17,7 @@ from lit_align.cli.config_files import check_order, given_files, read, values_of
 from lit_align.cli.doctor import DoctorCLI
 from lit_align.cli.errors import explain
 from lit_align.cli.export import export_command
-from lit_align.cli.functions import arguments_with_functions, with_functions
+from lit_align.cli.functions import LOAD_YAML, arguments_with_functions, with_functions
 from lit_align.cli.given import Given
 from lit_align.cli.method import use_method
 from lit_align.cli.pairs import pairs_command
@@ -31,8 +31,6 @@ from lit_align.cli.signals import SIGNALS, exit_code
 from lit_align.errors import ConfigError, chain
 from lit_align.files import CLOSED, FULL, unwritable
 from lit_align.methods import AlignmentModule
-
-LOAD_YAML = get_loader("yaml")
 
 SECOND = 3.0
 """Seconds that another process than the first waits before it prints an error; torchrun and SLURM look at

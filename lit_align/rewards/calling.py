@@ -23,8 +23,8 @@ def accepted(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments for a reward's ``forward`` or for a plain function.
 
-    Images and prompts go by position. What follows goes by name: ``groups``, ``columns``, or one column of
-    the data; ``**columns`` takes all columns.
+    Images and prompts go by position, or by these names in the other order. What follows goes by name:
+    ``groups``, ``columns``, or one column of the data; ``**columns`` takes all columns.
 
     Raises:
         ConfigError: A parameter without a default is none of these.
@@ -52,7 +52,10 @@ def accepted(
                 f"{title(function)} takes '{name}', and the data has no such column (its columns: "
                 f"{', '.join(there) or 'none'}); give the parameter a default, or use data with that column."
             ) from KeyError(name)
-    return (images, prompts)[:positions], named
+    first: tuple[Any, ...] = (images, prompts)
+    if [parameter.name for parameter in parameters[:positions]][:2] in (["prompts", "images"], ["prompts"]):
+        first = (prompts, images)
+    return first[:positions], named
 
 
 def as_scores(returned: object, images: Tensor, reward: str) -> Tensor:

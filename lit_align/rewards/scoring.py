@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from typing import Any, get_args
 
 import torch
@@ -63,10 +63,14 @@ def score(
 
 @contextmanager
 def _own_defaults() -> Iterator[None]:
-    """Put back torch's default precision and device: with others a run's noise would be other noise."""
+    """Put back torch's default precision and device, with which a run's noise would be other noise.
+
+    And the working directory, to which its folder may be relative.
+    """
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     try:
-        yield
+        with chdir("."):
+            yield
     finally:
         if torch.get_default_dtype() != dtype:
             torch.set_default_dtype(dtype)

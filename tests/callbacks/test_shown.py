@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import ImageFont
 from torch import Tensor
 
-from lit_align.callbacks import image_grid
+from lit_align.callbacks import RewardHistograms, image_grid
 from lit_align.callbacks.grid import FONT_SIZE, GAP, MARGIN, shrink, uint8, wrap
 from lit_align.callbacks.progress import ProgressLines
 from lit_align.callbacks.summary import RunSummary, compared
@@ -149,3 +151,11 @@ def test_images_that_have_no_score_on_one_side_only_have_a_row(side):
     found = compared(before, after, torch.tensor([0, 0, 1, 1]))["unscored"]
     assert (found.before, found.after) == ((0.25, 0.0) if side == "before" else (0.0, 0.25))
     assert compared({}, some, torch.tensor([0, 0, 1, 1])) == {}
+
+
+def test_scores_beyond_the_bins_of_tensorboard_are_left_out(tmp_path):
+    """A reward that marks a failure by the least number ended the run: an empty histogram."""
+    run = Trainer(accelerator="cpu", logger=TensorBoardLogger(tmp_path), callbacks=[])
+    scores = torch.tensor([torch.finfo(torch.float32).min, 1.0, torch.nan])
+    for values in (scores, scores[:1]):
+        RewardHistograms()._show(run, "val", {"reward": values}, 0)

@@ -1,5 +1,6 @@
 """A reward that is a plain function is named by its import path, in every place where a reward is named."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,27 @@ def test_a_function_on_the_command_line(arguments: list[str]) -> None:
     option = arguments[0].partition("=")[0].removesuffix(".class_path")
     made = [option, "FunctionReward", f"{option}.function", MINE]
     assert arguments_with_functions(["fit", *arguments, "--x", "1"]) == ["fit", *made, "--x", "1"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--model.rewards.rewards", {"it": MINE, "red": {"class_path": "Redness"}}),
+        ("--model.rewards", {"class_path": "RewardBank", "init_args": {"rewards": {"it": MINE}}}),
+        (
+            "--model.tasks",
+            {"a": {"rewards": {"init_args": {"rewards": {"it": MINE}, "weights": {"it": 0.1}}}}},
+        ),
+    ],
+)
+def test_a_function_in_a_mapping_on_the_command_line(option: str, value: dict[str, Any]) -> None:
+    """It was called no subclass of Reward."""
+    text = json.dumps(value)
+    made = text.replace(json.dumps(MINE), json.dumps(MADE))
+    assert arguments_with_functions([option, text]) == [option, made]
+    assert arguments_with_functions([f"{option}={text}"]) == [f"{option}={made}"]
+    for other in ("{a: 1e-3}", "{a: [", "{}"):
+        assert arguments_with_functions([option, other]) == [option, other]
 
 
 @pytest.mark.parametrize(

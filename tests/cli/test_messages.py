@@ -8,11 +8,16 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_align.cli import main, run
 from lit_align.cli.align import AlignCLI
+from lit_align.rewards import Reward
 
 ROOT = Path(__file__).parents[2]
 DDPO = ROOT / "configs" / "ddpo.yaml"
 GUARD = "--trainer.callbacks+=lit_align.callbacks.Guard"
 REDNESS = ROOT / "configs" / "variant" / "redness.yaml"
+
+
+class Unwritten(Reward):
+    """A reward without a forward."""
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +145,10 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--ckpt_path=last"], ["'last' finds no run under logs/ddpo"]),
         (["--ckpt_path=."], ["is a folder, and not that of a run"]),
         (["--model=AlignPropModule"], [f"start from {DDPO.with_name('alignprop.yaml')}"]),
+        (
+            [f"--model.rewards.rewards={{it: {__name__}.Unwritten}}"],
+            ["--model.rewards.rewards: Unwritten lacks forward, which Reward asks for; write it"],
+        ),
         (["--config=nowhere.yaml"], ["--config nowhere.yaml: there is no such file"]),
         ([f"--config={DDPO.with_name('dppo.yaml')}"], [f"did you mean {DDPO.with_name('d')}"]),
         ([f"--config={ROOT / 'configs'}"], ["this is a folder", "ddpo.yaml"]),

@@ -1,8 +1,10 @@
 """Rewards as people write them: understood, or refused in one sentence when the bank is built."""
 
+import os
 import random
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -460,6 +462,39 @@ def test_a_score_that_depends_on_other_images_is_told(images: Tensor) -> None:
         warnings.simplefilter("error")
         bank(FunctionReward(ranked, scope="batch"))
         bank(lambda images, prompts: levels(images))
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        lambda prompts, images: levels(images) + len(prompts[0]),
+        lambda prompts, *, images: levels(images) + len(prompts[0]),
+        lambda pictures, prompts: levels(pictures) + len(prompts[0]),
+    ],
+)
+def test_prompts_before_images(reward: Any, images: Tensor) -> None:
+    """They were given by position: a reward that measures texts measured images."""
+    assert torch.equal(bank(reward)(images, PROMPTS).total, levels(images) + 5)
+    assert bank(lambda prompts: [len(text) for text in prompts])(images, PROMPTS).total.tolist() == [5.0] * 3
+
+
+def test_the_working_directory_is_put_back(
+    images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run wrote its configuration here, and all else there."""
+
+    class Elsewhere(Short):
+        def __init__(self) -> None:
+            super().__init__()
+            os.chdir("/")
+
+        def forward(self, images, prompts):  # type: ignore[no-untyped-def, override]
+            os.chdir("/")
+            return levels(images)
+
+    monkeypatch.chdir(tmp_path)
+    bank(built(Elsewhere))(images, PROMPTS)
+    assert Path.cwd() == tmp_path
 
 
 def test_torch_s_defaults_are_put_back(images: Tensor) -> None:
