@@ -289,7 +289,7 @@ class PRDPModule(AlignmentModule):
         return (wanted.to(log_ratio) * log_ratio).sum(), metrics
 
     def _move(self, yardstick: Yardstick) -> Tensor:
-        """How far the updates moved the policy, in nats a step; the benchmark of calls times it by its name."""
+        """How far the updates moved the policy, in nats a step; benchmarks time it by its name."""
         return yardstick.read().kl
 
     @property
