@@ -28,12 +28,11 @@ import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_align.data import PromptDataModule, ShapesPrompts
 from lit_align.files import write
 from lit_align.shapes import PIPELINE, WEIGHTS_HASH
-from tests.benchmarks.harness.record import commit
+from tests.benchmarks.harness.record import commit, curves
 from tests.benchmarks.harness.run import CellFailed, alone
 from tests.benchmarks.peers.our_side import ROOT
 from tests.benchmarks.peers.turns import versions
@@ -151,13 +150,9 @@ def run_ours(method: str, seed: int, folder: Path, options: argparse.Namespace) 
 
 def curve(run: Path) -> list[Point]:
     """The curve of our run, from its events."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
-    seconds, reward = (
-        {point.step: point.value for point in events.Scalars(name)}
-        for name in ("perf/cpu_seconds", "val/reward")
-    )
-    return [(seconds[images], images, reward[images]) for images in sorted(reward)]
+    found = curves(run, "perf/cpu_seconds", "val/reward")
+    seconds = dict(found["perf/cpu_seconds"])
+    return [(seconds[images], images, reward) for images, reward in found["val/reward"]]
 
 
 def run_trl(
