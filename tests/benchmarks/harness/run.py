@@ -104,25 +104,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         os.kill(process.pid, signal.SIGTERM)
 
 
-def run_cells(
-    cells: list[Cell], out: Path, work: Path, launch: Launch, tell: Tell, workers: int = 1
-) -> dict[str, str]:
-    """Run all cells that have no result yet.
-
-    Args:
-        cells: The cells of a plan.
-        out: Results go to ``out/<plan>/<cell>.json``.
-        work: Runs go to ``work/<plan>/<cell>``.
-        launch: Runs one command.
-        tell: Is told what each cell does.
-        workers: Cells at a time.
-
-    Returns:
-        For each cell that failed, by name, the reason.
-    """
-    return run_all(cells, lambda cell: run_cell(cell, out, work, launch, tell), launch, workers, tell)
-
-
 def run_all(
     cells: list[Cell], run: Callable[[Cell], None], launch: Launch, workers: int, tell: Tell = lambda *_: None
 ) -> dict[str, str]:
