@@ -16,7 +16,6 @@ import argparse
 import json
 import shutil
 import sys
-import zipfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from lit_align.files import write
 from tests.benchmarks.harness.markdown import table
 from tests.benchmarks.harness.plan import ROOT, Cell
 from tests.benchmarks.harness.record import commit, curves, result_path, stored
-from tests.benchmarks.harness.run import CellFailed, Launch, Subprocesses, alone, command, run_all
+from tests.benchmarks.harness.run import Launch, Subprocesses, alone, checkpoint_of, command, ended, run_all
 
 FALL = 0.05
 """Share of the best truth by which it may have fallen when the guard acts."""
@@ -94,16 +93,13 @@ def run_cell(cell: Cell, out: Path, work: Path, launch: Launch) -> None:
     folder, fingerprint = work.absolute() / cell.plan / cell.name, cell.fingerprint()
     with alone(folder) as lock:
         made_by, run, log = folder / "fingerprint", folder / "version_0", folder / "fit.log"
-        checkpoint: Path | None = run / "checkpoints" / "last.ckpt"
-        same = made_by.exists() and made_by.read_text() == fingerprint
-        if not same or not zipfile.is_zipfile(str(checkpoint)):
+        if not made_by.exists() or made_by.read_text() != fingerprint:
             shutil.rmtree(run, ignore_errors=True)
+        if (checkpoint := checkpoint_of(run)) is None:
             log.unlink(missing_ok=True)
-            checkpoint = None
         write(made_by, fingerprint)
         if status := launch(command(cell, "fit", folder, checkpoint), log, lock).status:
-            tail = log.read_text(errors="replace").splitlines()[-20:]
-            raise CellFailed("\n".join([f"fit ended with status {status}; the end of {log}:", *tail]))
+            raise ended(f"fit ended with status {status}", log)
         measured = curves(run, "guard", "val")
         lines = log.read_text(errors="replace").replace(f"{ROOT}/", "").splitlines()
         told = [line for line in lines if "guard: " in line]
