@@ -31,9 +31,9 @@ from rich.table import Table
 from lit_align.data import PromptDataModule, ShapesPrompts
 from lit_align.files import write
 from lit_align.shapes import PIPELINE, WEIGHTS_HASH
+from tests.benchmarks.harness.plan import ROOT
 from tests.benchmarks.harness.record import commit, curves
 from tests.benchmarks.harness.run import alone, checkpoint_of, ended
-from tests.benchmarks.peers.our_side import ROOT
 from tests.benchmarks.peers.turns import versions
 
 Point = tuple[float, int, float]
