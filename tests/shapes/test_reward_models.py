@@ -23,7 +23,7 @@ from lit_align.shapes.recipe.aesthetic import (
 from lit_align.shapes.recipe.agreement import agreement
 from lit_align.shapes.recipe.clip import Contrast
 from lit_align.shapes.recipe.clip import load_clip as load
-from lit_align.shapes.recipe.images import Images, draw_images, held_out
+from lit_align.shapes.recipe.images import Images, as_images, draw_images, held_out
 from lit_align.shapes.recipe.preference import (
     SCALE,
     PreferenceStage,
@@ -122,7 +122,7 @@ def test_a_head_is_learnt_and_the_reward_reads_it(taught: Path) -> None:
     make_aesthetic(taught, Budget(minutes=5.0, steps=200), "32-true", 0)
     state = load_file(taught / "aesthetic" / "model.safetensors")
     assert set(state) == {f"layers.{n}.{part}" for n in (0, 2, 4, 6, 7) for part in ("weight", "bias")}
-    images = torch.from_numpy(fresh_renders(60, 7)).permute(0, 3, 1, 2).float() / 255
+    images = as_images(fresh_renders(60, 7))
     quality = aesthetic_quality(taught / "aesthetic", taught / "clip", images, 60, 7)
     assert quality["renders, Pearson"] > 0.25
     assert quality["generated, Pearson"] == pytest.approx(quality["renders, Pearson"], abs=1e-6)
