@@ -187,12 +187,6 @@ class Adapters:
         own = [f".lora_{factor}.{name}." for name in names for factor in "AB"]
         return [p for n, p in self.denoiser.named_parameters() if any(part in n for part in own)]
 
-    def copy(self, source: str, target: str) -> None:
-        """Overwrite an adapter with another of the same shape."""
-        with torch.no_grad():
-            for old, new in zip(self.parameters([target]), self.parameters([source]), strict=True):
-                old.copy_(new)
-
     def choose(self, name: str) -> None:
         """Switch a set on; only what the next forward computes is changed."""
         chosen = self._sets[name]
