@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+DISTANCES = ("kl", "drift")
+"""Metrics of how far a policy is from the pretrained model: 0 of that itself, and a chain has one of them."""
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -6,8 +6,11 @@ depends neither on the batch that it was made in, nor on the rank, nor on the de
 
 import hashlib
 import os
+import unicodedata
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 
 def run_seed(seed: int | None) -> int:
@@ -32,7 +35,17 @@ def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, purpose, *counters))
 
 
+def normal(shape: Sequence[int], draws: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal numbers on the CPU, ``(B, *shape)``: each row from a generator of its own."""
+    return torch.stack([torch.randn(shape, generator=draw) for draw in draws])
+
+
 def place(prompt: str) -> float:
     """A number in [0, 1) that depends on the text of a prompt alone."""
-    digest = hashlib.blake2b(prompt.encode(), digest_size=6, person=b"split").digest()
+    digest = hashlib.blake2b(one_spelling(prompt).encode(), digest_size=6, person=b"split").digest()
     return int.from_bytes(digest, "big") / (1 << 48)
+
+
+def one_spelling(prompt: str) -> str:
+    """A prompt with its accents in one form: an e with an accent may be one character or two."""
+    return unicodedata.normalize("NFC", prompt)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_align.backbones import DenoisingPolicy
 from lit_align.gaussian import GaussianStep
-from lit_align.randomness import generator
+from lit_align.randomness import generator, normal
 from lit_align.rollout import Trajectory
 
 NEARBY = 1e-2
@@ -123,7 +123,8 @@ class Moved(NamedTuple):
     Attributes:
         kl: KL of the policy that sampled to the one of now, in nats, ``(M,)`` on the CPU, at the pairs whose
             chain is finite. Below float32 an estimate of it, which is right on average and may be negative.
-        variance: Of each estimate, by what rounding leaves in it; 0 in float32.
+        variance: Of each estimate, by what rounding leaves in it; 0 in float32. At most so much: what the
+            movement itself differs between rows of pixels counts as rounding too.
     """
 
     kl: Tensor
@@ -174,9 +175,8 @@ class Yardstick:
         places = zip(index[pairs.rows].tolist(), pairs.steps.tolist(), strict=True)
         draws = [generator(seed, "nearby", *place) for place in places]
         states = replay.states(pairs)
-        noise = torch.stack([torch.randn(states.shape[1:], generator=draw) for draw in draws])
         scale = states.square().flatten(1).mean(1).sqrt().view(-1, *(1,) * (states.ndim - 1))
-        states = states + NEARBY * scale * noise.to(states)
+        states = states + NEARBY * scale * normal(states.shape[1:], draws).to(states)
         parts = zip(pairs.split(size), states.split(size), strict=True)
         means = torch.cat([replay.policy[some.rows](x, some.steps).mean for some, x in parts])
         return cls(replay, pairs, size, (states, means))

@@ -47,7 +47,7 @@ ALLOWED = {
         "data",
         "shapes",
     },
-    "report": {"errors", "files"},
+    "report": {"comparison", "errors", "files"},
     "doctor": {"data", "errors", "methods", "rewards"},
     "callbacks": {
         "backbones",

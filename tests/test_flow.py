@@ -199,6 +199,8 @@ def test_entries_that_a_scheduler_has_from_another_change_nothing() -> None:
     """diffusers keeps them: ``FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)``."""
     other = SD3 | {"use_flow_sigmas": True, "flow_shift": 3.0}
     assert levels(FlowSDE(other, 4)) == levels(FlowSDE(SD3, 4))
+    with pytest.warns(UserWarning, match=r"takes 1, as .* had 3: set backbone.scheduler: {shift: 3}"):
+        FlowSDE(other | {"_use_default_values": ["shift"]}, 4)
 
 
 @pytest.mark.parametrize("rule", RULES)

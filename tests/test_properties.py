@@ -22,7 +22,7 @@ from lit_align.data.prompts.sets import PromptSet
 from lit_align.data.prompts.sources import TablePrompts
 from lit_align.data.splits import Permutation, find, prompt_keys
 from lit_align.errors import ConfigError
-from lit_align.randomness import place
+from lit_align.randomness import one_spelling, place
 from lit_align.samplers import DDIM, DiffusionSchedule
 from tests.corpus.files import image
 from tests.pipelines import SCHEDULE
@@ -123,13 +123,14 @@ def test_any_json_lines_are_read_or_an_error(value: object):
 @given(PROMPTS)
 def test_an_index_has_each_prompt_once_at_its_first_row(prompts: list[str]):
     source = TablePrompts(pa.table({"prompt": prompts}), "prompt")
-    wanted = list(dict.fromkeys(filter(None, (prompt.strip() for prompt in prompts))))
+    texts = [one_spelling(prompt.strip()) for prompt in prompts]
+    wanted = list(dict.fromkeys(filter(None, texts)))
     if not wanted:
         with pytest.raises(ConfigError):
             index(source)
         return
     found = index(source)
-    first = {prompt: row for row, prompt in reversed(list(enumerate(p.strip() for p in prompts)))}
+    first = {prompt: row for row, prompt in reversed(list(enumerate(texts)))}
     assert sorted(found.rows.tolist()) == sorted(first[prompt] for prompt in wanted)
     assert found.empty + found.repeated + len(found) == len(prompts)
     places = [place(prompts[row].strip()) for row in found.rows]

@@ -262,6 +262,7 @@ def test_a_scheduler_that_does_not_clip_may_carry_the_word() -> None:
         ({}, {"eta": -0.1}, "eta is -0.1"),
         ({}, {"eta": math.nan}, "eta is nan"),
         ({}, {"eta": 1.5}, "take at most 1"),
+        ({"trained_betas": [0.1] * 9}, {}, "trained_betas are 9, and its num_train_timesteps 1000"),
     ],
 )
 def test_what_cannot_work_is_refused(config: dict[str, Any], arguments: dict[str, Any], message: str) -> None:

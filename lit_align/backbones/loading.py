@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_align.backbones.options import with_entries
 from lit_align.backbones.text import check_tokenizer
 from lit_align.errors import ConfigError, first_line, tell, user_path
-from lit_align.pretrained import loading, resolve
+from lit_align.pretrained import loading, not_finite, resolve
 
 if TYPE_CHECKING:
     from lit_align.backbones.pipeline import DiffusersBackbone
@@ -143,9 +143,14 @@ def _is_absent(index: Mapping[str, Any], source: str | Path, part: str) -> bool:
 
 def _check_complete(pretrained: str, pipeline: Any, config: str) -> None:
     for part, component in pipeline.components.items():
-        weights = component.named_parameters() if isinstance(component, nn.Module) else ()
-        if missing := [name for name, weight in weights if weight.is_meta]:
+        weights = dict(component.named_parameters()) if isinstance(component, nn.Module) else {}
+        if missing := [name for name, weight in weights.items() if weight.is_meta]:
             raise _lacking(pretrained, part, missing)
+        if broken := not_finite(weights):
+            raise ConfigError(
+                f"pretrained: {broken} in the {part} of {pretrained!r} holds numbers that are not finite, so "
+                "that images would have none; copy or download it again, or give another model"
+            )
         if isinstance(component, PreTrainedTokenizerBase):
             encoder = getattr(pipeline, part.replace("tokenizer", "text_encoder"), None)
             check_tokenizer(config, part, component, encoder)

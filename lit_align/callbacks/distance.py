@@ -1,5 +1,6 @@
 """How far the images of a test are, as a set, from the images of a folder: FID and KID."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from lit_align.rewards.base import are_whole
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 AT_ONCE = 64
+
+Numbered = tuple[Tensor, Tensor]
+"""Numbers of images ``(N,)`` and their features ``(N, F)``."""
 
 
 class ImageDistance(Callback):
@@ -53,15 +57,15 @@ class ImageDistance(Callback):
             raise ConfigError(f"ImageDistance: subset_size: {subset_size}; give 2 or more")
         self.subset_size = subset_size
         self.features = ImageFeatures(pretrained)
-        self._found: dict[str, list[Tensor]] = {}
+        self._found: dict[str, list[Numbered]] = {}
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.features.to(pl_module.device)
         self._found = {"real": [], POLICY: [], REFERENCE: []}
-        own = self.files[trainer.global_rank :: trainer.world_size]
-        for start in range(0, len(own), AT_ONCE):
-            images = [self._read(file, pl_module.backbone.size) for file in own[start : start + AT_ONCE]]
-            self._add("real", torch.stack(images).to(pl_module.device))
+        own = torch.arange(trainer.global_rank, len(self.files), trainer.world_size)
+        for numbers in own.split(AT_ONCE) if len(own) else ():
+            images = [self._read(self.files[number], pl_module.backbone.size) for number in numbers.tolist()]
+            self._add("real", torch.stack(images).to(pl_module.device), numbers)
 
     def _read(self, file: Path, size: tuple[int, int]) -> Tensor:
         try:
@@ -69,8 +73,9 @@ class ImageDistance(Callback):
         except UnreadableImage as error:
             raise ConfigError(f"ImageDistance: {file}: {error}; take it out of the folder") from error
 
-    def _add(self, kind: str, images: Tensor) -> None:
-        self._found[kind].append(self.features(images[are_whole(images)]).float().cpu())
+    def _add(self, kind: str, images: Tensor, numbers: Tensor) -> None:
+        whole = are_whole(images)
+        self._found[kind].append((numbers[whole.cpu()], self.features(images[whole]).float().cpu()))
 
     def on_test_batch_end(
         self,
@@ -82,11 +87,11 @@ class ImageDistance(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         for kind in (POLICY, REFERENCE):
-            self._add(kind, outputs[kind])
+            self._add(kind, outputs[kind], batch.index)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        everywhere = pl_module.gather({kind: torch.cat(parts) for kind, parts in self._found.items()})
-        found = {kind: torch.cat([rank[kind] for rank in everywhere]) for kind in self._found}
+        everywhere = pl_module.gather(self._found)
+        found = {kind: in_order([part for rank in everywhere for part in rank[kind]]) for kind in self._found}
         self._found = {}
         width = found["real"].shape[1]
         if (least := min(map(len, found.values()))) <= width:
@@ -103,6 +108,12 @@ class ImageDistance(Callback):
             if trainer.is_global_zero:
                 count = f"{len(self.files)} images of {self.folder}"
                 show(f"{name:<12} {before[name]:.4g} -> {after[name]:.4g}, against {count}")
+
+
+def in_order(parts: Sequence[Numbered]) -> Tensor:
+    """All features by the numbers of their images: KID draws subsets by place, whoever measured which."""
+    numbers, features = (torch.cat(part) for part in zip(*parts, strict=True))
+    return features[numbers.argsort()]
 
 
 class _Given(nn.Module):

@@ -20,7 +20,7 @@ from torch import Tensor
 from lit_align.callbacks.console import show
 from lit_align.callbacks.files import finite, writes
 from lit_align.callbacks.run_config import RunConfig
-from lit_align.comparison import Comparison, compare
+from lit_align.comparison import DISTANCES, Comparison, compare
 from lit_align.errors import tell
 from lit_align.files import unused, write, write_new, writing
 from lit_align.folder import run_folder
@@ -244,7 +244,7 @@ def _show_change(found: dict[str, Comparison], split: str) -> None:
     for name, c in found.items():
         if not _is_shown(name, found):
             continue
-        if name in ("kl", "drift"):  # the distance to the pretrained model, which is 0 before
+        if name in DISTANCES:  # 0 before
             table.add_row(name, "", _number(c.after), "", "")
             continue
         known = c.win_rate_error and math.isfinite(c.win_rate_error)  # 0 where all images agree

@@ -16,7 +16,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-from lit_align.comparison import compare
+from lit_align.comparison import DISTANCES, compare
 
 LESS_DIVERSE = 0.1
 """Share of the best validation's diversity that may be lost."""
@@ -24,9 +24,6 @@ LESS_DIVERSE = 0.1
 OTHER_LOOK = 0.5
 """By how much saturation and fine texture may move, in standard deviations over the images of the best
 validation: a medium effect (Cohen 1988, section 2.2)."""
-
-DISTANCES = ("kl", "drift")
-"""From the pretrained model; a chain has one of them."""
 
 TRAINED = "reward"
 """The weighted sum of rewards, as a validation names it."""
@@ -124,7 +121,7 @@ def trains(measured: Mapping[str, Tensor], rewards: Sequence[str]) -> bool:
 
 
 def since(best: Mapping[str, Tensor], name: str) -> Tensor:
-    """What a metric is compared with, ``(N,)``: a distance with that of the pretrained model, which is 0."""
+    """What a metric is compared with, ``(N,)``: a distance with that of the pretrained model."""
     return torch.zeros_like(best[name]) if name in DISTANCES else best[name]
 
 

@@ -10,7 +10,7 @@ from lit_align.callbacks.console import show
 from lit_align.cli.device import device_of
 from lit_align.errors import ConfigError, check_positive, tell
 from lit_align.export import FORMS, Live, export, mixture_of, read_run
-from lit_align.export.card import card, is_card
+from lit_align.export.card import SOUP, card, is_card
 from lit_align.export.forms import check_others
 from lit_align.files import write
 
@@ -82,7 +82,10 @@ def export_command(arguments: Sequence[str]) -> None:
         if not one.difference <= ROUNDING:  # NaN is none
             tell(f"{one.path} draws other images than the model that was trained")
     show(f"{'model card':<12} {folder / 'README.md'}")
-    _tell_of_best(runs[0].folder, options.run[0])
+    if any(run.is_soup for run in runs):
+        tell(SOUP)
+    elif runs[0].is_policy and not live.mixed:
+        _tell_of_best(runs[0].folder, options.run[0])
 
 
 def check_replaced(folder: Path, forms: Sequence[str], name: str) -> None:

@@ -4,6 +4,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from lit_align.cli.config_files import ConfigFile
 from lit_align.cli.renamed import first_edition
@@ -77,7 +80,7 @@ class Given:
             for file in (file for file in self.files if file.path == value):
                 for earlier, wanted in before:
                     written = file.value_at(option_of(earlier))
-                    if written not in (None, wanted):
+                    if written is not None and _read(written) != _read(wanted):
                         told.append(
                             f"{earlier} {wanted} stands before --config {file.path}, whose {written} wins; "
                             "put options after the files"
@@ -102,6 +105,18 @@ class Given:
         """
         found = [path for path in self.paths() if path[-1] == name and len(path) > 1 and path != list(but)]
         return list(dict.fromkeys(".".join(path) for path in found))
+
+
+def _read(text: str) -> Any:
+    """The value that a text of YAML stands for: 1e-5 and 1.0e-5 are one number, true and True one answer."""
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def option_of(argument: str) -> list[str]:

@@ -76,6 +76,7 @@ class HubImages(CaptionedImages):
         split: Which of the dataset's own splits to read.
         image: The column with the images.
         text: The column with the captions.
+        subset: Which of the dataset's configurations to read, where it has several.
 
     Raises:
         ConfigError: The dataset cannot be read or has no such column; on reading, for a broken image.
@@ -88,11 +89,12 @@ class HubImages(CaptionedImages):
         split: str = "train",
         image: str = "image",
         text: str = "text",
+        subset: str | None = None,
     ) -> None:
         import datasets  # .3 s: only those who read from the hub should wait for it
         from huggingface_hub.constants import HF_HUB_CACHE
 
-        rows = load_hub(name, split)
+        rows = load_hub(name, split, subset)
         for argument, column in (("image", image), ("text", text)):
             check_columns(rows.column_names, [column], f"dataset {name}", argument)
         if getattr(kind := rows.features[text], "dtype", None) not in ("string", "large_string"):

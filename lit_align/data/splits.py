@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_align.randomness import derive_seed, place
+from lit_align.randomness import derive_seed, one_spelling, place
 
 Keys = NDArray[np.uint64]
 """Keys of prompts (see :func:`prompt_keys`)."""
@@ -25,7 +25,7 @@ def prompt_keys(prompts: Sequence[str]) -> Keys:
         prompts: Prompts without spaces around them.
     """
     places = np.array([place(prompt) for prompt in prompts])
-    checks = np.array([zlib.crc32(prompt.encode()) for prompt in prompts], np.uint64)
+    checks = np.array([zlib.crc32(one_spelling(prompt).encode()) for prompt in prompts], np.uint64)
     return np.ldexp(places, 48).astype(np.uint64) << np.uint64(16) | checks & np.uint64(0xFFFF)
 
 

@@ -194,18 +194,24 @@ def _length(module: AlignmentModule, data: Any, asked: Asked) -> Iterator[Findin
         )
     if updates is None or module.optimisation.lr_scheduler is None:
         return
-    optimizer = module.optimisation.optimizer([nn.Parameter(torch.zeros(1))])
+    optimizer = module.optimisation.optimizer([nn.Parameter(torch.zeros(1, 1))])  # Muon's are matrices
     scheduler = module.optimisation.lr_scheduler(optimizer)
     if not hasattr(scheduler, "get_last_lr"):
         return
-    for done in range(1, updates):
+    for done in range(1, updates + 1):
         optimizer.step()
-        scheduler.step()
+        problem = ""
+        try:
+            scheduler.step()
+        except ValueError as error:  # OneCycleLR counts its steps
+            problem = f"the run would end with an error at update {done} of {updates}: {error}"
         if not any(group["lr"] for group in optimizer.param_groups) and done < 0.9 * updates:
+            problem = f"the learning rate is 0 after {done} of {updates} updates"
+        if problem:
             yield Finding(
                 "schedule_ends",
                 "model.optimisation.lr_scheduler",
-                f"the learning rate is 0 after {done} of {updates} updates",
+                problem,
                 "it is stepped once per update; make it as long as the run",
             )
             return

@@ -13,6 +13,12 @@ from lit_align.export.forms import Exported
 from lit_align.export.live import Live, Run
 from lit_align.export.snippet import is_hub_id, snippet
 
+SOUP = (
+    "these weights are the soup of the run's experts, linear in their updates: an approximation of the fused "
+    "policy that the run measured"
+)
+"""Of a run that fuses experts while it samples, which no adapter can."""
+
 
 def card(live: Live, made: Sequence[Exported], title: str, images: Sequence[str]) -> str:
     """The text of ``README.md``.
@@ -32,6 +38,7 @@ def card(live: Live, made: Sequence[Exported], title: str, images: Sequence[str]
         parts.append(f"A mixture of adapters, linear in their updates: {shares}.")
     for run in runs:
         of = f" of {run.folder.name}" if live.mixed else ""
+        parts.append(_part(run))
         parts.append(_training(run, of))
         parts.append(_figures(run, of))
     parts += [f"![held-out images]({name})" for name in images]
@@ -53,6 +60,13 @@ def is_card(file: Path, name: str) -> bool:
         and f"\n# {name}\n" in text
         and " with lit_align." in text
     )
+
+
+def _part(run: Run) -> str:
+    """What the weights are of a run that fuses experts."""
+    if run.is_soup:
+        return f"{SOUP.capitalize()}."
+    return "" if run.is_policy else f"These weights are the run's expert {run.weights.name}."
 
 
 def _front(runs: Sequence[Run], base: str, whole: bool) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_align.backbones import POLICY, DiffusersBackbone
@@ -60,10 +61,14 @@ class Run:
         return read_stamp(self.weights) or {}
 
     @property
+    def is_soup(self) -> bool:
+        """Whether the weights are the soup of experts that the run fuses: an approximation."""
+        return any(self.weights.glob(f"*/{ADAPTER}"))
+
+    @property
     def is_policy(self) -> bool:
         """Whether the weights are what validations and tests measure: no expert, nor the soup of experts."""
-        experts = any(self.weights.glob(f"*/{ADAPTER}"))
-        return not experts and self.folder / "adapter" not in self.weights.parents
+        return not self.is_soup and self.folder / "adapter" not in self.weights.parents
 
 
 @dataclass(frozen=True)
@@ -187,6 +192,7 @@ def mixture_of(runs: Sequence[Run], weights: Sequence[float], device: str = "cpu
         _take(backbone, first.weights)
         return Live(backbone, sources, POLICY, whole)
     if whole:
+        _check_pipeline(first)
         backbone = _build(first, {"pretrained": str(first.weights), "config": None, "variant": None})
         return Live(backbone.to(device), sources, POLICY, whole)
     backbone = _build(first, {"adapters": None})
@@ -195,6 +201,19 @@ def mixture_of(runs: Sequence[Run], weights: Sequence[float], device: str = "cpu
         backbone.weight_sets.load(f"run{number}", run.weights)
     backbone.weight_sets.mix(SET, {f"run{number}": weight for number, weight in enumerate(weights)})
     return Live(backbone.to(device), sources, SET, whole)
+
+
+def _check_pipeline(run: Run) -> None:
+    """Refuse the folder of experts that are whole models, of which there is no soup.
+
+    Raises:
+        ConfigError: With the expert that can be given.
+    """
+    if (inner := next(run.weights.glob(f"*/{DiffusionPipeline.config_name}"), None)) is not None:
+        raise ConfigError(
+            f"export: {run.weights} holds experts that are whole models, which cannot be one: give one of "
+            f"them, such as {inner.parent}"
+        )
 
 
 def _check_base(backbone: DiffusersBackbone, runs: Sequence[Run]) -> None:

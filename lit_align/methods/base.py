@@ -88,8 +88,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         # Copies: where no settings are given, all modules are given the same.
         self.optimisation = replace(optimisation)
         self.sampling = replace(sampling, seed=run_seed(sampling.seed))
-        self.images = 0
-        self.reward_queries = 0
+        self.images = self.reward_queries = 0
         self.collected: dict[str, Tensor] = {}
         self.baseline, self.latest, self.taken_back, self.prompt_groups = {}, {}, {}, torch.zeros(0)
         self.gradient_norm, self.lr, self.rate_factor = torch.zeros(()), None, 1.0

@@ -151,7 +151,13 @@ class OptimisedModule(SkippingModule):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         if isinstance(scheduler, LRScheduler):
-            scheduler.step()
+            try:
+                scheduler.step()
+            except ValueError as error:  # OneCycleLR counts its steps
+                raise ConfigError(
+                    f"optimisation.lr_scheduler: {error}; it is stepped once per update: make it as long as "
+                    "the run"
+                ) from error
 
     def _scale_rates(self, optimizer: LightningOptimizer, scale: float) -> None:
         for group in optimizer.param_groups:

@@ -25,7 +25,7 @@ from lit_align.methods.metrics import Metrics, pooled
 from lit_align.methods.objectives import denoising_error, error_margin, implicit_accuracy, logistic_loss
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.sampling import Sampling
-from lit_align.randomness import generator
+from lit_align.randomness import generator, normal
 from lit_align.rewards import RewardBank
 
 OTHER_SIZE = "set data.resolution to it"
@@ -141,8 +141,7 @@ class PairModule(AlignmentModule, Generic[Prepared]):
 
     def noise(self, draws: list[torch.Generator]) -> Tensor:
         """Noise for each pair, ``(B, C, H, W)``."""
-        noise = [torch.randn(self.backbone.latent_shape, generator=draw) for draw in draws]
-        return torch.stack(noise).to(self.device)
+        return normal(self.backbone.latent_shape, draws).to(self.device)
 
     def noised_pairs(self, batch: PairBatch, losers: Tensor, shared_noise: bool) -> tuple[Noised, Noised]:
         """Winners and losers (latents) of a batch at one timestep a pair, ready for their errors."""

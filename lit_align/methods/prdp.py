@@ -24,7 +24,7 @@ from lit_align.methods.clip_range import warn_of_misfit
 from lit_align.methods.metrics import Metrics, pooled
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.sampling import Sampling
-from lit_align.methods.tasks import check_rewards, check_updates
+from lit_align.methods.tasks import check_compared, check_rewards, check_updates
 from lit_align.replay import Pairs, Replay, Yardstick, draw_few_pairs, measured_one_in
 from lit_align.rewards import RewardBank
 
@@ -182,11 +182,7 @@ class PRDPModule(AlignmentModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage != "fit" or not isinstance(data, PromptDataModule):
             return
-        if data.images_per_prompt < 2:
-            raise ConfigError(
-                f"images_per_prompt: PRDP compares the images of a prompt, and there is "
-                f"{data.images_per_prompt} of each; set data.images_per_prompt to 2 or more"
-            )
+        check_compared(data, "PRDP")
         check_updates(data, self.updates, self.trainer.world_size)
         check_rewards(self.rewards, data, self.trainer.world_size, "PRDP", "group")
         warn_of_misfit(self.clip_range, self.unit)

@@ -12,6 +12,7 @@ from lit_align.data import CaptionedImages
 from lit_align.data.splits import Permutation
 from lit_align.errors import ConfigError, check_positive
 from lit_align.methods.objectives import denoising_error
+from lit_align.randomness import normal
 from lit_align.samplers import Sampler
 
 Order = Literal["before", "after", "every"]
@@ -94,7 +95,7 @@ def denoising_loss(
     clean = backbone.clean_latents(images, OTHER_SIZE)
     schedule = sampler.schedule
     t = schedule.draw_t(draws)
-    noise = torch.stack([torch.randn(backbone.latent_shape, generator=draw) for draw in draws]).to(clean)
+    noise = normal(backbone.latent_shape, draws).to(clean)
     x = schedule.add_noise(clean, noise, t)
     prediction = backbone.predict(x, t.to(x.device), backbone.encode(captions), guidance)
     return denoising_error(prediction, schedule.target(clean, noise, t))

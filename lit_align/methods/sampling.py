@@ -15,7 +15,7 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError, check_positive
 from lit_align.gaussian import GaussianStep
-from lit_align.randomness import generator, run_seed
+from lit_align.randomness import generator, normal, run_seed
 from lit_align.rollout import Trajectory, rollout
 from lit_align.samplers import Sampler
 
@@ -152,8 +152,7 @@ class SamplingModule(LightningModule):
     ) -> tuple[Tensor, list[torch.Generator]]:
         """First states ``(B, C, H, W)`` of the images with these numbers, and where the rest comes from."""
         draws = [generator(self.seed if seed is None else seed, purpose, i) for i in index.tolist()]
-        noise = torch.stack([torch.randn(self.backbone.latent_shape, generator=draw) for draw in draws])
-        return noise.to(self.device), draws
+        return normal(self.backbone.latent_shape, draws).to(self.device), draws
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], seed: int | None = None, weights: str = POLICY) -> Tensor:

@@ -134,14 +134,19 @@ def check_task(name: str, task: Task, data: PromptDataModule, updates: int, worl
         ConfigError: With what to change.
     """
     place, normaliser = f"tasks.{name}: " if name else "", type(task.advantages).__name__
-    if task.advantages.baseline == "group" and data.images_per_prompt < 2:
-        raise ConfigError(
-            f"{place}images_per_prompt: {normaliser} compares the images of a prompt, and "
-            f"there is {data.images_per_prompt} of each; set data.images_per_prompt to 2 or more, or use "
-            "BatchAdvantages"
-        )
+    if task.advantages.baseline == "group":
+        check_compared(data, normaliser, place, ", or use BatchAdvantages")
     check_updates(data, updates, world, place)
     check_rewards(task.rewards, data, world, normaliser, *_baseline(task.advantages, data), place)
+
+
+def check_compared(data: PromptDataModule, learner: str, place: str = "", remedy: str = "") -> None:
+    """Refuse a single image of each prompt, for a learner that compares the images of a prompt."""
+    if data.images_per_prompt < 2:
+        raise ConfigError(
+            f"{place}images_per_prompt: {learner} compares the images of a prompt, and there is "
+            f"{data.images_per_prompt} of each; set data.images_per_prompt to 2 or more{remedy}"
+        )
 
 
 def check_updates(data: PromptDataModule, updates: int, world: int, place: str = "") -> None:

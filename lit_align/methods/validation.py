@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_align.backbones import POLICY, REFERENCE, Conditioning
-from lit_align.comparison import diversity, high_frequency, saturation
+from lit_align.comparison import DISTANCES, diversity, high_frequency, saturation
 from lit_align.data import Batch
 from lit_align.gaussian import GaussianStep
 from lit_align.methods.sampling import BatchPolicy, SamplingModule
@@ -207,7 +207,7 @@ class ValidatedModule(SamplingModule, SkippingModule):
         has trained its backbone. Roundings count only then: a fusion of untrained experts is the pretrained
         model up to them.
         """
-        distances = [self.latest[name] for name in ("kl", "drift") if name in self.latest]
+        distances = [self.latest[name] for name in DISTANCES if name in self.latest]
         sets = self.backbone.weight_sets
         moved = bool(sets.file_hashes) or sets.trained
         return not (moved and any(bool((values != 0).any()) for values in distances))

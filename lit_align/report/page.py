@@ -8,11 +8,12 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from lit_align.comparison import DISTANCES
 from lit_align.report.again import commands
 from lit_align.report.chart import Points, chart
 from lit_align.report.comparable import differences, incomparable
 from lit_align.report.curves import against, at, first_at
-from lit_align.report.run import DISTANCES, Run, Shown, names_of
+from lit_align.report.run import Run, Shown, names_of
 
 CURVES = ("val/reward", "val/truth", "val/kl", "val/drift", "val/diversity", "val/unscored")
 """Curves that stand first; the single rewards follow."""

@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lit_align.comparison import DISTANCES
 from lit_align.errors import ConfigError, described
 from lit_align.files import numbered, read_config, read_rows
 from lit_align.report.curves import Curves, read_curves
-
-DISTANCES = ("kl", "drift")
-"""Metrics that say how far the policy is from the pretrained model."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,6 @@ class AestheticScore(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images, whatever their prompts (see :class:`Reward`)."""
         embeddings = self.clip.embed_images(images)
         scores: Tensor = self.head(embeddings.to(next(self.head.parameters()).dtype))
         return scores.squeeze(-1).to(embeddings.dtype)

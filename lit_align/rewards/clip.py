@@ -175,7 +175,6 @@ class CLIPScore(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         scores: Tensor = self.scale * self.clip(images, prompts)
         return scores
 
@@ -217,7 +216,6 @@ class PickScore(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         scores: Tensor = self.scale * self.clip(images, prompts)
         return scores
 

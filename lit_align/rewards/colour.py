@@ -23,7 +23,6 @@ class Redness(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images, whatever their prompts (see :class:`Reward`)."""
         red, green, blue = images.mean(dim=(2, 3)).unbind(dim=1)
         return red - (green + blue) / 2
 
@@ -41,7 +40,6 @@ class Brightness(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images, whatever their prompts (see :class:`Reward`)."""
         red, green, blue = images.mean(dim=(2, 3)).unbind(dim=1)
         return 0.299 * red + 0.587 * green + 0.114 * blue
 
@@ -85,6 +83,5 @@ class ColourFraction(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images, whatever their prompts (see :class:`Reward`)."""
         distance2 = (images - self.target).square().sum(dim=1)
         return (1 / (1 + distance2 / self.width**2)).mean(dim=(1, 2))

@@ -68,7 +68,6 @@ class ObjectPresence(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         whole, pixels = are_whole(images).tolist(), to_bytes(images)
         objects = self._objects(prompts, columns)
         rows = [row for row, names in enumerate(objects) if names and whole[row]]

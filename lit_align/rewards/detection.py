@@ -82,7 +82,6 @@ class ObjectCount(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images, whatever their prompts (see :class:`Reward`)."""
         count = self.count(images)
         return -count if self.target is None else -(count - self.target).abs()
 

@@ -106,7 +106,6 @@ class GenEval(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         asked = self._asked(columns or {})
         counting = [kind == "counting" for kind in (columns or {}).get(self.tag, [""] * len(images))]
         whole, pixels = are_whole(images).tolist(), to_bytes(images)

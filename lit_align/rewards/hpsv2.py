@@ -114,7 +114,6 @@ class HPSv2(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         scores: Tensor = self.clip(images, prompts)
         return scores
 

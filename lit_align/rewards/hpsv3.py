@@ -80,7 +80,6 @@ class HPSv3(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         whole, pixels = are_whole(images), to_bytes(images)
         scores = torch.full((len(images),), torch.nan, device=images.device)
         for rows in whole.nonzero().flatten().split(self.IMAGES_AT_ONCE):

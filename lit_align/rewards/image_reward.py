@@ -92,7 +92,6 @@ class ImageReward(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         # The end of a long prompt is not rewarded.
         self._told = self._told or warn_of_cut(self._reader, self.prompt_tokens, [*dict.fromkeys(prompts)])
         tokens = self.tokenizer(

@@ -111,7 +111,6 @@ class ServedReward(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         futures = self._futures(images, prompts, columns)
         self._send(len(self._waiting))
         failures: list[str] = []

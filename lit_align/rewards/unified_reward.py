@@ -65,7 +65,6 @@ class UnifiedReward(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         rows = are_whole(images).nonzero().flatten()
         scores = torch.full((len(images),), torch.nan, device=images.device)
         if len(rows):

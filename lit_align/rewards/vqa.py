@@ -66,7 +66,6 @@ class VQAScore(Reward):
         groups: Tensor | None = None,
         columns: dict[str, list[Any]] | None = None,
     ) -> Tensor:
-        """Score ``(B, 3, H, W)`` images (see :class:`Reward`)."""
         asked = self._asked(prompts, columns)
         whole = are_whole(images).tolist()
         rows = [row for row, pairs in enumerate(asked) if whole[row] for _ in pairs]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_align.errors import ConfigError
@@ -229,4 +230,11 @@ def _check_config(config: Mapping[str, Any]) -> None:
     if config.get("invert_sigmas"):
         raise ConfigError(
             "sampler: the scheduler config's invert_sigmas goes from images to noise; unset it."
+        )
+    lost = config.get("flow_shift")  # of the scheduler that this one was made of, which calls it so
+    own = "shift" in config and "shift" not in config.get("_use_default_values", [])
+    if lost not in (None, 1) and not own and not config.get("use_dynamic_shifting"):
+        rank_zero_warn(
+            f"sampler: the pipeline's {family} has no shift of its own and takes 1, as in diffusers, and the "
+            f"scheduler that it was made of had {lost:g}: set backbone.scheduler: {{shift: {lost:g}}} for it"
         )

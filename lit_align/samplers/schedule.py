@@ -97,6 +97,11 @@ class DiffusionSchedule(NoiseSchedule):
                 "of it under backbone.scheduler, or give another model."
             ) from error
         self.num_train_timesteps: int = self._scheduler.config.num_train_timesteps
+        if (levels := len(self._scheduler.alphas_cumprod)) != self.num_train_timesteps:
+            raise ConfigError(
+                f"sampler: the scheduler config's trained_betas are {levels}, and its num_train_timesteps "
+                f"{self.num_train_timesteps}; set the second to {levels}, or give the model's own betas."
+            )
         self.prediction_type: str = self._scheduler.config.prediction_type
         self.levels: Tensor = self._scheduler.alphas_cumprod.double()
         self.final_level: Tensor = self._scheduler.final_alpha_cumprod.double()

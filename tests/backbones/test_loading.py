@@ -238,6 +238,9 @@ def test_missing_and_corrupt_weights_are_named(copy: Path):
     weights.pop("conv_norm_out.weight")
     save_file(weights, copy / UNET, {"format": "pt"})
     refused(copy, "the unet of .* lacks 1 of its weights, such as conv_norm_out.weight")
+    whole = weights | {"conv_norm_out.weight": torch.full((8,), torch.nan)}
+    save_file(whole, copy / UNET, {"format": "pt"})
+    refused(copy, "conv_norm_out.weight in the unet of .* holds numbers that are not finite")
     (copy / UNET).write_bytes((copy / UNET).read_bytes()[:1000])
     refused(copy, "model")
 

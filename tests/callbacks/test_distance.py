@@ -14,7 +14,7 @@ from scipy.linalg import sqrtm
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 
 from lit_align.callbacks import ImageDistance, RunFolder, RunSummary, TestReport
-from lit_align.callbacks.distance import distances
+from lit_align.callbacks.distance import distances, in_order
 from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
 from lit_align.rewards import ImageFeatures
@@ -67,6 +67,13 @@ def test_the_distances_are_those_of_their_definitions():
     within = [(k.sum() - k.trace()) / (20 * 19) for k in kernels[:2]]
     assert alike == pytest.approx(float(sum(within) - 2 * kernels[2].mean()), rel=1e-5)
     assert distances(real, real)["fid"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_order_is_that_of_the_images_whichever_process_measured_them():
+    features, numbers = torch.randn(30, 4), torch.arange(30)
+    ranks = [(numbers[rank::2], features[rank::2]) for rank in range(2)]
+    assert torch.equal(in_order(ranks), features)
+    assert distances(features, torch.cat([part for _, part in ranks]), 9) != distances(features, features, 9)
 
 
 def test_features_come_from_a_clip_or_from_what_a_vision_model_pools(dino: Path):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 
 from lit_align.cli import main
 from lit_align.cli.doctor import _processes, _warned
@@ -108,6 +109,18 @@ LOOKS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "a schedule that ends early": (
         "schedule_ends",
         lambda tiny: (healthy(tiny, lr_scheduler=schedule), data(), ASKED),
+    ),
+    "a schedule that cannot be stepped to the end": (
+        "schedule_ends",
+        lambda tiny: (
+            healthy(
+                tiny,
+                optimizer=torch.optim.Muon,
+                lr_scheduler=partial(OneCycleLR, max_lr=1e-3, total_steps=5),
+            ),
+            data(),
+            ASKED,
+        ),
     ),
     "prompts that two processes cannot share": (
         "processes",

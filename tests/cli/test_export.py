@@ -22,6 +22,7 @@ from lit_align.errors import ConfigError
 from lit_align.export import export, mixture_of, read_run
 from lit_align.export.card import _rewards, card
 from lit_align.export.forms import facts
+from lit_align.export.live import Run
 from lit_align.identity import read_stamp, stamp
 
 ROOT = Path(__file__).parents[2]
@@ -245,6 +246,39 @@ def test_nothing_else_is_replaced(runs: Path, tmp_path: Path, capsys: Any):
     assert "star.safetensors is of another run (seed: 5 -> 0); give another --out" in exported(
         "version_0", "star"
     )
+
+
+def test_a_soup_of_experts_and_an_expert_are_not_told_to_be_what_was_measured(
+    runs: Path, tmp_path: Path, capsys: Any
+):
+    """MSDDA measures the fused policy; its best.ckpt, which was named beside, cannot be exported."""
+    shutil.copytree(runs / "version_0", run := tmp_path / "run")
+    expert = shutil.copytree(runs / "version_0" / "adapter", run / "adapter" / "red")
+    for place, told in ((run, "the soup of the run's experts"), (expert, "the run's expert red.")):
+        main(
+            [
+                "export",
+                str(place),
+                "--form=adapter",
+                "--steps=1",
+                "--out",
+                str(out := tmp_path / f"of_{place.name}"),
+            ]
+        )
+        assert f"These weights are {told}" in (out / "README.md").read_text()
+        assert "| reward |" not in (out / "README.md").read_text()
+        said = capsys.readouterr().out
+        assert "best.ckpt" not in said
+        assert ("an approximation of the fused policy" in said) == (place is run)
+
+
+def test_experts_that_are_whole_models_are_exported_one_by_one(tmp_path: Path):
+    (expert := tmp_path / "adapter" / "red").mkdir(parents=True)
+    (expert / "model_index.json").touch()
+    backbone = {"init_args": {"pretrained": "shapes", "lora": None}}
+    run = Run(tmp_path, tmp_path / "adapter", {"model": {"init_args": {"backbone": backbone}}})
+    with pytest.raises(ConfigError, match=f"cannot be one: give one of them, such as {expert}"):
+        mixture_of([run], [1.0])
 
 
 def test_other_weights_under_the_name_of_the_base_are_refused(

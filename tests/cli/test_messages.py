@@ -260,8 +260,16 @@ def test_an_overlay_for_another_configuration(method, overlay, capsys):
 
 
 def test_an_option_before_a_file_that_overrules_it_is_told(capsys):
-    Path("later.yaml").write_text("trainer: {max_epochs: 9, devices: 1}\nmodel: {init_args: {updates: 1}}\n")
-    options = ["--trainer.max_epochs", "2", "--model.updates=1", "--trainer.devices=1"]
+    Path("later.yaml").write_text(
+        "trainer: {max_epochs: 9, devices: 1}\nmodel: {init_args: {updates: 1, kl_target: 1.0e-3}}\n"
+    )
+    options = [
+        "--trainer.max_epochs",
+        "2",
+        "--model.updates=1",
+        "--model.kl_target=1e-3",
+        "--trainer.devices=1",
+    ]
     with pytest.warns(
         UserWarning, match=r"max_epochs 2 stands before --config later.yaml, whose 9 wins"
     ) as told_of:

@@ -100,6 +100,7 @@ def test_keys_are_found_and_others_are_not() -> None:
     assert find(keys, np.array([key])).tolist() == [keys.tolist().index(key)]
     assert len(find(keys, prompt_keys(["prompt 300", "x", ""]))) == 0
     assert len(find(keys[:0], keys)) == 0
+    assert np.array_equal(*(prompt_keys([spelt]) for spelt in ("a caf\u00e9", "a cafe\u0301")))
     assert len(find(keys, np.array([2**64 - 1], np.uint64))) == 0
 
 

@@ -124,6 +124,16 @@ def test_what_datasets_has_saved_is_read(folder: Path, splits: bool) -> None:
         HubPrompts(str(folder), "train[:1]")
 
 
+def test_one_of_several_subsets_of_a_dataset(folder: Path) -> None:
+    configs = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("one", "two")]
+    write(folder / "README.md", f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    for name in ("one", "two"):
+        write(folder / f"{name}.jsonl", json.dumps({"prompt": f"a {name}"}))
+    assert HubPrompts(str(folder), subset="two").prompts(range(9)) == ["a two"]
+    with pytest.raises(ConfigError, match=r"has several subsets: set subset to one of \['one', 'two'\]"):
+        HubPrompts(str(folder))
+
+
 def test_a_file_that_changes_is_read_anew(folder: Path) -> None:
     assert len(TextPrompts(write(folder / "p.txt", "a cat\n"))) == 1
     assert len(TextPrompts(write(folder / "p.txt", "a cat\na dog\n"))) == 2

@@ -39,6 +39,14 @@ def test_what_cannot_be_stepped_once_per_update_is_refused(tiny: Path, options, 
         make(DDPOModule, tiny, **options).configure_optimizers()
 
 
+def test_a_schedule_that_is_shorter_than_the_run_is_told(tiny: Path, tmp_path: Path):
+    """Only OneCycleLR counts its steps: the run ended with torch's traceback."""
+    schedule = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1e-3, total_steps=3)
+    module = make(DDPOModule, tiny, lr_scheduler=schedule, num_steps=2, updates=4)
+    with pytest.raises(ConfigError, match="total steps is 3; it is stepped once per update: make it as long"):
+        fit(module, tmp_path, data=prompts(prompts=4, images=2))
+
+
 def test_an_optimizer_without_a_rate_is_stepped_and_logs_none(tiny: Path, tmp_path: Path):
     module = make(DDPOModule, tiny, optimizer=NoRate, num_steps=2)
     recorder = fit(module, tmp_path, data=prompts(prompts=2, images=2))

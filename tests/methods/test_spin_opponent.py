@@ -1,5 +1,6 @@
 """The opponent of SPIN: what its pool holds, and how a fit goes on after an interrupt."""
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_align.callbacks import BatchCheckpoint
@@ -58,13 +60,16 @@ def test_the_opponents_images_are_a_function_of_pair_and_iteration(tiny):
 
 @pytest.mark.parametrize("changed", [{"eta": 0.5}, {"opponent_guidance": 2.0}, "pretrained model"], ids=str)
 def test_another_way_to_draw_or_pretrained_model_makes_another_pool(tiny, tmp_path, changed):
-    fit(module(tiny), tmp_path)
-    other = module(tiny) if changed == "pretrained model" else module(tiny, **changed)
+    fit(module(tiny), tmp_path / "run")
     if changed == "pretrained model":
-        frozen = next(p for p in other.backbone.network.parameters() if not p.requires_grad)
-        frozen.data += 0.1
-    fit(other, tmp_path)
-    assert len(list((tmp_path / "pool").iterdir())) == 2
+        (file,) = Path(shutil.copytree(tiny, tmp_path / "other"), "unet").glob("*.safetensors")
+        weights = load_file(file)
+        save_file(weights | {"conv_in.bias": weights["conv_in.bias"] + 0.1}, file, {"format": "pt"})
+        other = module(tmp_path / "other")
+    else:
+        other = module(tiny, **changed)
+    fit(other, tmp_path / "run")
+    assert len(list((tmp_path / "run" / "pool").iterdir())) == 2
 
 
 def test_a_fast_dev_run_leaves_no_files(tiny, tmp_path):

@@ -182,6 +182,10 @@ def broken(folder: Path, copy: Path, how: str) -> str:
         weights.unlink()
     elif how == "no config":
         config.write_text("{")
+    elif how == "no numbers":
+        model = CLIPModel.from_pretrained(copy)
+        model.text_projection.weight.data[0, 0] = torch.nan
+        model.save_pretrained(copy)
     elif how == "text tower only":
         CLIPModel.from_pretrained(copy).text_model.save_pretrained(copy)
         shutil.copy(folder / "config.json", config)
@@ -193,6 +197,7 @@ def broken(folder: Path, copy: Path, how: str) -> str:
     [
         ("truncated", "corrupt.*download them again"),
         ("empty", "corrupt.*download them again"),
+        ("no numbers", "text_projection.weight of .* holds numbers that are not finite"),
         ("no weights", "no file named model.safetensors.*check that the folder"),
         ("no config", "not a valid JSON file.*check that the folder"),
         ("text tower only", "not a complete CLIP model"),

@@ -22,7 +22,7 @@ ON_DISK = 100_000
 CHUNK = 1 << 16
 """Rows that are read at once."""
 
-FORMAT = 2
+FORMAT = 3
 """Part of the names on disk; to be raised when what the files hold changes."""
 
 

@@ -29,11 +29,9 @@ from lit_align.data.files import (
     check_columns,
     check_lengths,
     find_files,
-    fingerprint,
     read_delimited,
     unreadable,
 )
-from lit_align.data.hub import load_hub
 from lit_align.data.loading import counted
 from lit_align.data.prompts.forms import FileForm
 from lit_align.errors import ConfigError, first_line
@@ -280,20 +278,3 @@ class ParquetPrompts(TablePrompts):
             check_columns(names, columns or [column], str(file))
         table, files = FileForm("Parquet", ".parquet", "parquet", {"columns": columns}, text=False).read(path)
         super().__init__(table, column, path, keep, files)
-
-
-class HubPrompts(TablePrompts):
-    """A dataset of the Hugging Face hub, or a local folder that ``datasets`` reads; memory-mapped.
-
-    Args:
-        name: The hub id or the folder.
-        split: Which of the dataset's own splits to read; slices such as ``train[:1000]`` work.
-        column: The column with the prompts.
-        keep: The other columns that travel with the prompts; all of them if not given.
-    """
-
-    def __init__(
-        self, name: str, split: str = "train", column: str = "prompt", keep: list[str] | None = None
-    ) -> None:
-        rows = load_hub(name, split)
-        super().__init__(rows.data.table, column, f"dataset {name} ({split})", keep, fingerprint(rows, split))

@@ -4,43 +4,21 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from lit_align.backbones import REFERENCE, Conditioning, DenoisingPolicy, DiffusionBackbone
+from lit_align.backbones import REFERENCE, Conditioning, DenoisingPolicy
 from lit_align.data import Batch
 from lit_align.errors import ConfigError
 from lit_align.gaussian import GaussianStep
 from lit_align.methods.msdda.fusion import is_one_hot
 from lit_align.methods.sampling import BatchPolicy
 from lit_align.randomness import generator
-from lit_align.rewards import RewardBank
 
-
-class Host(Protocol):
-    """What a baseline needs of the method that it is compared with."""
-
-    backbone: DiffusionBackbone
-    rewards: RewardBank
-    seed: int
-
-    @property
-    def experts(self) -> Mapping[str, str | None]:
-        """The experts' names, and where they come from."""
-
-    def exponents(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """How far the method goes with each expert at these weights; the rest is the reference's."""
-
-    def alone(self, weights: Mapping[str, float]) -> str | None:
-        """The expert that is all that the method does at these weights."""
-
-    def expert(self, name: str, cond: Conditioning) -> DenoisingPolicy:
-        """The policy of a weight set for the images of ``cond``."""
-
-    def objective(self, name: str, images: Tensor, batch: Batch) -> Tensor:
-        """The scaled reward of one objective, ``(B,)``; differentiable where the reward is."""
+if TYPE_CHECKING:
+    from lit_align.methods.msdda.sweeping import SweepModule
 
 
 class Baseline(ABC):
@@ -54,7 +32,7 @@ class Baseline(ABC):
     name: str
     has_kl: ClassVar[bool] = True
 
-    def prepare(self, host: Host) -> None:
+    def prepare(self, host: "SweepModule") -> None:
         """Add the weight sets that it needs, once, before anything is trained.
 
         Raises:
@@ -64,11 +42,11 @@ class Baseline(ABC):
 
     @abstractmethod
     def policy(
-        self, host: Host, weights: Mapping[str, float], batch: Batch, cond: Conditioning
+        self, host: "SweepModule", weights: Mapping[str, float], batch: Batch, cond: Conditioning
     ) -> BatchPolicy:
         """The policy for these weights and images, whose encoded prompts are ``cond``."""
 
-    def is_expert(self, host: Host, weights: Mapping[str, float]) -> bool:
+    def is_expert(self, host: "SweepModule", weights: Mapping[str, float]) -> bool:
         """Whether it is just an expert at these weights, which then is not sampled twice."""
         del host, weights
         return False
@@ -82,17 +60,17 @@ class Soup(Baseline):
 
     name = "soup"
 
-    def prepare(self, host: Host) -> None:
+    def prepare(self, host: "SweepModule") -> None:
         host.backbone.weight_sets.mix(self.name, dict.fromkeys(host.experts, 0.0))  # refuses whole models now
 
     def policy(
-        self, host: Host, weights: Mapping[str, float], batch: Batch, cond: Conditioning
+        self, host: "SweepModule", weights: Mapping[str, float], batch: Batch, cond: Conditioning
     ) -> BatchPolicy:
         exponents = {name: a for name, a in host.exponents(weights).items() if name != REFERENCE}
         host.backbone.weight_sets.mix(self.name, exponents)
         return host.expert(self.name, cond)
 
-    def is_expert(self, host: Host, weights: Mapping[str, float]) -> bool:
+    def is_expert(self, host: "SweepModule", weights: Mapping[str, float]) -> bool:
         return host.alone(weights) is not None
 
 
@@ -105,18 +83,18 @@ class FactorSoup(Baseline):
 
     name = "soup of factors"
 
-    def prepare(self, host: Host) -> None:
+    def prepare(self, host: "SweepModule") -> None:
         host.backbone.weight_sets.add("factors")
         # Refuses what has no means.
         host.backbone.weight_sets.average_factors("factors", dict.fromkeys(host.experts, 1.0))
 
     def policy(
-        self, host: Host, weights: Mapping[str, float], batch: Batch, cond: Conditioning
+        self, host: "SweepModule", weights: Mapping[str, float], batch: Batch, cond: Conditioning
     ) -> BatchPolicy:
         host.backbone.weight_sets.average_factors("factors", weights)
         return host.expert("factors", cond)
 
-    def is_expert(self, host: Host, weights: Mapping[str, float]) -> bool:
+    def is_expert(self, host: "SweepModule", weights: Mapping[str, float]) -> bool:
         del host
         return is_one_hot(weights)
 
@@ -144,7 +122,7 @@ class CoDe(Baseline):
         self.every = every
         self.name = name
 
-    def prepare(self, host: Host) -> None:
+    def prepare(self, host: "SweepModule") -> None:
         if sets := [name for name in host.experts if name in host.rewards.of_sets]:
             raise ConfigError(
                 f"sweep.baselines: CoDe scores candidates one by one, and {sets[0]} is a reward of sets of "
@@ -152,7 +130,7 @@ class CoDe(Baseline):
             )
 
     def policy(
-        self, host: Host, weights: Mapping[str, float], batch: Batch, cond: Conditioning
+        self, host: "SweepModule", weights: Mapping[str, float], batch: Batch, cond: Conditioning
     ) -> BatchPolicy:
         draws = [generator(host.seed, "candidates", i) for i in batch.index.tolist()]
         base = host.expert(REFERENCE, cond)
@@ -164,7 +142,7 @@ class SearchPolicy:
     """The pretrained model's steps, in some of which the best of several next states goes on.
 
     Attributes:
-        host: Gives the rewards.
+        host: The method that it is compared with; gives the rewards.
         base: The pretrained policy for the images.
         weights: Of the objectives.
         batch: The images.
@@ -173,7 +151,7 @@ class SearchPolicy:
         draws: Where the candidates' noise comes from, one an image.
     """
 
-    host: Host
+    host: "SweepModule"
     base: DenoisingPolicy
     weights: Mapping[str, float]
     batch: Batch
@@ -223,7 +201,7 @@ class RewardGradient(Baseline):
         self.temperature = temperature
         self.name = name
 
-    def prepare(self, host: Host) -> None:
+    def prepare(self, host: "SweepModule") -> None:
         if blind := [name for name in host.experts if not host.rewards.rewards[name].differentiable]:
             raise ConfigError(
                 f"sweep.baselines: RewardGradient needs the gradient of {blind[0]}, "
@@ -231,7 +209,7 @@ class RewardGradient(Baseline):
             )
 
     def policy(
-        self, host: Host, weights: Mapping[str, float], batch: Batch, cond: Conditioning
+        self, host: "SweepModule", weights: Mapping[str, float], batch: Batch, cond: Conditioning
     ) -> BatchPolicy:
         base = host.expert(REFERENCE, cond)
         return GuidedPolicy(host, base, dict(weights), batch, self.growth, self.temperature)
@@ -242,7 +220,7 @@ class GuidedPolicy:
     """The pretrained model's steps, moved along the gradients of the objectives.
 
     Attributes:
-        host: Gives the rewards.
+        host: The method that it is compared with; gives the rewards.
         base: The pretrained policy for the images.
         weights: Of the objectives.
         batch: The images.
@@ -250,7 +228,7 @@ class GuidedPolicy:
         temperature: See :class:`RewardGradient`.
     """
 
-    host: Host
+    host: "SweepModule"
     base: DenoisingPolicy
     weights: Mapping[str, float]
     batch: Batch

@@ -22,7 +22,7 @@ from lit_align.methods.base import AlignmentModule
 from lit_align.methods.metrics import Metrics, chosen, pooled
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.sampling import Sampling
-from lit_align.methods.tasks import check_updates
+from lit_align.methods.tasks import check_compared, check_updates
 from lit_align.replay import Pairs, Replay, draw_pairs
 from lit_align.rewards import RewardBank
 
@@ -186,11 +186,7 @@ class ExpertModule(AlignmentModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, PromptDataModule):
             return
-        if data.images_per_prompt < 2:
-            raise ConfigError(
-                "images_per_prompt: fit compares the images of a prompt, and there is "
-                f"{data.images_per_prompt} of each; set data.images_per_prompt to 2 or more"
-            )
+        check_compared(data, "fit")
         check_updates(data, self.updates, self.trainer.world_size)
 
     def parameter_groups(self) -> list[list[torch.nn.Parameter]]:
@@ -210,10 +206,8 @@ class ExpertModule(AlignmentModule):
         lessons, missing = [], torch.ones(len(batch), dtype=torch.bool)
         for name, objective in self.objectives.items():
             rewards = self.weighted_reward(parts, objective)
-            compared, missing = (
-                comparable(rewards, batch.groups).to(self.device),
-                missing & ~rewards.isfinite(),
-            )
+            missing &= ~rewards.isfinite()
+            compared = comparable(rewards, batch.groups).to(self.device)
             advantages = centred(rewards, batch.groups).to(self.device)
             lessons.append(Lesson(self.expert(name, cond), chains, name, advantages, compared))
         useful = any(self.gather(any(bool(lesson.compared.any()) for lesson in lessons)))

@@ -27,7 +27,7 @@ from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.pretraining import Pretraining
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.tasks import Task, make_tasks
-from lit_align.randomness import generator
+from lit_align.randomness import generator, normal
 from lit_align.replay import Pairs, draw_pairs
 from lit_align.rewards import RewardBank
 
@@ -187,8 +187,7 @@ class NFTModule(JointModule):
         clean = rollouts.trajectory.states[-1, pairs.rows].to(self.device).float()
         numbers = zip(rollouts.batch.index[pairs.rows].tolist(), pairs.steps.tolist(), strict=True)
         draws = [generator(self.seed, "noising", image, step, epoch) for image, step in numbers]
-        shape = self.backbone.latent_shape
-        noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws]).to(clean)
+        noise = normal(self.backbone.latent_shape, draws).to(clean)
         t = self.sampler.timesteps[pairs.steps]
         return clean, noise, self.sampler.schedule.add_noise(clean, noise, t), t
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_align.backbones import whole
 from lit_align.errors import ConfigError
 from lit_align.folder import run_folder
+from lit_align.methods.identity import BASE
 from lit_align.methods.pairs import PairModule
 from lit_align.pool import Pool
 from lit_align.rollout import rollout
@@ -53,9 +54,12 @@ class OpponentModule(PairModule[Prepared], ABC):
         for k in range(self.sampler.num_steps):
             step = self.sampler.step(one, one, k)
             digest.update(f"{step.mean.item()} {step.std.item()}".encode())
-        for name, parameter in self.backbone.named_parameters():
-            if parameter.requires_grad:
-                continue  # the policy, which moves on
+        dtypes = sorted({str(weight.dtype) for weight in self.backbone.parameters()})
+        digest.update(f"{[self._facts[name] for name in BASE]} {dtypes}".encode())
+        opponent = set(self.backbone.weight_sets.parameters_of(OPPONENT))
+        for name, parameter in self.named_parameters():
+            if parameter not in opponent:
+                continue
             digest.update(name.encode())
             digest.update(whole(parameter.detach()).float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
