@@ -72,7 +72,7 @@ def check_kinds(values: Mapping[str, tuple[object, type]]) -> None:
     for name, (value, kind) in values.items():
         if not isinstance(value, kind):
             shown = textwrap.shorten(repr(value), 60, placeholder=" ...")
-            raise ConfigError(f"{name}: {shown} is no {kind.__name__}; give an object of that class")
+            raise ConfigError(f"{name}: {shown} is not of the class {kind.__name__}; give one that is")
 
 
 def user_path(path: str) -> Path:

@@ -203,7 +203,7 @@ def unsound(tensors: Mapping[str, Any]) -> str | None:
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
-            return f"{name} is no tensor"
+            return f"{name} is not a tensor"
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             return f"{name} is larger than what the file holds"
     broken = not_finite(tensors)

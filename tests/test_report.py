@@ -143,6 +143,7 @@ def test_a_run_without_a_result_is_refused(tmp_path):
         ("test_images/metadata.jsonl", "none\n"),
         ("metrics.csv", "step,val/reward\n0,high\n"),
         ("validation.json", '{"split": "validation", "images": 1, "metrics": {}, "run": ["a"]}'),
+        ("test.json", '{"split": "test", "images": 1, "metrics": {}, "run": {"sampler": "DDIM"}}'),
     ],
 )
 def test_a_file_that_is_not_as_a_run_writes_it_is_one_sentence(file, text, tmp_path):

@@ -32,6 +32,9 @@ WHOLE = (".diff", ".diff_b", ".w_norm", ".b_norm")
 PREFIXES = ("lora_", "text_encoder", "diffusion_model.", "double_blocks.", "single_blocks.")
 """How names begin that are not those of a layer in diffusers; the last are those of FLUX's own code."""
 
+ALPHA_NEEDED = "lora_transformer_"
+"""How names begin in files of OneTrainer and the like."""
+
 OTHERS = {
     "hada_": "LoHa",
     "lokr_": "LoKr",
@@ -132,6 +135,11 @@ def _apply_alphas(layers: dict[str, Tensor]) -> None:
         if second is None:
             raise ValueError(f"{name} belongs to no layer")
         layers[second] = _times(layers[second], alpha / layers[second].shape[1])
+    # A form of FLUX's that diffusers reads only with an alpha: the rank, which changes nothing.
+    for name in [name for name in layers if name.startswith(ALPHA_NEEDED)]:
+        layer, _, factor = name.partition(".lora_down")
+        if factor:
+            layers[f"{layer}.alpha"] = torch.tensor(float(len(layers[name])))
 
 
 def _alone(layers: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ KINDS = {
     "upscale": "an upscaler",
     "controlnet": "a ControlNet",
     "instruct-pix2pix": "InstructPix2Pix",
-    "codes": "a quantised model, whose weights are no numbers",
+    "codes": "a quantised model, whose weights are not numbers",
     "lora": "a LoRA, which belongs under backbone.adapters",
 }
 """Single files that diffusers can tell apart; all others it takes for Stable Diffusion 1."""

@@ -161,7 +161,7 @@ class WeightSets(nn.Module):
         Adapters are averaged factor by factor, as where a moving average is taken of what is trained.
         """
         assert target not in (POLICY, REFERENCE), f"{target!r} is not a set to overwrite"
-        assert 0 <= decay <= 1, f"{decay} is no share"
+        assert 0 <= decay <= 1, f"{decay} is not a share"
         with torch.no_grad():
             for old, new in zip(self.parameters_of(target), self.parameters_of(source), strict=True):
                 old.lerp_(new.to(old.dtype), 1 - decay)

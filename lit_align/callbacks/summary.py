@@ -227,13 +227,11 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def _rows(columns: dict[str, Tensor]) -> str:
-    """A line for each image, in an order that two runs with the same data and seed share."""
+    """A line for each image, not rounded, in an order that two runs with the same data and seed share."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(columns)
-    table.writerows(
-        [[f"{x:.6g}" for x in row] for row in zip(*(c.tolist() for c in columns.values()), strict=True)]
-    )
+    table.writerows(zip(*(c.tolist() for c in columns.values()), strict=True))
     return text.getvalue()
 
 

@@ -96,7 +96,7 @@ def read(path: Path) -> Saved:
         ended = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
         images, steps = content["progress"]["images"], content["global_step"]
         if not all(isinstance(number, int) for number in (images, steps, epoch)):
-            raise TypeError("counters that are no numbers")
+            raise TypeError("counters that are not numbers")
         callbacks = content.get("callbacks", {})
         settings = callbacks.get("RunConfig", {}).get("settings")
         seconds = float(callbacks.get("Timer", {}).get("time_elapsed", {}).get("train", 0.0))

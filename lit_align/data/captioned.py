@@ -128,5 +128,5 @@ class HubImages(CaptionedImages):
             return decode(data or b"", self.resolution)
         except UnreadableImage as error:
             raise ConfigError(
-                f"row {row} of dataset {self.name} is no readable image ({first_line(error)}): remove it"
+                f"row {row} of dataset {self.name} is not a readable image ({first_line(error)}): remove it"
             ) from error

@@ -50,7 +50,7 @@ def read_inside(folders: Sequence[Path], name: str) -> bytes:
         if not any(path.is_relative_to(folder.resolve()) for folder in folders):
             raise UnreadableImage(f"'{name[:200]}' is outside of {folders[0]}")
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait until somebody writes into it
-            raise UnreadableImage(f"'{name[:200]}' is no regular file")
+            raise UnreadableImage(f"'{name[:200]}' is not a regular file")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError, RuntimeError) as error:  # a link to itself is the last

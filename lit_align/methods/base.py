@@ -19,7 +19,7 @@ from lit_align.methods.held_out import check_data, first_batches, held_out_promp
 from lit_align.methods.identity import IdentifiedModule, measurement_of
 from lit_align.methods.metrics import Metrics, means, waited_for
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
-from lit_align.methods.sampling import Sampling
+from lit_align.methods.sampling import Sampling, check_factory
 from lit_align.methods.skipped import LIMIT, check_weights
 from lit_align.methods.strategies import (
     check_monitors,
@@ -79,11 +79,11 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         self.strict_loading = False  # a checkpoint holds what is trained, not the frozen models
         check_kinds({"backbone": (backbone, DiffusionBackbone), "rewards": (rewards, RewardBank)})
         check_kinds({"optimisation": (optimisation, Optimisation), "sampling": (sampling, Sampling)})
+        check_factory("sampler", sampler)
         backbone.check_guidance(sampling.guidance)
         self.backbone = backbone
-        self.sampler = self.eval_sampler = backbone.make_sampler(sampler)
-        if sampling.eval_sampler is not None:
-            self.eval_sampler = backbone.make_sampler(sampling.eval_sampler)
+        self.sampler, other = backbone.make_sampler(sampler), sampling.eval_sampler
+        self.eval_sampler = self.sampler if other is None else backbone.make_sampler(other)
         self.rewards = rewards
         # Copies: where no settings are given, all modules are given the same.
         self.optimisation = replace(optimisation)

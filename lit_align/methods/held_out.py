@@ -37,8 +37,8 @@ def check_data(data: Any, stage: str, method: str, *, several: bool, pairs: bool
         )
     if not is_overridden("transfer_batch_to_device", data):  # what moves our batches
         raise ConfigError(
-            f"data: {type(data).__name__} is no data module of lit_align.data, whose batches methods take; "
-            "use PromptDataModule, with a PromptSource of your own where none of the package fits"
+            f"data: {type(data).__name__} is not a data module of lit_align.data, whose batches methods "
+            "take; use PromptDataModule, with a PromptSource of your own where none of the package fits"
         )
     if stage != "fit":
         return

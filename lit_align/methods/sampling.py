@@ -30,6 +30,20 @@ class BatchPolicy(Protocol):
         """The same policy for some of the images."""
 
 
+def check_factory(name: str, factory: object) -> None:
+    """Refuse a sampler that is made already, in the place of what makes one.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    if isinstance(factory, Sampler):
+        kind = type(factory).__name__
+        raise ConfigError(
+            f"{name}: this {kind} is made already, and a method makes its own for its backbone; give "
+            f"partial({kind}, num_steps={factory.num_steps})"
+        )
+
+
 @dataclass
 class Sampling:
     """How images are sampled.
@@ -60,6 +74,7 @@ class Sampling:
             raise ConfigError(f"sampling.guidance is {self.guidance}; give a finite number, such as 7.5")
         if self.store not in ("device", "cpu"):
             raise ConfigError(f"sampling.store: {self.store!r} must be device or cpu")
+        check_factory("sampling.eval_sampler", self.eval_sampler)
 
 
 @dataclass(frozen=True)
@@ -167,7 +182,9 @@ class SamplingModule(LightningModule):
             ConfigError: It is one text, there is no prompt, or no such weight set.
         """
         if isinstance(prompts, str) or not prompts:
-            raise ConfigError(f'generate: {prompts!r} is no list of prompts; give one, as in ["a red star"]')
+            raise ConfigError(
+                f'generate: {prompts!r} is not a list of prompts; give one, as in ["a red star"]'
+            )
         if weights not in (known := self.backbone.weight_sets.names):
             raise ConfigError(f"generate: there are no weights {weights!r}; give {' or '.join(known)}")
         numbers = torch.arange(len(prompts))

@@ -1,7 +1,6 @@
 """What several runs do not share of how they were measured, and what of them cannot stand side by side."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lit_align.report.run import Run, names_of
 
@@ -13,9 +12,9 @@ def differences(runs: Sequence[Run]) -> list[str]:
     names = names_of(runs)
     tables = _differing(
         names,
-        [{"split": run.split, "measured images": str(run.count)} | _facts(run.measured) for run in runs],
+        [{"split": run.split, "measured images": str(run.count)} | run.measured for run in runs],
     )
-    curves = _differing(names, [_facts(run.validated) for run in runs])
+    curves = _differing(names, [run.validated for run in runs])
     unknown = [
         f"{name} does not say how it was measured"
         for name, run in zip(names, runs, strict=True)
@@ -31,7 +30,7 @@ def incomparable(runs: Sequence[Run]) -> set[str]:
     Rewards of another class or weight are other numbers; the KL is a sum over the noisy steps of a sampler.
     """
     found: set[str] = set()
-    for fact in _differing(names_of(runs), [_facts(run.validated) for run in runs]):
+    for fact in _differing(names_of(runs), [run.validated for run in runs]):
         if fact == "trained rewards":
             found.add("val/reward")
         elif fact == "sampler":
@@ -52,23 +51,3 @@ def _differing(names: Sequence[str], facts: Sequence[Mapping[str, str]]) -> dict
         if len(values) > 1:
             found[fact] = "; ".join(f"{value} ({', '.join(having)})" for value, having in values.items())
     return found
-
-
-def _facts(measured: Mapping[str, Any]) -> dict[str, str]:
-    """What decides the numbers of held-out images, by name, as texts."""
-    facts = {}
-    if base := measured.get("base"):
-        facts["pretrained model"] = f"{measured.get('model')} {base}"
-    if sampler := measured.get("sampler"):
-        facts["sampler"] = f"{sampler['class']}, {sampler['steps']} steps, {sampler['chain']}"
-    if (guidance := measured.get("guidance")) is not None:
-        facts["guidance"] = f"{guidance:g}"
-    if size := measured.get("size"):
-        facts["size"] = " x ".join(map(str, size))
-    if prompts := measured.get("prompts"):
-        facts["prompts"] = prompts
-    if rewards := measured.get("rewards"):
-        trained = [f"{name} {kind}" for name, kind in sorted(rewards.items()) if " x " in kind]
-        facts["trained rewards"] = ", ".join(trained) or "none"
-        facts |= {f"reward/{name}": kind.partition(" x ")[0] for name, kind in rewards.items()}
-    return facts

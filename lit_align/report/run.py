@@ -1,9 +1,8 @@
 """What the folder of a run says: its settings, its newest test, its images and its curves."""
 
 import json
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ class Run:
         metrics: By name: ``before``, ``after``, ``difference``, ``standard_error``, ``win_rate`` and so on.
         images: That it was trained on.
         split: ``test`` or ``validation``.
-        measured: By what the result was measured: the facts of the run, and of the held-out images.
+        measured: What decides the numbers of the result, by name, as texts.
         validated: The same of the newest point of its curves.
         shown: Images that were kept of the test.
         curves: By tag.
@@ -56,8 +55,8 @@ class Run:
     metrics: dict[str, dict[str, float | None]]
     images: int
     split: str
-    measured: dict[str, Any] = field(default_factory=dict)
-    validated: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, str] = field(default_factory=dict)
+    validated: dict[str, str] = field(default_factory=dict)
     shown: list[Shown] = field(default_factory=list)
     curves: Curves = field(default_factory=dict)
 
@@ -144,9 +143,9 @@ def _read_run(folder: Path, result: Path) -> Run:
         result=result,
         metrics=found["metrics"],
         images=int(found["images"]),
-        split=str(found["split"]),
-        measured=measured,
-        validated=validated,
+        split=found["split"],
+        measured=_facts(measured),
+        validated=_facts(validated),
         shown=_shown(result),
         curves=read_curves(folder),
     )
@@ -155,17 +154,39 @@ def _read_run(folder: Path, result: Path) -> Run:
 def _read(result: Path) -> dict[str, Any]:
     try:
         found = json.loads(result.read_text())
-        int(found["images"]), str(found["split"])
-        for metric in found["metrics"].values():
-            [math.isfinite(number) for number in metric.values() if number is not None]
+        values = [value for metric in found["metrics"].values() for value in metric.values()]
+        known = all(isinstance(value, int | float | None) for value in [found["images"], *values])
+        known = known and isinstance(found["split"], str)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"report: {result} cannot be read; run test again") from None
+        known = False
+    if not known:
+        raise ConfigError(f"report: {result} cannot be read; run test again")
     return dict(found)
 
 
 def _measured(found: dict[str, Any]) -> dict[str, Any]:
     """What a result says of its run and, with precedence, of how it was measured."""
     return {**(found.get("run") or {}), **(found.get("measured") or {})}
+
+
+def _facts(measured: Mapping[str, Any]) -> dict[str, str]:
+    """What decides the numbers of held-out images, by name, as texts."""
+    facts = {}
+    if base := measured.get("base"):
+        facts["pretrained model"] = f"{measured.get('model')} {base}"
+    if sampler := measured.get("sampler"):
+        facts["sampler"] = f"{sampler['class']}, {sampler['steps']} steps, {sampler['chain']}"
+    if (guidance := measured.get("guidance")) is not None:
+        facts["guidance"] = f"{guidance:g}"
+    if size := measured.get("size"):
+        facts["size"] = " x ".join(map(str, size))
+    if prompts := measured.get("prompts"):
+        facts["prompts"] = str(prompts)
+    if rewards := measured.get("rewards"):
+        trained = [f"{name} {kind}" for name, kind in sorted(rewards.items()) if " x " in kind]
+        facts["trained rewards"] = ", ".join(trained) or "none"
+        facts |= {f"reward/{name}": kind.partition(" x ")[0] for name, kind in rewards.items()}
+    return facts
 
 
 def page_of(result: Path) -> Path:

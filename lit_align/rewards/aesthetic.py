@@ -99,7 +99,7 @@ def _check_tensors(state: dict[str, Tensor], names: tuple[str, ...], head: str) 
     """Refuse what is no chain of linear layers, from an embedding to one score."""
     fault, shapes = None, [(state[f"{n}weight"].shape, state[f"{n}bias"].shape) for n in names]
     if any(len(weight) != 2 or bias != weight[:1] for weight, bias in shapes):
-        fault = "its weights and biases are no linear layers"
+        fault = "its weights and biases are not linear layers"
     elif [weight[0] for weight, _ in shapes] != [*(weight[1] for weight, _ in shapes[1:]), 1]:
         fault = "its layers do not fit each other"
     if fault:

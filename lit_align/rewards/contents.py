@@ -1,5 +1,6 @@
 """What a reward computes with: other scores come of other weights, or of another program."""
 
+import ast
 import inspect
 import json
 from itertools import chain
@@ -16,7 +17,7 @@ PLAIN = (str, int, float, list, tuple, dict)
 
 
 def contents(reward: Reward) -> str:
-    """A hash of a reward's weights, and of the text of the file with it if a user wrote it."""
+    """A hash of a reward's weights, and of the program in the file with it if a user wrote it."""
     weights = weights_hash(chain(reward.named_parameters(), reward.named_buffers()))
     served = [reward.served_by] if isinstance(reward, ServedReward) and reward.served_by else []
     return text_hash([weights, _program(reward), *served])
@@ -34,11 +35,14 @@ def settings(reward: Reward) -> str:
 
 
 def _program(reward: Reward) -> str:
-    """The file; empty where none is known, and for this package, of which checkpoints say the version."""
+    """The program of the file, whatever its comments and spaces are.
+
+    Empty where none is known, and for this package, of which checkpoints say the version.
+    """
     written = code_of(reward)
     if is_ours(written):
         return ""
     try:
-        return Path(inspect.getfile(written)).read_text()
-    except (OSError, TypeError, ValueError):  # of a notebook, or an object that can be called
+        return ast.dump(ast.parse(Path(inspect.getfile(written)).read_bytes()))
+    except (OSError, TypeError, ValueError, SyntaxError):  # of a notebook, or an object that can be called
         return ""

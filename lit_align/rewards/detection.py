@@ -45,7 +45,7 @@ class ObjectCount(Reward):
 
     Raises:
         ConfigError: The detector cannot be loaded or is of another family, it has no such label, or the
-            target is no number of objects.
+            target is not a number of objects.
     """
 
     IMAGES_AT_ONCE = 64

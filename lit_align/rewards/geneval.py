@@ -67,7 +67,7 @@ class GenEval(Reward):
             surer one counts; 1 is no limit, as published. Open-vocabulary detectors need about .5.
 
     Raises:
-        ConfigError: A model cannot be loaded, or a number is no share; on scoring, if there is no such
+        ConfigError: A model cannot be loaded, or a number is not a share; on scoring, if there is no such
             column, or it cannot be understood.
     """
 

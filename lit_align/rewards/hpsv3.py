@@ -104,7 +104,9 @@ def _models(
         config.text_config.vocab_size = len(state["language_model.embed_tokens.weight"])
         first, second, last = (linear(state, f"rm_head.{name}.") for name in HEAD)
     except (KeyError, AttributeError) as error:
-        lacking = f"it has no {error.args[0]}" if isinstance(error, KeyError) else f"{base!r} is no Qwen2-VL"
+        lacking = (
+            f"it has no {error.args[0]}" if isinstance(error, KeyError) else f"{base!r} is not a Qwen2-VL"
+        )
         raise ConfigError(
             f"HPSv3: {str(file)!r} is not a checkpoint of HPSv3: {lacking}; give {FILE}."
         ) from None

@@ -140,7 +140,7 @@ class Server:
 
 def _no_constant(name: str) -> None:
     """NaN and Infinity are not JSON: an image without a score is null."""
-    raise NoAnswer(f"it sent {name}, which is no number; null is an image without a score")
+    raise NoAnswer(f"it sent {name}, which is not a number; null is an image without a score")
 
 
 def _said(text: bytes) -> str:

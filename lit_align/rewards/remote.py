@@ -7,8 +7,8 @@ The protocol is JSON, without anything that runs code. ``GET /rewards`` answers
 ``(B, 3, H, W)`` float32 in [0, 1].
 
 Both answers may have ``contents``: a text that changes with what computes the scores. ``/rewards`` has it by
-name, of the weighted sum under the empty name, ``/score`` that of the reward which was asked for. Where it
-changes, a run does not go on.
+name, of the weighted sum under the empty name, ``/score`` that of the reward which was asked for. A run whose
+server answers with another one ends with an error.
 """
 
 import base64
@@ -129,7 +129,7 @@ def scores_of(answer: Any, count: int) -> list[float]:
     if not isinstance(scores, list) or len(scores) != count:
         raise NoAnswer(f"it sent no list of {count} scores")
     if not all(score is None or type(score) in (int, float) for score in scores):
-        raise NoAnswer("it sent scores that are no numbers")
+        raise NoAnswer("it sent scores that are not numbers")
     return [math.nan if score is None else float(score) for score in scores]
 
 

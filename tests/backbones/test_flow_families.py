@@ -238,6 +238,12 @@ def test_adapters_of_flux_in_other_forms(flow_folder: Folder, tmp_path: Path) ->
     given = FluxBackbone(place, size=16, adapters={str(tmp_path / "xlabs.safetensors"): 1.0})
     layer: Any = given.weight_sets.choose("policy").get_submodule("transformer_blocks.0.attn.to_k")
     torch.testing.assert_close(layer.get_delta_weight("_start0"), up[32:64] @ down)
+    name = "lora_transformer_transformer_blocks_0_attn_to_k"
+    of_one = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up[:32].contiguous()}
+    save_file(of_one | {f"{name}.alpha": torch.tensor(1.0)}, tmp_path / "one.safetensors")
+    given = FluxBackbone(place, size=16, adapters={str(tmp_path / "one.safetensors"): 1.0})
+    layer = given.weight_sets.choose("policy").get_submodule("transformer_blocks.0.attn.to_k")
+    torch.testing.assert_close(layer.get_delta_weight("_start0"), 0.5 * up[:32] @ down)
     of_unet = {
         f"lora_unet_mid_block_attentions_0_proj_in.lora_{way}.weight": down.clone() for way in ("down", "up")
     }

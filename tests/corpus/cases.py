@@ -411,7 +411,7 @@ SHARDS: dict[str, Case] = {
         _pool, NAME, lambda path: save_file({"index": torch.arange(2)}, path, {"source": "a"})
     ),
     "more rows than samples": made(_pool, NAME, lambda path: _shard(path, index=torch.arange(5))),
-    "rows that are no numbers of rows": made(_pool, NAME, lambda path: _shard(path, index=torch.rand(2))),
+    "rows that are not numbers of rows": made(_pool, NAME, lambda path: _shard(path, index=torch.rand(2))),
     "samples of two shapes": made(
         _pool,
         NAME,

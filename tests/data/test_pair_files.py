@@ -285,7 +285,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gone.parquet has no Parquet file"):
         PickaPicFiles(str(tmp_path / "gone.parquet"))
     (tmp_path / "cut.parquet").write_bytes(PICK.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match=r"cut.parquet is no Parquet file that can be read \(.*\): load it"):
+    with pytest.raises(
+        ConfigError, match=r"cut.parquet is not a Parquet file that can be read \(.*\): load it"
+    ):
         PickaPicFiles(str(tmp_path / "cut.parquet"))
 
 

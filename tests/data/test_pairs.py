@@ -373,7 +373,7 @@ def test_what_a_source_returns_is_understood_or_refused() -> None:
         assert batch.losers is not None
         assert bool(batch.winners.mean() > batch.losers.mean()) is (str(label) == "0")
     with pytest.raises(
-        ConfigError, match=r"Own has a label that is no number \(.*left.*\): give 1, 0 or 0.5"
+        ConfigError, match=r"Own has a label that is not a number \(.*left.*\): give 1, 0 or 0.5"
     ):
         module(Own("left"), **whole)
     with pytest.raises(

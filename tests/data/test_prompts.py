@@ -408,7 +408,7 @@ def test_shapes_prompts_hold_out_pairs_of_shapes():
         ShapesPrompts(["pair"], only=[pair], without=[pair])
     with pytest.raises(ConfigError, match="add pair or relation"):
         ShapesPrompts(["open"], without=[pair])
-    with pytest.raises(ConfigError, match="no pair of shapes"):
+    with pytest.raises(ConfigError, match="not a pair of shapes"):
         ShapesPrompts(["pair"], without=["circle"])
 
 

@@ -308,7 +308,7 @@ def test_columns_that_make_no_pairs() -> None:
 
 
 def test_what_is_no_table(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is no table: give a file or a pattern of .parquet"):
+    with pytest.raises(ConfigError, match=r"is not a table: give a file or a pattern of .parquet"):
         PreferenceFiles(str(tmp_path))
     (tmp_path / "a.json").write_text("[]")
     (tmp_path / "a.csv").write_text("a\n")
@@ -353,7 +353,7 @@ def test_keys_of_an_archive_that_lack_a_member_are_told(tmp_path: Path) -> None:
 
 def test_archives_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "train.tar").write_bytes(b"no archive")
-    with pytest.raises(ConfigError, match=r"train.tar is no tar archive that can be read"):
+    with pytest.raises(ConfigError, match=r"train.tar is not a tar archive that can be read"):
         WebDatasetPairs(str(tmp_path))
     archive(tmp_path, {"caption": "text", "jpg_0": "0.jpg", "jpg_1": "1.jpg", "label_0": "label"})
     with pytest.raises(ConfigError, match=r"has no pairs: no key has members that end in jpg_0 or jpg_0.jpg"):

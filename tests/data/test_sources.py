@@ -200,6 +200,13 @@ def shards(folder: Path, *, broken: bool = False, column: str = "prompt", level:
     return str(folder)
 
 
+def mapped(folder: Path) -> str:
+    """A Parquet file with a column of mappings."""
+    mappings = pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))
+    pyarrow.parquet.write_table(pa.table({"prompt": ["a"], "level": mappings}), folder / "p.parquet")
+    return str(folder / "p.parquet")
+
+
 def two(folder: Path, name: str, content: str | bytes) -> str:
     """A good file beside another; the path is that of the folder."""
     write(folder / f"a{Path(name).suffix}", '{"prompt": "a"}\n')
@@ -269,6 +276,7 @@ def parted(folder: Path) -> str:
         (lambda d: ParquetPrompts(write(d / "p.parquet", "no")), ["p.parquet", "not Parquet"]),
         (lambda d: ParquetPrompts(shards(d, broken=True)), ["1.parquet", "not Parquet"]),
         (lambda d: ParquetPrompts(shards(d, column="Promt")), ["1.parquet", "column: Promt"]),
+        (lambda d: ParquetPrompts(mapped(d)), ["map<string", "datasets does not read", "without it"]),
         (lambda d: ParquetPrompts(shards(d), keep=["style"]), ["0.parquet", "'style'"]),
         (lambda d: ParquetPrompts(shards(d, level="one")), ["do not fit together", "same type"]),
         (lambda d: HubPrompts(str(d / "nobody")), ["nobody", "check the name", "local file"]),

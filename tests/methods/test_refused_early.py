@@ -54,7 +54,7 @@ def test_a_metric_that_no_validation_has(
         (DDPOModule, pairs, "DDPOModule learns from images that it draws, .*; use PromptDataModule"),
         (DPOModule, lambda: prompts(2, 2), "DPOModule learns from images .*; use PickaPicDataModule"),
         (DPOModule, lambda: pairs(resolution=32), r"images are 32 x 32 pixels .*set data\.resolution to it"),
-        (DDPOModule, Own, "data: Own is no data module .*; use PromptDataModule, with a PromptSource"),
+        (DDPOModule, Own, "data: Own is not a data module .*; use PromptDataModule, with a PromptSource"),
         (DPOModule, lambda: pairs("winners"), r"data\.view: .* set it to pairs"),
     ],
 )
@@ -67,16 +67,20 @@ def test_data_from_which_a_method_does_not_learn(
     assert not module.baseline
 
 
+MADE = DDIM({"_class_name": "DDIMScheduler", "steps_offset": 1}, num_steps=2)
+
+
 @pytest.mark.parametrize(
     ("option", "told"),
     [
         (
             {"rewards": Brightness()},
-            r"rewards: Brightness\(\) is no RewardBank; give an object of that class",
+            r"rewards: Brightness\(\) is not of the class RewardBank; give one that is",
         ),
-        ({"rewards": {"bright": Brightness()}}, "rewards: .* is no RewardBank"),
-        ({"advantages": GroupAdvantages}, "advantages: <class .* is no Advantages"),
-        ({"optimisation": {"micro_batch": 4}}, "optimisation: .* is no Optimisation"),
+        ({"rewards": {"bright": Brightness()}}, "rewards: .* is not of the class RewardBank"),
+        ({"advantages": GroupAdvantages}, "advantages: <class .* is not of the class Advantages"),
+        ({"optimisation": {"micro_batch": 4}}, "optimisation: .* is not of the class Optimisation"),
+        ({"sampler": MADE}, r"sampler: this DDIM is made already, .*; give partial\(DDIM, num_steps=2\)"),
     ],
 )
 def test_a_part_of_another_class_in_python(option: dict[str, Any], told: str, tiny: Path) -> None:
@@ -185,7 +189,7 @@ def test_what_is_no_list_of_prompts_and_what_is_no_data_module(tiny: Path, tmp_p
     """Each letter of a text would be a prompt."""
     module, data = make(DDPOModule, tiny, num_steps=2), prompts(2, 2)
     for given in ("a red star", []):
-        with pytest.raises(ConfigError, match="is no list of prompts; give one, as in "):
+        with pytest.raises(ConfigError, match="is not a list of prompts; give one, as in "):
             module.generate(given)
     data.setup("fit")
     for loader in (data.train_dataloader(), DataLoader(["a star", "a circle"])):

@@ -157,7 +157,7 @@ def test_gradients_that_are_not_finite_are_skipped_with_their_losses(
 
 
 def tear(module: AlignmentModule, *images: int) -> None:
-    """Let the chains of some images begin with what is no number."""
+    """Let the chains of some images begin with what is not a number."""
     draw = module.draw_noise
 
     def torn(index: Tensor, purpose: str, seed: int | None = None) -> Any:

@@ -41,6 +41,7 @@ def test_weights_and_programs_are_told_apart(written):
         next(other.parameters()).mul_(2)
     assert contents(score) != contents(other)
     before = contents(read())
+    written.write_text("# a comment\n" + MINE.format(1))
     assert before == contents(read())
     written.write_text(MINE.format(100))
     assert contents(read()) != before

@@ -141,7 +141,7 @@ def test_pairs_of_shapes_can_be_held_out() -> None:
         found = {frozenset(group.shape for group in parse(prompt).groups) for prompt in prompts}
         assert found == allowed
         assert space[len(space) - 1] == PromptSpace(["single"])[LENGTHS["single"] - 1]
-    with pytest.raises(ConfigError, match=r"'circle and moon' is no pair of shapes.*circle and star"):
+    with pytest.raises(ConfigError, match=r"'circle and moon' is not a pair of shapes.*circle and star"):
         shape_pairs(["circle and moon"])
 
 

@@ -140,7 +140,7 @@ def _rows(file: Path, columns: ArchiveColumns) -> tuple[list[Row], list[str]]:
                     key, _, ending = name.partition(".")  # webdataset: the key ends at the first dot
                     members.setdefault(folder + slash + key, {})[ending] = Member(info.offset_data, info.size)
     except (tarfile.TarError, OSError) as error:
-        raise ConfigError(f"{file} is no tar archive that can be read ({error}): load it again") from error
+        raise ConfigError(f"{file} is not a tar archive that can be read ({error}): load it again") from error
     rows, halves = [], list[str]()
     with file.open("rb") as opened:
         for key, there in members.items():

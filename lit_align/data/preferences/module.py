@@ -125,7 +125,7 @@ class PickaPicDataModule(AlignmentDataModule):
             labels = np.array([self.pairs.label(row) for row in range(len(self.pairs))], float)  # None is NaN
         except (TypeError, ValueError) as error:  # of a source that a user wrote
             raise ConfigError(
-                f"{self.pairs} has a label that is no number ({error}): give 1, 0 or 0.5"
+                f"{self.pairs} has a label that is not a number ({error}): give 1, 0 or 0.5"
             ) from error
         keys = read_keys(PickaPicPrompts(self.pairs))
         low, high = self._prompts.test_fraction, 1 - self._prompts.validation_fraction

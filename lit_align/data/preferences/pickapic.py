@@ -124,7 +124,7 @@ def _read_light(file: Any) -> pa.Table:
         raise
     except Exception as error:  # each file system raises errors of its own
         raise ConfigError(
-            f"{file.path} is no Parquet file that can be read ({first_line(error)}): load it again"
+            f"{file.path} is not a Parquet file that can be read ({first_line(error)}): load it again"
         ) from error
     if "has_label" not in table.column_names:
         table = table.append_column("has_label", pa.array(np.ones(len(table), bool)))

@@ -187,7 +187,7 @@ def _ending(path: str) -> str:
     ]
     if len(there) == 1:
         return there[0]
-    held = f"holds {' and '.join(there)} files" if there else "is no table"
+    held = f"holds {' and '.join(there)} files" if there else "is not a table"
     raise ConfigError(f"{path} {held}: give a file or a pattern of {', '.join(FORMS)}")
 
 

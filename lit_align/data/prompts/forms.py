@@ -81,6 +81,11 @@ class FileForm:
 
         if "no data" in str(reason) or "at least one example" in str(reason):
             return ConfigError(f"{path} has no rows: give a source with at least one prompt")
+        if "datasets dtype equivalent" in str(reason):
+            return ConfigError(
+                f"{path} has a column of a type that datasets does not read ({first_line(reason)}): save "
+                "the files without it"
+            )
         if isinstance(reason, OSError) and reason.errno:  # of the system, not of what a file holds
             return ConfigError(
                 f"{path} cannot be written into the cache at {datasets.config.HF_DATASETS_CACHE} "

@@ -114,8 +114,8 @@ def read_keys(source: PromptSource) -> Keys:
             keys[start : rows.stop] = prompt_keys([prompt.strip() for prompt in prompts])
         except UnicodeError as error:
             raise ConfigError(
-                f"a prompt in rows {rows.start} to {rows.stop - 1} of {source} is no Unicode text ({error}): "
-                "save the file as UTF-8"
+                f"a prompt in rows {rows.start} to {rows.stop - 1} of {source} is not Unicode text "
+                f"({error}): save the file as UTF-8"
             ) from error
     return keys
 

@@ -21,7 +21,7 @@ class ShapesPrompts(PromptSource):
         without: They have not these: to test on pairs of shapes that were never trained on.
 
     Raises:
-        ConfigError: A kind is unknown or there twice, none is given, or a pair is no pair of shapes.
+        ConfigError: A kind is unknown or there twice, none is given, or a pair is not a pair of shapes.
     """
 
     distinct: ClassVar[bool] = True

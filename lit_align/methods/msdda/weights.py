@@ -28,7 +28,7 @@ def check_names(
             raise ConfigError(f"experts: {name!r} cannot name an expert; use the name of its reward")
         if name not in rewards.weights:
             raise ConfigError(
-                f"experts: {name} is no reward with a weight in the bank; those are "
+                f"experts: {name} is not a reward with a weight in the bank; those are "
                 f"{', '.join(rewards.trained)}"
             )
     check_weights("weights", weights, experts)

@@ -23,13 +23,13 @@ def shape_pairs(names: Sequence[str]) -> ShapePairs:
     """Pairs of shapes by name, such as "circle and star", in either order.
 
     Raises:
-        ConfigError: A name is no pair of shapes.
+        ConfigError: A name is not a pair of shapes.
     """
     known = {f"{one} and {two}": frozenset((one, two)) for one, two in product(SHAPES, repeat=2)}
     for name in names:
         if name not in known:
             raise ConfigError(
-                f"'{name}' is no pair of shapes; join two of {', '.join(SHAPES)} with 'and', as in "
+                f"'{name}' is not a pair of shapes; join two of {', '.join(SHAPES)} with 'and', as in "
                 "'circle and star'."
             )
     return frozenset(known[name] for name in names)
