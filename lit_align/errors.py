@@ -121,7 +121,7 @@ def built(kind: type[Made], /, *args: Any, **kwargs: Any) -> Made:
 def first_line(error: BaseException) -> str:
     """The start of somebody else's error message; its type where it says nothing."""
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
 def described(error: BaseException) -> str:
