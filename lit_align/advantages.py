@@ -91,9 +91,6 @@ class BatchAdvantages(Advantages):
     baseline: ClassVar[Literal["batch"]] = "batch"
     EPSILON: ClassVar[float] = 1e-8
 
-    def __init__(self, clip: float = 5.0) -> None:
-        super().__init__(clip)
-
     def _normalise(self, rewards: Tensor, groups: Tensor, prompts: list[str]) -> Tensor:
         return (rewards - rewards.mean()) / (rewards.std(correction=0) + self.EPSILON)
 

@@ -69,6 +69,12 @@ def compare(before: Tensor, after: Tensor, groups: Tensor) -> Comparison:
     return Comparison(mean[0], mean[1], mean[2], error(difference), mean[3], error(wins), count)
 
 
+def spread(values: Tensor) -> float:
+    """Standard deviation of those that are numbers; NaN where fewer than two are."""
+    known = values[values.isfinite()].double()
+    return float(known.std()) if len(known) > 1 else math.nan
+
+
 def diversity(images: Tensor, groups: Tensor, side: int = 16) -> Tensor:
     """Distance of each image to the others of its prompt.
 

@@ -61,6 +61,13 @@ def check_positive(values: Mapping[str, float | None]) -> None:
             raise ConfigError(f"{name}: {value} must be positive")
 
 
+def check_not_negative(values: Mapping[str, float]) -> None:
+    """As :func:`check_positive`, for settings that may be 0."""
+    for name, value in values.items():
+        if not value >= 0:
+            raise ConfigError(f"{name}: {value} must not be negative")
+
+
 def check_kinds(values: Mapping[str, tuple[object, type]]) -> None:
     """Refuse what is not of its class; on the command line the parser does.
 

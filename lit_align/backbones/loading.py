@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -17,6 +17,9 @@ from lit_align.backbones.options import with_entries
 from lit_align.backbones.text import check_tokenizer
 from lit_align.errors import ConfigError, first_line, tell, user_path
 from lit_align.pretrained import loading, not_finite, resolve
+
+if TYPE_CHECKING:
+    from lit_align.backbones.pipeline import DiffusersBackbone
 
 KINDS = {
     "inpainting": "an inpainting model",
@@ -53,32 +56,8 @@ LIBRARIES = ("diffusers", "transformers")
 """Whose classes the parts of a pipeline are."""
 
 
-class Family(Protocol):
-    """What a class of backbones says of its pipelines; see ``DiffusersBackbone``."""
-
-    @property
-    def pipeline_class(self) -> Any:
-        """The pipeline's class in diffusers."""
-
-    @property
-    def denoiser(self) -> str:
-        """The denoiser's name in the pipeline."""
-
-    @property
-    def bundled(self) -> Path:
-        """Folder of the bundled model."""
-
-    @property
-    def without(self) -> Mapping[str, Any]:
-        """Components and settings of the pipeline that are given instead of loaded."""
-
-    @property
-    def optional(self) -> Sequence[str]:
-        """Components that a folder may lack."""
-
-
 def load_pipeline(
-    family: Family,
+    family: "type[DiffusersBackbone]",
     pretrained: str,
     dtypes: Mapping[str, torch.dtype],
     config: str | None,

@@ -12,8 +12,8 @@ from torch import nn
 from lit_align.backbones.adapter_files import reason
 from lit_align.backbones.adapters import LoRA
 from lit_align.errors import ConfigError
+from lit_align.pretrained import Dtype
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 Checkpointing = Literal["none", "prediction", "blocks"]
 Attention = Literal["auto", "sdpa", "plain"]
 

@@ -20,7 +20,6 @@ from lit_align.backbones.loading import load_pipeline
 from lit_align.backbones.options import (
     Attention,
     Checkpointing,
-    Dtype,
     check_choices,
     check_inputs,
     choose_size,
@@ -33,6 +32,7 @@ from lit_align.backbones.sharding import shard_network
 from lit_align.backbones.text import TextEncoding
 from lit_align.backbones.weight_sets import POLICY, WeightSets
 from lit_align.errors import ConfigError, check_positive
+from lit_align.pretrained import Dtype
 from lit_align.samplers import Sampler
 from lit_align.shapes import PIPELINE
 from lit_align.tokens import Counts, count_tokens

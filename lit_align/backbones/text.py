@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import logging
@@ -11,24 +11,13 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from lit_align.errors import ConfigError
 from lit_align.pretrained import has_words, misfit
-from lit_align.tokens import Counts, count_tokens, warn_of_cut
+from lit_align.tokens import count_tokens, warn_of_cut
+
+if TYPE_CHECKING:
+    from lit_align.backbones.pipeline import DiffusersBackbone
 
 LONGEST = 10**6
 """Tokens; where nothing says how many a text may have, transformers says 10^30."""
-
-
-class Encoder(Protocol):
-    """What encodes prompts."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-
-    def prompt_tokens(self, prompt: str) -> Counts:
-        """How many tokens a prompt has, and how many are read."""
-
-    def embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Tensors by name, with a row for each prompt."""
 
 
 class TextEncoding:
@@ -37,24 +26,24 @@ class TextEncoding:
     Autocast is off: what is remembered must not depend on who asked first, and in float16 T5 overflows.
 
     Args:
-        encoder: A backbone.
+        backbone: Whose prompts.
         away: Its text encoders that wait on the CPU.
     """
 
-    def __init__(self, encoder: Encoder, away: Sequence[nn.Module]) -> None:
-        self._encoder, self._away = encoder, away
+    def __init__(self, backbone: "DiffusersBackbone", away: Sequence[nn.Module]) -> None:
+        self._backbone, self._away = backbone, away
         self._told = False
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Tensors of one row for each prompt."""
         self._told = self._told or warn_of_cut(
-            "the text encoder", self._encoder.prompt_tokens, [p for p in prompts if p]
+            "the text encoder", self._backbone.prompt_tokens, [p for p in prompts if p]
         )
-        device = self._encoder.device
+        device = self._backbone.device
         exact = torch.autocast(device.type, enabled=False)
         with present(self._away, device), without_a_line_each(), exact:
-            return [self._encoder.embed([prompt]) for prompt in prompts]
+            return [self._backbone.embed([prompt]) for prompt in prompts]
 
 
 @contextmanager

@@ -153,13 +153,6 @@ def compared(
     return {name: compare(old, latest[name], groups) for name, old in before.items() if name in latest}
 
 
-def _measured_at(module: AlignmentModule, split: str) -> dict[str, int]:
-    """The counters of the run when that was measured; a test is of now."""
-    if split.startswith("test"):
-        return {"images": module.images, "reward_queries": module.reward_queries}
-    return module.measured_at
-
-
 def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Path:
     """The comparison as JSON, and beside it the metrics of each image as CSV; where the JSON is.
 
@@ -169,19 +162,21 @@ def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Pat
         metrics = {name: finite(asdict(comparison)) for name, comparison in found.items()}
     else:
         metrics = {name: _mean(comparison) for name, comparison in _means(module, split).items()}
+    tested = split.startswith("test")
+    now = {"images": module.images, "reward_queries": module.reward_queries}
     result = {
         "split": split,
         "run": module.identity(),
         "measured": module.measurement(split),
         "shapes_weights": WEIGHTS_HASH,
-        **_measured_at(module, split),
-        "metrics": metrics | (module.set_metrics if split.startswith("test") else {}),
+        **(now if tested else module.measured_at),
+        "metrics": metrics | (module.set_metrics if tested else {}),
     }
     # A fit that was interrupted has several files, and must leave what one leaves that was not.
     if split != "validation":
         result["config"] = _config(module.trainer)
-    _, now, groups = _measured(module, split)
-    rows = _rows({"prompt": groups} | now)
+    _, policy, groups = _measured(module, split)
+    rows = _rows({"prompt": groups} | policy)
     if split == "validation":
         write(path.with_suffix(".csv"), rows)
     else:  # the table takes the name, and the JSON says that all is there

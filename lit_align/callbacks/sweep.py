@@ -68,9 +68,7 @@ class SweepReport(Callback):
             "hypervolume_lead": finite({name: volume.lead for name, volume in others.items()}),
             "hypervolume_lead_error": finite({name: volume.lead_error for name, volume in others.items()}),
             "hypervolume_reference": front.merits(reference).tolist(),
-            "hypervolume_units": list(
-                finite(dict(zip(front.objectives, units.tolist(), strict=True))).values()
-            ),
+            "hypervolume_units": [None if unit != unit else unit for unit in units.tolist()],
             "points": points,
         }
 

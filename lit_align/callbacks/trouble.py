@@ -16,7 +16,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-from lit_align.comparison import DISTANCES, compare
+from lit_align.comparison import DISTANCES, compare, spread
 
 LESS_DIVERSE = 0.1
 """Share of the best validation's diversity that may be lost."""
@@ -106,7 +106,7 @@ def bounds(
     level = false_alarms / pairs
     found.append(Bound("diversity", -1, LESS_DIVERSE * _mean(best["diversity"]), level))
     found += [
-        Bound(name, 0, OTHER_LOOK * _spread(best[name]), level) for name in ("saturation", "high_frequency")
+        Bound(name, 0, OTHER_LOOK * spread(best[name]), level) for name in ("saturation", "high_frequency")
     ]
     limit = math.inf if max_distance is None else max_distance
     found += [Bound(name, 1, limit, level) for name in DISTANCES if name in best]
@@ -155,11 +155,6 @@ def normal_of(t: float, freedom: int) -> float:
 
 def _mean(values: Tensor) -> float:
     return float(values.double().nanmean())
-
-
-def _spread(values: Tensor) -> float:
-    known = values[values.isfinite()].double()
-    return float(known.std()) if len(known) > 1 else math.nan
 
 
 def validations(trainer: Trainer) -> int:

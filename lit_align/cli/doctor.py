@@ -68,7 +68,7 @@ class DoctorCLI(AlignCLI):
                 if self.sharded:  # over more devices than that of the trial
                     self.trial.seen.memory = None
                 findings += judge(self.model, self.trial.seen)
-        said = [str(one.message) for one in told if _is_ours(one)]
+        said = [str(one.message) for one in told if "lit_align" in Path(one.filename).parts]  # raised in here
         # The trial is short on purpose.
         findings += [_warned(text) for text in said if not text.startswith("the Trainer ends after")]
         self._temporary.cleanup()
@@ -100,11 +100,6 @@ def _processes(trainer: Any) -> int:
         else len(devices)
     )
     return each * int(trainer.num_nodes)
-
-
-def _is_ours(warning: Any) -> bool:
-    """Whether it was raised in this package, and says what a user can act on."""
-    return "lit_align" in Path(warning.filename).parts
 
 
 def _warned(text: str) -> Finding:

@@ -12,6 +12,7 @@ from lit_align.errors import ConfigError, check_positive, tell
 from lit_align.export import FORMS, Live, export, mixture_of, read_run
 from lit_align.export.card import SOUP, card, is_card
 from lit_align.export.forms import check_others
+from lit_align.export.live import Run
 from lit_align.files import write
 
 ROUNDING = 1 / 255
@@ -63,13 +64,11 @@ def export_command(arguments: Sequence[str]) -> None:
     if Path(name).name != name:
         raise ConfigError(f"export: --name {name!r} is not a file name; give --out for the folder")
     if options.out is not None:
-        check_replaced(options.out, options.form or FORMS, name)
+        check_replaced(options.out, options.form or FORMS, name, list(zip(runs, weights, strict=True)))
     live = mixture_of(runs, weights, options.device)
     of_adapter = ["adapter", "kohya"] if live.backbone.denoiser == "unet" else ["adapter"]
     forms = options.form or (["pipeline"] if live.whole else of_adapter)
     folder = options.out or runs[0].folder / "export"
-    if options.out is not None:
-        check_others(live, folder, name)
     with without_a_line_each():  # of prompts and names of layers on which nobody can act
         made = export(live, forms, folder, name, options.steps)
     grids = _grids(live)
@@ -88,22 +87,22 @@ def export_command(arguments: Sequence[str]) -> None:
         _tell_of_best(runs[0].folder, options.run[0])
 
 
-def check_replaced(folder: Path, forms: Sequence[str], name: str) -> None:
-    """Refuse a folder with what no export of this name wrote, such as a run's own adapter, or a program.
+def check_replaced(folder: Path, forms: Sequence[str], name: str, runs: Sequence[tuple[Run, float]]) -> None:
+    """Refuse a folder with what no export of this name and these runs wrote, such as a run's own adapter.
 
     Raises:
         ConfigError: Something there would be replaced.
     """
     if (folder / "config.yaml").is_file():
         raise ConfigError(f"export: --out {folder} is the folder of a run; give another one")
-    if is_card(folder / "README.md", name):
-        return
-    for written in ("README.md", *(f"{name}.safetensors" if form == "kohya" else form for form in forms)):
-        if (folder / written).exists():
+    if not is_card(folder / "README.md", name):
+        written = ("README.md", *(f"{name}.safetensors" if form == "kohya" else form for form in forms))
+        if there := next((file for file in written if (folder / file).exists()), None):
             raise ConfigError(
-                f"export: --out: {folder / written} is there and no earlier export of {name}; give another "
+                f"export: --out: {folder / there} is there and no earlier export of {name}; give another "
                 "folder"
             )
+    check_others(runs, folder, name)
 
 
 def _grids(live: Live) -> list[Path]:

@@ -25,7 +25,7 @@ ECHO = 1.0
 TURN = 0.5
 """Seconds between two looks at the other processes."""
 
-STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """What clusters, launchers and people send."""
 
 
@@ -74,7 +74,7 @@ class Signals:
         Args:
             announce: Tells the user that this process ends; called once, by another thread.
         """
-        if os.name != "posix" or self.active or threading.current_thread() is not threading.main_thread():
+        if self.active or threading.current_thread() is not threading.main_thread():
             return
         self._forget()
         self._announce = announce
@@ -212,5 +212,4 @@ def _described(returncode: int) -> str:
 SIGNALS = Signals()
 """Those of this process."""
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=SIGNALS.forked)
+os.register_at_fork(after_in_child=SIGNALS.forked)

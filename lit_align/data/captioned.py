@@ -52,8 +52,6 @@ class ShapesRenders(CaptionedImages):
 
     def __init__(self, kinds: list[Kind]) -> None:
         self._space = PromptSpace(kinds)
-        if not kinds:
-            raise ConfigError("kinds of ShapesRenders is empty: give some of single, open, pair, relation")
 
     def __len__(self) -> int:
         return len(self._space)

@@ -15,7 +15,7 @@ from lit_align.backbones.adapter_files import to_kohya
 from lit_align.backbones.loading import load_pipeline
 from lit_align.backbones.options import with_entries
 from lit_align.errors import ConfigError
-from lit_align.export.live import Live
+from lit_align.export.live import Live, Run
 from lit_align.files import follow_umask, replace_file, replace_folder, writing
 from lit_align.identity import ADAPTER, differences, read_stamp, stamp
 
@@ -81,7 +81,7 @@ def _write(live: Live, form: str, folder: Path, name: str) -> Path:
 
         def fill(draft: Path) -> None:
             save_file(values, draft, said)
-            stamp(draft, facts(live))
+            stamp(draft, facts(live.runs))
 
         replace_file(path, fill)
         return path
@@ -90,7 +90,7 @@ def _write(live: Live, form: str, folder: Path, name: str) -> Path:
         shutil.rmtree(draft, ignore_errors=True)
         if form == "adapter":
             sets.save(draft, live.name)
-            stamp(draft / ADAPTER, facts(live))
+            stamp(draft / ADAPTER, facts(live.runs))
         else:
             sets.save_merged(draft, live.name)
         follow_umask(draft)
@@ -98,13 +98,13 @@ def _write(live: Live, form: str, folder: Path, name: str) -> Path:
     return path
 
 
-def check_others(live: Live, folder: Path, name: str) -> None:
-    """Refuse to replace what was exported of another run.
+def check_others(runs: Sequence[tuple[Run, float]], folder: Path, name: str) -> None:
+    """Refuse to replace what was exported of other runs.
 
     Raises:
         ConfigError: Something is there that says so.
     """
-    now = facts(live) | {"images": None, "mixture": None}  # the same run may be further by now
+    now = facts(runs) | {"images": None, "mixture": None}  # the same run may be further by now
     for path in (folder / "adapter", folder / f"{name}.safetensors"):
         if other := differences(read_stamp(path) or {}, now):
             changed, values = next(iter(other.items()))
@@ -113,11 +113,11 @@ def check_others(live: Live, folder: Path, name: str) -> None:
             )
 
 
-def facts(live: Live) -> dict[str, Any]:
-    """What an export says of where it comes from."""
-    if not live.mixed:
-        return live.runs[0][0].facts
-    return {"mixture": [{"weight": weight} | run.facts for run, weight in live.runs]}
+def facts(runs: Sequence[tuple[Run, float]]) -> dict[str, Any]:
+    """What an export says of where it comes from: the runs, and the weight of each."""
+    if [weight for _, weight in runs] == [1.0]:
+        return runs[0][0].facts
+    return {"mixture": [{"weight": weight} | run.facts for run, weight in runs]}
 
 
 def _pipeline(live: Live, form: str, path: Path | None = None) -> Any:

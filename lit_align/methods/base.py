@@ -109,8 +109,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
                 reward does not fit the model or the data.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        several, pairs = self.several_tasks, self.learns_from_pairs
-        check_data(data, stage, type(self).__name__, several=several, pairs=pairs)
+        check_data(data, stage, type(self))
         check_trainer(self.trainer, stage)
         if stage == "fit":
             check_scaled(self.trainer, self.backbone.weight_sets.parameters(), "backbone.dtype")

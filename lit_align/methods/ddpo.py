@@ -19,7 +19,7 @@ from lit_align.advantages import Advantages
 from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
-from lit_align.errors import ConfigError, check_positive
+from lit_align.errors import ConfigError, check_not_negative, check_positive
 from lit_align.methods.clip_range import warn_of_misfit
 from lit_align.methods.joint import JointModule, Rollouts, TaskOrder
 from lit_align.methods.metrics import Metrics, chosen
@@ -122,8 +122,7 @@ class DDPOModule(JointModule):
         counts = {"updates": updates, "inner_epochs": inner_epochs, "shared_timesteps": shared_timesteps}
         sizes = {"timestep_fraction": timestep_fraction, "clip_range": clip_range, "kl_target": kl_target}
         check_positive(counts | sizes)
-        if not kl_weight >= 0:
-            raise ConfigError(f"kl_weight: {kl_weight} must not be negative")
+        check_not_negative({"kl_weight": kl_weight})
         _check_steps(self.sampler, updates, timestep_fraction, shared_timesteps)
         steps = updates * inner_epochs * (shared_timesteps or 1)
         if clip_range is None and steps > 1:

@@ -16,15 +16,13 @@ KNOWN = PromptDataModule | MultiTaskDataModule | PickaPicDataModule
 """The data modules whose prompts can be listed; of others, and without one, nothing is known."""
 
 
-def check_data(data: Any, stage: str, method: str, *, several: bool, pairs: bool) -> None:
+def check_data(data: Any, stage: str, method: Any) -> None:
     """Refuse data that a method cannot have.
 
     Args:
         data: The data module; None for loaders alone.
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
-        method: Its class, for the message.
-        several: Whether it learns several tasks.
-        pairs: Whether it learns from pairs of images.
+        method: Its class.
 
     Raises:
         ConfigError: The data are loaders alone, or give no batches of this package, or it would learn from
@@ -42,14 +40,15 @@ def check_data(data: Any, stage: str, method: str, *, several: bool, pairs: bool
         )
     if stage != "fit":
         return
-    if isinstance(data, MultiTaskDataModule) and not several:
+    if isinstance(data, MultiTaskDataModule) and not method.several_tasks:
         raise ConfigError(
-            f"data: MultiTaskDataModule has several tasks, and {method} learns one; use PromptDataModule"
+            f"data: MultiTaskDataModule has several tasks, and {method.__name__} learns one; use "
+            "PromptDataModule"
         )
-    if isinstance(data, PickaPicDataModule) and not pairs:
+    if isinstance(data, PickaPicDataModule) and not method.learns_from_pairs:
         raise ConfigError(
-            f"data: {method} learns from images that it draws, and PickaPicDataModule has those of a "
-            "dataset; use PromptDataModule (PickaPicPrompts is a source of the same prompts)"
+            f"data: {method.__name__} learns from images that it draws, and PickaPicDataModule has those of "
+            "a dataset; use PromptDataModule (PickaPicPrompts is a source of the same prompts)"
         )
 
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_align.backbones import DiffusionBackbone
 from lit_align.data import MultiTaskDataModule, PairSource, PickaPicDataModule, PromptDataModule, PromptSource
 from lit_align.data.prompts.tasks import JointFixedLoader
 from lit_align.errors import ConfigError, tell
@@ -39,9 +38,13 @@ def identity_of(module: SamplingModule, data: Any) -> dict[str, Any]:
     :func:`~lit_align.identity.weights_hash`, which reads evenly spaced values of every tensor. What scores
     images, and which are held out, the module adds.
     """
+    sets = module.backbone.weight_sets
     return {
         "method": type(module).__name__,
-        **_weights(module.backbone),
+        "model": sets.model,
+        "base": sets.base_hash,
+        "others": weights_hash(module.backbone.fixed_parameters()),
+        "files": dict(sets.file_hashes),
         "sampler": _sampler(module.sampler),
         "eval_sampler": _sampler(module.eval_sampler),
         "guidance": float(module.sampling.guidance),
@@ -74,16 +77,6 @@ def measurement_of(module: SamplingModule, banks: Sequence[RewardBank], split: s
     parts = loader.loaders.values() if isinstance(loader, JointFixedLoader) else [loader]
     texts = [part.prompts.prompt(int(row)) for part in parts for row in part.rows]
     return facts | {"prompts": f"{len(texts)} prompts {text_hash(texts)}"}
-
-
-def _weights(backbone: DiffusionBackbone) -> dict[str, Any]:
-    sets = backbone.weight_sets
-    return {
-        "model": sets.model,
-        "base": sets.base_hash,
-        "others": weights_hash(backbone.fixed_parameters()),
-        "files": dict(sets.file_hashes),
-    }
 
 
 def _sampler(sampler: Sampler) -> dict[str, Any]:

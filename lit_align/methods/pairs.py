@@ -180,16 +180,17 @@ class PairModule(AlignmentModule, Generic[Prepared]):
             ConfigError: The data has no images, or they are not of the model's size.
         """
         super().setup(stage)
+        if stage != "fit":
+            return
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if stage == "fit":
-            if not isinstance(data, PickaPicDataModule):
-                raise ConfigError(
-                    f"data: {type(self).__name__} learns from images of a dataset, and {type(data).__name__} "
-                    "has none; use PickaPicDataModule"
-                )
-            self.backbone.check_size(height_and_width(data.resolution), OTHER_SIZE)
+        if not isinstance(data, PickaPicDataModule):
+            raise ConfigError(
+                f"data: {type(self).__name__} learns from images of a dataset, and {type(data).__name__} "
+                "has none; use PickaPicDataModule"
+            )
+        self.backbone.check_size(height_and_width(data.resolution), OTHER_SIZE)
         dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        if stage == "fit" and data.latent_cache is not None and not dry:
+        if data.latent_cache is not None and not dry:
             self._latents = LatentCache(Path(data.latent_cache), self._latent_key(data))
             data.train_dataloader().known = self._latents.known
 

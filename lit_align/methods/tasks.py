@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_align.advantages import Advantages
 from lit_align.data import MultiTaskDataModule, PromptDataModule
-from lit_align.errors import ConfigError, check_kinds
+from lit_align.errors import ConfigError, check_kinds, check_not_negative
 from lit_align.methods.identity import rewards_of
 from lit_align.rewards import RewardBank, Scope, SetReward
 
@@ -67,8 +67,7 @@ def make_tasks(
                 f"tasks: the name {name!r} cannot be used as a tag; use letters, digits, '_' and '-', and "
                 "not 'truth', which stands for the judge"
             )
-        if not task.weight >= 0:
-            raise ConfigError(f"tasks.{name}.weight: {task.weight} must not be negative")
+        check_not_negative({f"tasks.{name}.weight": task.weight})
     if not any(task.weight for task in tasks.values()):
         raise ConfigError(f"tasks: all weights are 0; give one of {', '.join(tasks)} a positive weight")
     return dict(tasks)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_align.errors import ConfigError, first_line
-from lit_align.pretrained import Dtype, loading, unsound, why_not_read
+from lit_align.pretrained import Dtype, unsound, why_not_read
 
 ENDINGS = (".safetensors", ".pt", ".pth")
 
@@ -48,15 +48,14 @@ def find(pretrained: str, published: str, name: str, whole: str = "") -> Path:
         )
     from huggingface_hub import hf_hub_download
 
-    with loading(pretrained):
-        try:
-            return Path(hf_hub_download(pretrained, published))
-        except Exception as error:  # the hub's client raises errors of several libraries
-            raise ConfigError(
-                f"{name}: pretrained: cannot load {published} of {pretrained!r} ({first_line(error)}); check "
-                "the id and the network; without a network, download it elsewhere and give its folder (hf "
-                f"download {pretrained} {published} --local-dir FOLDER)."
-            ) from error
+    try:
+        return Path(hf_hub_download(pretrained, published))
+    except Exception as error:  # the hub's client raises errors of several libraries
+        raise ConfigError(
+            f"{name}: pretrained: cannot load {published} of {pretrained!r} ({first_line(error)}); check the "
+            "id and the network; without a network, download it elsewhere and give its folder (hf download "
+            f"{pretrained} {published} --local-dir FOLDER)."
+        ) from error
 
 
 def read(file: Path, name: str) -> dict[str, Tensor]:

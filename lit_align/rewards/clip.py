@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lit_align.errors import ConfigError
 from lit_align.pretrained import Dtype, has_words, load_part, load_whole, misfit, processor_config, shared
@@ -87,7 +86,7 @@ class CLIPCosine(nn.Module):
         """Unit embeddings ``(B, D)`` of ``(B, 3, H, W)`` images in [0, 1]."""
         chunks = [self.preprocess(chunk) for chunk in images.split(self.IMAGES_AT_ONCE)]
         features = [
-            _pooled(self.model.get_image_features(pixel_values=chunk.to(self.model.dtype)))
+            self.model.get_image_features(pixel_values=chunk.to(self.model.dtype)).pooler_output
             for chunk in chunks
         ]
         return _unit(torch.cat(features))
@@ -133,7 +132,7 @@ class CLIPCosine(nn.Module):
         features = self.model.get_text_features(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
         )
-        return _unit(_pooled(features))[0]
+        return _unit(features.pooler_output)[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Forget the prompts' embeddings when the module moves to another device or precision."""
@@ -234,13 +233,6 @@ def load_tokenizer(processor: str, shapes: Path, encoder: Any) -> PreTrainedToke
             f"The tokenizer in {processor!r} has {wrong}; name under 'processor' where the model's own is."
         )
     return tokenizer
-
-
-def _pooled(features: Tensor | BaseModelOutputWithPooling) -> Tensor:
-    """The projected embedding ``(B, D)``: a tensor in transformers 4, the pooler output in transformers 5."""
-    pooled = features if isinstance(features, Tensor) else features.pooler_output
-    assert pooled is not None
-    return pooled
 
 
 def resized(images: Tensor, size: list[int]) -> Tensor:

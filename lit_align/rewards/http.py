@@ -8,7 +8,7 @@ from typing import Any, Self, TypeVar
 
 import urllib3
 
-from lit_align.errors import ConfigError, check_positive, tell
+from lit_align.errors import ConfigError, check_not_negative, check_positive, tell
 
 Answer = TypeVar("Answer")
 
@@ -59,8 +59,7 @@ class Server:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"url: {url!r} is not an address; give http://HOST:PORT or https://HOST.")
         check_positive({"timeout": timeout, "connections": connections})
-        if retries < 0:
-            raise ConfigError(f"retries: {retries} must not be negative")
+        check_not_negative({"retries": retries})
         self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
         self.headers = {**JSON, **(headers or {})}
         self.connections = connections

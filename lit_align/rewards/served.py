@@ -29,14 +29,12 @@ class Asked:
     """An image that is to be scored.
 
     Attributes:
-        key: Hash of all the rest.
         image: ``(3, H, W)`` on the CPU.
         prompt: Its prompt.
         columns: The data's columns that are sent, one entry each.
         score: Where the score will be.
     """
 
-    key: bytes
     image: Tensor
     prompt: str
     columns: dict[str, Any]
@@ -143,7 +141,7 @@ class ServedReward(Reward):
             given = {name: there[name][row] for name in self.columns}
             key = self._key(image, prompts[row], given)
             if key not in self._scores:
-                asked = Asked(key, image.clone(), prompts[row], given, Future())
+                asked = Asked(image.clone(), prompts[row], given, Future())
                 self._scores[key] = asked.score
                 if self._waiting and self._waiting[0].image.shape != image.shape:
                     self._send(len(self._waiting))

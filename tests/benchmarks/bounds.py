@@ -19,6 +19,7 @@ import yaml
 
 from lit_align.data import PromptDataModule, ShapesPrompts
 from lit_align.rewards import ObjectPresence, StatisticalParity
+from lit_align.shapes.recipe.images import as_images
 from lit_align.shapes.world import COLOURS, parse, render, sample_scene
 from tests.benchmarks.harness.plan import ROOT
 
@@ -53,7 +54,7 @@ def score_of_renders(prompts: Sequence[str], renders: int) -> float:
     """Mean presence of the objects in true renders of the prompts."""
     rng, repeated = np.random.default_rng(0), [prompt for prompt in prompts for _ in range(renders)]
     renders_of = [render(sample_scene(parse(prompt), rng)) for prompt in repeated]
-    images = torch.from_numpy(np.stack(renders_of)).permute(0, 3, 1, 2).float() / 255
+    images = as_images(np.stack(renders_of))
     return float(ObjectPresence("shapes")(images, repeated).mean())
 
 

@@ -48,16 +48,25 @@ def parts(module: LightningModule, batch: Batch) -> tuple[Part, ...]:
     raise SystemExit(f"floor: {type(module).__name__} has no function under parts in {__file__}")
 
 
-@parts.register
-def ddpo(module: DDPOModule, batch: Batch) -> tuple[Part, ...]:
-    """T forwards and a decode an image, a gradient a replayed pair; KL on the first image of a prompt."""
-    width = 1 if module.sampling.guidance == 1 else 2
-    images, chunk = len(batch), min(module.sampling.batch, len(batch))
-    pairs = images * module.steps_per_image
-    micro = min(module.optimisation.micro_batch, pairs // module.updates) * width
-    replayed = width * pairs * module.inner_epochs
+def _width(guidance: float) -> int:
+    """Rows of a prediction for one image."""
+    return 1 if guidance == 1 else 2
+
+
+def _sampled(module: DDPOModule | PRDPModule | MSDDAModule, images: int) -> tuple[Part, Part]:
+    """T forwards and a decode an image, and the rewards."""
+    width, chunk = _width(module.sampling.guidance), min(module.sampling.batch, images)
     sampling = Calls("forward", width * images * module.sampler.num_steps, width * chunk)
     decoding = Calls("decode", images, min(module.backbone.decode_batch, chunk))
+    return Part("sampling", "sample", (sampling, decoding)), Part("rewards", "score")
+
+
+@parts.register
+def ddpo(module: DDPOModule, batch: Batch) -> tuple[Part, ...]:
+    """A gradient a replayed pair; KL on the first image of a prompt."""
+    width, pairs = _width(module.sampling.guidance), len(batch) * module.steps_per_image
+    micro = min(module.optimisation.micro_batch, pairs // module.updates) * width
+    replayed = width * pairs * module.inner_epochs
     learning = [Calls("gradient", replayed, micro)]
     if module.kl_weight:
         learning.append(Calls("forward", replayed, micro))
@@ -67,8 +76,7 @@ def ddpo(module: DDPOModule, batch: Batch) -> tuple[Part, ...]:
     )
     measured = (Calls("forward", width * len(few.rows), min(micro, width * len(few.rows))),)
     return (
-        Part("sampling", "sample", (sampling, decoding)),
-        Part("rewards", "score"),
+        *_sampled(module, len(batch)),
         Part("updates", "update", tuple(learning)),
         # Without a target the KL is only reported, which no algorithm asks for.
         Part("KL of the step", "look_back", measured if module.kl_target else ()),
@@ -82,11 +90,8 @@ def alignprop(module: AlignPropModule, batch: Batch) -> tuple[Part, ...]:
     Which predictions are attached is drawn: the first rollout batch's draws stand for all. All of it, rewards
     too, runs inside the update.
     """
-    width, steps, ends = (
-        1 if module.sampling.guidance == 1 else 2,
-        module.sampler.num_steps,
-        1 + module.truncation.copies,
-    )
+    width, steps = _width(module.sampling.guidance), module.sampler.num_steps
+    ends = 1 + module.truncation.copies
     draws = [generator(module.seed, "truncation", i) for i in batch.index.tolist()]
     drawn = torch.stack([module.truncation.attached(steps, draw) for draw in draws])
     # A one-shot ends the chain at its attached step.
@@ -103,22 +108,17 @@ def alignprop(module: AlignPropModule, batch: Batch) -> tuple[Part, ...]:
 
 @parts.register
 def prdp(module: PRDPModule, batch: Batch) -> tuple[Part, ...]:
-    """T forwards and a decode an image; of each noisy step one by the reference, and two passes an update.
+    """A forward of each noisy step by the reference, and two passes an update.
 
     The first update of a rollout batch needs no first pass: the weights are those that sampled.
     """
-    width = 1 if module.sampling.guidance == 1 else 2
-    images, chunk = len(batch), min(module.sampling.batch, len(batch))
-    pairs = images * len(module.stochastic_steps)
+    width, pairs = _width(module.sampling.guidance), len(batch) * len(module.stochastic_steps)
     part, passed = pairs // module.updates, pairs * module.inner_epochs
-    sampling = Calls("forward", width * images * module.sampler.num_steps, width * chunk)
-    decoding = Calls("decode", images, min(module.backbone.decode_batch, chunk))
     compared = Calls("forward", width * pairs, width * min(module.sampling.batch, pairs))
     first = Calls("forward", width * (passed - part), width * min(module.sampling.batch, part))
     second = Calls("gradient", width * passed, width * min(module.optimisation.micro_batch, part))
     return (
-        Part("sampling", "sample", (sampling, decoding)),
-        Part("rewards", "score"),
+        *_sampled(module, len(batch)),
         Part("reference", "_compare", (compared,)),
         Part("updates", "_learn", tuple(call for call in (first, second) if call.rows)),
         # Only reported: no algorithm asks for it.
@@ -128,21 +128,13 @@ def prdp(module: PRDPModule, batch: Batch) -> tuple[Part, ...]:
 
 @parts.register
 def msdda(module: MSDDAModule, batch: Batch) -> tuple[Part, ...]:
-    """T forwards of the reference and a decode an image, for all experts; a gradient a pair and expert."""
-    width = 1 if module.sampling.guidance == 1 else 2
-    images, chunk = len(batch), min(module.sampling.batch, len(batch))
-    pairs = images * module.steps_per_image
-    sampling = Calls("forward", width * images * module.sampler.num_steps, width * chunk)
-    decoding = Calls("decode", images, min(module.backbone.decode_batch, chunk))
+    """The reference samples for all experts; a gradient a pair and expert."""
+    width, pairs = _width(module.sampling.guidance), len(batch) * module.steps_per_image
     learnt = width * pairs * module.inner_epochs * len(module.trained)
     learning = Calls(
         "gradient", learnt, width * min(module.optimisation.micro_batch, pairs // module.updates)
     )
-    return (
-        Part("sampling", "sample", (sampling, decoding)),
-        Part("rewards", "score"),
-        Part("updates", "_learn", (learning,)),
-    )
+    return (*_sampled(module, len(batch)), Part("updates", "_learn", (learning,)))
 
 
 @parts.register
@@ -165,7 +157,7 @@ def spin(module: SPINModule, batch: PairBatch) -> tuple[Part, ...]:
 
     Then every rollout batch begins an iteration (of which there must be enough) and draws its own pool.
     """
-    width = 1 if module.opponent_guidance == 1 else 2
+    width = _width(module.opponent_guidance)
     pairs, chunk = len(batch), min(module.sampling.batch, len(batch))
     playing = Calls("forward", width * pairs * module.sampler.num_steps, width * chunk)
     times, size = (width * int(module.sampler.stochastic.sum()), width) if module.exact else (1, 1)

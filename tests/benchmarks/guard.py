@@ -16,19 +16,16 @@ import argparse
 import json
 import shutil
 import sys
-import zipfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 from lit_align.files import write
 from tests.benchmarks.harness.markdown import table
 from tests.benchmarks.harness.plan import ROOT, Cell
-from tests.benchmarks.harness.record import commit, result_path, stored
-from tests.benchmarks.harness.run import CellFailed, Launch, Subprocesses, alone, command, run_all
+from tests.benchmarks.harness.record import commit, curves, result_path, stored
+from tests.benchmarks.harness.run import Launch, Subprocesses, alone, checkpoint_of, command, ended, run_all
 
 FALL = 0.05
 """Share of the best truth by which it may have fallen when the guard acts."""
@@ -96,36 +93,24 @@ def run_cell(cell: Cell, out: Path, work: Path, launch: Launch) -> None:
     folder, fingerprint = work.absolute() / cell.plan / cell.name, cell.fingerprint()
     with alone(folder) as lock:
         made_by, run, log = folder / "fingerprint", folder / "version_0", folder / "fit.log"
-        checkpoint: Path | None = run / "checkpoints" / "last.ckpt"
-        same = made_by.exists() and made_by.read_text() == fingerprint
-        if not same or not zipfile.is_zipfile(str(checkpoint)):
+        if not made_by.exists() or made_by.read_text() != fingerprint:
             shutil.rmtree(run, ignore_errors=True)
+        if (checkpoint := checkpoint_of(run)) is None:
             log.unlink(missing_ok=True)
-            checkpoint = None
         write(made_by, fingerprint)
         if status := launch(command(cell, "fit", folder, checkpoint), log, lock).status:
-            tail = log.read_text(errors="replace").splitlines()[-20:]
-            raise CellFailed("\n".join([f"fit ended with status {status}; the end of {log}:", *tail]))
-        curves = scalars(run)
+            raise ended(f"fit ended with status {status}", log)
+        measured = curves(run, "guard", "val")
         lines = log.read_text(errors="replace").replace(f"{ROOT}/", "").splitlines()
         told = [line for line in lines if "guard: " in line]
         result = {"fingerprint": fingerprint, "config": cell.config, "seed": cell.seed, "told": told}
         result |= {"arguments": cell.arguments, "commit": commit(), "shapes_weights": cell.weights}
-        write(
-            result_path(cell, out), json.dumps(result | judged(curves) | {"curves": curves}, indent=1) + "\n"
-        )
+        result |= judged(measured) | {"curves": measured}
+        write(result_path(cell, out), json.dumps(result, indent=1) + "\n")
 
 
-def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """What a run's validations measured, and what its guard made of it, against images."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
-    names = [name for name in sorted(events.Tags()["scalars"]) if name.startswith(("val/", "guard/"))]
-    return {n: sorted({point.step: point.value for point in events.Scalars(n)}.items()) for n in names}
-
-
-def judged(curves: dict[str, list[tuple[int, float]]]) -> dict[str, Any]:
-    """What the guard did.
+def judged(measured: dict[str, list[tuple[int, float]]]) -> dict[str, Any]:
+    """What the guard did, by the curves of a run.
 
     Returns:
         ``acted``: images of the run when it acted, or None; ``because``: the metrics that were trouble;
@@ -133,15 +118,15 @@ def judged(curves: dict[str, list[tuple[int, float]]]) -> dict[str, Any]:
         ``late``: images at the first validation with the truth more than :data:`FALL` below its best, if
         there is one by then.
     """
-    acted = next((images for images, value in curves["guard/acts"] if value), None)
+    acted = next((images for images, value in measured["guard/acts"] if value), None)
     best, late, truth = float("-inf"), None, float("nan")
-    for images, truth in curves["val/truth"]:
+    for images, truth in measured["val/truth"]:
         best = max(best, truth)
         if late is None and truth < (1 - FALL) * best:
             late = images
         if images == acted:
             break
-    evidence = {name: dict(points) for name, points in curves.items() if name.startswith("guard/evidence/")}
+    evidence = {name: dict(points) for name, points in measured.items() if name.startswith("guard/evidence/")}
     because = [name.removeprefix("guard/evidence/") for name, at in evidence.items() if at.get(acted, 0) >= 1]
     values = {"truth": truth, "best_truth": best, "fall": 1 - truth / best}
     return {"acted": acted, "because": because, "late": late, **values}

@@ -38,9 +38,10 @@ from lit_align.data import ShapesPrompts
 from lit_align.errors import ConfigError
 from lit_align.files import write
 from lit_align.shapes import PIPELINE
+from tests.benchmarks.harness.plan import ROOT
 from tests.benchmarks.harness.run import CellFailed
 from tests.benchmarks.peers import race
-from tests.benchmarks.peers.our_side import ROOT, arguments
+from tests.benchmarks.peers.our_side import arguments
 from tests.benchmarks.peers.shown import SIDES, show, summary
 from tests.benchmarks.peers.turns import Work
 

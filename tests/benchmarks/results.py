@@ -12,6 +12,7 @@ further test or the Shapes weights change. Exit status 1 if a cell failed; the o
 import argparse
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +26,7 @@ from tests.benchmarks.harness.plots import copy_images, plot_curves, plot_fronti
 from tests.benchmarks.harness.pretrained import distinct, pretrained_of
 from tests.benchmarks.harness.record import images, stored
 from tests.benchmarks.harness.report import markdown, verdict
-from tests.benchmarks.harness.run import Launch, Subprocesses, run_cells
+from tests.benchmarks.harness.run import Launch, Subprocesses, run_all, run_cell
 
 
 def make(plan: Plan, out: Path, work: Path, launch: Launch, workers: int, source: str) -> dict[str, str]:
@@ -75,7 +76,8 @@ def _run(cells: list[Cell], out: Path, work: Path, launch: Launch, workers: int)
             ended = does.startswith(("done", "finished", "failed"))
             progress.update(rows[cell.name], does=does, completed=int(ended))
 
-        return run_cells(cells, out, work, launch, tell, workers)
+        one = partial(run_cell, out=out, work=work, launch=launch, tell=tell)
+        return run_all(cells, one, launch, workers, tell)
 
 
 def options() -> argparse.Namespace:

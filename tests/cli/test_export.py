@@ -141,7 +141,7 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(runs: Path, tmp_path
         assert said in capsys.readouterr().err
     assert own.read_text() == "a program"
     assert read_stamp(runs / "version_1" / "adapter") == before
-    check_replaced(tmp_path / "out", ["adapter"], "name")
+    check_replaced(tmp_path / "out", ["adapter"], "name", [(read_run(runs / "version_0"), 1.0)])
 
 
 def test_a_card_names_the_function_that_is_a_reward():
@@ -178,7 +178,7 @@ def test_figures_and_facts_are_of_the_weights_that_are_exported(runs: Path, tmp_
     assert "## Metrics" not in texts["end"]
     assert "validation_" not in texts["end"]
     last = mixture_of([read_run(run / "checkpoints" / "last.ckpt")], [1.0])
-    assert facts(last)["images"] == 12
+    assert facts(last.runs)["images"] == 12
     assert "## Metrics" not in card(last, [], "last", [])
     (run / "test.json").write_text(json.dumps(report | {"split": "test", "images": 12}))
     shown = card(mixture_of([read_run(run)], [1.0]), [], "end", [])
@@ -195,7 +195,7 @@ def test_a_mixture_and_a_checkpoint_are_exported_without_a_fit(runs: Path, tmp_p
     text = card(live, made, "soup", [])
     assert "0.3 x version_0, 0.7 x version_1" in text
     assert "## Metrics of version_0" in text  # and not of the mixture
-    assert facts(mixture_of(both[:1], [0.5])) == {"mixture": [{"weight": 0.5} | both[0].facts]}
+    assert facts([(both[0], 0.5)]) == {"mixture": [{"weight": 0.5} | both[0].facts]}
     saved = read_run(runs / "version_0" / "checkpoints" / "last.ckpt")
     (one,) = export(mixture_of([saved], [1.0]), ["adapter"], tmp_path / "checkpoint", "last", 2)
     assert one.difference == 0

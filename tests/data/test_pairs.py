@@ -107,7 +107,7 @@ def test_prompts_of_a_source_of_their_own_are_taken_out_of_training(shards: Path
 def test_shapes_pick_validates_and_tests_on_the_shipped_sets() -> None:
     data = PickaPicDataModule(validation_images_per_prompt=1, test_images_per_prompt=1)
     data.setup("fit")
-    trained = {prompt for _, prompt in data.train_rows(0, len(data.train_dataloader()))}
+    trained = {prompt for _, prompt in data.train_dataloader().rows(0, len(data.train_dataloader()))}
     for loader, shipped in (
         (data.val_dataloader(), ShapesPromptSet("validation")),
         (data.test_dataloader(), ShapesPromptSet("test")),
@@ -165,7 +165,7 @@ def test_passes_follow_each_other_and_drop_what_fills_no_batch(shards: Path) -> 
 
 def test_rows_name_the_coming_pairs(shards: Path) -> None:
     data = module(PickaPicFiles(str(shards)), batches_per_epoch=20)
-    rows = list(data.train_rows(3, 17))
+    rows = list(data.train_dataloader().rows(3, 17))
     batches = list(data.train_dataloader())[3:]
     assert rows == [
         pair for batch in batches for pair in zip(batch.index.tolist(), batch.prompts, strict=True)
@@ -192,7 +192,7 @@ def test_ranks_share_the_batches_of_one(tmp_path: Path) -> None:
             assert part.prompts == one[rows].prompts
             assert torch.equal(part.index, one[rows].index)
             assert torch.equal(part.winners, one[rows].winners)
-    rows = [list(data.train_rows(0, 5)) for data in pair]
+    rows = [list(data.train_dataloader().rows(0, 5)) for data in pair]
     assert [row for row, _ in rows[0]] == index(parts[0][:5])
     assert [row for row, _ in rows[1]] == index(parts[1][:5])
 

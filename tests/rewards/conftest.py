@@ -14,6 +14,12 @@ WORDS = ["a", "red", "blue", "circle", "square", "and", "on", "the"]
 MEAN, STD = [0.3, 0.4, 0.5], [0.2, 0.25, 0.3]
 
 
+@pytest.fixture(autouse=True)
+def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two tries of a server."""
+    monkeypatch.setattr("lit_align.rewards.http.FIRST_WAIT", 1e-3)
+
+
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("clip")

@@ -14,7 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from lit_align.errors import ConfigError
 from lit_align.rewards import CLIPScore, PickScore, RewardBank
-from lit_align.rewards.clip import MEAN, CLIPCosine, _pooled
+from lit_align.rewards.clip import MEAN, CLIPCosine
 from lit_align.shapes import PIPELINE
 
 PROMPTS = ["a red circle", "the blue square and the red square on a circle", "a red circle"]
@@ -169,12 +169,6 @@ def test_published_statistics_without_a_configuration(clip_folder: Path, tmp_pat
     shutil.copytree(clip_folder, folder)
     (folder / "preprocessor_config.json").unlink()
     assert CLIPCosine(str(folder)).mean.flatten().tolist() == pytest.approx(MEAN)
-
-
-def test_features_as_tensor_or_as_output(clip_folder: Path) -> None:
-    model = CLIPModel.from_pretrained(clip_folder)
-    features = model.get_text_features(input_ids=torch.tensor([[0, 3, 1]]))
-    assert torch.equal(_pooled(_pooled(features)), _pooled(features))
 
 
 def broken(folder: Path, copy: Path, how: str) -> str:

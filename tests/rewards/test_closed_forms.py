@@ -16,13 +16,14 @@ from lit_align.rewards import (
     Redness,
     ShapesTruth,
 )
+from lit_align.shapes.recipe.images import as_images
 from lit_align.shapes.world import parse, render, sample_scene
 
 
 @pytest.mark.parametrize("quality", [95, 50])
 def test_jpeg_bytes_are_those_of_pil(quality: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 48, 32, 3), dtype=np.uint8)
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    images = as_images(pixels)
     sizes = []
     for image in pixels:
         path = tmp_path_factory.mktemp("jpeg") / "it.jpg"
@@ -82,7 +83,7 @@ def test_truth_knows_right_from_wrong() -> None:
     prompts = ["a large red circle on a blue background", "two small green squares on a white background"]
     rng = np.random.default_rng(0)
     shown = np.stack([render(sample_scene(parse(prompt), rng)) for prompt in prompts])
-    images = torch.from_numpy(shown).permute(0, 3, 1, 2) / 255
+    images = as_images(shown)
     assert ShapesTruth()(images, prompts).tolist() == [1, 1]
     assert ShapesTruth(whole=True)(images, prompts).tolist() == [1, 1]
     wrong = "a large yellow circle on a blue background"

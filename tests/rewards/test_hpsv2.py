@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from lit_align.errors import ConfigError
 from lit_align.rewards import HPSv2, RewardBank
+from lit_align.shapes.recipe.images import as_images
 from tests.rewards import published
 
 PROMPTS = ["a red circle", "two blue squares on the", "a"]
@@ -27,10 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def pixels() -> np.ndarray:
     return np.random.default_rng(0).integers(64, 192, (3, 16, 16, 3), dtype=np.uint8)
-
-
-def as_images(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
 
 
 def test_the_checkpoint_is_the_model_it_was_written_from(folder: Path) -> None:

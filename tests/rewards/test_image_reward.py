@@ -10,6 +10,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from lit_align.errors import ConfigError
 from lit_align.rewards import ImageReward
+from lit_align.shapes.recipe.images import as_images
 from tests.rewards import published
 
 PROMPTS = ["a red circle", "Two blue squares", "a"]
@@ -42,8 +43,7 @@ def test_scores_are_those_of_the_parts(folder: Path, shape: tuple[int, int], tmp
         )
         expected = (head(read.last_hidden_state[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
     assert expected.std() > 1e-3
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
-    scores = ImageReward(str(folder))(images, PROMPTS)
+    scores = ImageReward(str(folder))(as_images(pixels), PROMPTS)
     tolerance = 1e-5 if shape == (16, 16) else 1e-2  # theirs is rounded to 8 bits after the resize
     torch.testing.assert_close(scores, expected, rtol=0, atol=tolerance)
 

@@ -23,11 +23,6 @@ def images() -> torch.Tensor:
     return torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_align.rewards.http.FIRST_WAIT", 1e-3)
-
-
 class Model:
     """Answers with the mean of the image that it was sent, and remembers what it was asked."""
 

@@ -69,11 +69,6 @@ def url(bank: RewardBank) -> Any:
         yield url
 
 
-@pytest.fixture(autouse=True)
-def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_align.rewards.http.FIRST_WAIT", 1e-3)
-
-
 def same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.nan_to_num(-99), other.nan_to_num(-99))
 

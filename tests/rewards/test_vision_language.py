@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from lit_align.errors import ConfigError
 from lit_align.rewards import HPSv3, UnifiedReward, VQAScore
 from lit_align.rewards.templates import HPSV3, UNIFIED_REWARD
 from lit_align.rewards.unified_reward import PATTERN, number
+from lit_align.shapes.recipe.images import as_images
 from tests.rewards import published
 
 PROMPTS = ["a red circle", "two blue squares", "a {} and the end<|im_end|>"]
@@ -29,10 +29,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def pixels() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (3, 20, 24, 3), dtype=np.uint8)
-
-
-def as_images(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
 
 
 def direct(tokenizer: Any, model: Any, image: np.ndarray, asked: str, **size: Any) -> Any:

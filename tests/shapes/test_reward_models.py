@@ -23,7 +23,7 @@ from lit_align.shapes.recipe.aesthetic import (
 from lit_align.shapes.recipe.agreement import agreement
 from lit_align.shapes.recipe.clip import Contrast
 from lit_align.shapes.recipe.clip import load_clip as load
-from lit_align.shapes.recipe.images import Images, draw_images, held_out
+from lit_align.shapes.recipe.images import Images, as_images, draw_images, held_out
 from lit_align.shapes.recipe.preference import (
     SCALE,
     PreferenceStage,
@@ -72,8 +72,7 @@ def test_loss_is_the_divergence_from_the_labels() -> None:
 
 
 def test_pairs_are_read_once_and_held_out_prompts_are_not(out: Path) -> None:
-    files = [out / "pick" / "pairs.parquet"]
-    everything, training = read_pairs(files, for_training=False), read_pairs(files, for_training=True)
+    everything, training = (read_pairs(out / "pick", for_training=trains) for trains in (False, True))
     assert len(everything.captions) == 72
     assert everything.pixels.shape == (48, 64, 64, 3)
     assert set(training.captions) == {c for c in everything.captions if not held_out(c)}
@@ -84,11 +83,11 @@ def test_pairs_are_read_once_and_held_out_prompts_are_not(out: Path) -> None:
         everything.images(place[None])[0, :, 5, 6] * 255, torch.tensor(everything.pixels[2, 5, 6])
     )
     with pytest.raises(ConfigError, match="no preference pairs"):
-        read_pairs([], for_training=True)
+        read_pairs(out / "images", for_training=True)
 
 
 def test_a_batch_counts_each_prompt_alike(out: Path) -> None:
-    pairs = read_pairs([out / "pick" / "pairs.parquet"], for_training=True)
+    pairs = read_pairs(out / "pick" / "pairs.parquet", for_training=True)
     contrast = Contrast(Images(out / "images", 0), CLIPTokenizer.from_pretrained(CLIP))
     stage = PreferenceStage(load(CLIP), pairs, contrast, 0, Budget(1.0))
     del stage.rows[0][2:]  # one prompt has fewer pairs
@@ -105,11 +104,11 @@ def test_a_batch_counts_each_prompt_alike(out: Path) -> None:
 
 
 def test_preferences_are_learnt_and_the_folder_is_pickscores(taught: Path) -> None:
-    files = [taught / "pick" / "pairs.parquet"]
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     captions = ["a red circle", "two blue squares", "a cyan heart", "a star"]
     before, after = (
-        preference_quality(taught / name, files, images, captions) for name in ("clip", "preference")
+        preference_quality(taught / name, taught / "pick", images, captions)
+        for name in ("clip", "preference")
     )
     assert after["pairs, loss"] < before["pairs, loss"] - 0.01
     reward = PickScore(str(taught / "preference"))
@@ -122,7 +121,7 @@ def test_a_head_is_learnt_and_the_reward_reads_it(taught: Path) -> None:
     make_aesthetic(taught, Budget(minutes=5.0, steps=200), "32-true", 0)
     state = load_file(taught / "aesthetic" / "model.safetensors")
     assert set(state) == {f"layers.{n}.{part}" for n in (0, 2, 4, 6, 7) for part in ("weight", "bias")}
-    images = torch.from_numpy(fresh_renders(60, 7)).permute(0, 3, 1, 2).float() / 255
+    images = as_images(fresh_renders(60, 7))
     quality = aesthetic_quality(taught / "aesthetic", taught / "clip", images, 60, 7)
     assert quality["renders, Pearson"] > 0.25
     assert quality["generated, Pearson"] == pytest.approx(quality["renders, Pearson"], abs=1e-6)

@@ -127,7 +127,7 @@ def test_samples_follow_their_prompts_where_the_model_was_careful(pipeline: Stab
 @pytest.mark.slow  # with other weights test_reward_models.py measures the same
 def test_the_preference_model_prefers_as_the_utility_does() -> None:
     captions, images = draw(64, 3, "preference")
-    before, after = (preference_quality(folder, [PICK], images, captions) for folder in (CLIP, PREFERENCE))
+    before, after = (preference_quality(folder, PICK, images, captions) for folder in (CLIP, PREFERENCE))
     assert after["pairs, by utility"] > max(0.75, before["pairs, by utility"] + 0.01)
     assert after["pairs, as labelled"] > max(0.72, before["pairs, as labelled"] + 0.01)
     assert after["utility, generated, Pearson"] > before["utility, generated, Pearson"]

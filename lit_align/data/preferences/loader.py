@@ -172,7 +172,8 @@ class PairLoader:
     def rows(self, start_batch: int, num_batches: int) -> Iterator[tuple[int, str]]:
         """Yield row and prompt of each of this rank's pairs in coming batches, in their order.
 
-        Images are decoded to see that they can be, and not kept.
+        They are what the batches will hold: a pair whose image cannot be read is replaced here too, for
+        which the images are decoded, and not kept.
 
         Args:
             start_batch: Number of the first batch, counted over the run.

@@ -1,6 +1,5 @@
 """The data of the methods that learn from pairs of images that people compared."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,18 +160,6 @@ class PickaPicDataModule(AlignmentDataModule):
             few, wanted = len(prompts.source), getattr(self._prompts, f"{split}_prompts")
             held.append(prompts.keys(few if few <= FEW else wanted))
         return np.concatenate(held)
-
-    def train_rows(self, start_batch: int, num_batches: int) -> Iterator[tuple[int, str]]:
-        """Yield row and prompt of each pair in this rank's share of coming batches, in their order.
-
-        They are what the batches will hold: a pair whose image cannot be read is replaced here too, for
-        which the images are decoded, but not kept.
-
-        Args:
-            start_batch: Number of the first batch, counted over the run.
-            num_batches: How many batches.
-        """
-        return self.train_dataloader().rows(start_batch, num_batches)
 
     def train_dataloader(self) -> PairLoader:
         """The train loader: one object a fit, whose position survives a reload between epochs."""

@@ -79,11 +79,8 @@ class PromptSet:
 
     def count(self) -> int:
         """How many prompts the split has; expected, not counted, of many distinct prompts."""
-        if self.index is None:
-            return int(len(self.source) * (self._end - self._start))
-        keys = self.index.keys[self.index.window(self._start, self._end)]
-        removed = [find(keys, held_out) for held_out in self._held_out]
-        return len(keys) - (len(np.unique(np.concatenate(removed))) if removed else 0)
+        keys = self._keys()
+        return int(len(self.source) * (self._end - self._start)) if keys is None else len(keys)
 
     def removed(self) -> int:
         """How many prompts of the split are held out; 0 of many distinct prompts, which are not counted."""

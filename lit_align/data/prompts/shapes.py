@@ -39,8 +39,6 @@ class ShapesPrompts(PromptSource):
             )
         self._space = PromptSpace(kinds, pairs)
         self._length = len(self._space)
-        if not kinds:
-            raise ConfigError("kinds of ShapesPrompts is empty: give some of single, open, pair, relation")
 
     def __len__(self) -> int:
         return self._length

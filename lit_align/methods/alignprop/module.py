@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_align.backbones import POLICY, REFERENCE, Conditioning, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
-from lit_align.errors import ConfigError, check_positive
+from lit_align.errors import ConfigError, check_not_negative, check_positive
 from lit_align.methods.alignprop.chain import differentiable_rollout, last_step_again
 from lit_align.methods.alignprop.truncation import Truncation
 from lit_align.methods.base import AlignmentModule
@@ -117,8 +117,7 @@ class AlignPropModule(AlignmentModule):
             raise ConfigError(
                 f"target {target} and ceiling {ceiling} are two losses; set one of them to null"
             )
-        if not kl_weight >= 0:
-            raise ConfigError(f"kl_weight: {kl_weight} must not be negative")
+        check_not_negative({"kl_weight": kl_weight})
         if kl_weight and not self.sampler.stochastic.any():
             raise ConfigError(
                 f"kl_weight: steps without noise have no KL, and {self.sampler.no_noise}, or kl_weight to 0"

@@ -18,7 +18,7 @@ from lit_align.methods.sampling import BatchPolicy
 from lit_align.randomness import generator
 
 if TYPE_CHECKING:
-    from lit_align.methods.msdda.sweeping import SweepModule
+    from lit_align.methods.msdda.module import MSDDAModule
 
 
 class Baseline(ABC):
@@ -32,7 +32,7 @@ class Baseline(ABC):
     name: str
     has_kl: ClassVar[bool] = True
 
-    def prepare(self, host: "SweepModule") -> None:
+    def prepare(self, host: "MSDDAModule") -> None:
         """Add the weight sets that it needs, once, before anything is trained.
 
         Raises:
@@ -42,11 +42,11 @@ class Baseline(ABC):
 
     @abstractmethod
     def policy(
-        self, host: "SweepModule", weights: Mapping[str, float], batch: Batch, cond: Conditioning
+        self, host: "MSDDAModule", weights: Mapping[str, float], batch: Batch, cond: Conditioning
     ) -> BatchPolicy:
         """The policy for these weights and images, whose encoded prompts are ``cond``."""
 
-    def is_expert(self, host: "SweepModule", weights: Mapping[str, float]) -> bool:
+    def is_expert(self, host: "MSDDAModule", weights: Mapping[str, float]) -> bool:
         """Whether it is just an expert at these weights, which then is not sampled twice."""
         del host, weights
         return False
@@ -60,17 +60,17 @@ class Soup(Baseline):
 
     name = "soup"
 
-    def prepare(self, host: "SweepModule") -> None:
+    def prepare(self, host: "MSDDAModule") -> None:
         host.backbone.weight_sets.mix(self.name, dict.fromkeys(host.experts, 0.0))  # refuses whole models now
 
     def policy(
-        self, host: "SweepModule", weights: Mapping[str, float], batch: Batch, cond: Conditioning
+        self, host: "MSDDAModule", weights: Mapping[str, float], batch: Batch, cond: Conditioning
     ) -> BatchPolicy:
         exponents = {name: a for name, a in host.exponents(weights).items() if name != REFERENCE}
         host.backbone.weight_sets.mix(self.name, exponents)
         return host.expert(self.name, cond)
 
-    def is_expert(self, host: "SweepModule", weights: Mapping[str, float]) -> bool:
+    def is_expert(self, host: "MSDDAModule", weights: Mapping[str, float]) -> bool:
         return host.alone(weights) is not None
 
 
@@ -83,18 +83,18 @@ class FactorSoup(Baseline):
 
     name = "soup of factors"
 
-    def prepare(self, host: "SweepModule") -> None:
+    def prepare(self, host: "MSDDAModule") -> None:
         host.backbone.weight_sets.add("factors")
         # Refuses what has no means.
         host.backbone.weight_sets.average_factors("factors", dict.fromkeys(host.experts, 1.0))
 
     def policy(
-        self, host: "SweepModule", weights: Mapping[str, float], batch: Batch, cond: Conditioning
+        self, host: "MSDDAModule", weights: Mapping[str, float], batch: Batch, cond: Conditioning
     ) -> BatchPolicy:
         host.backbone.weight_sets.average_factors("factors", weights)
         return host.expert("factors", cond)
 
-    def is_expert(self, host: "SweepModule", weights: Mapping[str, float]) -> bool:
+    def is_expert(self, host: "MSDDAModule", weights: Mapping[str, float]) -> bool:
         del host
         return is_one_hot(weights)
 
@@ -122,7 +122,7 @@ class CoDe(Baseline):
         self.every = every
         self.name = name
 
-    def prepare(self, host: "SweepModule") -> None:
+    def prepare(self, host: "MSDDAModule") -> None:
         if sets := [name for name in host.experts if name in host.rewards.of_sets]:
             raise ConfigError(
                 f"sweep.baselines: CoDe scores candidates one by one, and {sets[0]} is a reward of sets of "
@@ -130,7 +130,7 @@ class CoDe(Baseline):
             )
 
     def policy(
-        self, host: "SweepModule", weights: Mapping[str, float], batch: Batch, cond: Conditioning
+        self, host: "MSDDAModule", weights: Mapping[str, float], batch: Batch, cond: Conditioning
     ) -> BatchPolicy:
         draws = [generator(host.seed, "candidates", i) for i in batch.index.tolist()]
         base = host.expert(REFERENCE, cond)
@@ -151,7 +151,7 @@ class SearchPolicy:
         draws: Where the candidates' noise comes from, one an image.
     """
 
-    host: "SweepModule"
+    host: "MSDDAModule"
     base: DenoisingPolicy
     weights: Mapping[str, float]
     batch: Batch
@@ -201,7 +201,7 @@ class RewardGradient(Baseline):
         self.temperature = temperature
         self.name = name
 
-    def prepare(self, host: "SweepModule") -> None:
+    def prepare(self, host: "MSDDAModule") -> None:
         if blind := [name for name in host.experts if not host.rewards.rewards[name].differentiable]:
             raise ConfigError(
                 f"sweep.baselines: RewardGradient needs the gradient of {blind[0]}, "
@@ -209,7 +209,7 @@ class RewardGradient(Baseline):
             )
 
     def policy(
-        self, host: "SweepModule", weights: Mapping[str, float], batch: Batch, cond: Conditioning
+        self, host: "MSDDAModule", weights: Mapping[str, float], batch: Batch, cond: Conditioning
     ) -> BatchPolicy:
         base = host.expert(REFERENCE, cond)
         return GuidedPolicy(host, base, dict(weights), batch, self.growth, self.temperature)
@@ -228,7 +228,7 @@ class GuidedPolicy:
         temperature: See :class:`RewardGradient`.
     """
 
-    host: "SweepModule"
+    host: "MSDDAModule"
     base: DenoisingPolicy
     weights: Mapping[str, float]
     batch: Batch

@@ -21,6 +21,7 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError, check_positive, user_path
 from lit_align.gaussian import fuse
+from lit_align.methods.msdda.experts import ExpertModule
 from lit_align.methods.msdda.fusion import (
     FusedPolicy,
     RandomExpertPolicy,
@@ -28,8 +29,8 @@ from lit_align.methods.msdda.fusion import (
     fusion_weights,
     is_one_hot,
 )
-from lit_align.methods.msdda.sweep import Sweep
-from lit_align.methods.msdda.sweeping import SweepModule
+from lit_align.methods.msdda.sweep import Front, Sweep
+from lit_align.methods.msdda.sweeping import Sweeping
 from lit_align.methods.msdda.weights import check_names, check_weights, whole
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.sampling import BatchPolicy, Sampling
@@ -37,7 +38,7 @@ from lit_align.randomness import generator
 from lit_align.rewards import RewardBank, RewardOutput
 
 
-class MSDDAModule(SweepModule):
+class MSDDAModule(ExpertModule):
     r"""Experts for single objectives, and their fusion at sampling time.
 
     ``validate``, ``test`` and ``predict`` sample the fused policy. Experts are adapters of earlier runs, or
@@ -155,9 +156,8 @@ class MSDDAModule(SweepModule):
             if folder is not None:
                 backbone.weight_sets.load(name, user_path(folder))
         self.sweep = sweep
-        self.front = None
-        self._swept = {}
-        self._shown = []
+        self.front: Front | None = None
+        self._sweeping: Sweeping | None = None
         for baseline in sweep.baselines if sweep else []:
             baseline.prepare(self)
         backbone.weight_sets.train_only(self.trained)
@@ -182,7 +182,6 @@ class MSDDAModule(SweepModule):
         return RandomExpertPolicy(policies, choices)
 
     def expert(self, name: str, cond: Conditioning) -> DenoisingPolicy:
-        """One expert's policy, or the reference's, for the images of ``cond``."""
         sampler = self.samplers.get(name, self.sampler)
         return self.backbone.policy(sampler, cond, self.sampling.guidance, name)
 
@@ -234,27 +233,39 @@ class MSDDAModule(SweepModule):
     # ---- training, and files
 
     def _check_trained(self) -> None:
-        if not self.images and (
-            as_made := [name for name in self.trained if self._size(name) == self._made[name]]
-        ):
+        as_made = [name for name in self.trained if self._size(name) == self._made[name]]
+        if as_made and not self.images:
             raise ConfigError(
                 f"ckpt_path: {', '.join(as_made)} would be the pretrained model itself, as nothing has "
                 "trained it; give the checkpoint of a fit, or folders under experts and no joint"
             )
 
     def _size(self, name: str) -> float:
-        return sum(
-            parameter.detach().double().square().sum().item()
-            for parameter in self.backbone.weight_sets.parameters_of(name)
-        )
+        own = self.backbone.weight_sets.parameters_of(name)
+        return sum(parameter.detach().double().square().sum().item() for parameter in own)
 
     def on_test_start(self) -> None:
         """Refuse what was never trained."""
         super().on_test_start()
         self._check_trained()
+        self._sweeping = Sweeping(self, self.sweep) if self.sweep else None
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """The fused policy and the reference on the same noise, then the sweep."""
+        images = super().test_step(batch, batch_idx)
+        if self._sweeping is not None:
+            with self.evaluating():
+                self._sweeping.measure(batch)
+        return images
+
+    def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
+        if self._sweeping is not None:
+            self.front = self._sweeping.front()
+            volumes = self.front.hypervolumes().items()
+            self.log_dict({f"test/hypervolume/{name.replace(' ', '_')}": v for name, v in volumes})
 
     def on_predict_start(self) -> None:
-        """Refuse what was never trained."""
         self._check_trained()
 
     def setup(self, stage: str) -> None:

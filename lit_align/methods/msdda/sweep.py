@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lit_align.comparison import compare
+from lit_align.comparison import compare, spread
 from lit_align.errors import ConfigError
 from lit_align.methods.msdda.baselines import Baseline, Soup
 from lit_align.methods.msdda.pareto import hypervolume, pareto_front, simplex_grid
@@ -196,12 +196,12 @@ class Front:
         ]
         return torch.stack(means, dim=1)
 
-    def volumes(self) -> dict[str, "Volume"]:
+    def volumes(self) -> dict[str, Volume]:
         """Of each method the hypervolume and how sure it is."""
         values, again = self.hypervolumes(), self.resampled_hypervolumes()
         fused, drawn = values.get(FUSED, math.nan), again.get(FUSED, torch.full((RESAMPLES,), math.nan))
         return {
-            method: Volume(value, _spread(again[method]), fused - value, _spread(drawn - again[method]))
+            method: Volume(value, spread(again[method]), fused - value, spread(drawn - again[method]))
             for method, value in values.items()
         }
 
@@ -241,8 +241,3 @@ class Front:
 def _volume(gains: Tensor) -> float:
     """That of points over the reference point, ``(points, m)``; NaN where one has no score."""
     return math.nan if gains.isnan().any() else hypervolume(gains, torch.zeros_like(gains[0]))
-
-
-def _spread(values: Tensor) -> float:
-    known = values[values.isfinite()]
-    return float(known.std()) if len(known) > 1 else math.nan

@@ -18,7 +18,7 @@ from lit_align.advantages import Advantages
 from lit_align.backbones import POLICY, REFERENCE, DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
-from lit_align.errors import ConfigError, check_positive
+from lit_align.errors import ConfigError, check_not_negative, check_positive
 from lit_align.methods.joint import JointModule, Rollouts, TaskOrder
 from lit_align.methods.metrics import Metrics, chosen
 from lit_align.methods.nft.objectives import NFT, OLD, ForwardObjective, Matched, OldPolicy
@@ -98,8 +98,7 @@ class NFTModule(JointModule):
             sampling=sampling,
         )
         check_positive({"updates": updates, "inner_epochs": inner_epochs, "timesteps": timesteps})
-        if not reference_weight >= 0:
-            raise ConfigError(f"reference_weight: {reference_weight} must not be negative")
+        check_not_negative({"reference_weight": reference_weight})
         steps = self.sampler.num_steps
         if timesteps is not None and timesteps > steps:
             raise ConfigError(

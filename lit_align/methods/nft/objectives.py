@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lit_align.backbones import POLICY
-from lit_align.errors import ConfigError, check_positive
+from lit_align.errors import ConfigError, check_not_negative, check_positive
 from lit_align.methods.metrics import Metrics
 from lit_align.methods.objectives import clipped_surrogate, denoising_error
 
@@ -180,8 +180,7 @@ class AWM(ForwardObjective):
 
     def __init__(self, clip_range: float = 1e-4, power: float = 0.25, old_weight: float = 1e-3) -> None:
         check_positive({"objective.clip_range": clip_range, "objective.power": power})
-        if not old_weight >= 0:
-            raise ConfigError(f"objective.old_weight: {old_weight} must not be negative")
+        check_not_negative({"objective.old_weight": old_weight})
         self.clip_range, self.power, self.old_weight = clip_range, power, old_weight
         self.asks_old = old_weight > 0
 

@@ -89,8 +89,9 @@ class OpponentModule(PairModule[Prepared], ABC):
 
     def _coming_rows(self, batches: int) -> dict[int, str]:
         """Row and prompt of this rank's coming pairs, each of which is read once to see that it can be."""
-        rows = self.trainer.datamodule.train_rows(self.batches, batches)  # type: ignore[attr-defined]
-        total = batches * self.trainer.datamodule.pairs_per_batch // self.trainer.world_size  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        total = batches * data.pairs_per_batch // self.trainer.world_size
+        rows = data.train_dataloader().rows(self.batches, batches)
         return dict(self.track(rows, total, f"Pairs of iteration {self.iteration}"))
 
     def _fill_pool(self, batch_idx: int) -> None:

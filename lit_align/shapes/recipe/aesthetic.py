@@ -91,7 +91,7 @@ class AestheticStage(Stage):
 def training_images(out: Path, seed: int) -> Bytes:
     """Renders of ``out/images`` and images of ``out/pick``, degraded at random; no held-out prompts."""
     rng, images = numpy_rng(seed, "aesthetic"), Images(out / "images", seed)
-    shown = read_pairs(sorted((out / "pick").glob("*.parquet")), for_training=True).pixels
+    shown = read_pairs(out / "pick", for_training=True).pixels
     renders = images.pixels[np.sort(rng.permutation(images.allowed().numpy())[:RENDERS])]
     chosen = shown[np.sort(rng.permutation(len(shown))[:SHOWN])]
     return np.stack([degrade(image, rng) for image in np.concatenate([renders, chosen])])

@@ -66,20 +66,21 @@ class Pairs:
         return [captions[place] for place in range(len(self.pixels))]
 
 
-def read_pairs(files: Sequence[Path], for_training: bool) -> Pairs:
+def read_pairs(place: Path, for_training: bool) -> Pairs:
     """Read pairs in Pick-a-Pic's schema.
 
     Args:
-        files: Parquet files.
+        place: A Parquet file, or a folder of them.
         for_training: Leave out prompts that are held out from reward models.
 
     Raises:
         ConfigError: There are no pairs.
     """
+    files = sorted(place.glob("*.parquet")) if place.is_dir() else [place]
     rows = [row for file in files for row in parquet.read_table(file, columns=COLUMNS).to_pylist()]
     rows = [row for row in rows if not (for_training and held_out(row["caption"]))]
     if not rows:
-        raise ConfigError(f"There are no preference pairs to be used in {[str(file) for file in files]}.")
+        raise ConfigError(f"There are no preference pairs to be used in {place}.")
     coded = {row[f"image_{side}_uid"]: row[f"jpg_{side}"] for row in rows for side in (0, 1)}
     places = {uid: place for place, uid in enumerate(coded)}
     return Pairs(
@@ -177,7 +178,7 @@ def make_preference(out: Path, budget: Budget, precision: str, seed: int) -> Non
         seed: Of the order of the prompts.
     """
     tokenizer = CLIPTokenizer.from_pretrained(out / "clip")
-    pairs = ask_panel(read_pairs(sorted((out / "pick").glob("*.parquet")), for_training=True), seed)
+    pairs = ask_panel(read_pairs(out / "pick", for_training=True), seed)
     contrast = Contrast(Images(out / "images", seed + 1), tokenizer)  # other wrong captions than CLIP's
     stage = PreferenceStage(load_clip(out / "clip"), pairs, contrast, seed, budget)
     batches = Batches(len(stage.prompts), min(PROMPTS_AT_ONCE, len(stage.prompts)), seed)
@@ -200,17 +201,17 @@ def preference_scores(folder: Path, images: Tensor, captions: Sequence[str]) -> 
 
 
 def preference_quality(
-    folder: Path, files: Sequence[Path], images: Tensor, captions: Sequence[str]
+    folder: Path, fresh: Path, images: Tensor, captions: Sequence[str]
 ) -> dict[str, float]:
     """How often the model prefers as the annotator does, and how its scores go with what the world knows.
 
     Args:
         folder: Of the model; that of the CLIP that it comes from shows what the fine-tuning brought.
-        files: Fresh pairs, of another seed than the training's.
+        fresh: Pairs of another seed than the training's.
         images: Generated images ``(N, 3, 64, 64)`` in [0, 1].
         captions: Their N prompts.
     """
-    pairs = read_pairs(files, for_training=False)
+    pairs = read_pairs(fresh, for_training=False)
     said = pairs.asked()
     scores = preference_scores(folder, as_images(pairs.pixels), said)[pairs.places]
     worth = torch.tensor([utility(*shown) for shown in zip(pairs.pixels, said, strict=True)])[pairs.places]

@@ -208,7 +208,7 @@ def measure_samples(
 
 
 def measure_reward_models(
-    weights: Path, pairs: Sequence[Path], images: Tensor, captions: Sequence[str], seed: int
+    weights: Path, pairs: Path, images: Tensor, captions: Sequence[str], seed: int
 ) -> dict[str, dict[str, float]]:
     """How far each reward model agrees with the world, on fresh renders and on these generated images."""
     return {
@@ -221,16 +221,21 @@ def measure_reward_models(
 
 
 def measure(
-    weights: Path, flow: Path, pairs: Sequence[Path], folder: Path, num_samples: int, seed: int
+    out: Path,
+    weights: Path = WEIGHTS,
+    flow: Path = FLOW_PIPELINE,
+    pairs: Path = PICK,
+    num_samples: int = 256,
+    seed: int = 1,
 ) -> None:
-    """Measure everything; leave ``quality.json``, ``quality.md`` and grids of images in ``folder``.
+    """Measure everything, by default of the shipped models.
 
     Args:
+        out: Folder for ``quality.json``, ``quality.md`` and grids of images.
         weights: Folder with ``pipeline``, ``clip`` and the reward models; where ``clean`` and ``flow_clean``
             are there, the denoisers before they saw captions that are wrong, these are measured too.
         flow: Folder of the flow model.
-        pairs: Parquet files of preference pairs that no model was trained on.
-        folder: For the report.
+        pairs: Preference pairs that no model was trained on: a Parquet file, or a folder of them.
         num_samples: Captions per way of sampling.
         seed: Of captions, scenes and noise.
     """
@@ -250,34 +255,13 @@ def measure(
         "captions": num_samples,
         **rows,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
-    write_table(folder / "quality.md", report)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_table(out / "quality.md", report)
     for name, file in {"pipeline": "samples.png", "flow": "flow.png"}.items():
         if name in shown:
-            write_grid(folder / file, shown[name], captions)
-
-
-def main(
-    out: Path,
-    weights: Path = WEIGHTS,
-    flow: Path = FLOW_PIPELINE,
-    pairs: Path = PICK,
-    num_samples: int = 256,
-    seed: int = 1,
-) -> None:
-    """Measure weights, by default the shipped ones.
-
-    Args:
-        out: Folder for the report.
-        weights: Folder with ``pipeline``, ``clip`` and the reward models.
-        flow: Folder of the flow model.
-        pairs: Parquet file of preference pairs that no model was trained on.
-        num_samples: Captions per way of sampling.
-        seed: Of captions, scenes and noise.
-    """
-    measure(weights, flow, [pairs], out, num_samples, seed)
+            write_grid(out / file, shown[name], captions)
 
 
 if __name__ == "__main__":
-    CLI(main, as_positional=False)
+    CLI(measure, as_positional=False)

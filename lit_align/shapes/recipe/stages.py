@@ -284,5 +284,5 @@ class Recipe:
         """Measure the models."""
         for name in ("pipeline", "flow", "clip", *REWARD_MODELS):
             self.found(name)
-        pairs = sorted((self.out / "sample" / "pick").glob("*.parquet"))
-        measure(self.out, self.out / "flow", pairs, self.out / "quality", self.num_samples, self.seed + 1)
+        pairs = self.out / "sample" / "pick"
+        measure(self.out / "quality", self.out, self.out / "flow", pairs, self.num_samples, self.seed + 1)

@@ -20,7 +20,7 @@ colours, shapes and background of two groups: 240 of one colour x 8 backgrounds 
 16,032.
 """
 
-from lit_align.shapes.world.drawing import OVERSAMPLING, Bytes, Doubles, render
+from lit_align.shapes.world.drawing import Bytes, Doubles, render
 from lit_align.shapes.world.grammar import (
     COLOURS,
     COUNTS,
@@ -42,7 +42,6 @@ from lit_align.shapes.world.scenes import (
     FRAME,
     IMAGE_SIDE,
     MARGIN,
-    Floats,
     Item,
     Scene,
     sample_scene,
@@ -64,14 +63,12 @@ __all__ = [
     "IMAGE_SIDE",
     "MARGIN",
     "MAX_OBJECTS",
-    "OVERSAMPLING",
     "RADII",
     "RELATIONS",
     "SHAPES",
     "Bytes",
     "Caption",
     "Doubles",
-    "Floats",
     "Group",
     "Item",
     "Kind",

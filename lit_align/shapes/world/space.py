@@ -46,6 +46,8 @@ class PromptSpace(Sequence[str]):
 
     def __init__(self, kinds: Sequence[Kind], pairs: ShapePairs = ALL_PAIRS) -> None:
         known = get_args(Kind)
+        if not kinds:
+            raise ConfigError(f"kinds is empty; give some of {', '.join(known)}.")
         for kind in kinds:
             if kind not in known or list(kinds).count(kind) > 1:
                 raise ConfigError(

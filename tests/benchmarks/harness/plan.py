@@ -156,7 +156,7 @@ class Plan:
 
     def _cell(self, config: str, seed: int) -> Cell:
         own = [entry if entry.startswith("--") else f"--config={entry}" for entry in self.configs[config]]
-        budget = [f"--{name}={_text(value)}" for name, value in self.budget.items()]
+        budget = [f"--{name}={text(value)}" for name, value in self.budget.items()]
         arguments = (*own, *self.overrides, *budget, f"--seed_everything={seed}")
         shorter = self.continues.get(config)
         before = self._cell(shorter, seed) if shorter else None
@@ -164,7 +164,8 @@ class Plan:
         return Cell(self.name, config, seed, arguments, before, also)
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A value as the command line takes it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

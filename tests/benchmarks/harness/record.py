@@ -107,7 +107,7 @@ def _trained(cell: Cell, folder: Path) -> dict[str, Any]:
         "validation": validation["metrics"],
         "test": test["metrics"],
         "also": also,
-        "curves": curves(run),
+        "curves": curves(run, "train/reward", "val"),
     }
 
 
@@ -128,23 +128,20 @@ def commit() -> str | None:
     return found.stdout.strip() if found.returncode == 0 else None
 
 
-def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+def curves(run: Path, *kept: str) -> dict[str, list[tuple[int, float]]]:
     """Curves of a run against the images it had seen, which is the step of its events.
 
     Args:
         run: Folder with TensorBoard events, of one process or of several that resumed each other.
+        kept: Names of those that are returned; ``val`` is all of ``val/...``, and so is each with its parts.
 
     Returns:
-        For each ``val/...``, and ``train/reward`` and its parts, the points ``(images, value)``.
+        For each the points ``(images, value)``.
     """
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    names = [name for name in sorted(events.Tags()["scalars"]) if _is_kept(name)]
+    names = [n for n in sorted(events.Tags()["scalars"]) if any(f"{n}/".startswith(f"{k}/") for k in kept)]
     return {name: _by_images(events.Scalars(name)) for name in names}
-
-
-def _is_kept(name: str) -> bool:
-    return name == "train/reward" or name.startswith(("train/reward/", "val/"))
 
 
 def _by_images(points: Sequence[ScalarEvent]) -> list[tuple[int, float]]:

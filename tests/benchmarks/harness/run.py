@@ -104,25 +104,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         os.kill(process.pid, signal.SIGTERM)
 
 
-def run_cells(
-    cells: list[Cell], out: Path, work: Path, launch: Launch, tell: Tell, workers: int = 1
-) -> dict[str, str]:
-    """Run all cells that have no result yet.
-
-    Args:
-        cells: The cells of a plan.
-        out: Results go to ``out/<plan>/<cell>.json``.
-        work: Runs go to ``work/<plan>/<cell>``.
-        launch: Runs one command.
-        tell: Is told what each cell does.
-        workers: Cells at a time.
-
-    Returns:
-        For each cell that failed, by name, the reason.
-    """
-    return run_all(cells, lambda cell: run_cell(cell, out, work, launch, tell), launch, workers, tell)
-
-
 def run_all(
     cells: list[Cell], run: Callable[[Cell], None], launch: Launch, workers: int, tell: Tell = lambda *_: None
 ) -> dict[str, str]:
@@ -200,10 +181,7 @@ def _run_stage(
     cell: Cell, stage: str, folder: Path, state: State, launch: Launch, lock: int, tell: Tell
 ) -> None:
     run = folder / run_of(cell, stage)
-    checkpoint: Path | None = run / "checkpoints" / "last.ckpt"
-    if not zipfile.is_zipfile(str(checkpoint)):
-        shutil.rmtree(run, ignore_errors=True)
-        checkpoint = None
+    checkpoint = checkpoint_of(run)
     arguments = command(cell, stage, folder, checkpoint)
     own = state[stage]
     own["commands"].append(" ".join(["python -m lit_align", *arguments]).replace(f"{ROOT}/", ""))
@@ -222,8 +200,22 @@ def _run_stage(
     own["done"] = status == 0
     _save(folder, state)
     if status:
-        tail = log.read_text(errors="replace").splitlines()[-20:] if log.exists() else []
-        raise CellFailed("\n".join([f"{stage} ended with status {status}; the end of {log}:", *tail]))
+        raise ended(f"{stage} ended with status {status}", log)
+
+
+def checkpoint_of(run: Path) -> Path | None:
+    """From where a run goes on; one that has no whole checkpoint is removed, and begins anew."""
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    if zipfile.is_zipfile(checkpoint):
+        return checkpoint
+    shutil.rmtree(run, ignore_errors=True)
+    return None
+
+
+def ended(how: str, log: Path) -> CellFailed:
+    """The error of a command that failed, with the last that it said."""
+    tail = log.read_text(errors="replace").splitlines()[-20:] if log.exists() else []
+    return CellFailed("\n".join([f"{how}; the end of {log}:", *tail]))
 
 
 def _remove(folder: Path, *patterns: str) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 
+from tests.benchmarks.harness.plan import ROOT, text
 from tests.benchmarks.peers.turns import Turns, Work
-
-ROOT = Path(__file__).parents[3]
 
 REDNESS = '{"rewards": {"redness": {"class_path": "Redness"}}, "weights": {"redness": 1.0}}'
 
@@ -83,11 +82,6 @@ def arguments(work: Work, descriptor: int, folder: Path) -> list[str]:
         *(f"--{name}={text(value)}" for name, value in options.items()),
         f"--trainer.callbacks+={json.dumps(callback)}",
     ]
-
-
-def text(value: Any) -> str:
-    """A value as the command line takes it."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 class TurnTaker(Callback):

@@ -18,7 +18,6 @@ import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -28,14 +27,13 @@ import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_align.data import PromptDataModule, ShapesPrompts
 from lit_align.files import write
 from lit_align.shapes import PIPELINE, WEIGHTS_HASH
-from tests.benchmarks.harness.record import commit
-from tests.benchmarks.harness.run import CellFailed, alone
-from tests.benchmarks.peers.our_side import ROOT
+from tests.benchmarks.harness.plan import ROOT
+from tests.benchmarks.harness.record import commit, curves
+from tests.benchmarks.harness.run import alone, checkpoint_of, ended
 from tests.benchmarks.peers.turns import versions
 
 Point = tuple[float, int, float]
@@ -127,13 +125,13 @@ def run_ours(method: str, seed: int, folder: Path, options: argparse.Namespace) 
         f"--trainer.callbacks+={CLOCK}",
     ]
     print_of = hashlib.sha256(json.dumps([arguments, config.read_text(), WEIGHTS_HASH]).encode()).hexdigest()
-    run, checkpoint = folder / "version_0", folder / "version_0" / "checkpoints" / "last.ckpt"
-    same = (folder / "fingerprint").exists() and (folder / "fingerprint").read_text() == print_of
-    if not same or not zipfile.is_zipfile(str(checkpoint)):
+    run, made_by = folder / "version_0", folder / "fingerprint"
+    if not made_by.exists() or made_by.read_text() != print_of:
         shutil.rmtree(run, ignore_errors=True)
+    if (checkpoint := checkpoint_of(run)) is None:
         (folder / "done").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "fingerprint", print_of)
+    write(made_by, print_of)
     if not (folder / "done").exists():
         logger = (f"save_dir={folder.parent}", f"name={folder.name}", "version=version_0")
         _launch(
@@ -141,7 +139,7 @@ def run_ours(method: str, seed: int, folder: Path, options: argparse.Namespace) 
                 *(sys.executable, "-m", "lit_align", "fit", *arguments),
                 *(f"--trainer.logger.init_args.{option}" for option in logger),
                 "--trainer.enable_progress_bar=false",
-                *([f"--ckpt_path={checkpoint}"] if checkpoint.exists() else []),
+                *([f"--ckpt_path={checkpoint}"] if checkpoint else []),
             ],
             folder / "log",
         )
@@ -151,13 +149,9 @@ def run_ours(method: str, seed: int, folder: Path, options: argparse.Namespace) 
 
 def curve(run: Path) -> list[Point]:
     """The curve of our run, from its events."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
-    seconds, reward = (
-        {point.step: point.value for point in events.Scalars(name)}
-        for name in ("perf/cpu_seconds", "val/reward")
-    )
-    return [(seconds[images], images, reward[images]) for images in sorted(reward)]
+    found = curves(run, "perf/cpu_seconds", "val/reward")
+    seconds = dict(found["perf/cpu_seconds"])
+    return [(seconds[images], images, reward) for images, reward in found["val/reward"]]
 
 
 def run_trl(
@@ -200,8 +194,7 @@ def _launch(command: list[str], log: Path) -> None:
             command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file
         ).returncode
     if status:
-        tail = log.read_text(errors="replace").splitlines()[-15:]
-        raise CellFailed("\n".join([f"ended with status {status}; the end of {log}:", *tail]))
+        raise ended(f"ended with status {status}", log)
 
 
 def time_to(curve: Sequence[Point], level: float) -> float | None:
