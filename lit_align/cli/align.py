@@ -91,7 +91,7 @@ class AlignCLI(LightningCLI):
         self.auto = config.ckpt_path == AUTO
         if self.auto and self.config.subcommand != "fit":
             raise ConfigError("ckpt_path: auto is for fit alone; give last")
-        if config.ckpt_path and not self.auto:
+        if config.ckpt_path is not None and not self.auto:
             self.saved = find(config.ckpt_path, runs_of(config), named_run(config))
         config.ckpt_path = None  # Lightning would read all of it, for hyper-parameters that it has not
 

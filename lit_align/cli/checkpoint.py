@@ -65,6 +65,11 @@ def find(ckpt_path: str, runs: Path, named: str | None = None) -> Saved:
 
 
 def _find(ckpt_path: str) -> Saved:
+    if not ckpt_path:
+        raise ConfigError(
+            "ckpt_path: it is empty, as by a variable that is not set; give a checkpoint, the folder of a "
+            "run, or 'last', or leave it out"
+        )
     path = user_path(ckpt_path)
     if not path.exists():
         raise ConfigError(

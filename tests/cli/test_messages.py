@@ -143,6 +143,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--trainer.precision=64-true"], ["trainer.precision: 64-true would round"]),
         (["--ckpt_path=nowhere.ckpt"], ["there is no nowhere.ckpt", "'last'"]),
         (["--ckpt_path=last"], ["'last' finds no run under logs/ddpo"]),
+        (["--ckpt_path="], ["ckpt_path: it is empty, as by a variable that is not set"]),
         (["--ckpt_path=."], ["is a folder, and not that of a run"]),
         (["--model=AlignPropModule"], [f"start from {DDPO.with_name('alignprop.yaml')}"]),
         (
