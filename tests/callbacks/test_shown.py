@@ -116,6 +116,7 @@ def test_the_table_has_a_row_for_each_thing_that_was_measured(tmp_path, capsys):
     latest = measured(reward=torch.tensor([1.0, 2.0, 1.0, 4.0]), kl=torch.ones(4))
     module = SimpleNamespace(
         images=8,
+        reward_queries=8,
         measured_at={"images": 8, "reward_queries": 8},
         identity=dict,
         measurement=lambda split: {},
@@ -135,7 +136,7 @@ def test_the_table_has_a_row_for_each_thing_that_was_measured(tmp_path, capsys):
     assert "nan" not in "".join(rows.values())
     # Nothing that was measured is overwritten, not even where its table was deleted.
     now.state.fn, now.datamodule, module.tested = "test", None, latest
-    module.tested_groups, module.reward_queries, module.set_metrics = module.prompt_groups, 8, {}
+    module.tested_groups, module.set_metrics = module.prompt_groups, {}
     (tmp_path / "test.json").write_text("of an earlier test")
     RunSummary().on_test_end(now, module)
     assert (tmp_path / "test.json").read_text() == "of an earlier test"
