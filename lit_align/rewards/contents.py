@@ -43,6 +43,6 @@ def _program(reward: Reward) -> str:
     if is_ours(written):
         return ""
     try:
-        return ast.dump(ast.parse(Path(inspect.getfile(written)).read_bytes()))
+        return ast.unparse(ast.parse(Path(inspect.getfile(written)).read_bytes()))
     except (OSError, TypeError, ValueError, SyntaxError):  # of a notebook, or an object that can be called
         return ""

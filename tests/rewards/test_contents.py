@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lit_align.callbacks import BatchCheckpoint
+from lit_align.identity import text_hash, weights_hash
 from lit_align.methods import DDPOModule
 from lit_align.rewards import Brightness, CLIPScore, FunctionReward, Reward, RewardBank
 from lit_align.rewards.contents import contents
@@ -41,6 +42,7 @@ def test_weights_and_programs_are_told_apart(written):
         next(other.parameters()).mul_(2)
     assert contents(score) != contents(other)
     before = contents(read())
+    assert before == text_hash([weights_hash([]), MINE.format(1).rstrip()])  # in every version of Python
     written.write_text("# a comment\n" + MINE.format(1))
     assert before == contents(read())
     written.write_text(MINE.format(100))
