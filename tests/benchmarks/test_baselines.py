@@ -280,7 +280,7 @@ def test_who_waits_for_another_plan_can_be_interrupted(tmp_path, monkeypatch):
     assert not told
 
 
-@pytest.mark.parametrize("name", ["ddpo", "spin"])
+@pytest.mark.parametrize("name", ["alignprop_objectives", "alignprop_against_ddpo"])
 def test_results_of_earlier_weights_are_rendered(name, tmp_path):
     """They have no CPU seconds, and of the first plan no images."""
     older = load_plan(ROOT / f"tests/benchmarks/plans/{name}.yaml")
