@@ -1,11 +1,12 @@
 """Messages to the user: one exception that is shown as a sentence, and lines of information."""
 
 import logging
+import os
 import sysconfig
 import textwrap
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import chdir
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,7 +109,7 @@ def built(kind: type[Made], /, *args: Any, **kwargs: Any) -> Made:
         ConfigError: The constructor raises; the message names the class and the line.
     """
     try:
-        with chdir("."):
+        with same_directory():
             return kind(*args, **kwargs)
     except ConfigError:
         raise
@@ -116,6 +117,17 @@ def built(kind: type[Made], /, *args: Any, **kwargs: Any) -> Made:
         raise ConfigError(
             f"{kind.__module__}.{kind.__qualname__} cannot be made: {described(error)}"
         ) from error
+
+
+@contextmanager
+def same_directory() -> Iterator[None]:
+    """Put back the working directory, also where it was deleted while the run went on."""
+    place = os.open(".", os.O_RDONLY)
+    try:
+        yield
+    finally:
+        os.fchdir(place)
+        os.close(place)
 
 
 def first_line(error: BaseException) -> str:

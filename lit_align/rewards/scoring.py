@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import chdir, contextmanager
+from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lit_align.errors import ConfigError, described
+from lit_align.errors import ConfigError, described, same_directory
 from lit_align.rewards.base import Reward, Scope
 from lit_align.rewards.calling import as_scores, is_ours, title
 from lit_align.rewards.function import code_of
@@ -69,7 +69,7 @@ def _own_defaults() -> Iterator[None]:
     """
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     try:
-        with chdir("."):
+        with same_directory():
             yield
     finally:
         if torch.get_default_dtype() != dtype:

@@ -495,6 +495,10 @@ def test_the_working_directory_is_put_back(
     monkeypatch.chdir(tmp_path)
     bank(built(Elsewhere))(images, PROMPTS)
     assert Path.cwd() == tmp_path
+    (gone := tmp_path / "gone").mkdir()
+    os.chdir(gone)
+    gone.rmdir()  # as where the folder of the program is replaced below a run
+    bank(built(Elsewhere))(images, PROMPTS)
 
 
 def test_torch_s_defaults_are_put_back(images: Tensor) -> None:
