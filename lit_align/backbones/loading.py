@@ -148,8 +148,8 @@ def _check_complete(pretrained: str, pipeline: Any, config: str) -> None:
             raise _lacking(pretrained, part, missing)
         if broken := not_finite(weights):
             raise ConfigError(
-                f"pretrained: {broken} in the {part} of {pretrained!r} holds numbers that are not finite, so "
-                "that images would have none; copy or download it again, or give another model"
+                f"pretrained: {broken} in the {part} of {pretrained!r} holds numbers that are not finite, "
+                "and no image can be drawn with it; copy or download it again, or give another model"
             )
         if isinstance(component, PreTrainedTokenizerBase):
             encoder = getattr(pipeline, part.replace("tokenizer", "text_encoder"), None)
