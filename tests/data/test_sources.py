@@ -2,6 +2,7 @@
 
 import csv
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,21 @@ def test_a_cache_that_cannot_be_written_is_named(folder: Path, tmp_path: Path) -
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.raises(ConfigError, match=r"p\.txt cannot be written into the cache at .* HF_DATASETS_CACHE"):
         TextPrompts(write(folder / "p.txt", "a cat\n"))
+
+
+def test_files_are_read_without_a_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``datasets`` counts its readers with a request, and waits for a name server that does not answer."""
+    asked: list[object] = []
+
+    def answer(*arguments: object, **options: object) -> list[tuple[Any, ...]]:
+        asked.append(arguments)
+        raise OSError
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    TextPrompts(write(folder / "p.txt", "a cat\n"))
+    JSONLPrompts(write(folder / "p.jsonl", '{"prompt": "a cat"}\n'))
+    ParquetPrompts(shards(folder))
+    assert not asked
 
 
 def test_the_number_of_prompts_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

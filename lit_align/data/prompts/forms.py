@@ -109,16 +109,23 @@ class FileForm:
 
 @contextmanager
 def _quiet(bars: bool) -> Iterator[None]:
-    """No log lines of ``datasets``, whose errors become ours, and no progress bars unless asked for."""
+    """No log lines of ``datasets``, whose errors become ours, and no progress bars unless asked for.
+
+    Nor a request to its makers' server, with which it counts how often a form is read: it waits for the
+    answer, and where a name server does not answer, for that too.
+    """
     import datasets
 
     verbosity, hidden = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     if not bars:
         datasets.disable_progress_bars()
     try:
         yield
     finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
         datasets.logging.set_verbosity(verbosity)
         if not hidden:
             datasets.enable_progress_bars()
