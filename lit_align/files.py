@@ -36,7 +36,7 @@ def unwritable(path: Path | str, error: OSError) -> str:
     if error.errno in FULL:
         remedy = "make room there and resume with --ckpt_path; what was written before is whole"
     elif error.errno in CLOSED:
-        remedy = "check the permissions, or let runs write elsewhere (save_dir of the logger)"
+        remedy = "check the permissions, or write elsewhere (save_dir of the logger, or --out)"
     elif error.errno in TAKEN:
         remedy = "something else has that name, or the name of a folder above; move it away"
     else:
