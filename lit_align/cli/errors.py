@@ -189,7 +189,7 @@ def _required(text: str, found: re.Match[str], given: Given) -> str:
 
 
 def _choice(text: str, found: re.Match[str], given: Given) -> str:
-    choices = [*re.findall(r"'([^']+)'", found[2]), *TOOLS]
+    choices = [*re.findall(r"\w+", found[2]), *TOOLS]  # in quotes, or not: that depends on Python's version
     meant = _did_you_mean(found[1], choices) or f"; the commands are {', '.join(choices)}"
     return f"there is no command {found[1]}{meant}"
 

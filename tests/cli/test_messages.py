@@ -8,6 +8,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_align.cli import main, run
 from lit_align.cli.align import AlignCLI
+from lit_align.cli.errors import explain
+from lit_align.cli.given import Given
 from lit_align.rewards import Reward
 
 ROOT = Path(__file__).parents[2]
@@ -318,6 +320,12 @@ def test_an_overlay_without_a_configuration_before_it(capsys):
 )
 def test_a_command_without_a_configuration(arguments, part, capsys):
     assert part in told(capsys, *arguments)
+
+
+def test_commands_are_known_however_python_lists_them():
+    for listed in ("fit, test", "'fit', 'test'"):
+        said = explain(ValueError(f"invalid choice: 'ft' (choose from {listed})"), Given((), ["ft"]))
+        assert said == "there is no command ft; did you mean fit?"
 
 
 def test_a_mistake_in_a_section_for_a_command_is_told_as_such(capsys):
