@@ -1,6 +1,7 @@
 """``python -m lit_align doctor --config ...``: what would go wrong in a fit, found before it."""
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +15,8 @@ from lit_align.cli.trainer_options import check_trainer_options
 from lit_align.doctor import Asked, Finding, Trial, judge, look
 from lit_align.doctor.trial import BATCHES
 from lit_align.errors import ConfigError, tell
+
+PACKAGE = Path(__file__).parents[1]
 
 
 class DoctorCLI(AlignCLI):
@@ -68,9 +71,8 @@ class DoctorCLI(AlignCLI):
                 if self.sharded:  # over more devices than that of the trial
                     self.trial.seen.memory = None
                 findings += judge(self.model, self.trial.seen)
-        said = [str(one.message) for one in told if "lit_align" in Path(one.filename).parts]  # raised in here
         # The trial is short on purpose.
-        findings += [_warned(text) for text in said if not text.startswith("the Trainer ends after")]
+        findings += [_warned(text) for text in _own(told) if not text.startswith("the Trainer ends after")]
         self._temporary.cleanup()
         for finding in dict.fromkeys(findings):
             show(str(finding))
@@ -100,6 +102,11 @@ def _processes(trainer: Any) -> int:
         else len(devices)
     )
     return each * int(trainer.num_nodes)
+
+
+def _own(told: Iterable[warnings.WarningMessage]) -> list[str]:
+    """The warnings of the package, and not of libraries, which may lie in a folder of its name."""
+    return [str(one.message) for one in told if Path(one.filename).is_relative_to(PACKAGE)]
 
 
 def _warned(text: str) -> Finding:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 
 from lit_align.cli import main
-from lit_align.cli.doctor import _processes, _warned
+from lit_align.cli.doctor import PACKAGE, _own, _processes, _warned
 from lit_align.doctor import Asked, Trial, judge, look
 from lit_align.doctor.memory import Memory
 from lit_align.doctor.trial import BATCHES, Seen
@@ -316,6 +316,13 @@ def test_warnings_of_the_package_are_findings():
         "untaught_words"
     )
     assert _warned("rollout batch: all advantages are 0, so there is nothing").name == "no_signal"
+
+
+def test_warnings_of_libraries_are_not_findings():
+    """Wherever they are installed: the environment of a checkout is often in its folder."""
+    places = ["/home/u/lit_align/.venv/lib/lightning/trainer.py", str(PACKAGE / "methods" / "base.py")]
+    told = [warnings.WarningMessage(Path(place).stem, UserWarning, place, 1) for place in places]
+    assert _own(told) == ["base"]
 
 
 def test_what_does_not_fit_the_device_is_named(tiny, tmp_path):
