@@ -85,8 +85,10 @@ ALLOWED = {
 
 ROOMS = {
     "base",
+    "checkpoints",
     "clip_range",
     "held_out",
+    "hooks",
     "skipped",
     "identity",
     "joint",
