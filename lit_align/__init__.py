@@ -1,6 +1,11 @@
 """lit_align: align text-to-image diffusion models with rewards and preferences."""
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Before diffusers is imported, which imports onnxruntime where it is installed (extra ocr): at its import it
+# begins to send its makers what is run with it.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from lit_align.methods.objectives import denoising_error, error_margin, logistic_loss

@@ -1,6 +1,8 @@
 """Entry point of ``python -m lit_align``."""
 
+import codecs
 import gc
+import locale
 import os
 import signal
 import sys
@@ -36,6 +38,9 @@ more:
   auto resumes if this command has run before, and else starts: the same command for every start of a job"""
 
 if __name__ == "__main__":
+    if "utf8" not in sys._xoptions and codecs.lookup(locale.getpreferredencoding(False)).name != "utf-8":
+        # Libraries read text in the encoding of the locale, and configurations and prompts are UTF-8.
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     # Before torch is imported: threads that spin while they wait make a busy CPU several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if sys.argv[1:] in ([], ["-h"], ["--help"]):

@@ -86,7 +86,7 @@ def read_config(path: Path) -> dict[str, Any]:
         ConfigError: It is none.
     """
     try:
-        found = yaml.safe_load(path.read_text()) or {}
+        found = yaml.safe_load(path.read_text("utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError):
         found = None
     if not isinstance(found, dict):
@@ -220,7 +220,7 @@ def rename_new(draft: Path, path: Path) -> Path:
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file, without the part of a line that a killed process may leave; none of no file."""
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text("utf-8") if path.exists() else ""
     return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
 
 

@@ -104,7 +104,7 @@ def read_stamp(place: Path) -> dict[str, Any] | None:
     file = place / ADAPTER if place.is_dir() else place
     try:
         if (place / STAMP).is_file():
-            facts = json.loads((place / STAMP).read_text())
+            facts = json.loads((place / STAMP).read_text("utf-8"))
         else:
             with file.open("rb") as opened:
                 size = int.from_bytes(opened.read(8), "little")

@@ -1,6 +1,7 @@
 """The arrows of the house point one way: who may import whom."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,8 @@ def test_nothing_is_unpickled_and_no_remote_code_is_trusted():
         assert "from pickle import" not in text.replace("from pickle import UnpicklingError\n", ""), path
         assert "trust_remote_code=True" not in text, path
         assert "weights_only=False" not in text, path
+
+
+def test_text_is_utf_8_whatever_the_locale():
+    for path in FILES:
+        assert not re.search(r"read_text\(\)|\.open\((\"[arw]\")?\)", path.read_text("utf-8")), path

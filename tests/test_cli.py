@@ -231,13 +231,17 @@ def _umask() -> int:
     return mask
 
 
-def test_a_run_in_a_job_says_only_what_helps(small):
-    """Not on a terminal: no bars, no control codes, nothing of other libraries."""
+def test_a_run_in_a_job_says_only_what_helps(small, tmp_path):
+    """Not on a terminal: no bars, no control codes, nothing of other libraries; whatever the locale.
+
+    Nor does onnxruntime gather what it would send its makers.
+    """
+    job = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(
         [sys.executable, "-m", "lit_align", "fit", *small],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | job | {"LC_ALL": "C", "PYTHONUTF8": "0"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
     )
     assert not done.stderr
@@ -249,6 +253,8 @@ def test_a_run_in_a_job_says_only_what_helps(small):
     beginnings = ["validation after 0", "epoch 1/2", "validation after 4", "epoch 2/2", "validation after 8"]
     assert all(line.startswith(begun) for line, begun in zip(lines[1:6], beginnings, strict=True))
     assert "left" in lines[2]
+    assert "±" in done.stdout
+    assert not list((tmp_path / "cache").rglob("*onnxruntime*"))
 
 
 def test_help_comes_at_once_and_names_every_command():

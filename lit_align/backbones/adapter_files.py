@@ -175,7 +175,7 @@ def _peft_settings(file: Path) -> dict[str, Any]:
     config = file.with_name(PEFT_CONFIG)
     if not config.is_file():
         raise ValueError(f"its strength is in {PEFT_CONFIG}, which is missing; copy it into the same folder")
-    settings: dict[str, Any] = json.loads(config.read_text())
+    settings: dict[str, Any] = json.loads(config.read_text("utf-8"))
     for name, plain in PLAIN.items():
         if settings.get(name, plain) != plain:
             raise ValueError(f"{PEFT_CONFIG} has {name} {settings[name]}, and only plain LoRA can be loaded")

@@ -108,7 +108,9 @@ def load_pipeline(
                 _check_code(pretrained, part, index[part])
                 _check_weights(pretrained, Path(source) / part, variant)
         file = Path(source) / family.denoiser / "config.json"
-        _check_quantised(pretrained, family.denoiser, json.loads(file.read_text()) if file.is_file() else {})
+        _check_quantised(
+            pretrained, family.denoiser, json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        )
         without |= {
             part: _whole(pretrained, source, part, kind, dtypes.get(part, dtypes["default"]), variant)
             for part in parts

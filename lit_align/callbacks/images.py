@@ -176,7 +176,7 @@ class ImageWriter(Callback):
         ranks = pl_module.gather(rows)
         if trainer.is_global_zero:
             path = self._folder / "metadata.jsonl"
-            with writing(path), path.open("a") as file:
+            with writing(path), path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, default=str) + "\n" for rank in ranks for row in rank)
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -215,7 +215,7 @@ def _put_aside(path: Path) -> None:
 def read_report(path: Path) -> dict[str, Any]:
     """A ``validation.json``; empty where there is none that can be read."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

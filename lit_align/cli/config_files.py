@@ -124,7 +124,7 @@ def read(path: str, option: str = "--config") -> ConfigFile:
             raise ConfigError(f"{option} {path}: this is a pipe or a device; give a file")
         if Path(path).stat().st_size > LARGEST:
             raise ConfigError(f"{option} {path}: it has more than {LARGEST >> 20} MiB; give a configuration")
-        text = Path(path).read_text()
+        text = Path(path).read_text("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{option} {path}: there is no such file{_near_files(path)}") from None
     except ConfigError:

@@ -145,7 +145,7 @@ class KeptTable(ExperimentWriter):
         size = self._path.stat().st_size
         with writing(self._path):
             try:
-                with self._path.open("a", newline="") as file:
+                with self._path.open("a", encoding="utf-8", newline="") as file:
                     csv.DictWriter(file, self.metrics_keys).writerows(self.metrics)
             except OSError:
                 os.truncate(self._path, size)  # no half of a row

@@ -90,7 +90,7 @@ def pairs_command(arguments: Sequence[str]) -> None:
 def _by_prompt(folder: Path) -> list[list[Row]]:
     """The rows of each prompt."""
     try:
-        lines = (folder / METADATA).read_text().splitlines()
+        lines = (folder / METADATA).read_text("utf-8").splitlines()
         rows: list[Row] = [json.loads(line) for line in lines if line.strip()]
         found: dict[str, list[Row]] = {}
         for row in rows:

@@ -1,5 +1,6 @@
 """A start that says only what a user can act on."""
 
+import io
 import logging
 import sys
 import threading
@@ -31,6 +32,8 @@ class Lines(logging.Handler):
 
 def quiet() -> None:
     """Silence what other libraries say about themselves, and give our own lines and warnings a short form."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a letter that it cannot show ends no run
     if not any(isinstance(handler, Lines) for handler in LOG.handlers):
         LOG.addHandler(Lines())
     for name in ("lightning.pytorch", "lightning.fabric"):

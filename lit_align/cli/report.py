@@ -78,7 +78,7 @@ def _check_replaced(page: Path) -> None:
 def _is_report(file: Path) -> bool:
     """Whether a file is one that a report has written."""
     try:
-        text = file.read_text()
+        text = file.read_text("utf-8")
         if file.suffix == ".html":
             return "· lit_align</title>" in text
         if file.suffix == ".csv":

@@ -1,6 +1,7 @@
 """The command line: ``python -m lit_align {fit,validate,test,predict} --config configs/<method>.yaml``."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -169,10 +170,24 @@ def _told(error: Exception, command: Command) -> int | None:
         return 1
     if rank:
         time.sleep(SECOND)
+    if _is_unread(error):
+        say(f"nobody reads what this prints any more, as after | head, so it ends; {command.how_to_go_on()}")
+        return exit_code(signal.SIGPIPE)
     if (told := _sentence(error)) is None:
         return None
     say(f"process {rank}: {told}" if rank else told)
     return 2
+
+
+def _is_unread(error: Exception) -> bool:
+    """Whether the pipe that this process prints to is closed; nothing is printed from then on."""
+    try:
+        if isinstance(error, BrokenPipeError):
+            sys.stdout.flush()  # what could not be written is still there
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _end(code: int, process: bool) -> None:

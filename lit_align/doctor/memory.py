@@ -97,7 +97,7 @@ def capacity(device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [Path(path).read_text().strip() for path in LIMITS if Path(path).is_file()]
+    limits = [Path(path).read_text("utf-8").strip() for path in LIMITS if Path(path).is_file()]
     return min([machine, *(int(limit) for limit in limits if limit.isdigit())])
 
 

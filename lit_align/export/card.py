@@ -54,7 +54,7 @@ def card(live: Live, made: Sequence[Exported], title: str, images: Sequence[str]
 
 def is_card(file: Path, name: str) -> bool:
     """Whether a file is a card that :func:`card` has written of a model of this name."""
-    text = file.read_text(errors="replace") if file.is_file() else ""
+    text = file.read_text("utf-8", "replace") if file.is_file() else ""
     return (
         text.startswith("---\nlibrary_name: diffusers")
         and f"\n# {name}\n" in text

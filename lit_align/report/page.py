@@ -41,7 +41,7 @@ def render(runs: Sequence[Run]) -> str:
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters["number"] = _number
-    template = environment.from_string(files("lit_align.report").joinpath("page.html").read_text())
+    template = environment.from_string(files("lit_align.report").joinpath("page.html").read_text("utf-8"))
     names = names_of(runs)
     number = next((number for number, run in enumerate(runs) if run.shown), 0)
     return template.render(
@@ -106,7 +106,7 @@ def _about(run: Run, name: str) -> dict[str, Any]:
         "verdict": verdict(run),
         "table": table(run),
         "compared": run.compared,
-        "configs": {file.name: file.read_text() for file in (run.fitted, run.tested) if file},
+        "configs": {file.name: file.read_text("utf-8") for file in (run.fitted, run.tested) if file},
         "commands": commands(run),
     }
 

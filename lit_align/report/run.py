@@ -153,7 +153,7 @@ def _read_run(folder: Path, result: Path) -> Run:
 
 def _read(result: Path) -> dict[str, Any]:
     try:
-        found = json.loads(result.read_text())
+        found = json.loads(result.read_text("utf-8"))
         values = [value for metric in found["metrics"].values() for value in metric.values()]
         known = all(isinstance(value, int | float | None) for value in [found["images"], *values])
         known = known and isinstance(found["split"], str)
@@ -205,7 +205,7 @@ def _shown(result: Path) -> list[Shown]:
     folder = images_folder(result)
     if not (folder / "metadata.jsonl").is_file():
         return []
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text("utf-8").splitlines()]
     scores = read_rows(result.with_suffix(".csv"))
     shown = []
     for row in rows:

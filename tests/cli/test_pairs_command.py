@@ -1,8 +1,10 @@
 """``pairs``: from the images of ``predict`` and a bank to preference data that DPO and SPIN read."""
 
 import json
+import os
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,20 @@ def test_the_best_and_the_worst_of_each_prompt(folder: Path, capsys: pytest.Capt
     data = module(source, view="pairs", validation_fraction=0.0, test_fraction=0.0, pairs_per_batch=6)
     batch = next(iter(data.train_dataloader()))
     assert all(a > b for a, b in zip(greys(batch.winners), greys(batch.losers), strict=True))
+
+
+def test_a_pipe_that_nobody_reads(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after ``| head``: one line, and no traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        with pytest.raises(SystemExit) as ended:
+            main(["pairs", str(folder)])
+    assert ended.value.code == 141
+    assert capsys.readouterr().err.startswith("lit_align: nobody reads what this prints")
 
 
 def test_a_bank_scores_with_groups_and_columns(folder: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class ShapesPromptSet(PromptSource):
         self.name, (file,) = name, PROMPTS.glob(f"{name}.*")
         table = file.suffix == ".parquet"
         self._prompts: list[str] = (
-            parquet.read_table(file)["prompt"].to_pylist() if table else file.read_text().splitlines()
+            parquet.read_table(file)["prompt"].to_pylist() if table else file.read_text("utf-8").splitlines()
         )
 
     def __len__(self) -> int:

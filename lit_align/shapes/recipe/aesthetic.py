@@ -116,7 +116,7 @@ def make_aesthetic(out: Path, budget: Budget, precision: str, seed: int) -> None
         fresh.mkdir()
         save_file(state, fresh / "model.safetensors")
         config = {"sizes": SIZES, "dropout": DROPOUT, "reads": "unit image embeddings of the Shapes CLIP"}
-        (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
     replace_folder(out / "aesthetic", write)
 

@@ -101,7 +101,7 @@ def main(
     report["steps"] = elicit(model, minutes, seed)
     report["adapter, guidance 1"] = judged(model, prompts, 1.0, seed)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "capability.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "capability.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     for name, shares in report.items():
         print(
             name,

@@ -64,5 +64,5 @@ class Following(L.Callback):
             captions, _ = draw(self.num_samples, self.seed, "following")
             shares = rates(sample(pipeline, captions, WAY, self.seed), captions)
         line = {"minutes": stage.minutes(), "steps": stage.global_step, **shares}
-        with self.file.open("a") as lines:
+        with self.file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({name: round(value, 4) for name, value in line.items()}) + "\n")

@@ -98,7 +98,7 @@ class Images:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.pixels = np.load(folder / "images.npy", mmap_mode="r")
-        self.captions = (folder / "captions.txt").read_text().splitlines()
+        self.captions = (folder / "captions.txt").read_text("utf-8").splitlines()
         self.seed = seed
 
     def __len__(self) -> int:
@@ -136,7 +136,7 @@ def draw_images(folder: Path, num_images: int, seed: int) -> None:
         pixels[number] = render(sample_scene(caption, rng))
         captions.append(str(caption))
     pixels.flush()
-    (folder / "captions.txt").write_text("\n".join(captions) + "\n")
+    (folder / "captions.txt").write_text("\n".join(captions) + "\n", "utf-8")
 
 
 def mutate(prompt: str, rng: np.random.Generator) -> str:

@@ -130,7 +130,7 @@ def write_processor(folder: Path) -> None:
     statistics = {"image_mean": MEAN, "image_std": STD}
     config = {"image_processor_type": "CLIPImageProcessor", **statistics, "crop_size": side}
     text = json.dumps({**config, "size": {"shortest_edge": IMAGE_SIDE}}, indent=2)
-    (folder / "preprocessor_config.json").write_text(text + "\n")
+    (folder / "preprocessor_config.json").write_text(text + "\n", "utf-8")
 
 
 def digest(folder: Path) -> str:
@@ -149,11 +149,11 @@ def half(model: Any) -> Any:
 
 def tidy(config: Path) -> None:
     """Forget the working folder; let transformers load float32, as diffusers does."""
-    values = json.loads(config.read_text())
+    values = json.loads(config.read_text("utf-8"))
     values.pop("_name_or_path", None)
     if "dtype" in values:
         values["dtype"] = "float32"
     for part in ("text_config", "vision_config"):
         if "dtype" in values.get(part, {}):
             values[part]["dtype"] = "float32"
-    config.write_text(json.dumps(values, indent=2) + "\n")
+    config.write_text(json.dumps(values, indent=2) + "\n", "utf-8")

@@ -107,7 +107,7 @@ def _shuffled(kind: Kind, seed: int, purpose: str, wanted: Callable[[str], bool]
 
 
 def _write_lines(path: Path, prompts: Sequence[str]) -> None:
-    path.write_text("\n".join(prompts) + "\n")
+    path.write_text("\n".join(prompts) + "\n", "utf-8")
 
 
 def _write_table(path: Path, prompts: Sequence[str]) -> None:

@@ -256,7 +256,7 @@ def measure(
         **rows,
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "quality.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     write_table(out / "quality.md", report)
     for name, file in {"pipeline": "samples.png", "flow": "flow.png"}.items():
         if name in shown:

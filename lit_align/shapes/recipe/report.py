@@ -28,7 +28,7 @@ def write_table(path: Path, report: dict[str, Any]) -> None:
         lines += ["", f"| {part} | |", "|---|---|"]
         lines += [f"| {name} | {value:.3f} |" for name, value in report[part].items()]
     lines += ["", f"Red among the objects of open prompts: {report['red in open prompts']:.2f}"]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def write_grid(

@@ -68,6 +68,6 @@ def save_seer(folder: Path, model: PreTrainedModel, processor: str) -> None:
     def write(fresh: Path) -> None:
         half(model).save_pretrained(fresh)
         tidy(fresh / "config.json")
-        (fresh / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
+        (fresh / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2) + "\n", "utf-8")
 
     replace_folder(folder, write)

@@ -32,7 +32,7 @@ def unknown_words(prompt: str) -> list[str]:
 
 def is_shapes_vocabulary(vocabulary: Mapping[str, int]) -> bool:
     """Whether a tokenizer's vocabulary is that of the bundled pipeline, as of every model trained from it."""
-    bundled = json.loads((PIPELINE / "tokenizer" / "tokenizer.json").read_text())
+    bundled = json.loads((PIPELINE / "tokenizer" / "tokenizer.json").read_text("utf-8"))
     return dict(vocabulary) == bundled["model"]["vocab"]
 
 
