@@ -38,8 +38,8 @@ def check_factory(name: str, factory: object) -> None:
     Raises:
         ConfigError: It is none.
     """
-    if isinstance(factory, partial) and factory.args:
-        kind = getattr(factory.func, "__name__", "DDIM")
+    if isinstance(factory, partial) and factory.args and isinstance(factory.func, type):
+        kind = factory.func.__name__
         raise ConfigError(
             f"{name}: the first argument of {kind} is the model's schedule, which the method gives; name the "
             f"others, as in partial({kind}, num_steps=10)"
