@@ -34,6 +34,9 @@ class Advantages(ABC):
     memory: int = 0
     """Newest rewards of a prompt that a ``history`` holds."""
 
+    clip: float = 5.0
+    """Largest absolute advantage, also of a class whose constructor does not call that of its base."""
+
     def __init__(self, clip: float = 5.0) -> None:
         if not clip > 0:
             raise ConfigError(f"{type(self).__name__}: clip is {clip}; it must be positive (DDPO: 5).")
@@ -57,11 +60,12 @@ class Advantages(ABC):
         if scored.any():
             kept = [prompt for prompt, keep in zip(prompts, scored.tolist(), strict=True) if keep]
             groups = groups.to(rewards.device)[scored]
-            normalised = torch.as_tensor(self._normalise(rewards.detach()[scored].double(), groups, kept))
+            returned: Any = self._normalise(rewards.detach()[scored].double(), groups, kept)
+            normalised = torch.as_tensor(torch.nan if returned is None else returned)
             if normalised.shape != groups.shape or bool(normalised.isnan().any()):
                 raise ConfigError(
                     f"{type(self).__name__}._normalise gave {list(normalised.shape)} numbers for "
-                    f"{len(groups)} rewards, {int(normalised.isnan().sum())} NaN; let it give one for each"
+                    f"{len(groups)} rewards, {int(normalised.isnan().sum())} NaN; let it return one for each"
                 )
             advantages[scored] = normalised.clamp(-self.clip, self.clip).to(rewards.dtype)
         return advantages
@@ -75,8 +79,16 @@ class Advantages(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
-        assert not state, f"{type(self).__name__} has no state, got {sorted(state)}"
+        """Restore what :meth:`state_dict` gave.
+
+        Raises:
+            ConfigError: There is some, and the class does not define how.
+        """
+        if state:
+            raise ConfigError(
+                f"{type(self).__name__}: the checkpoint has {', '.join(state)} of it, and the class has no "
+                "load_state_dict that takes it up; define it beside state_dict"
+            )
 
 
 class BatchAdvantages(Advantages):

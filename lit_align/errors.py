@@ -84,6 +84,19 @@ def check_kinds(values: Mapping[str, tuple[object, type]]) -> None:
             raise ConfigError(f"{name}: {shown} is not of the class {kind.__name__}; give one that is")
 
 
+def check_same(name: str, same: bool) -> None:
+    """Refuse a part that was set on a module after it was built: what follows from it is of the first one.
+
+    Raises:
+        ConfigError: It is not the same.
+    """
+    if not same:
+        raise ConfigError(
+            f"{name}: a module takes this when it is built, and it was set later; build the module anew, "
+            "with backbone=module.backbone to keep its weights"
+        )
+
+
 def user_path(path: str) -> Path:
     """A path as a user writes it, with ``~``.
 

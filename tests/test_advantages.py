@@ -198,11 +198,23 @@ def test_what_cannot_work_is_refused(make: Callable[[], Advantages], message: st
         make()
 
 
-@pytest.mark.parametrize(("shape", "value"), [((4, 1), 0.0), ((), 0.0), ((4,), float("nan"))])
-def test_advantages_of_ones_own_that_give_no_number_for_each_reward_are_told(shape, value):
+@pytest.mark.parametrize(
+    "returned", [torch.zeros(4, 1), torch.zeros(()), torch.full((4,), float("nan")), None]
+)
+def test_advantages_of_ones_own_that_give_no_number_for_each_reward_are_told(returned):
     class Own(Advantages):
+        def __init__(self):
+            """Without that of the base, which sets the clip."""
+
         def _normalise(self, rewards, groups, prompts):
-            return torch.full(shape, value)
+            return returned
+
+        def state_dict(self):
+            return {"mean": 1.0}
 
     with pytest.raises(ConfigError, match=r"Own\._normalise gave .* for 4 rewards, \d NaN"):
         Own()(torch.rand(4), torch.arange(4), list("abcd"))
+    with pytest.raises(ConfigError, match=r"Own: the checkpoint has mean of it, .* define it beside"):
+        Own().load_state_dict({"mean": 1.0})
+    returned = 9 * torch.ones(4)
+    assert Own()(torch.rand(4), torch.arange(4), list("abcd")).tolist() == [5.0] * 4

@@ -86,8 +86,10 @@ ALLOWED = {
 
 ROOMS = {
     "base",
+    "checkpoints",
     "clip_range",
     "held_out",
+    "hooks",
     "skipped",
     "identity",
     "joint",

@@ -589,7 +589,7 @@ def test_columns_that_the_table_of_predict_has_itself_are_told(small, done):
 # ---- one folder
 
 
-def test_runs_have_folders_of_their_own_whatever_the_logger(small, done, capsys):
+def test_runs_have_folders_of_their_own_whatever_the_logger(small, done, monkeypatch):
     earlier = files(done)
     Path("mylogger.py").write_text(
         "from lightning.pytorch.loggers import Logger\n"
@@ -600,7 +600,7 @@ def test_runs_have_folders_of_their_own_whatever_the_logger(small, done, capsys)
         "        open('mine.txt', 'a').write(f'{step} {sorted(metrics)}\\n')\n"
         "    def log_hyperparams(self, params, *args, **kwargs): pass\n"
     )
-    sys.path.insert(0, ".")
+    monkeypatch.syspath_prepend(".")
     tensorboard = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "logs", "name": "ddpo"}}
     table = {"class_path": "CSVLogger", "init_args": {"save_dir": "elsewhere"}}
     choices = ["false", "mylogger.MyLogger", json.dumps([tensorboard, table])]
@@ -611,7 +611,6 @@ def test_runs_have_folders_of_their_own_whatever_the_logger(small, done, capsys)
         assert (run / "adapter").is_dir()
         assert {"config.yaml", "validation.json"} <= set(files(run))
     assert files(done) == earlier
-    sys.path.remove(".")
     left = {path.name for path in Path().iterdir()} - {"__pycache__"}
     assert left == {"logs", "mylogger.py", "mine.txt"}
     assert "train/reward" in Path("mine.txt").read_text()

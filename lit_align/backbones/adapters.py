@@ -44,10 +44,14 @@ class LoRA:
         """The settings that were given, in Python perhaps as a dict, as in YAML.
 
         Raises:
-            ConfigError: The dict has other settings.
+            ConfigError: The dict has other settings, or it is something else.
         """
-        if not isinstance(given, Mapping):
+        if given is None or isinstance(given, cls):
             return given
+        if not isinstance(given, Mapping):
+            raise ConfigError(
+                f"backbone.lora: {given!r} is none; give LoRA(rank=16), or None to train all weights"
+            )
         if unknown := set(given) - {known.name for known in fields(cls)}:
             raise ConfigError(
                 f"backbone.lora has no {', '.join(sorted(unknown))}; it has rank, alpha and target_modules"

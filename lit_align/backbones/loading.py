@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,14 @@ def load_pipeline(
     Raises:
         ConfigError: There is no such model, it cannot be read, or it is of another family.
     """
+    for name in ("pipeline_class", "denoiser"):
+        if not hasattr(family, name):
+            raise ConfigError(f"{family.__name__} has no {name}, which a family must name; define it")
+    if not isinstance(pretrained, str | PathLike):
+        raise ConfigError(
+            f"pretrained: a {type(pretrained).__name__} is no name of a model; give a hub id, or a folder, "
+            "such as that of pipeline.save_pretrained(FOLDER)"
+        )
     pipeline_class, without = family.pipeline_class, family.without
     file = user_path(pretrained)
     if (file.is_file() or file.suffix in (".safetensors", ".ckpt")) and not file.is_dir():

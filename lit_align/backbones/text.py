@@ -43,7 +43,13 @@ class TextEncoding:
         device = self._backbone.device
         exact = torch.autocast(device.type, enabled=False)
         with present(self._away, device), without_a_line_each(), exact:
-            return [self._backbone.embed([prompt]) for prompt in prompts]
+            made = [self._backbone.embed([prompt]) for prompt in prompts]
+        if not all(isinstance(one, dict) and {len(value) for value in one.values()} == {1} for one in made):
+            raise ConfigError(
+                f"{type(self._backbone).__name__}.embed must return a dict of tensors with a row for each "
+                "prompt (it is given one at once), and none for the empty prompt"
+            )
+        return made
 
 
 @contextmanager

@@ -138,14 +138,14 @@ class WeightSets(nn.Module):
     # ---- making sets
 
     def add(self, name: str) -> None:
-        """Add a frozen set that starts as a copy of the policy."""
-        assert name not in self._names, f"the weight set {name!r} exists already"
-        if self._lora is None:
-            self._hold(name, deepcopy(self.networks[POLICY]))
-        else:
-            self._adapters.add(name, self._lora)
-            self._adapters.mix(name, {name: 1.0} | self._start)
-        self._names.append(name)
+        """Add a frozen set that starts as a copy of the policy; one that is there starts anew."""
+        if name not in self._names:
+            if self._lora is None:
+                self._hold(name, deepcopy(self.networks[POLICY]))
+            else:
+                self._adapters.add(name, self._lora)
+                self._adapters.mix(name, {name: 1.0} | self._start)
+            self._names.append(name)
         self.copy(POLICY, name)
 
     def copy(self, source: str, target: str) -> None:
@@ -170,9 +170,10 @@ class WeightSets(nn.Module):
         """Add a frozen set from an adapter's folder or file, or from a pipeline's folder.
 
         Raises:
-            ConfigError: There is none, or not one for this model.
+            ConfigError: There is none, or not one for this model, or the name is taken.
         """
-        assert name not in self._names, f"the weight set {name!r} exists already"
+        if name in self._names:
+            raise ConfigError(f"{folder}: the backbone has weights {name!r} already; give a new backbone")
         if (folder / "model_index.json").is_file():
             self._hold(name, self._load_network(folder))
         elif self._lora is None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 
-from lit_align.data.batch import PairBatch
+from lit_align.data.batch import Batch, PairBatch
 from lit_align.errors import ConfigError
 from lit_align.randomness import run_seed
 
@@ -64,5 +64,15 @@ class AlignmentDataModule(LightningDataModule):
                 raise ConfigError(f"data.{name} is {value}: give at least 1")
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move images; tensors that count stay on the CPU, where the host reads them."""
+        """Move images; tensors that count stay on the CPU, where the host reads them.
+
+        Raises:
+            ConfigError: It is no batch of this package.
+        """
+        for part in batch if isinstance(batch, list) else [batch]:
+            if not isinstance(part, Batch | PairBatch):
+                raise ConfigError(
+                    f"data: {type(self).__name__} gives a {type(part).__name__} as a batch, and methods take "
+                    "lit_align.data.Batch(prompts, groups, index=...); let its loaders give these"
+                )
         return batch.to(device) if isinstance(batch, PairBatch) else batch

@@ -17,6 +17,9 @@ FAR, NEAR = 1.0, 1e-7
 DWARFED = 0.01
 """Share of the total's spread below which a trained reward does not count."""
 
+LOST = 0.25
+"""Share of images above the ceiling; where it is 2 standard deviations above the mean, 2 % are."""
+
 
 def judge(module: AlignmentModule, seen: Seen) -> Iterator[Finding]:
     """What is wrong with a run, from a trial of it.
@@ -30,6 +33,7 @@ def judge(module: AlignmentModule, seen: Seen) -> Iterator[Finding]:
         yield from _ranges(bank, seen)
     yield from _gradients(seen)
     yield from _steps(module, seen)
+    yield from _ceiling(seen)
     if seen.memory is not None:
         yield from _memory(module, seen.memory)
 
@@ -182,4 +186,15 @@ def _steps(module: AlignmentModule, seen: Seen) -> Iterator[Finding]:
             "model.optimisation.optimizer",
             f"one rollout batch moves the policy by {max(moves):.2g} nats a step",
             f"raise {rate}",
+        )
+
+
+def _ceiling(seen: Seen) -> Iterator[Finding]:
+    shares = [metrics["train/above_ceiling"] for metrics in seen.metrics if "train/above_ceiling" in metrics]
+    if shares and max(shares) > LOST:
+        yield Finding(
+            "above_ceiling",
+            "model.ceiling",
+            f"{max(shares):.0%} of the images of a rollout batch are above it and have no gradient",
+            "raise it: ReFL's is 2 standard deviations above the mean of the pretrained model's rewards",
         )

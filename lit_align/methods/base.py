@@ -14,19 +14,19 @@ from torch import Tensor
 
 from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
-from lit_align.errors import ConfigError, check_kinds
+from lit_align.errors import ConfigError, check_kinds, check_same
+from lit_align.methods.checkpoints import keep_readable
 from lit_align.methods.held_out import check_data, first_batches, held_out_prompts
 from lit_align.methods.identity import IdentifiedModule, measurement_of
-from lit_align.methods.metrics import Metrics, means, waited_for
+from lit_align.methods.metrics import Metrics, means, reported, waited_for
 from lit_align.methods.optimisation import Optimisation, OptimisedModule
-from lit_align.methods.sampling import Sampling, check_factory
+from lit_align.methods.sampling import Sampling, make_sampler
 from lit_align.methods.skipped import LIMIT, check_weights
 from lit_align.methods.strategies import (
     check_monitors,
     check_scaled,
     check_train_monitors,
     check_trainer,
-    read_safely,
 )
 from lit_align.randomness import run_seed
 from lit_align.rewards import RewardBank
@@ -79,15 +79,14 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         self.strict_loading = False  # a checkpoint holds what is trained, not the frozen models
         check_kinds({"backbone": (backbone, DiffusionBackbone), "rewards": (rewards, RewardBank)})
         check_kinds({"optimisation": (optimisation, Optimisation), "sampling": (sampling, Sampling)})
-        check_factory("sampler", sampler)
         backbone.check_guidance(sampling.guidance)
         self.backbone = backbone
-        self.sampler, other = backbone.make_sampler(sampler), sampling.eval_sampler
-        self.eval_sampler = self.sampler if other is None else backbone.make_sampler(other)
+        self.sampler = self._own_sampler = make_sampler("sampler", sampler, backbone)
         self.rewards = rewards
         # Copies: where no settings are given, all modules are given the same.
         self.optimisation = replace(optimisation)
         self.sampling = replace(sampling, seed=run_seed(sampling.seed))
+        _ = self.eval_sampler  # refused here
         self.images = self.reward_queries = 0
         self.collected: dict[str, Tensor] = {}
         self.baseline, self.latest, self.taken_back, self.prompt_groups = {}, {}, {}, torch.zeros(0)
@@ -114,7 +113,8 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         if stage == "fit":
             check_scaled(self.trainer, self.backbone.weight_sets.parameters(), "backbone.dtype")
             self.backbone.weight_sets.check_frozen(self.backbone, *self.reward_banks)
-        read_safely(self.trainer)
+            check_same("sampler", self.sampler is self._own_sampler)
+        keep_readable(self.trainer)
         self.identify(data, stage)
         self._check_domain(held_out_prompts(data, stage))
         if stage != "fit" or self.trainer.limit_val_batches:  # type: ignore[attr-defined]
@@ -125,6 +125,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         """Measure the pretrained model where that was not done, and look what callbacks wait for."""
         # A run may go on at the end of an epoch, where callbacks look at what was logged before.
         self.trainer.callback_metrics.update(self._logged)
+        self.check_optimizers()
         super().on_train_start()
         check_monitors(self.trainer)
         self.backbone.weight_sets.trained = True
@@ -174,7 +175,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
             sampling: Seconds for sampling and scoring.
             total: Seconds for everything.
         """
-        ranks = self.gather((scores, {name: values.cpu().double() for name, values in metrics.items()}))
+        ranks = self.gather(reported(scores, metrics))
         scores, measured = ({n: torch.cat([r[i][n] for r in ranks]) for n in ranks[0][i]} for i in range(2))
         self.collected, count = scores, len(scores["reward"])
         measured.setdefault("unscored", scores["reward"].isnan().double())

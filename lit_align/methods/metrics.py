@@ -26,9 +26,29 @@ def pooled(parts: Iterable[Metrics]) -> Metrics:
 def is_loss(computed: object) -> bool:
     """Whether it is what a :data:`Loss` returns."""
     match computed:
-        case (Tensor(ndim=0), dict(metrics)):
-            return all(isinstance(values, Tensor) and values.ndim == 1 for values in metrics.values())
+        case (Tensor(ndim=0, requires_grad=True), metrics):
+            return _are_metrics(metrics)
     return False
+
+
+def _are_metrics(given: object) -> bool:
+    if not isinstance(given, dict):
+        return False
+    return all(isinstance(values, Tensor) and values.ndim == 1 for values in given.values())
+
+
+def reported(scores: Metrics, metrics: Metrics) -> tuple[Metrics, Metrics]:
+    """What a rank has measured of its rollout batch, for all ranks.
+
+    Raises:
+        TypeError: It is not what ``score`` reports and what ``update`` returns.
+    """
+    if not (_are_metrics(scores) and _are_metrics(metrics) and "reward" in scores):
+        raise TypeError(
+            "log_rollout_batch takes the report of self.score, with its 'reward', and metrics as self.update "
+            "returns them: dicts of tensors (N,)"
+        )
+    return scores, {name: values.cpu().double() for name, values in metrics.items()}
 
 
 def means(scores: Mapping[str, Tensor], measured: Mapping[str, Tensor]) -> dict[str, Tensor | float]:

@@ -1,10 +1,10 @@
 """The one optimisation path of all methods: micro-batches, ranks, clipping, schedules, skipped updates."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -18,6 +18,14 @@ from lit_align.backbones import whole
 from lit_align.errors import ConfigError, check_positive
 from lit_align.methods.metrics import Loss, Metrics, is_loss, pooled
 from lit_align.methods.skipped import SkippingModule
+
+Made = TypeVar("Made")
+
+EXAMPLES = {
+    "optimizer": "partial(torch.optim.AdamW, lr=1e-4)",
+    "lr_scheduler": "partial(torch.optim.lr_scheduler.LinearLR, total_iters=100)",
+}
+"""How the two are given in Python."""
 
 
 @dataclass
@@ -44,6 +52,13 @@ class Optimisation:
         check_positive(
             {"optimisation.clip_norm": self.clip_norm, "optimisation.micro_batch": self.micro_batch}
         )
+        for name, example in EXAMPLES.items():
+            given = getattr(self, name)
+            if not callable(given) and (given is not None or name == "optimizer"):
+                raise ConfigError(
+                    f"optimisation.{name}: a {type(given).__name__} makes none; give what makes it in the "
+                    f"fit, as {example}"
+                )
 
 
 class OptimisedModule(SkippingModule):
@@ -66,7 +81,7 @@ class OptimisedModule(SkippingModule):
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer of the configuration; a method that changes it overrides this."""
-        return self.optimisation.optimizer(groups)
+        return _made("optimizer", torch.optim.Optimizer, self.optimisation.optimizer, groups)
 
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule.
@@ -75,12 +90,7 @@ class OptimisedModule(SkippingModule):
             ConfigError: They cannot be stepped once per update.
         """
         groups = [{"params": group} for group in self.parameter_groups()]
-        try:
-            optimizer = self.make_optimizer(groups)
-        except ConfigError:
-            raise
-        except (ValueError, TypeError) as error:  # what torch says of a rate or a decay that cannot work
-            raise ConfigError(f"optimisation.optimizer: {error}; give other settings") from error
+        optimizer = self.make_optimizer(groups)
         for rate in (group["lr"] for group in optimizer.param_groups):
             if rate is not None and not math.isfinite(rate):
                 raise ConfigError(f"optimisation.optimizer: lr is {float(rate)}; give a finite number")
@@ -98,13 +108,26 @@ class OptimisedModule(SkippingModule):
                     state["step"].zero_()
         if self.optimisation.lr_scheduler is None:
             return optimizer
-        scheduler = self.optimisation.lr_scheduler(optimizer)
+        scheduler = _made("lr_scheduler", LRScheduler, self.optimisation.lr_scheduler, optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
             raise ConfigError(
                 "optimisation.lr_scheduler: ReduceLROnPlateau waits for a validation metric, and a schedule "
                 "is stepped once per update here; use one that needs no metric, such as LinearLR"
             )
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def check_optimizers(self) -> None:
+        """Refuse what a class that overrides :meth:`configure_optimizers` gives, if it cannot be stepped.
+
+        Raises:
+            ConfigError: It is not one optimizer, with at most one schedule that needs no metric.
+        """
+        scheduler = self.lr_schedulers()
+        if isinstance(self.optimizers(), list) or isinstance(scheduler, list | ReduceLROnPlateau):
+            raise ConfigError(
+                f"{type(self).__name__}.configure_optimizers: an update steps one optimizer, and at most one "
+                "schedule, which needs no metric; return these, or override make_optimizer alone"
+            )
 
     def update(self, losses: Sequence[Loss], scale: float = 1.0) -> Metrics:
         """One optimizer step on the sum of the losses.
@@ -119,6 +142,8 @@ class OptimisedModule(SkippingModule):
         Returns:
             What the losses measured, and ``grad_norm``.
         """
+        if not isinstance(losses, Sequence) or not all(map(callable, losses)):
+            raise TypeError("update takes a list of functions, each of which returns (loss, metrics)")
         measured, self._losses = [], []
         for i, compute in enumerate(losses):
             strategy, more = self.trainer.strategy, i < len(losses) - 1
@@ -126,7 +151,9 @@ class OptimisedModule(SkippingModule):
             with strategy.block_backward_sync() if accumulates else nullcontext():  # type: ignore[attr-defined]
                 computed = compute()
                 if not is_loss(computed):
-                    raise TypeError("a loss returns (loss, metrics): a scalar, and a dict of tensors (N,)")
+                    raise TypeError(
+                        "a loss returns (loss, metrics): a scalar with a gradient, a dict of tensors (N,)"
+                    )
                 loss, metrics = computed
                 self.manual_backward(loss)
             measured.append(metrics)
@@ -175,3 +202,23 @@ class OptimisedModule(SkippingModule):
         self.gradient_norm = torch.stack([whole(norm) for norm in norms]).max()
         if not self.count_update(self.gradient_norm):
             optimizer.zero_grad()  # sets gradients to None, which the optimizer passes over
+
+
+def _made(name: str, kind: type[Made], make: Callable[[Any], Made], given: Any) -> Made:
+    """What a setting makes of the weights, or of the optimizer.
+
+    Raises:
+        ConfigError: Nothing, or something else.
+    """
+    try:
+        made = make(given)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:  # what torch says of a rate or a decay that cannot work
+        raise ConfigError(f"optimisation.{name}: {error}; give other settings") from error
+    if not isinstance(made, kind):
+        raise ConfigError(
+            f"optimisation.{name}: it makes a {type(made).__name__}, and no {kind.__name__}; give "
+            f"{EXAMPLES[name]}"
+        )
+    return made

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol, Self
 
 import torch
@@ -18,6 +19,7 @@ from lit_align.gaussian import GaussianStep
 from lit_align.randomness import generator, normal, run_seed
 from lit_align.rollout import Trajectory, rollout
 from lit_align.samplers import Sampler
+from lit_align.samplers.base import check_sampler
 
 
 class BatchPolicy(Protocol):
@@ -31,17 +33,41 @@ class BatchPolicy(Protocol):
 
 
 def check_factory(name: str, factory: object) -> None:
-    """Refuse a sampler that is made already, in the place of what makes one.
+    """Refuse what is not a function of the scheduler's configuration, such as a sampler that is made already.
 
     Raises:
-        ConfigError: It is one.
+        ConfigError: It is none.
     """
-    if isinstance(factory, Sampler):
-        kind = type(factory).__name__
+    if isinstance(factory, partial) and factory.args and isinstance(factory.func, type):
+        kind = factory.func.__name__
         raise ConfigError(
-            f"{name}: this {kind} is made already, and a method makes its own for its backbone; give "
-            f"partial({kind}, num_steps={factory.num_steps})"
+            f"{name}: the first argument of {kind} is the model's schedule, which the method gives; name the "
+            f"others, as in partial({kind}, num_steps=10)"
         )
+    if not callable(factory):
+        kind = type(factory).__name__ if isinstance(factory, Sampler) else "DDIM"
+        what = f"this {kind} is made already" if isinstance(factory, Sampler) else f"{factory!r} makes none"
+        raise ConfigError(
+            f"{name}: {what}, and a method makes its own for its backbone; give "
+            f"partial({kind}, num_steps={getattr(factory, 'num_steps', 10)})"
+        )
+
+
+def make_sampler(name: str, factory: SamplerFactory, backbone: DiffusionBackbone) -> Sampler:
+    """The sampler of a setting.
+
+    Raises:
+        ConfigError: None can be made, or not one for this model.
+    """
+    check_factory(name, factory)
+    sampler = backbone.make_sampler(factory)
+    if not isinstance(sampler, Sampler):
+        raise ConfigError(
+            f"{name}: {factory!r} makes a {type(sampler).__name__}; give what makes a Sampler, as "
+            "partial(DDIM, num_steps=10)"
+        )
+    check_sampler(name, sampler)
+    return sampler
 
 
 @dataclass
@@ -74,7 +100,8 @@ class Sampling:
             raise ConfigError(f"sampling.guidance is {self.guidance}; give a finite number, such as 7.5")
         if self.store not in ("device", "cpu"):
             raise ConfigError(f"sampling.store: {self.store!r} must be device or cpu")
-        check_factory("sampling.eval_sampler", self.eval_sampler)
+        if self.eval_sampler is not None:
+            check_factory("sampling.eval_sampler", self.eval_sampler)
 
 
 @dataclass(frozen=True)
@@ -95,8 +122,19 @@ class SamplingModule(LightningModule):
 
     backbone: DiffusionBackbone
     sampler: Sampler
-    eval_sampler: Sampler
     sampling: Sampling
+    _evaluated_with: tuple[SamplerFactory, Sampler] | None = None
+
+    @property
+    def eval_sampler(self) -> Sampler:
+        """What ``sampling.eval_sampler`` makes, also where that is set later; else :attr:`sampler`."""
+        factory, made = self.sampling.eval_sampler, self._evaluated_with
+        if factory is None:
+            return self.sampler
+        if made is None or made[0] is not factory:
+            made = factory, make_sampler("sampling.eval_sampler", factory, self.backbone)
+            self._evaluated_with = made
+        return made[1]
 
     @property
     def seed(self) -> int:
@@ -181,14 +219,15 @@ class SamplingModule(LightningModule):
         Raises:
             ConfigError: It is one text, there is no prompt, or no such weight set.
         """
-        if isinstance(prompts, str) or not prompts:
+        texts = [] if isinstance(prompts, str) else [*prompts]
+        if not texts or not all(isinstance(text, str) for text in texts):
             raise ConfigError(
                 f'generate: {prompts!r} is not a list of prompts; give one, as in ["a red star"]'
             )
         if weights not in (known := self.backbone.weight_sets.names):
             raise ConfigError(f"generate: there are no weights {weights!r}; give {' or '.join(known)}")
-        numbers = torch.arange(len(prompts))
-        batch = Batch(list(prompts), numbers, index=numbers)
+        numbers = torch.arange(len(texts))
+        batch = Batch(texts, numbers, index=numbers)
         with self.evaluating():
-            policy = self.policy(batch, self.backbone.encode(prompts), weights)
+            policy = self.policy(batch, self.backbone.encode(texts), weights)
             return self.sample(policy, batch, "predict", seed, scored=False).images

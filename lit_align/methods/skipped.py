@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_align.errors import ConfigError
+from lit_align.methods.hooks import check_hooks
 
 LIMIT = 10
 """Skipped updates, or rollout batches without a score, in a row, after which a run is given up. In 16-mixed a
@@ -97,6 +98,10 @@ class SkippingModule(LightningModule):
     _losses: list[Tensor]
     _rows: list[dict[str, Any]]
     _recent: "deque[Skipped]"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_hooks(cls)
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in rank order; every rank must call it."""

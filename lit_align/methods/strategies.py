@@ -2,8 +2,6 @@
 
 import difflib
 from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from lightning import Callback, Trainer
@@ -83,20 +81,28 @@ def check_trainer(trainer: Trainer, stage: str = "") -> None:
 def check_scaled(trainer: Trainer, weights: Iterable[Tensor], place: str) -> None:
     """Refuse weights in float16 through which gradients would go as they are: nearly all would be 0.
 
+    And trained weights below float32.
+
     Args:
         trainer: Scales losses, or does not.
         weights: That gradients go through.
         place: Where their precision is set, for the message.
 
     Raises:
-        ConfigError: They are in float16, and nothing is scaled.
+        ConfigError: They are in float16, and nothing is scaled, or trained in less than float32.
     """
+    weights = [*weights]
     if getattr(trainer.precision_plugin, "scaler", None) is None and any(
         weight.dtype == torch.float16 for weight in weights
     ):
         raise ConfigError(
             f"{place}: float16 would round gradients to 0, as precision {trainer.precision} does not scale "
             "them; set it to bfloat16, or trainer.precision to 16-mixed"
+        )
+    if narrow := {weight.dtype for weight in weights if weight.requires_grad and weight.itemsize < 4}:
+        raise ConfigError(
+            f"{place}: trained weights are in {narrow.pop()}, as by module.bfloat16(), which would round "
+            "small updates away; call module.float(), and give this setting for the frozen weights"
         )
 
 
@@ -175,41 +181,6 @@ def _monitors(trainer: Trainer, kind: str, there: Collection[str]) -> Iterable[t
         # unscored is there if it is not 0.
         if waits and wanted.startswith(kind) and wanted not in there and not wanted.endswith("/unscored"):
             yield one, wanted
-
-
-def read_safely(trainer: Trainer) -> None:
-    """Let the Trainer read checkpoints that are one file, with nothing in it executed.
-
-    Lightning reads a folder, which strategies that shard may write, with pickle, whatever ``weights_only``
-    says, and a URL too. All that it loads comes through the strategy.
-    """
-    strategy: Any = trainer.strategy
-    load = type(strategy).load_checkpoint
-
-    def load_checkpoint(checkpoint_path: str | Path, weights_only: bool | None = None) -> Any:
-        place = f"ckpt_path: {checkpoint_path}"
-        if not Path(checkpoint_path).is_file():
-            kind = "a folder" if Path(checkpoint_path).is_dir() else "no file of this machine"
-            raise ConfigError(f"{place} is {kind}; give a checkpoint that is one file, such as last.ckpt")
-        try:
-            content = load(strategy, checkpoint_path, weights_only=True)
-            progress = content["progress"]
-            written = all(isinstance(progress[n], int) for n in ("images", "reward_queries", "skipped"))
-            written &= all(isinstance(progress[n], dict) for n in ("baseline", "trained"))
-            measured_at = progress.get("measured_at") or {"images": 0, "reward_queries": 0}
-            written &= all(isinstance(measured_at[n], int) for n in ("images", "reward_queries"))
-        except ConfigError:
-            raise
-        except Exception:  # torch raises whatever the bytes lead to
-            written = False
-        if not written:
-            raise ConfigError(
-                f"{place} cannot be read: it is not a checkpoint of lit_align for this model, or not whole; "
-                "give another, such as best.ckpt beside it"
-            ) from None
-        return content
-
-    strategy.load_checkpoint = load_checkpoint
 
 
 def _check_strategy(strategy: Strategy, world: int) -> None:

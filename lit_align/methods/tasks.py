@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lit_align.advantages import Advantages
 from lit_align.data import MultiTaskDataModule, PromptDataModule
-from lit_align.errors import ConfigError, check_kinds, check_not_negative
+from lit_align.errors import ConfigError, check_kinds, check_not_negative, check_same
 from lit_align.methods.identity import rewards_of
 from lit_align.rewards import RewardBank, Scope, SetReward
 
@@ -42,6 +43,10 @@ class Task:
     advantages: Advantages
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        # A copy: the history of one object would be that of all tasks and modules that are given it.
+        self.given, self.advantages = self.advantages, deepcopy(self.advantages)
+
 
 def make_tasks(
     rewards: RewardBank | None, advantages: Advantages | None, tasks: Mapping[str, Task] | None
@@ -70,7 +75,7 @@ def make_tasks(
         check_not_negative({f"tasks.{name}.weight": task.weight})
     if not any(task.weight for task in tasks.values()):
         raise ConfigError(f"tasks: all weights are 0; give one of {', '.join(tasks)} a positive weight")
-    return dict(tasks)
+    return {name: replace(task) for name, task in tasks.items()}
 
 
 def data_of_tasks(data: object, tasks: Mapping[str, Task]) -> dict[str, PromptDataModule]:
@@ -104,12 +109,9 @@ def check_parts(rewards: RewardBank, advantages: object, tasks: Mapping[str, Tas
     Raises:
         ConfigError: There are some.
     """
-    known = (None, *(task.advantages for task in tasks.values()))
-    if rewards is not next(iter(tasks.values())).rewards or not any(advantages is one for one in known):
-        raise ConfigError(
-            "rewards, advantages: a module takes them when it is built; build it anew, with backbone="
-            "module.backbone to keep its weights"
-        )
+    known = (None, *(own for task in tasks.values() for own in (task.given, task.advantages)))
+    same = rewards is next(iter(tasks.values())).rewards and any(advantages is one for one in known)
+    check_same("rewards, advantages", same)
 
 
 def check_tasks(tasks: Mapping[str, Task], trainer: Trainer, updates: int) -> None:

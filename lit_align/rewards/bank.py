@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, SupportsFloat, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -232,6 +232,11 @@ def _quoted(names: Iterable[str]) -> str:
 
 def _check(rewards: dict[str, Reward], weights: dict[str, float]) -> None:
     """Refuse a bank that cannot work, and say what would."""
+    if not isinstance(rewards, Mapping) or not isinstance(weights, Mapping):
+        raise ConfigError(
+            "RewardBank takes rewards by name and weights by the same names; give both, as in "
+            "RewardBank({'red': Redness()}, {'red': 1.0})."
+        )
     if not rewards:
         raise ConfigError("rewards is empty; give the bank at least one reward, by name.")
     for name in rewards:
@@ -246,8 +251,8 @@ def _check(rewards: dict[str, Reward], weights: dict[str, float]) -> None:
             raise ConfigError(
                 f"weights names '{name}', but there is no such reward; the rewards there are: {there}."
             )
-        if not math.isfinite(weight):
-            raise ConfigError(f"The weight of '{name}' in weights is {weight}; give a finite number.")
+        if not isinstance(weight, SupportsFloat) or not math.isfinite(weight):
+            raise ConfigError(f"The weight of '{name}' in weights is {weight!r}; give a finite number.")
     if not any(weight > 0 for weight in weights.values()):
         raise ConfigError(
             f"weights {weights} has no positive weight, so there is nothing to train on; "

@@ -3,8 +3,10 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from lit_align.errors import ConfigError
 from lit_align.gaussian import GaussianStep
 from lit_align.samplers.schedule import NoiseSchedule
 
@@ -66,3 +68,29 @@ class Sampler(ABC):
             k: Step index; or ``(B,)`` long (best on the CPU, where the tables are), so that a batch may mix
                 steps.
         """
+
+
+def check_sampler(name: str, sampler: Sampler) -> None:
+    """Refuse a sampler of the user's that is not what :class:`Sampler` says.
+
+    Args:
+        name: Of the setting, for messages.
+        sampler: With its schedule.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    kind, count = type(sampler).__name__, getattr(sampler, "num_steps", None)
+    for table in ("timesteps", "stochastic"):
+        if getattr(getattr(sampler, table, None), "shape", None) != (count,):
+            raise ConfigError(
+                f"{name}: {kind}.{table} must be a tensor with one entry for each of its num_steps ({count})"
+            )
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    for k, noisy in enumerate(sampler.stochastic.tolist()):
+        step = sampler.step(zero, zero, k)
+        if not isinstance(step, GaussianStep) or (noisy and not step.std.all()):
+            raise ConfigError(
+                f"{name}: {kind}.step(x, prediction, {k}) must return a GaussianStep, with a std above 0 "
+                "where stochastic is true"
+            )

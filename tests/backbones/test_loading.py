@@ -343,3 +343,23 @@ def test_the_rank_of_lora_alone_keeps_the_scale():
     )
     assert read.backbone.init_args.lora.rank == 32
     assert read.backbone.init_args.lora.alpha is None
+
+
+class Doubled(StableDiffusionBackbone):
+    """Embeds the empty prompt beside each, as pipelines do for guidance."""
+
+    def embed(self, prompts):
+        return {name: torch.cat([value, value]) for name, value in super().embed(prompts).items()}
+
+
+def test_what_people_give_and_write_in_python(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    """Tracebacks, and of the third other prompts, without a word."""
+    loaded = fresh(StableDiffusionBackbone, tiny)
+    with pytest.raises(ConfigError, match=r"a StableDiffusionPipeline is no name .* of pipeline\.save_pretr"):
+        StableDiffusionBackbone(loaded.pipeline)
+    refused(tiny, r"backbone\.lora: 4 is none; give LoRA\(rank=16\), or None", lora=4)
+    loaded.__class__ = Doubled
+    with pytest.raises(ConfigError, match=r"Doubled\.embed must return a dict of tensors with a row"):
+        loaded.encode(["a star", "a circle"])
+    monkeypatch.delattr(StableDiffusionBackbone, "denoiser")
+    refused(tiny, r"StableDiffusionBackbone has no denoiser, which a family must name")

@@ -280,11 +280,10 @@ def test_who_waits_for_another_plan_can_be_interrupted(tmp_path, monkeypatch):
     assert not told
 
 
-@pytest.mark.parametrize("name", ["alignprop_objectives", "alignprop_against_ddpo"])
-def test_results_of_earlier_weights_are_rendered(name, tmp_path):
-    """They have no CPU seconds, and of the first plan no images."""
-    older = load_plan(ROOT / f"tests/benchmarks/plans/{name}.yaml")
-    stored = sorted((ROOT / "tests/benchmarks/results/first_edition" / name).glob("*_seed*.json"))
+def test_results_of_earlier_weights_are_rendered(tmp_path):
+    """They have no CPU seconds."""
+    older = load_plan(ROOT / "tests/benchmarks/plans/pinterest.yaml")
+    stored = sorted((ROOT / "tests/benchmarks/results/first_edition/pinterest").glob("*_seed*.json"))
     results = [json.loads(path.read_text()) for path in stored]
     text = markdown(older, results, {}, "plan.yaml")
     assert all(f"| {config} |" in text for config in older.configs)

@@ -22,7 +22,15 @@ from lit_align.cli.doctor import PACKAGE, _own, _processes, _warned
 from lit_align.doctor import Asked, Trial, judge, look
 from lit_align.doctor.memory import Memory
 from lit_align.doctor.trial import BATCHES, Seen
-from lit_align.methods import AlignmentModule, DDPOModule, DPOModule, NFTModule, PRDPModule, SPINModule
+from lit_align.methods import (
+    AlignmentModule,
+    AlignPropModule,
+    DDPOModule,
+    DPOModule,
+    NFTModule,
+    PRDPModule,
+    SPINModule,
+)
 from lit_align.rewards import Brightness, Redness, Reward, RewardBank
 from tests.methods.build import fit, make, pairs, prompts, trainer
 
@@ -38,7 +46,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def healthy(tiny: Path, method: type[AlignmentModule] = DDPOModule, **options: Any) -> AlignmentModule:
-    own: dict[str, Any] = {} if method is NFTModule else {"clip_range": CLIP}
+    own: dict[str, Any] = {} if method in (NFTModule, AlignPropModule) else {"clip_range": CLIP}
     return make(method, tiny, **{"num_steps": 3, "noisy_steps": 2, "lr": 1e-4} | own | options)
 
 
@@ -250,6 +258,13 @@ TRIALS: dict[str, tuple[set[str], dict[str, Any]]] = {
 def test_what_a_trial_shows_is_named(case: str, tiny: Path, tmp_path: Path):
     names, options = TRIALS[case]
     assert set(tried(healthy(tiny, **options), tmp_path)) == names
+
+
+@pytest.mark.parametrize(("ceiling", "names"), [(-1.0, ["no_gradient", "above_ceiling"]), (2.0, [])])
+def test_a_ceiling_that_most_images_are_above_is_named(ceiling, names, tiny, tmp_path):
+    module = healthy(tiny, AlignPropModule, ceiling=ceiling)
+    trainer(tmp_path, BATCHES, trial := Trial()).fit(module, data())
+    assert [finding.name for finding in judge(module, trial.seen)] == names
 
 
 def test_a_trial_leaves_no_latents_where_the_run_would_keep_them(tiny, tmp_path):

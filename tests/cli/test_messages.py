@@ -289,11 +289,10 @@ def test_an_option_before_a_file_that_overrules_it_is_told(capsys):
     assert len([one for one in told_of if "stands before" in str(one.message)]) == 1
 
 
-def test_a_reward_that_is_named_by_its_file(capsys):
+def test_a_reward_that_is_named_by_its_file(capsys, monkeypatch):
     Path("mine.py").write_text("")
-    sys.path.insert(0, ".")
+    monkeypatch.syspath_prepend(".")
     message = told(capsys, "fit", "--config", str(DDPO), "--model.rewards.rewards.x=mine.py")
-    sys.path.remove(".")
     assert "mine.py is a file; give the import path of a class in it, such as mine.CLASS" in message
 
 

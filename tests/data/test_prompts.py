@@ -262,6 +262,32 @@ def test_the_order_depends_on_the_seed_alone() -> None:
     assert order(0) == order(0) != order(1)
 
 
+def test_loaders_that_are_asked_for_by_hand() -> None:
+    """A KeyError, and an assertion."""
+    asked, made = PromptDataModule(table(60)), module(table(60))
+    assert [len(one.train_dataloader()) for one in (asked, made)] == [len(made.train_dataloader())] * 2
+    assert list(PromptDataModule(table(60)).val_dataloader().rows) == list(made.val_dataloader().rows)
+
+
+def test_settings_that_are_set_after_the_prompts_were_split() -> None:
+    """They were passed over: the fit went on with the prompts and the shares of before."""
+    data = module(table(400))
+    data.validation_fraction, data.source = 0.5, table(200)
+    data.setup("fit")
+    assert (data._sets["train"].source, data._sets["train"].usable) == (data.source, 200)
+    assert len(texts(data._sets["validation"])) == pytest.approx(100, abs=30)
+    data.prompts_per_batch = 0
+    with pytest.raises(ConfigError, match=r"data\.prompts_per_batch is 0"):
+        data.setup("fit")
+
+
+def test_what_is_no_source_and_what_is_no_batch() -> None:
+    with pytest.raises(ConfigError, match=r"data\.source: \['a star'\] is not of the class PromptSource"):
+        PromptDataModule(["a star"])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"PromptDataModule gives a str as a batch, .*Batch\(prompts"):
+        module(table(60)).transfer_batch_to_device("a star", torch.device("cpu"), 0)
+
+
 def joined(parts: list[Batch]) -> list[tuple[int, int, str, Any]]:
     """The images of all parts in their global order."""
     return sorted(

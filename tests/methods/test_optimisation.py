@@ -32,6 +32,13 @@ class NoRate(torch.optim.SGD):
         ({"lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau}, "waits for a validation metric"),
         ({"optimizer": partial(torch.optim.AdamW, lr=0.0), "kl_target": 1e-2}, "optimizer is 0.0; give"),
         ({"optimizer": NoRate, "kl_target": 1e-2}, "optimizer is None; give"),
+        ({"optimizer": lambda _: None}, r"optimizer: it makes a NoneType, and no Optimizer; give partial"),
+        ({"optimizer": 1e-3}, r"optimizer: a float makes none; .* as partial\(torch\.optim\.AdamW, lr=1e-4"),
+        ({"lr_scheduler": lambda _: None}, "lr_scheduler: it makes a NoneType, and no LRScheduler"),
+        (
+            {"lr_scheduler": torch.optim.lr_scheduler.StepLR},
+            "lr_scheduler: .* missing 1 .* 'step_size'",
+        ),
     ],
 )
 def test_what_cannot_be_stepped_once_per_update_is_refused(tiny: Path, options, told):
@@ -89,6 +96,7 @@ def test_gradients_are_clipped_in_their_own_size_in_float16_too(tiny: Path, tmp_
     [
         (torch.zeros((), requires_grad=True), TypeError, r"returns \(loss, metrics\)"),
         ((torch.zeros((), requires_grad=True), {"loss": 1.0}), TypeError, r"returns \(loss, metrics\)"),
+        ((torch.zeros(()), {}), TypeError, "a scalar with a gradient"),
         (
             (torch.zeros((), requires_grad=True), {"loss": torch.zeros(())}),
             TypeError,
@@ -108,6 +116,31 @@ def test_a_loss_that_returns_something_else_is_told(
     monkeypatch.setattr(module, "_loss", lambda *_: returned)
     with pytest.raises(error, match=told):
         fit(module, tmp_path, data=prompts(prompts=2, images=2))
+
+
+def test_what_a_method_gives_to_the_base_and_is_nothing_that_it_takes(tiny: Path):
+    """Tracebacks that named neither method nor argument."""
+    module, values = make(DDPOModule, tiny), torch.ones(2)
+    for losses in (torch.zeros((), requires_grad=True), [torch.zeros(())], lambda: None):
+        with pytest.raises(TypeError, match=r"update takes a list of functions, each of which returns"):
+            module.update(losses)
+    for given in ({}, {}), ({"reward": values}, {"mine": 3.0}), ({"reward": values}, {"mine": values[0]}):
+        with pytest.raises(TypeError, match=r"log_rollout_batch takes the report of self\.score"):
+            module.log_rollout_batch(*given, 1.0, 2.0)
+
+
+@pytest.mark.parametrize("schedules", [False, True])
+def test_optimizers_of_ones_own_that_cannot_be_stepped(schedules: bool, tiny: Path, tmp_path: Path):
+    class Own(DDPOModule):
+        def configure_optimizers(self):
+            two = [torch.optim.SGD(self.parameters(), 1e-3) for _ in range(2)]
+            return (two[:1], [torch.optim.lr_scheduler.ReduceLROnPlateau(two[0])]) if schedules else two
+
+    module = make(DDPOModule, tiny, num_steps=2)
+    module.__class__ = Own
+    with pytest.raises(ConfigError, match=r"Own\.configure_optimizers: an update steps one optimizer"):
+        fit(module, tmp_path, data=prompts(prompts=2, images=2))
+    assert not module.images
 
 
 def test_a_method_that_counts_no_image_is_told(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -5,7 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from lightning import Callback, LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins import MixedPrecision
@@ -67,6 +69,14 @@ def test_data_from_which_a_method_does_not_learn(
     assert not module.baseline
 
 
+class OwnSampler(DDIM):
+    """With two entries of which one is wrong."""
+
+    def __init__(self, config: Any, num_steps: int) -> None:
+        super().__init__(config, num_steps, noisy_steps=1)
+        self.stochastic = torch.tensor([True, True])
+
+
 MADE = DDIM({"_class_name": "DDIMScheduler", "steps_offset": 1}, num_steps=2)
 
 
@@ -81,6 +91,11 @@ MADE = DDIM({"_class_name": "DDIMScheduler", "steps_offset": 1}, num_steps=2)
         ({"advantages": GroupAdvantages}, "advantages: <class .* is not of the class Advantages"),
         ({"optimisation": {"micro_batch": 4}}, "optimisation: .* is not of the class Optimisation"),
         ({"sampler": MADE}, r"sampler: this DDIM is made already, .*; give partial\(DDIM, num_steps=2\)"),
+        ({"sampler": "DDIM"}, r"sampler: 'DDIM' makes none, .*; give partial\(DDIM, num_steps=10\)"),
+        ({"sampler": partial(DDIM, 10)}, r"name the others, as in partial\(DDIM, num_steps=10\)"),
+        ({"sampler": dict}, r"sampler: <class 'dict'> makes a dict; give what makes a Sampler"),
+        ({"sampler": partial(OwnSampler, num_steps=2)}, r"OwnSampler\.step\(x, prediction, 1\) must retu"),
+        ({"sampler": partial(OwnSampler, num_steps=3)}, r"OwnSampler\.stochastic must be .* num_steps \(3\)"),
     ],
 )
 def test_a_part_of_another_class_in_python(option: dict[str, Any], told: str, tiny: Path) -> None:
@@ -91,15 +106,26 @@ def test_a_part_of_another_class_in_python(option: dict[str, Any], told: str, ti
         DDPOModule(**parts | {"sampler": partial(DDIM, num_steps=2), "clip_range": 1e-3} | option)
 
 
+def test_an_evaluation_sampler_that_is_set_later(tiny: Path) -> None:
+    """It was passed over: images were drawn with the one of the training."""
+    module = make(DDPOModule, tiny, num_steps=2)
+    module.sampling.eval_sampler = partial(DDIM, num_steps=5)
+    assert (module.eval_sampler.num_steps, module.eval_sampler) == (5, module.eval_sampler)
+    module.sampling.eval_sampler = None
+    module.sampler = MADE  # to draw with
+    assert module.eval_sampler is MADE
+
+
 def test_parts_that_are_set_when_the_module_is_built(tiny: Path, tmp_path: Path) -> None:
     """They were passed over: the fit went on with those that it was built with."""
     for name, part in (
         ("rewards", RewardBank({"b": Brightness()}, {"b": 1.0})),
         ("advantages", GroupAdvantages()),
+        ("sampler", MADE),
     ):
         module = make(DDPOModule, tiny, num_steps=2)
         setattr(module, name, part)
-        with pytest.raises(ConfigError, match=r"rewards, advantages: a module takes them when it is built"):
+        with pytest.raises(ConfigError, match=rf"{name}.*: a module takes this when it is built"):
             fit(module, tmp_path)
     module = make(DDPOModule, tiny, num_steps=2)
     check_parts(module.rewards, module.tasks[""].advantages, module.tasks)  # a class may keep them
@@ -141,6 +167,8 @@ def test_float16_through_which_gradients_go_unscaled(tiny: Path, tmp_path: Path)
         fit(module, tmp_path, data=prompts(2, 2))
     scaled = trainer(tmp_path, 1, plugins=MixedPrecision("16-mixed", "cpu"))
     check_scaled(scaled, module.parameters(), "backbone.dtype")
+    with pytest.raises(ConfigError, match=r"backbone\.dtype: trained weights are in torch\.bfloat16"):
+        fit(make(DDPOModule, tiny, num_steps=2).bfloat16(), tmp_path, data=prompts(2, 2))
     reward = PickScore("shapes", dtype="float16")
     with pytest.raises(ConfigError, match=r"rewards\.trained\.init_args\.dtype: float16"):
         fit(make(AlignPropModule, tiny, reward, num_steps=2), tmp_path)
@@ -188,7 +216,8 @@ def test_a_scale_of_guidance_that_pipelines_take_for_none(
 def test_what_is_no_list_of_prompts_and_what_is_no_data_module(tiny: Path, tmp_path: Path) -> None:
     """Each letter of a text would be a prompt."""
     module, data = make(DDPOModule, tiny, num_steps=2), prompts(2, 2)
-    for given in ("a red star", []):
+    assert len(module.generate(np.array(["a star", "a circle"]))) == 2  # type: ignore[arg-type]
+    for given in ("a red star", [], [3]):
         with pytest.raises(ConfigError, match="is not a list of prompts; give one, as in "):
             module.generate(given)
     data.setup("fit")

@@ -154,5 +154,19 @@ def test_what_is_no_reward_is_named(given: Any, said: str) -> None:
         RewardBank({"red": given}, {"red": 1.0})
 
 
+@pytest.mark.parametrize(
+    ("rewards", "weights", "said"),
+    [
+        ([Redness()], [1.0], r"RewardBank takes rewards by name and weights by the same names; .* as in Rew"),
+        ({"red": Redness()}, 1.0, "RewardBank takes rewards by name and weights by the same names"),
+        ({"red": Redness()}, {"red": "1"}, "The weight of 'red' in weights is '1'; give a finite number"),
+        ({"red": 1.0}, {"red": Redness()}, r"The weight of 'red' in weights is Redness\(\); give"),
+    ],
+)
+def test_what_is_no_bank_in_python(rewards: Any, weights: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        RewardBank(rewards, weights)
+
+
 def test_the_old_name_of_black_boxes() -> None:
     assert PictureReward is BlackBoxReward

@@ -86,6 +86,7 @@ class PickaPicDataModule(AlignmentDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Index the prompts and, for "fit", the pairs; check that they can fill a batch on every rank."""
+        vars(self._prompts).update(self.shared())  # which may have been set since
         self._prompts.trainer = self.trainer
         self._prompts.setup("validate" if stage in ("fit", None) else stage)
         if stage in ("fit", None):
@@ -163,7 +164,9 @@ class PickaPicDataModule(AlignmentDataModule):
 
     def train_dataloader(self) -> PairLoader:
         """The train loader: one object a fit, whose position survives a reload between epochs."""
-        assert self._train_loader is not None, "setup('fit') comes first"
+        if self._train_loader is None:  # asked for by hand
+            self.setup("fit")
+        assert self._train_loader is not None, "made by setup"
         return self._train_loader
 
     def val_dataloader(self) -> FixedLoader:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
@@ -14,7 +14,14 @@ from lit_align.data.prompts.loaders import FixedLoader, RolloutLoader
 from lit_align.data.prompts.sets import PromptSet
 from lit_align.data.prompts.sources import PromptSource
 from lit_align.data.splits import Keys
-from lit_align.errors import ConfigError, tell
+from lit_align.errors import ConfigError, check_kinds, tell
+
+SOURCES = ("source", "validation_source", "test_source", "predict_source")
+SPLIT_BY = (
+    *("source", "validation_source", "test_source"),
+    *("validation_fraction", "test_fraction", "validation_prompts", "test_prompts"),
+)
+"""The settings by which prompts are split; they are split again where one is set later."""
 
 
 @dataclass(eq=False, repr=False)
@@ -63,11 +70,14 @@ class PromptDataModule(AlignmentDataModule):
         self.others: dict[str, PromptSet] = {}
         self._sets: dict[str, PromptSet] = {}
         self._train_loader: RolloutLoader | None = None
-        self.validation_fraction = 0.0 if self.validation_source else self.validation_fraction
-        self.test_fraction = 0.0 if self.test_source else self.test_fraction
+        self._split_by: list[Any] = []
         self._check_arguments()
 
     def _check_arguments(self) -> None:
+        sources = {name: value for name in SOURCES if (value := getattr(self, name)) is not None}
+        check_kinds({f"data.{name}": (value, PromptSource) for name, value in sources.items()})
+        self.validation_fraction = 0.0 if self.validation_source else self.validation_fraction
+        self.test_fraction = 0.0 if self.test_source else self.test_fraction
         self.check_positive("images_per_prompt", "prompts_per_batch", "batches_per_epoch")
         self.check_positive("validation_prompts", "test_prompts")
         if self.test_split not in ("test", "train"):
@@ -85,19 +95,21 @@ class PromptDataModule(AlignmentDataModule):
 
     def prepare_data(self) -> None:
         """Index large sources, in one process of a machine: the others find the index on disk."""
-        for source in (self.source, self.validation_source, self.test_source, self.predict_source):
+        for source in (getattr(self, name) for name in SOURCES):
             if source is not None and not source.distinct and len(source) >= ON_DISK and source.fingerprint():
                 index(source)
 
     def setup(self, stage: str | None = None) -> None:
-        """Split the prompts, once; for "fit", check that they can fill a rollout batch on every rank."""
-        if not self._sets:
+        """Split the prompts, anew if a setting has changed; for "fit", check that they fill a batch."""
+        self._check_arguments()
+        if self._split_by != (given := [getattr(self, name) for name in SPLIT_BY]):
             self._split(tested=stage == "test")
+            self._split_by = given
         if stage in ("fit", None):
             self._train_loader = self._make_train_loader()
 
     def _split(self, tested: bool) -> None:
-        validated = []
+        self.others, validated = {}, []
         if self.validation_source is not None:
             self.others["validation"] = chosen = _all_prompts(self.validation_source)
             validated = [chosen.keys_in_use(self.validation_prompts)]
@@ -138,7 +150,9 @@ class PromptDataModule(AlignmentDataModule):
 
     def train_dataloader(self) -> RolloutLoader:
         """The train loader: one object a fit, whose position survives a reload between epochs."""
-        assert self._train_loader is not None, "setup('fit') comes first"
+        if self._train_loader is None:  # asked for by hand
+            self.setup("fit")
+        assert self._train_loader is not None, "made by setup"
         return self._train_loader
 
     def val_dataloader(self) -> FixedLoader:
@@ -175,6 +189,8 @@ class PromptDataModule(AlignmentDataModule):
         Raises:
             ConfigError: It has none, or their number cannot be shared by the ranks.
         """
+        if not self._sets:  # asked for by hand
+            self.setup("validate")
         kind, prompts, rank = "test" if split == "train" else split, self._sets[split], Rank.of(self.trainer)
         wanted, images = getattr(self, f"{kind}_prompts"), getattr(self, f"{kind}_images_per_prompt")
         rank.check(f"{kind}_prompts", wanted)

@@ -185,6 +185,8 @@ class AlignPropModule(AlignmentModule):
         self._scored += len(rewards)
         loss = self.coefficient * reward_loss(rewards, self.target, self.ceiling)
         metrics["loss"] = loss.detach()
+        if self.ceiling is not None:
+            metrics["above_ceiling"] = (rewards > self.ceiling).float()
         total = loss.sum() / ends
         if self.kl_weight:
             penalty = kl / latents[0].numel()

@@ -144,7 +144,8 @@ class ExpertModule(AlignmentModule):
         self.stochastic_steps = self.sampler.stochastic.nonzero().flatten()
         self.steps_per_image = max(1, round(min(timestep_fraction, 1) * len(self.stochastic_steps)))
         for name in self.trained:
-            backbone.weight_sets.add(name)
+            if name not in backbone.weight_sets.names:  # those that a module before has trained stay
+                backbone.weight_sets.add(name)
 
     @abstractmethod
     def expert(self, name: str, cond: Conditioning) -> DenoisingPolicy:

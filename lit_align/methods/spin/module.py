@@ -221,6 +221,10 @@ class SPINModule(OpponentModule[tuple[Noised, Noised] | Chains]):
         super().on_train_start()
         if (self.iteration, self.done) >= (self.iterations, self.steps[-1]):
             self.trainer.should_stop = True
+            rank_zero_warn(
+                f"all {self.iterations} iterations are made, so nothing is trained; build the module anew, "
+                "with backbone=module.backbone, for more"
+            )
         trainer, wanted = self.trainer, sum(self.steps)
         if (epochs := trainer.max_epochs or -1) > 0 and epochs * trainer.num_training_batches < wanted:
             rank_zero_warn(
