@@ -27,24 +27,35 @@ def keep_readable(trainer: Trainer) -> None:
     strategy.save_checkpoint = save_checkpoint
 
 
-def readable(value: Any, place: str) -> Any:
+def readable(value: Any, place: str, made: dict[int, Any] | None = None) -> Any:
     """A value as a checkpoint may hold it: numbers of numpy become Python's own, all else stays.
 
     They come in where a setting is one, such as a learning rate of ``numpy.logspace``, and from what users
-    keep in states of their own.
+    keep in states of their own. What is one object in two places (the newest measurement may be the first)
+    stays one.
 
     Raises:
         ConfigError: It could not be read again.
     """
+    made = {} if made is None else made
+    if id(value) in made:
+        return made[id(value)]
     match value:
         case np.generic():
             return readable(value.item(), place)
         case dict():
-            return {readable(key, place): readable(one, f"{place}.{key}") for key, one in value.items()}
+            copied: dict[Any, Any] = {}
+            made[id(value)] = copied
+            copied.update(
+                (readable(key, place, made), readable(one, f"{place}.{key}", made))
+                for key, one in value.items()
+            )
+            return copied
         case list():
-            return [readable(one, place) for one in value]
+            made[id(value)] = [readable(one, place, made) for one in value]
+            return made[id(value)]
     if type(value) is tuple:
-        return tuple(readable(one, place) for one in value)
+        return tuple(readable(one, place, made) for one in value)
     if type(value) not in PLAIN and not isinstance(value, Tensor):
         _check_readable(value, place)
     return value
