@@ -191,6 +191,9 @@ def test_each_iteration_plays_against_what_the_last_one_left(tiny, tmp_path):
     assert aligned.global_step == 5
     assert logged[-1]["progress/images"] == 5 * BATCH * 2
     assert logged[-1]["progress/reward_queries"] == 0
+    with pytest.warns(UserWarning, match="all 2 iterations are made, so nothing is trained"):
+        fit(aligned, tmp_path, 4)
+    assert aligned.images == 5 * BATCH * 2
 
 
 def test_full_finetuning_has_a_whole_network_as_opponent(tiny, tmp_path):
