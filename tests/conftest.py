@@ -16,6 +16,8 @@ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
     os.environ.setdefault(name, str(1 << 30))
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Files outlive a loss of power, which no test can cause: to wait for the disk took a twentieth of the time.
+os.fsync = lambda descriptor: None  # type: ignore[assignment]
 gc.disable()  # until all is imported, which stays: looking for garbage would take a fifth of the time
 
 
