@@ -79,9 +79,10 @@ def check_trainer(trainer: Trainer, stage: str = "") -> None:
 
 
 def check_scaled(trainer: Trainer, weights: Iterable[Tensor], place: str) -> None:
-    """Refuse weights in float16 through which gradients would go as they are: nearly all would be 0.
+    """Refuse weights whose precision would lose gradients or updates.
 
-    And trained weights below float32.
+    Gradients through float16 that nothing scales are nearly all 0, and trained weights below float32 round
+    small updates away.
 
     Args:
         trainer: Scales losses, or does not.

@@ -16,11 +16,9 @@ from lit_align.data.prompts.sources import PromptSource
 from lit_align.data.splits import Keys
 from lit_align.errors import ConfigError, check_kinds, tell
 
-SOURCES = ("source", "validation_source", "test_source", "predict_source")
-SPLIT_BY = (
-    *("source", "validation_source", "test_source"),
-    *("validation_fraction", "test_fraction", "validation_prompts", "test_prompts"),
-)
+SPLIT = ("source", "validation_source", "test_source")
+SOURCES = (*SPLIT, "predict_source")
+SPLIT_BY = (*SPLIT, "validation_fraction", "test_fraction", "validation_prompts", "test_prompts")
 """The settings by which prompts are split; they are split again where one is set later."""
 
 
