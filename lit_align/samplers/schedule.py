@@ -182,7 +182,7 @@ OTHERS = {
     "LCM": "of a consistency model, whose steps are not DDIM's; give the model that it was distilled from",
     "TCD": "of a consistency model, whose steps are not DDIM's; give the model that it was distilled from",
 }
-"""What is said of schedulers whose names begin so."""
+"""Why schedulers are refused, by the beginning of their names."""
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
