@@ -91,7 +91,7 @@ class MSDDAModule(ExpertModule):
             experts: For each objective the folder of its expert (``adapter/`` of a run, or a pipeline of a
                 full fine-tuning), or null to train it with ``fit``.
             weights: Of the objectives; together at most 1, the rest is the reference's.
-            beta: KL strength of the experts, in units of the scaled reward per nat.
+            beta: KL strength of the experts, in units of the scaled reward per nat. The default is ours.
             betas: KL strengths of experts that were, or by ``fit`` will be, trained with another.
             target_beta: KL strength of the fused policy; ``beta`` if not given. Lower goes further from the
                 reference than any expert.

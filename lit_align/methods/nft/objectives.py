@@ -169,7 +169,7 @@ class AWM(ForwardObjective):
         clip_range: Of the ratio. The default is DDPO's, whose ratios are of means over elements too.
         power: See :func:`awm_log_prob`; .25 in the released configuration.
         old_weight: Weight of the squared distance to the moving average of the weights, beside that to the
-            reference; 1 in the released configuration. Without it training may collapse.
+            reference; 1 in the released configuration, the default is ours. Without it training may collapse.
 
     Raises:
         ConfigError: A value is not positive, or ``old_weight`` negative.
