@@ -54,7 +54,7 @@ class Guard(Callback):
         false_alarms: Probability of an alarm in a whole run in which no held-out reward changes. A rise in
             vain is tested with it in each validation, since it takes several in a row.
         max_distance: Largest mean ``kl``, in nats per image, or ``drift``. There is no default: shipped runs
-            that gain truth end between 4 and 281 nats, and runs that lost half of it between 50 and 66. Below
+            that gain truth end between 2 and 281 nats, and runs that lost half of it at 50 to 348. Below
             float32 both include rounding, about 0.01 nats for each noisy step and 1024 latent elements.
         patience: Validations after which a reward has risen in vain; that of Lightning's ``EarlyStopping``.
 
