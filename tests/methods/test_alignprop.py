@@ -231,7 +231,7 @@ def test_one_shot_is_the_clean_state_that_a_late_step_implies(tiny):
         ({"coefficient": 0.5, "target": -0.2}, False),
         ({"ceiling": -1.0}, True),
         ({"ceiling": 1.0, "truncation": LowVariance(2)}, False),
-        ({"kl_weight": 0.7}, False),
+        ({"coefficient": 0.5, "kl_weight": 0.7}, False),
     ],
     ids=["reward", "target", "ceiling below all", "copies", "penalty"],
 )
