@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lit_align.advantages import Advantages, BatchAdvantages
+from lit_align.backbones import POLICY, REFERENCE
 from lit_align.backbones.base import rounds_float32
 from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
@@ -123,16 +124,18 @@ def test_the_reference_penalty_is_zero_at_the_reference_and_holds_the_policy_bac
 
 def test_the_loss_and_its_penalty_are_means_over_latent_elements(tiny, tmp_path):
     """By hand, at some pairs of images and steps."""
-    module = make(DDPOModule, tiny, lr=0.0, kl_weight=0.7, clip_range=0.1)
+    module = make(DDPOModule, tiny, lr=0.0, kl_weight=0.7, clip_range=0.1, guidance=2.0)
     parameters, kept, collect = randomise(module), [], module.collect
     module.collect = lambda batch: kept.append(collect(batch)) or kept[0]
     fit(module, tmp_path, data=prompts(**FEW))
     pairs, (rollouts,) = Pairs(torch.tensor([0, 1, 3]), torch.tensor([0, 0, 1])), kept
     loss, metrics = module._loss(rollouts, pairs, 3)
-    terms, penalties = [], []
+    terms, penalties, cond = [], [], module.backbone.encode(rollouts.batch.prompts)
+    policy, reference = (module.backbone.policy(module.sampler, cond, 2.0, n) for n in (POLICY, REFERENCE))
     for row, step in zip(pairs.rows, pairs.steps.tolist(), strict=True):
         x, drawn = (rollouts.trajectory.states[k, row[None]] for k in (step, step + 1))
-        now, before = rollouts.policy[row[None]](x, step), rollouts.reference[row[None]](x, step)
+        now, before = policy[row[None]](x, step), reference[row[None]](x, step)
+        torch.testing.assert_close(rollouts.trajectory.means[step, row[None]], now.mean, rtol=1e-4, atol=1e-5)
         density = now.log_prob(drawn) / 256
         terms.append(-rollouts.advantages[row] * (density - density.detach()).exp())
         penalties.append(((now.mean - before.mean.detach()) / now.std).square().sum() / 2 / 256)

@@ -17,7 +17,17 @@ from lit_align.methods.metrics import Loss, Metrics
 from lit_align.methods.prdp import compared_pairs, predicted_reward, reward_difference_loss
 from lit_align.replay import Replay
 from lit_align.rewards import Reward, StatisticalParity
-from tests.methods.build import assert_same, draw, fit, make, prompts, randomise, task_prompts, trained
+from tests.methods.build import (
+    EvenBrightness,
+    assert_same,
+    draw,
+    fit,
+    make,
+    prompts,
+    randomise,
+    task_prompts,
+    trained,
+)
 
 CONVENTIONS = ["listing", "equations"]
 
@@ -323,7 +333,8 @@ def test_a_batch_is_logged_and_its_first_update_is_on_policy(tiny, tmp_path):
 
 
 def test_the_distance_to_the_reference_is_logged_in_nats_an_image(tiny, tmp_path):
-    module, data = make(PRDPModule, tiny, lr=0.0, noisy_steps=2), prompts(2, 2)
+    module = make(PRDPModule, tiny, EvenBrightness("leave_one_out"), lr=0.0, noisy_steps=2, guidance=2.0)
+    data = prompts(2, 2)
     randomise(module, 0.1)
     (logged,) = fit(module, tmp_path, data=data).logged
     data.setup("fit")
@@ -332,6 +343,7 @@ def test_the_distance_to_the_reference_is_logged_in_nats_an_image(tiny, tmp_path
     with torch.no_grad():
         expected = module.distance(batch, cond, chains)["kl"].mean().item()
     assert logged["train/reference_kl"] == pytest.approx(expected, rel=1e-4)
+    assert logged["train/compared_pairs"] == 1  # by their credit: a set's own value is that of both images
 
 
 def test_the_clip_holds_the_policy_near_the_one_that_sampled(tiny, tmp_path):
