@@ -166,6 +166,7 @@ def test_sweeps_of_several_seeds_are_pooled():
     assert lines[0] == "Sweep of 8 images, 3 seeds:"
     error = math.sqrt(3 * 0.3**2) / 3
     assert f"| soup | 0.800 ± {error:.3f} | +0.700 ± {error:.3f} | 2 ahead, 1 behind |" in lines
+    assert f"| base | 1.000 ± {error:.3f} | +0.500 ± {error:.3f} | 0 ahead, 0 behind |" in lines  # of .3 each
     assert "| MSDDA | 1.500 ± 0.173 |  |  |" in lines
     (base,) = [line for line in lines if line.startswith("|  | base |")]
     assert base.endswith("| 0.000 ± 0.000 |  |  |  | 0.500 |")

@@ -18,7 +18,7 @@ from lit_align.callbacks.distance import distances, in_order
 from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
 from lit_align.rewards import ImageFeatures
-from tests.methods.build import make, prompts, trainer
+from tests.methods.build import make, prompts, randomise, trainer
 
 
 def test_overlays_add_callbacks_and_take_none_away():
@@ -116,6 +116,12 @@ def test_a_test_and_its_report_have_both(reference: Path, dino: Path, tiny: Path
         assert found["difference"] == found["after"] - found["before"] == 0  # nothing was trained
         assert f"<td>{name}</td>" in (tmp_path / "report.html").read_text()
     assert "against 5 images" in capsys.readouterr().out.replace("\n", " ")
+    pretrained = {name: dict(found) for name, found in module.set_metrics.items()}
+    randomise(module)
+    trainer(tmp_path, 1, distance).test(module, data, verbose=False)
+    for name, found in module.set_metrics.items():
+        assert found["before"] == pretrained[name]["before"] != found["after"]
+        assert found["difference"] == found["after"] - found["before"]
     (reference / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     broken = ImageDistance(str(reference), str(dino))
     try:

@@ -186,9 +186,9 @@ def test_copies_come_after_the_chains_that_they_belong_to(tiny):
     assert own.unique().numel() == 6  # each has noise of its own
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_the_images_are_those_of_sample(tiny, eta):
-    aligned = module(tiny, eta=eta)
+@pytest.mark.parametrize(("eta", "guidance"), [(0.0, 1.0), (1.0, 2.0)])
+def test_the_images_are_those_of_sample(tiny, eta, guidance):
+    aligned = module(tiny, eta=eta, guidance=guidance)
     randomise(aligned)
     latents, _ = sample(aligned, begin_at(0, 2, 3))
     assert torch.equal(latents.detach(), draw(aligned, small_batch(), "rollout").trajectory.states[-1])
@@ -231,7 +231,7 @@ def test_one_shot_is_the_clean_state_that_a_late_step_implies(tiny):
         ({"coefficient": 0.5, "target": -0.2}, False),
         ({"ceiling": -1.0}, True),
         ({"ceiling": 1.0, "truncation": LowVariance(2)}, False),
-        ({"kl_weight": 0.7}, False),
+        ({"coefficient": 0.5, "kl_weight": 0.7}, False),
     ],
     ids=["reward", "target", "ceiling below all", "copies", "penalty"],
 )

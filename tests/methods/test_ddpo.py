@@ -9,18 +9,20 @@ import pytest
 import torch
 
 from lit_align.advantages import Advantages, BatchAdvantages
+from lit_align.backbones import POLICY, REFERENCE
 from lit_align.backbones.base import rounds_float32
 from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
 from lit_align.methods.ddpo import clipped_surrogate, score_function_loss
 from lit_align.methods.tasks import Task
-from lit_align.replay import Replay, Yardstick, draw_few_pairs
+from lit_align.replay import Pairs, Replay, Yardstick, draw_few_pairs
 from lit_align.rewards import Brightness
 from tests.methods.build import (
     assert_close_gradients,
     assert_same,
     bank,
     fit,
+    held_out,
     make,
     prompts,
     randomise,
@@ -97,6 +99,15 @@ def test_steps_without_noise_are_not_replayed(tiny, tmp_path):
     assert recorder.logged[0].get("train/ratio_deviation", 0.0) < 1e-6
 
 
+def test_each_pass_draws_its_steps_anew_and_an_update_has_whole_prompts(tiny):
+    module = make(DDPOModule, tiny, num_steps=5, timestep_fraction=0.5, updates=2, inner_epochs=2)
+    batch = held_out(module)
+    first, second, again = (module._draw_updates(batch, epoch) for epoch in (0, 1, 0))
+    assert [part.rows.tolist() for part in first] == [[0, 0, 1, 1, 2, 2, 3, 3], [4, 4, 5, 5, 6, 6, 7, 7]]
+    assert not torch.equal(first[0].steps, second[0].steps)
+    assert torch.equal(first[0].steps, again[0].steps)
+
+
 # ---- how far a rollout batch goes
 
 
@@ -109,6 +120,36 @@ def test_the_reference_penalty_is_zero_at_the_reference_and_holds_the_policy_bac
         if kl_weight:
             assert recorder.logged[-1]["train/kl_penalty"] > 0
     assert moved[100.0] < 0.5 * moved[0.0]
+
+
+def test_the_loss_and_its_penalty_are_means_over_latent_elements(tiny, tmp_path):
+    """By hand, at some pairs of images and steps."""
+    module = make(DDPOModule, tiny, lr=0.0, kl_weight=0.7, clip_range=0.1, guidance=2.0)
+    parameters, kept, collect = randomise(module), [], module.collect
+    module.collect = lambda batch: kept.append(collect(batch)) or kept[0]
+    fit(module, tmp_path, data=prompts(**FEW))
+    pairs, (rollouts,) = Pairs(torch.tensor([0, 1, 3]), torch.tensor([0, 0, 1])), kept
+    loss, metrics = module._loss(rollouts, pairs, 3)
+    terms, penalties, cond = [], [], module.backbone.encode(rollouts.batch.prompts)
+    policy, reference = (module.backbone.policy(module.sampler, cond, 2.0, n) for n in (POLICY, REFERENCE))
+    for row, step in zip(pairs.rows, pairs.steps.tolist(), strict=True):
+        x, drawn = (rollouts.trajectory.states[k, row[None]] for k in (step, step + 1))
+        now, before = policy[row[None]](x, step), reference[row[None]](x, step)
+        torch.testing.assert_close(rollouts.trajectory.means[step, row[None]], now.mean, rtol=1e-4, atol=1e-5)
+        density = now.log_prob(drawn) / 256
+        terms.append(-rollouts.advantages[row] * (density - density.detach()).exp())
+        penalties.append(((now.mean - before.mean.detach()) / now.std).square().sum() / 2 / 256)
+    torch.testing.assert_close(metrics["kl_penalty"], torch.stack(penalties).detach(), rtol=1e-4, atol=0)
+    expected = (torch.cat(terms) + 0.7 * torch.stack(penalties)).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+    assert_close_gradients(torch.autograd.grad(expected, parameters), torch.autograd.grad(loss, parameters))
+    # The movement that is logged is in nats a step.
+    randomise(module, 0.5)
+    at = rollouts.yardstick.pairs
+    with torch.no_grad():
+        now = rollouts.policy[at.rows](rollouts.states(at), at.steps)
+    moved = (now.mean - rollouts.trajectory.means[at.steps, at.rows]) / now.std
+    torch.testing.assert_close(rollouts.yardstick.read().kl, moved.square().sum((1, 2, 3)) / 2)
 
 
 @pytest.mark.parametrize("lr", [1e-4, 1e-2])

@@ -10,7 +10,7 @@ from lightning import Callback
 from PIL import Image
 
 from lit_align.advantages import GroupAdvantages
-from lit_align.backbones import REFERENCE
+from lit_align.backbones import POLICY, REFERENCE
 from lit_align.callbacks import BatchCheckpoint
 from lit_align.callbacks.images import ImageGrids
 from lit_align.callbacks.summary import RunSummary, read_report
@@ -167,6 +167,7 @@ def test_what_a_module_has_validated_is_compared_with_nothing_else(tiny: Path, t
     baseline, latest, groups = module.baseline, module.latest, module.prompt_groups
     module.taken_back = {name: values + 1 for name, values in latest.items()}  # by a guard
     summary = RunSummary()
+    randomise(module)
     trainer(tmp_path, 1, summary).test(module, data, verbose=False)
     assert module.baseline is baseline
     assert module.latest is latest
@@ -176,6 +177,10 @@ def test_what_a_module_has_validated_is_compared_with_nothing_else(tiny: Path, t
     for key, name in (("before", "base/reward"), ("after", "reward")):
         assert metrics["reward"][key] == pytest.approx(module.tested[name].mean().item())
     assert not torch.equal(module.tested["base/reward"], baseline["reward"])
+    batch = next(iter(data.test_dataloader()))
+    for name, weights in (("reward", POLICY), ("base/reward", REFERENCE)):  # on the same noise
+        scores = module.score(draw(module, batch, "test", weights).images, batch).report["reward"]
+        torch.testing.assert_close(module.tested[name], scores)
     validate(module, tmp_path, None)
     assert module.baseline is baseline
     with pytest.warns(UserWarning, match="measured with another held_out 4 images"):

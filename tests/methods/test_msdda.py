@@ -19,6 +19,7 @@ from lit_align.methods import DDPOModule, MSDDAModule
 from lit_align.methods.msdda import FactorSoup, RewardGradient, Soup, Sweep
 from lit_align.methods.msdda.experts import centred, step_loss
 from lit_align.methods.msdda.weights import check_names
+from lit_align.replay import Pairs
 from lit_align.rewards import Brightness, JPEGCompressibility, PairwiseDiversity, RewardBank
 from lit_align.samplers import DDIM
 from tests.methods.build import (
@@ -134,6 +135,13 @@ def test_own_samplers_of_experts_change_the_stds_and_the_kl_knows(tiny):
         torch.testing.assert_close(std**-2, (both[0] ** -2 + both[1] ** -2) / 2, rtol=1e-5, atol=0)
     # Unequal stds alone are a distance, even where no expert differs from the reference.
     assert (kl_of(fused) > kl_of(common)).all()
+    chains, cond = draw(fused, batch(), "test").trajectory, fused.backbone.encode(batch().prompts)
+    expected = torch.zeros(4)
+    with torch.no_grad():
+        for k in fused.stochastic_steps.tolist():
+            reference = fused.expert(REFERENCE, cond)(chains.states[k], k)
+            expected += GaussianStep(chains.means[k], stds[k]).kl(reference)
+    torch.testing.assert_close(kl_of(fused), expected)
     # A weight set is sampled with its own sampler.
     alone = draw(fused, batch(), "test", "red").images
     fused.weights = {"bright": 0.0, "red": 1.0}
@@ -206,6 +214,39 @@ def test_training_side_by_side_is_training_alone(tiny, tmp_path):
     found = [learner.backbone.weight_sets.parameters_of("red") for learner in (together, alone)]
     assert_same(*found)
     assert any(parameter.abs().max() > 0 for parameter in found[0][1::2])
+
+
+def test_each_pass_draws_its_steps_anew(tiny, monkeypatch):
+    fused, drawn = module(tiny, num_steps=5, timestep_fraction=0.5, inner_epochs=2), []
+    monkeypatch.setattr(fused, "update", lambda losses: drawn.append(losses[0].args[1]) or {})
+    fused._learn([], batch())
+    assert torch.equal(drawn[0].rows, drawn[1].rows)
+    assert not torch.equal(drawn[0].steps, drawn[1].steps)
+
+
+def test_the_loss_is_the_sum_over_experts_with_scaled_rewards_and_their_own_strengths(tiny, tmp_path):
+    """By hand, at three of four pairs of images and steps of the reference's chains."""
+    options = {"betas": {"red": 0.2}, "target_beta": 0.05, "max_ratio": 1.05, "guidance": 2.0}
+    fused, kept = module(tiny, lr=0.0, **options), []
+    randomise(fused, 0.1)
+    learn = fused._learn
+    fused._learn = lambda lessons, batch: kept.append(lessons) or learn(lessons, batch)
+    fit(fused, tmp_path, data=prompts(2, 2))
+    (lessons,), pairs, expected = kept, Pairs(torch.tensor([0, 1, 3]), torch.tensor([0, 1, 1])), 0.0
+    with torch.no_grad():
+        found, _ = fused._loss(lessons, pairs, 4)
+        states, cond = lessons[0].trajectory.states, lessons[0].policy.cond
+        policies = {one: fused.backbone.policy(fused.sampler, cond, 2.0, one) for one in (*BOTH, REFERENCE)}
+        for name, scale, beta in (("bright", 10.0, 0.05), ("red", 30.0, 0.2)):
+            rewards = scale * fused.collected[f"reward/{name}"].view(2, 2)
+            advantages = (rewards - rewards.flip(1)).flatten()
+            for row, k in zip(pairs.rows, pairs.steps.tolist(), strict=True):
+                x, drawn = states[k, row[None]], states[k + 1, row[None]]
+                now, before = (policies[one][row[None]](x, k) for one in (name, REFERENCE))
+                ratio = (now.log_prob(drawn) - before.log_prob(drawn)).exp()
+                gain = torch.minimum(advantages[row] * ratio, advantages[row] * ratio.clamp(max=1.05))
+                expected += beta * ((now.mean - before.mean) / now.std).square().sum() / 2 - gain
+    torch.testing.assert_close(found, expected.squeeze() / 4, rtol=1e-3, atol=1e-5)
 
 
 def test_an_expert_learns_at_its_own_strength(tiny, tmp_path):

@@ -19,6 +19,7 @@ from lit_align.errors import ConfigError
 from lit_align.methods import MSDDAModule
 from lit_align.methods.msdda import CoDe, FactorSoup, RewardGradient, Soup, Sweep
 from lit_align.methods.msdda.sweep import Measured
+from lit_align.randomness import generator
 from lit_align.rewards import Brightness, PairwiseDiversity, Redness, RewardBank
 from tests.methods.build import draw, make, prompts, randomise, trainer
 from tests.methods.test_msdda import BOTH, batch
@@ -262,6 +263,53 @@ def test_a_candidate_without_a_score_is_not_chosen(tiny, monkeypatch):
         assert len(seen) == 6
         least = sorted(seen)[3]  # of the second search three candidates have no score
     assert torch.equal(*chosen)
+
+
+def test_a_search_goes_on_with_the_candidate_whose_clean_image_is_the_best(tiny):
+    """By hand: a candidate is a state of the next step, and only every so many steps are searched."""
+    seen: list[torch.Tensor] = []
+
+    class Seen(Brightness):
+        def forward(self, images, prompts, groups=None, columns=None):
+            seen.append(images)
+            return super().forward(images, prompts)
+
+    bank = RewardBank({"bright": Seen(), "red": Redness()}, {"bright": 10.0, "red": 30.0})
+    fused = module(tiny, rewards=bank)
+    seen.clear()  # the bank tried it
+    cond, noise = fused.backbone.encode(batch().prompts), fused.draw_noise(torch.arange(4), "test")[0]
+    base = fused.expert(REFERENCE, cond)
+    with torch.no_grad():
+        search = CoDe(candidates=8, every=2).policy(fused, {"bright": 0.2, "red": 0.8}, batch(), cond)
+        found = search(noise, 0)
+        draws = [generator(fused.seed, "candidates", i) for i in batch().index.tolist()]
+        drawn = [base(noise, 0).rsample(draws) for _ in range(8)]
+        clean = [fused.backbone.decode(base.predict_x0(x, base.predict(x, 1), 1)) for x in drawn]
+        assert all(map(torch.equal, seen, clean))
+        scores = [10 * 0.2 * Brightness()(one, []) + 30 * 0.8 * Redness()(one, []) for one in clean]
+        best = torch.stack(scores).argmax(0).tolist()
+        assert torch.equal(found.mean, torch.stack([drawn[n][i] for i, n in enumerate(best)]))
+        assert not found.std.any()
+        assert search(noise, 1).std.all()  # no search
+
+
+class Longer(Brightness):
+    """How bright an image is, times by how much its prompt is longer than 12 letters."""
+
+    def forward(self, images, prompts, groups=None, columns=None):
+        return super().forward(images, prompts) * torch.tensor([len(prompt) - 12.0 for prompt in prompts])
+
+
+@pytest.mark.parametrize("baseline", [CoDe(candidates=8), RewardGradient(growth=0.5)])
+def test_a_part_of_the_images_is_served_as_in_the_whole(tiny, baseline):
+    bank = RewardBank({"bright": Longer()}, {"bright": 10.0})
+    fused = module(tiny, rewards=bank, experts={"bright": None}, weights={"bright": 1.0})
+    numbers, rows = torch.arange(2), torch.tensor([1])
+    some = Batch(["a dog", "a dog and a cat"], numbers, index=numbers)
+    cond, noise = fused.backbone.encode(some.prompts), fused.draw_noise(numbers, "test")[0]
+    with torch.no_grad():
+        whole, part = (baseline.policy(fused, {"bright": 1.0}, some, cond) for _ in range(2))
+        torch.testing.assert_close(part[rows](noise[rows], 0).mean, whole(noise, 0).mean[rows])
 
 
 def test_rewards_of_sets_are_no_objectives_of_candidates(tiny):

@@ -1,6 +1,7 @@
 """NFT and AWM: their closed forms, and that they learn."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from lit_align.backbones import POLICY, REFERENCE
 from lit_align.errors import ConfigError
 from lit_align.methods import NFTModule
 from lit_align.methods.ddpo import clipped_surrogate
+from lit_align.methods.joint import Rollouts
 from lit_align.methods.nft import (
     AWM,
     NFT,
     OLD,
+    ForwardObjective,
     OldPolicy,
     awm_log_prob,
     awm_loss,
@@ -22,8 +25,10 @@ from lit_align.methods.nft import (
     nft_loss,
     normalised_error,
 )
+from lit_align.randomness import generator
+from lit_align.replay import Pairs
 from lit_align.samplers.schedule import DiffusionSchedule
-from tests.methods.build import fit, make, prompts, task_prompts
+from tests.methods.build import assert_close_gradients, fit, held_out, make, prompts, randomise, task_prompts
 from tests.methods.test_protocol import two_tasks
 
 N, SHAPE = 6, (3, 4, 4)
@@ -152,6 +157,57 @@ def test_ratios_are_1_in_the_first_update_of_a_rollout_batch(tiny: Any, tmp_path
     assert [one["train/clip_fraction"] for one in logged] == [0.0, 0.0]
     _, logged = run(tiny, tmp_path, 1, objective=objective, lr=1e-2, inner_epochs=3)
     assert logged[0]["train/clip_fraction"] == pytest.approx(2 / 3, abs=0.05)
+    # Later ones compare with the policy that sampled, at the same timesteps and noise.
+    objective = AWM(clip_range=1e-4, old_weight=0.0)
+    _, logged = run(tiny, tmp_path, 1, objective=objective, lr=0.0, inner_epochs=2)
+    assert logged[0]["train/clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("objective", [NFT(0.5), AWM(clip_range=0.5, power=0.5, old_weight=0.2)])
+def test_the_loss_asks_all_policies_at_latents_that_are_noised_anew(
+    tiny: Any, tmp_path: Any, objective: ForwardObjective
+) -> None:
+    """By hand: of each image, step and pass the noise is another, and AWM's weight is the noise level."""
+    module = make(NFTModule, tiny, objective=objective, reference_weight=0.3, lr=0.0)
+    trained, kept, collect = randomise(module), list[Rollouts](), module.collect
+    module.collect = lambda batch: kept.append(collect(batch)) or kept[0]  # type: ignore[method-assign, func-returns-value]
+    fit(module, tmp_path, data=prompts(2, 2))
+    for parameter in module.backbone.weight_sets.parameters_of(OLD):
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))
+    pairs = Pairs(torch.tensor([0, 1, 1, 3]), torch.tensor([1, 0, 2, 1]))
+    loss, _ = module._loss(kept[0], 1, pairs, None, 4)
+
+    index, advantages = kept[0].batch.index[pairs.rows].tolist(), kept[0].advantages[pairs.rows]
+    clean = kept[0].trajectory.states[-1, pairs.rows]
+    draws = [
+        generator(module.seed, "noising", *at, 1) for at in zip(index, pairs.steps.tolist(), strict=True)
+    ]
+    t, noise = (
+        module.sampler.timesteps[pairs.steps],
+        torch.stack([torch.randn(4, 8, 8, generator=d) for d in draws]),
+    )
+    levels = module.sampler.schedule.alpha(t), module.sampler.schedule.sigma(t)
+    alpha, sigma = (level.float().view(-1, 1, 1, 1) for level in levels)
+    x, cond = alpha * clean + sigma * noise, kept[0].policy.cond[pairs.rows]
+    now, old, before = (module.backbone.predict(x, t, cond, 1.0, name) for name in (POLICY, OLD, REFERENCE))
+    if isinstance(objective, NFT):
+        x0, x0_old = ((x - sigma * prediction) / alpha for prediction in (now, old.detach()))
+        expected = nft_loss(x0, x0_old, clean, advantages, 0.5, 5.0)
+    else:
+        log_prob = awm_log_prob((now - noise).square().mean((1, 2, 3)), sigma.flatten(), 0.5)
+        expected = awm_loss(log_prob, log_prob.detach(), advantages / 5, 0.5)
+        expected = expected + 0.2 * (now - old.detach()).square().mean((1, 2, 3))
+    expected = (expected + 0.3 * (now - before.detach()).square().mean((1, 2, 3))).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6, check_dtype=False)
+    assert_close_gradients(torch.autograd.grad(expected, trained), torch.autograd.grad(loss, trained))
+
+
+def test_each_pass_draws_its_timesteps_anew(tiny: Any) -> None:
+    module = make(NFTModule, tiny, num_steps=5, timesteps=2, inner_epochs=2)
+    rollouts: Any = SimpleNamespace(batch=held_out(module))
+    (first,), (second,) = (module._draw_updates(rollouts, epoch) for epoch in (0, 1))
+    assert torch.equal(first.rows, second.rows)
+    assert not torch.equal(first.steps, second.steps)
 
 
 def test_the_old_policy_follows_as_its_schedule_says(tiny: Any, tmp_path: Any) -> None:

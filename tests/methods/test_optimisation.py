@@ -9,7 +9,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
-from tests.methods.build import fit, make, prompts
+from tests.methods.build import fit, flat, make, prompts, trained
 
 
 class NoRate(torch.optim.SGD):
@@ -77,6 +77,16 @@ def test_a_rate_that_is_a_tensor_is_what_it_was_after_a_scaled_step(tiny: Path, 
     scales = [1.0, *(logged["train/step_scale"] for logged in recorder.logged)]
     used = [logged["train/lr"] for logged in recorder.logged]
     assert used == pytest.approx([0.5e-3 * scale for scale in scales[:-1]])
+
+
+def test_a_gradient_is_clipped_to_the_norm_that_is_asked_for(tiny: Path, tmp_path: Path):
+    """Weights that descend along it move as far; those of a new adapter's second factor are 0 before."""
+    descent = partial(torch.optim.SGD, lr=0.5)
+    module = make(DDPOModule, tiny, optimizer=descent, clip_norm=1e-5, num_steps=2)
+    before = flat(trained(module))
+    (logged,) = fit(module, tmp_path, data=prompts(prompts=2, images=2)).logged
+    assert logged["train/grad_norm"] > 1e-4  # before it was clipped
+    assert (flat(trained(module)) - before).norm().item() == pytest.approx(0.5e-5, rel=0.02)
 
 
 def test_gradients_are_clipped_in_their_own_size_in_float16_too(tiny: Path, tmp_path: Path):

@@ -59,9 +59,11 @@ def test_the_error_of_a_hypervolume_is_that_of_the_mean_where_there_is_one_objec
     def measured(method: str, rewards: torch.Tensor) -> Measured:
         return Measured(Point(method), {"reward/good": rewards}, groups, 0.0, torch.zeros(0))
 
-    front = Front(("good",), [measured("base", values), measured("better", values + 1)], {"good": 1.0})
+    methods = [measured("base", values), measured("better", values + 1), measured("MSDDA", values + 3)]
+    front = Front(("good",), methods, {"good": 1.0})
     volumes, again = front.hypervolumes(), front.resampled_hypervolumes()
     _, (unit,) = front.reference()
+    assert unit == values[values.isfinite()].double().std()
     wanted = compare(torch.zeros(800), values, groups).standard_error / unit
     assert again["base"].std().item() == pytest.approx(wanted.item(), rel=0.15)
     assert again["base"].mean().item() == pytest.approx(volumes["base"], abs=3 * wanted.item() / 200**0.5)
@@ -70,7 +72,10 @@ def test_the_error_of_a_hypervolume_is_that_of_the_mean_where_there_is_one_objec
     assert volumes["better"] - volumes["base"] == pytest.approx(1 / unit.item())
     found = front.volumes()["better"]
     assert (found.value, found.error) == (volumes["better"], again["better"].std().item())
-    assert math.isnan(found.lead)  # nothing was fused
+    assert found.lead == pytest.approx(2 / unit.item())
+    assert found.lead_error < 1e-6
+    alone = Front(("good",), methods[:2], {"good": 1.0}).volumes()["better"]
+    assert math.isnan(alone.lead)  # nothing was fused
 
 
 def test_what_resampling_cannot_say_is_said_to_have_no_value():
@@ -129,6 +134,7 @@ def test_where_the_fused_policy_is_an_expert_it_leads_as_that():
         )
         for point, gain in gains.items()
     ]
-    rows = Front(("a", "b"), measured, {"a": 1.0, "b": 1.0}, {"MSDDA": [corner]}).rows()
+    rows = Front(("a", "b"), measured, {"a": 3.0, "b": 5.0}, {"MSDDA": [corner]}).rows()
     assert [row.get("lead") for row in rows[:3]] == [None, None, None]
-    assert rows[3]["lead"] == pytest.approx(-1.0)
+    assert rows[3]["lead"] == pytest.approx(3.0 * (2.0 - 3.0))
+    assert rows[2]["gain"] == pytest.approx(0.5 * 3.0 + 0.5 * 5.0)

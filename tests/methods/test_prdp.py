@@ -17,7 +17,17 @@ from lit_align.methods.metrics import Loss, Metrics
 from lit_align.methods.prdp import compared_pairs, predicted_reward, reward_difference_loss
 from lit_align.replay import Replay
 from lit_align.rewards import Reward, StatisticalParity
-from tests.methods.build import assert_same, fit, make, prompts, task_prompts, trained
+from tests.methods.build import (
+    EvenBrightness,
+    assert_same,
+    draw,
+    fit,
+    make,
+    prompts,
+    randomise,
+    task_prompts,
+    trained,
+)
 
 CONVENTIONS = ["listing", "equations"]
 
@@ -320,6 +330,20 @@ def test_a_batch_is_logged_and_its_first_update_is_on_policy(tiny, tmp_path):
     assert metrics["train/reference_kl"] == pytest.approx(0, abs=1e-4)
     assert metrics["progress/images"] == metrics["progress/reward_queries"] == 16
     assert {"train/loss", "train/grad_norm", "train/lr", "perf/sampling_fraction"} <= metrics.keys()
+
+
+def test_the_distance_to_the_reference_is_logged_in_nats_an_image(tiny, tmp_path):
+    module = make(PRDPModule, tiny, EvenBrightness("leave_one_out"), lr=0.0, noisy_steps=2, guidance=2.0)
+    data = prompts(2, 2)
+    randomise(module, 0.1)
+    (logged,) = fit(module, tmp_path, data=data).logged
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    chains, cond = draw(module, batch, "rollout").trajectory, module.backbone.encode(batch.prompts)
+    with torch.no_grad():
+        expected = module.distance(batch, cond, chains)["kl"].mean().item()
+    assert logged["train/reference_kl"] == pytest.approx(expected, rel=1e-4)
+    assert logged["train/compared_pairs"] == 1  # by their credit: a set's own value is that of both images
 
 
 def test_the_clip_holds_the_policy_near_the_one_that_sampled(tiny, tmp_path):

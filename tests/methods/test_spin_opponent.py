@@ -42,7 +42,7 @@ def test_the_pool_holds_the_opponents_images_of_the_coming_pairs_alone(tiny, tmp
 
 
 def test_the_opponents_images_are_a_function_of_pair_and_iteration(tiny):
-    aligned, prompts = module(tiny), ["a star", "two red circles"]
+    aligned, prompts = module(tiny, opponent_guidance=2.0), ["a star", "two red circles"]
     with torch.no_grad():
         aligned.iteration = 1
         first, alone = aligned._play([5, 9], prompts), aligned._play([9], prompts[1:])
@@ -51,7 +51,7 @@ def test_the_opponents_images_are_a_function_of_pair_and_iteration(tiny):
         draw = [generator(aligned.seed, "opponent 2", 5)]
         noise = torch.randn(aligned.backbone.latent_shape, generator=draw[0])
         cond = aligned.backbone.encode(prompts[:1])
-        policy = aligned.backbone.policy(aligned.sampler, cond, 1.0, OPPONENT)
+        policy = aligned.backbone.policy(aligned.sampler, cond, 2.0, OPPONENT)
         expected = rollout(policy, noise[None], aligned.sampler.num_steps, draw).states[-1]
     torch.testing.assert_close(alone, first[1:], rtol=0, atol=1e-5)
     torch.testing.assert_close(second[:1], expected, rtol=0, atol=1e-5)
