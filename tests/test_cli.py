@@ -420,7 +420,7 @@ def whole(long: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("look_back", 1),
         ("look_back", 2),
-        ("look_back", 3),
+        pytest.param("look_back", 3, marks=pytest.mark.slow),  # so have the slow tests of each method
         pytest.param("look_back", 4, marks=pytest.mark.slow),  # in mid-epoch too
         ("validation_step", 2),
     ],
