@@ -19,6 +19,7 @@ from lit_align.callbacks import (
     Guard,
     RunFolder,
 )
+from lit_align.callbacks.summary import RunSummary, read_report
 from lit_align.callbacks.trouble import UNKNOWN, bounds, validations
 from lit_align.errors import ConfigError
 from lit_align.methods import AlignmentModule, AlignPropModule, DDPOModule, DPOModule, NFTModule, SPINModule
@@ -187,6 +188,7 @@ def test_a_rollback_takes_weights_and_moments_back_and_no_counter(tiny, tmp_path
             AdapterExport(),
             BestCheckpoint(),
             BatchCheckpoint(),
+            RunSummary(),
             seen,
         )
     assert found.at == [0, 8, 16, 24, 32]
@@ -204,6 +206,8 @@ def test_a_rollback_takes_weights_and_moments_back_and_no_counter(tiny, tmp_path
     assert not (tmp_path / "checkpoints" / "best.ckpt").exists()
     assert same(last["progress"]["latest"], guard["progress"]["latest"])
     assert same(last["state_dict"], guard["state_dict"])
+    measured = read_report(tmp_path / "validation.json")["metrics"]["reward"]
+    assert measured["after"] == measured["before"] == pytest.approx(module.baseline["reward"].mean().item())
 
 
 @pytest.mark.parametrize("action", [pytest.param("lower_rate", marks=pytest.mark.slow), "rollback"])
