@@ -225,6 +225,10 @@ def _updates(module: AlignmentModule, data: Any, asked: Asked) -> int | None:
     if not batches or not asked.max_epochs:
         return None
     each = getattr(module, "updates", 1) * getattr(module, "inner_epochs", 1)
+    each *= getattr(module, "shared_timesteps", None) or 1
+    if isinstance(module, JointModule):
+        each *= sum(task.weight > 0 for task in module.tasks.values())
+        each += module.pretraining is not None and module.pretraining.order != "every"
     return int(asked.max_epochs * batches * each)
 
 

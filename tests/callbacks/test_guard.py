@@ -19,6 +19,7 @@ from lit_align.callbacks import (
     Guard,
     RunFolder,
 )
+from lit_align.callbacks.summary import RunSummary, read_report
 from lit_align.callbacks.trouble import UNKNOWN, bounds, validations
 from lit_align.errors import ConfigError
 from lit_align.methods import AlignmentModule, AlignPropModule, DDPOModule, DPOModule, NFTModule, SPINModule
@@ -114,6 +115,19 @@ def test_a_warning_changes_nothing_and_is_not_repeated_before_it_is_worse(tiny, 
     assert not any(values.any() for name, values in start["state_dict"].items() if "lora_B" in name)
 
 
+def test_after_a_warning_there_is_trouble_only_beyond_what_was_told(tmp_path):
+    guard, running, groups = Guard(), trainer(tmp_path, 1), torch.arange(40)
+    names = ("reward/truth", "diversity", "saturation", "high_frequency")
+    best = {name: torch.linspace(0, 1, 40) for name in names}
+    wiggle = 0.01 * torch.cos(torch.arange(40.0))
+    fallen, further = (best | {"reward/truth": best["reward/truth"] - by + wiggle} for by in (0.2, 0.4))
+    guard._rewards, guard._best = ["reward/truth"], best
+    assert guard._changes(running, fallen, groups)[0].certain
+    guard._acted = fallen
+    assert not guard._changes(running, fallen, groups)[0].certain
+    assert guard._changes(running, further, groups)[0].certain
+
+
 def test_a_run_in_trouble_stops_and_stays_stopped(tiny, tmp_path):
     guards = [Guard("stop"), BatchCheckpoint()]
     with pytest.warns(UserWarning, match="the run stops; its weights are in"):
@@ -163,7 +177,9 @@ class Before(Callback):
 
 
 def test_a_rollback_takes_weights_and_moments_back_and_no_counter(tiny, tmp_path):
-    module, seen = exploited(tiny, num_steps=4), Before()  # with two a later validation is better
+    slower = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: 1.0 if step < 1 else 0.9)
+    # With two steps a later validation is better.
+    module, seen = exploited(tiny, num_steps=4, lr_scheduler=slower), Before()
     with pytest.warns(UserWarning, match="its weights are restored, and the learning rate is 0.5"):
         found = run(
             module,
@@ -172,9 +188,11 @@ def test_a_rollback_takes_weights_and_moments_back_and_no_counter(tiny, tmp_path
             AdapterExport(),
             BestCheckpoint(),
             BatchCheckpoint(),
+            RunSummary(),
             seen,
         )
     assert found.at == [0, 8, 16, 24, 32]
+    assert [one["train/lr"] for one in found.logged[:2]] == pytest.approx([1e-2, 0.9 * 0.5e-2])
     start = seen.moments[0][0]
     weights, steps, updates = seen.moments[8]
     assert all(map(torch.equal, weights, start))
@@ -188,6 +206,8 @@ def test_a_rollback_takes_weights_and_moments_back_and_no_counter(tiny, tmp_path
     assert not (tmp_path / "checkpoints" / "best.ckpt").exists()
     assert same(last["progress"]["latest"], guard["progress"]["latest"])
     assert same(last["state_dict"], guard["state_dict"])
+    measured = read_report(tmp_path / "validation.json")["metrics"]["reward"]
+    assert measured["after"] == measured["before"] == pytest.approx(module.baseline["reward"].mean().item())
 
 
 @pytest.mark.parametrize("action", [pytest.param("lower_rate", marks=pytest.mark.slow), "rollback"])

@@ -169,6 +169,8 @@ def test_bounds_are_in_the_units_of_the_best_validation():
     best = {name: values + 1 for name, values in best.items()}
     found = {one.name: one for one in bounds(best, REWARDS, 4, 0.01, 12.0)}
     assert [found[name].level for name in REWARDS] == [0.01 / 10 / 2] * 2
+    sides = dict.fromkeys([*REWARDS, "diversity"], -1) | {"saturation": 0, "high_frequency": 0, "kl": 1}
+    assert {name: one.side for name, one in found.items()} == sides
     assert found["diversity"].slack == pytest.approx(0.1 * float(best["diversity"].mean()))
     assert found["saturation"].slack == pytest.approx(0.5 * float(best["saturation"].std()))
     assert found["kl"].slack == 12.0

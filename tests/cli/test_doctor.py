@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 
+from lit_align.advantages import GroupAdvantages
 from lit_align.cli import main
 from lit_align.cli.doctor import PACKAGE, _own, _processes, _warned
 from lit_align.doctor import Asked, Trial, judge, look
@@ -31,8 +32,10 @@ from lit_align.methods import (
     PRDPModule,
     SPINModule,
 )
+from lit_align.methods.pretraining import Pretraining
+from lit_align.methods.tasks import Task
 from lit_align.rewards import Brightness, Redness, Reward, RewardBank
-from tests.methods.build import fit, make, pairs, prompts, trainer
+from tests.methods.build import Greys, bank, fit, make, pairs, prompts, task_prompts, trainer
 
 ROOT = Path(__file__).parents[2]
 ASKED = Asked(3, -1, 8, None, 1, Path("logs"))
@@ -50,9 +53,11 @@ def healthy(tiny: Path, method: type[AlignmentModule] = DDPOModule, **options: A
     return make(method, tiny, **{"num_steps": 3, "noisy_steps": 2, "lr": 1e-4} | own | options)
 
 
+SIZES = {"prompts": 8, "images": 4, "validation_prompts": 64, "validation_images_per_prompt": 1}
+
+
 def data(**options: Any) -> Any:
-    sizes = {"prompts": 8, "images": 4, "validation_prompts": 64, "validation_images_per_prompt": 1}
-    return prompts(**sizes | options)
+    return prompts(**SIZES | options)
 
 
 # ---- at a look
@@ -67,8 +72,14 @@ def test_validation_by_batches_over_the_ends_of_epochs_is_validation(tiny):
     assert list(look(healthy(tiny), data(), replace(ASKED, val_every=None))) == []
 
 
-def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=5)
+def schedule(updates: int) -> Any:
+    return partial(torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.0, total_iters=updates)
+
+
+def denoising_tasks() -> dict[str, Any]:
+    """Two tasks and captioned images, in three updates a batch."""
+    tasks = {name: Task(bank(), GroupAdvantages()) for name in ("a", "b")}
+    return {"tasks": tasks, "pretraining": Pretraining(Greys(), batch=4)}
 
 
 LOOKS: dict[str, tuple[str, Callable[[Path], Any]]] = {
@@ -116,7 +127,23 @@ LOOKS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "no end": ("no_end", lambda tiny: (healthy(tiny), data(), replace(ASKED, max_epochs=None))),
     "a schedule that ends early": (
         "schedule_ends",
-        lambda tiny: (healthy(tiny, lr_scheduler=schedule), data(), ASKED),
+        lambda tiny: (healthy(tiny, lr_scheduler=schedule(5)), data(), ASKED),
+    ),
+    "a schedule for one of two passes": (
+        "schedule_ends",
+        lambda tiny: (healthy(tiny, inner_epochs=2, lr_scheduler=schedule(24)), data(), ASKED),
+    ),
+    "a schedule for one of two shared steps": (
+        "schedule_ends",
+        lambda tiny: (healthy(tiny, shared_timesteps=2, lr_scheduler=schedule(24)), data(), ASKED),
+    ),
+    "a schedule for two tasks without the captioned images": (
+        "schedule_ends",
+        lambda tiny: (
+            healthy(tiny, lr_scheduler=schedule(48), **denoising_tasks()),
+            task_prompts("a", "b", **SIZES),
+            ASKED,
+        ),
     ),
     "a schedule that cannot be stepped to the end": (
         "schedule_ends",

@@ -95,9 +95,13 @@ def test_prompts_to_validate_and_test_on_are_never_trained_on(shards: Path) -> N
     assert not held[0] & held[1]
 
 
-def test_prompts_of_a_source_of_their_own_are_taken_out_of_training(shards: Path) -> None:
+@pytest.mark.parametrize("distinct", [False, True])
+def test_prompts_of_a_source_of_their_own_are_taken_out_of_training(distinct: bool, shards: Path) -> None:
+    """All of them, also those that are not in use."""
     given = TablePrompts(pa.table({"prompt": ["prompt 3", " prompt 20 "]}), "prompt")
-    data = module(PickaPicFiles(str(shards)), pairs_per_batch=1, validation_source=given, test_fraction=0.0)
+    given.distinct = distinct
+    options: dict[str, Any] = {"validation_source": given, "validation_prompts": 1, "test_fraction": 0.0}
+    data = module(PickaPicFiles(str(shards)), pairs_per_batch=1, **options)
     batches = list(data.train_dataloader())
     assert not {"prompt 3", "prompt 20"} & {prompt for batch in batches for prompt in batch.prompts}
     assert len(batches) == 60 - len({*TIES, *NO_LABEL, 6, 7, 40, 41})

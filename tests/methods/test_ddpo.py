@@ -63,9 +63,9 @@ def test_the_gradient_dies_past_the_clip_only_where_the_advantage_pushes(advanta
 
 
 def test_at_the_first_update_every_ratio_is_one_and_the_loss_is_minus_the_mean_advantage(tiny, tmp_path):
-    collected = Collected()
-    recorder = fit(make(DDPOModule, tiny, advantages=BatchAdvantages(clip=0.5)), tmp_path, 1, collected)
-    metrics = recorder.logged[0]
+    module, collected = make(DDPOModule, tiny, advantages=BatchAdvantages(clip=0.5)), Collected()
+    (metrics,) = fit(module, tmp_path, 1, collected).logged
+    assert metrics["train/reward_std"] == pytest.approx(module.collected["reward"].std().item())
     assert metrics.get("train/ratio_deviation", 0.0) < 1e-4  # 1 % of the clip range
     assert metrics["train/clip_fraction"] == 0
     ((_, advantages),) = collected.advantages

@@ -172,6 +172,7 @@ def test_the_loss_asks_all_policies_at_latents_that_are_noised_anew(
     trained, kept, collect = randomise(module), list[Rollouts](), module.collect
     module.collect = lambda batch: kept.append(collect(batch)) or kept[0]  # type: ignore[method-assign, func-returns-value]
     fit(module, tmp_path, data=prompts(2, 2))
+    assert drift(module, OLD) == 0  # the first batch is followed by a copy
     for parameter in module.backbone.weight_sets.parameters_of(OLD):
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))
     pairs = Pairs(torch.tensor([0, 1, 1, 3]), torch.tensor([1, 0, 2, 1]))

@@ -192,7 +192,7 @@ def test_differentiable_as_declared(reward: Reward) -> None:
     assert torch.autograd.gradcheck(lambda x: reward(x, PROMPTS[:2]), (pixels,), fast_mode=True)
 
 
-def test_scope_as_declared(reward: Reward, images: Tensor) -> None:
+def test_scope_as_declared(reward: Reward, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     if reward.scope != "sample":
         images = (
             images * torch.tensor([[0.1, 1, 0.1], [1, 0.1, 0.1], [1, 0.1, 0.1], [1, 1, 1]])[..., None, None]
@@ -207,6 +207,10 @@ def test_scope_as_declared(reward: Reward, images: Tensor) -> None:
     torch.testing.assert_close(permuted, scores[order], rtol=1e-5, atol=1e-5)
     alone = torch.cat([reward(images[i : i + 1], [PROMPTS[i]]) for i in range(4)])
     torch.testing.assert_close(alone, scores, rtol=1e-5, atol=1e-5)
+    for part in reward.modules():  # of a batch larger than what is computed at once
+        if hasattr(part, "IMAGES_AT_ONCE"):
+            monkeypatch.setattr(part, "IMAGES_AT_ONCE", 3)
+    torch.testing.assert_close(reward(images, PROMPTS), scores, rtol=1e-5, atol=1e-5)
     assert len(set(scores.tolist())) > 1 or type(reward).__name__ == "ShapesTruth"
 
 

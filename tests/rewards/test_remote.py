@@ -80,8 +80,10 @@ def test_remote_scores_are_the_local_ones_to_the_bit(
 ) -> None:
     columns = ["worth"] if name == "lengths" else None
     remote = RemoteReward(url, name, columns=columns, batch=batch)
-    local = RewardBank({"it": bank.rewards[name]}, {"it": 1.0})(images, PROMPTS, None, COLUMNS).total
-    assert same(remote(images, PROMPTS, None, COLUMNS), local)
+    own = RewardBank({"it": bank.rewards[name]}, {"it": 1.0})
+    for sent in (COLUMNS, COLUMNS | {"worth": COLUMNS["worth"][::-1]}):  # what is remembered is of others
+        local = own(images, PROMPTS, None, sent).total
+        assert same(remote(images, PROMPTS, None, sent), local)
     assert local.isnan().any().item() is (name == "lengths")
 
 
