@@ -3,8 +3,8 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-# Before diffusers is imported, which imports onnxruntime where it is installed (extra ocr): at its import it
-# begins to send its makers what is run with it.
+# Before diffusers is imported, which imports onnxruntime where it is installed (extra ocr): its import starts
+# telemetry.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ __all__ = ["denoising_error", "error_margin", "logistic_loss"]
 
 
 def __getattr__(name: str) -> Any:
-    """The objectives, imported when they are asked for: torch must not come before ``__main__`` has run."""
+    """The objectives, imported on demand: torch must not be imported before ``__main__`` has run."""
     if name not in __all__:
         raise AttributeError(f"module 'lit_align' has no attribute {name!r}")
     from lit_align.methods import objectives

@@ -42,7 +42,7 @@ class ConfigError(ValueError):
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and those behind it, each once: one that a thread hands on may stand behind itself."""
+    """An error and its causes, each once: an error that a thread passes on may be its own cause."""
     seen: set[int] = set()
     inner: BaseException | None = error
     while inner is not None and id(inner) not in seen:

@@ -106,7 +106,8 @@ def loading(pretrained: str) -> Iterator[None]:
             )
         else:
             remedy = (
-                "check the id and the network; without a network, download it elsewhere and give the folder "
+                "check the id and the network, and for a gated model accept its licence on its page and log "
+                "in (hf auth login); without a network, download it elsewhere and give the folder "
                 f"(hf download {pretrained} --local-dir FOLDER)"
             )
         raise ConfigError(f"pretrained: cannot load {pretrained!r} ({reason}); {remedy}.") from error

@@ -20,7 +20,7 @@ of 0.4 to 0.8 %; 0.1 to 3 % measure the same on Shapes."""
 
 
 MEASURED = 16
-"""Of so many trained pairs one is measured after the updates: about 2 % of the work of a rollout batch."""
+"""One of this many trained pairs is measured after the updates: about 2 % of a rollout batch's work."""
 
 
 def measured_one_in(rounds: bool, followed: bool = False) -> int:
@@ -78,7 +78,7 @@ def draw_few_pairs(
         firsts: Which are the first of their prompt, ``(B,)`` bool.
         steps: The steps to draw from.
         trained: Pairs of an image that are trained.
-        one_in: Of so many of them one is drawn; at least one for each prompt, and no step twice.
+        one_in: One of this many is drawn; at least one for each prompt, and no step twice.
         seed: The run's seed.
         epoch: Another one draws anew.
     """
@@ -101,10 +101,10 @@ class Replay:
     trajectory: Trajectory
 
     def step(self, pairs: Pairs) -> tuple[GaussianStep, GaussianStep, Tensor]:
-        """The policy's step, the step when the chain was sampled, and the state that was drawn then."""
-        now = self.policy[pairs.rows](self.states(pairs), pairs.steps)
-        then = GaussianStep(self.trajectory.means[pairs.steps, pairs.rows].to(now.mean.device), now.std)
-        return now, then, self.trajectory.states[pairs.steps + 1, pairs.rows].to(now.mean.device)
+        """The policy's step, the step that sampled the chain, and the state ``x_next`` that it drew."""
+        new = self.policy[pairs.rows](self.states(pairs), pairs.steps)
+        old = GaussianStep(self.trajectory.means[pairs.steps, pairs.rows].to(new.mean.device), new.std)
+        return new, old, self.trajectory.states[pairs.steps + 1, pairs.rows].to(new.mean.device)
 
     def states(self, pairs: Pairs) -> Tensor:
         """The states before the steps, where the policy computes, ``(N, ...)``."""
@@ -114,7 +114,7 @@ class Replay:
     def moved(self, pairs: Pairs, size: int) -> Tensor:
         """KL of the policy that sampled to this one, in nats, ``(N,)`` on the CPU; ``size`` pairs at once."""
         steps = (self.step(some) for some in pairs.split(size))
-        return torch.cat([then.kl(now).cpu() for now, then, _ in steps])
+        return torch.cat([old.kl(new).cpu() for new, old, _ in steps])
 
 
 class Moved(NamedTuple):
@@ -123,8 +123,8 @@ class Moved(NamedTuple):
     Attributes:
         kl: KL of the policy that sampled to the one of now, in nats, ``(M,)`` on the CPU, at the pairs whose
             chain is finite. Below float32 an estimate of it, which is right on average and may be negative.
-        variance: Of each estimate, by what rounding leaves in it; 0 in float32. At most so much: what the
-            movement itself differs between rows of pixels counts as rounding too.
+        variance: Variance of each estimate due to rounding, an upper bound: the differences of the movement
+            itself between rows of pixels are counted with it. 0 in float32.
     """
 
     kl: Tensor
@@ -133,7 +133,7 @@ class Moved(NamedTuple):
 
 @dataclass(frozen=True)
 class Yardstick:
-    r"""Measures at some pairs how far the coming updates move a policy, whatever its precision.
+    r"""Measures at some pairs how far the coming updates move a policy, in any precision.
 
     Below float32, weights that change flip roundings all over the network, and a squared difference of
     predictions counts every one as movement: 0.003 to 0.014 nats a step on Shapes in bfloat16, however small
@@ -161,7 +161,7 @@ class Yardstick:
     @classmethod
     @torch.no_grad()
     def of(cls, replay: Replay, pairs: Pairs, size: int, index: Tensor, seed: int) -> "Yardstick":
-        """To be made before the updates.
+        """Prepare the measurement; call it before the updates.
 
         Args:
             replay: Chains that the policy has just sampled.
@@ -195,9 +195,9 @@ class Yardstick:
         return Moved(kl[kept], variance[kept])
 
     def _twice(self, pairs: Pairs, nearby: Tensor, before: Tensor) -> Moved:
-        now, then, _ = self.replay.step(pairs)
-        moved = (now.mean - then.mean) / now.std
-        again = (self.replay.policy[pairs.rows](nearby, pairs.steps).mean - before) / now.std
+        new, old, _ = self.replay.step(pairs)
+        moved = (new.mean - old.mean) / new.std
+        again = (self.replay.policy[pairs.rows](nearby, pairs.steps).mean - before) / new.std
         # Of each row of pixels: neighbours may be rounded alike, so that only sums of many are independent.
         rows = 0.5 * (moved * again).sum((1, 3))
         return Moved(rows.sum(1), rows.square().sum(1))

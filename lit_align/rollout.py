@@ -26,13 +26,13 @@ class Trajectory:
 
     @cached_property
     def finite(self) -> Tensor:
-        """``(B,)`` bool on the CPU: the chains that are finite, and not zeros in the place of one."""
+        """``(B,)`` bool on the CPU: the chains that are finite, and were not replaced by zeros (tamed)."""
         own = [part.flatten(2).sum(2).isfinite().all(0) for part in (self.states, self.means)]
-        drawn = self.states[0].flatten(1).any(1)  # of no noise all numbers are 0
+        drawn = self.states[0].flatten(1).any(1)  # a chain begins with noise, which is never all 0
         return (own[0] & own[1] & drawn).cpu()
 
     def tamed(self) -> "Trajectory":
-        """The same with zeros for chains that are not finite: they teach nothing, and tell nothing."""
+        """The same with zeros in place of chains that are not finite: no NaN reaches a loss or a metric."""
         if bool(self.finite.all()):
             return self
         finite = self.finite.to(self.states.device)

@@ -178,6 +178,41 @@ def test_every_overlay_is_read_after_the_configuration_that_it_names(config: Pat
     assert parsed[0].model.init_args.backbone.class_path.endswith("StableDiffusionBackbone")
 
 
+def _named_rewards(config: Path) -> dict[tuple[str, str], set[str]]:
+    """The options of each reward of a configuration, by its name and class."""
+    options = yaml.safe_load(config.read_text())["model"]["init_args"]
+    bank = (options.get("rewards") or {}).get("init_args", {}).get("rewards", {})
+    return {(name, one["class_path"]): set(one.get("init_args", {})) for name, one in bank.items()}
+
+
+@pytest.mark.parametrize("config", METHODS, ids=lambda path: path.stem)
+def test_no_overlay_takes_a_model_of_a_reward_from_the_configuration_before_it(config: Path):
+    """A class that is named twice keeps its options: a published reward model would be that of Shapes."""
+    base = _named_rewards(config)
+    for overlay in [*VARIANTS, *sorted(ROOT.glob("configs/backbone/*.yaml"))]:
+        if "init_args" in yaml.safe_load(overlay.read_text()).get("model", {}):
+            for which, options in _named_rewards(overlay).items():
+                assert base.get(which, set()) <= options, (overlay.name, which)
+
+
+def test_two_experts_of_a_real_model_train_one_batch(tiny, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a star number {i}" for i in range(200)))
+    arguments = [
+        f"--config={ROOT}/configs/msdda.yaml",
+        f"--config={ROOT}/configs/variant/msdda_sd15.yaml",
+        *SMALL,
+        "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=1",
+        f"--model.backbone.pretrained={tiny}",
+        "--model.sampler.num_steps=2",
+        "--model.updates=1",
+        "--model.rewards.rewards.preference={class_path: JPEGIncompressibility}",
+    ]
+    main(["fit", *arguments])
+    curves = set(scalars(Path("logs/msdda/version_0")).Tags()["scalars"])
+    assert {"val/reward/preference", "val/reward/small_file", "train/kl/small_file"} <= curves
+
+
 def test_a_run_leaves_what_it_promises(capsys):
     main(["fit", "--config", str(DDPO), *SMALL, *STEPS])
     run = Path("logs/ddpo/version_0")
@@ -385,7 +420,7 @@ def whole(long: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("look_back", 1),
         ("look_back", 2),
-        ("look_back", 3),
+        pytest.param("look_back", 3, marks=pytest.mark.slow),  # so have the slow tests of each method
         pytest.param("look_back", 4, marks=pytest.mark.slow),  # in mid-epoch too
         ("validation_step", 2),
     ],

@@ -21,6 +21,15 @@ from tests.rewards.published import image_reward
 from tests.test_cli import ROOT, scalars
 
 PAPER = sorted(ROOT.glob("configs/paper/*.yaml"))
+ALIKE = {
+    "awm_sd35",
+    "dance_grpo_flux",
+    "pinterest_composition",
+    "pinterest_fairness",
+    "prdp_large",
+    "prdp_multi_reward",
+}
+"""Each differs by a few values from another one, which the default suite runs."""
 
 REWARDS: dict[str, dict[str, Any]] = {
     "PickScore": {"pretrained": "shapes"},
@@ -127,7 +136,13 @@ def models(
     }
 
 
-@pytest.mark.parametrize("config", PAPER, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] if path.stem in ALIKE else [], id=path.stem)
+        for path in PAPER
+    ],
+)
 def test_published_settings_train_one_batch(config: Path, models, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lit_align"])

@@ -18,7 +18,7 @@ from lit_align.gaussian import GaussianStep
 from lit_align.samplers import Sampler
 
 SamplerFactory = Callable[[Mapping[str, Any]], Sampler]
-"""A sampler but for its first argument, the scheduler's configuration."""
+"""Makes a sampler from the scheduler's configuration, such as ``partial(DDIM, num_steps=10)``."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class DiffusionBackbone(nn.Module, ABC):
         weight_sets: The denoiser and its *named weight sets*: ``"policy"`` is trained, ``"reference"`` is the
             pretrained model, further sets (an opponent, an expert) are frozen unless said otherwise.
         size: ``(height, width)`` of an image in pixels.
-        elsewhere: Parts of the model that do not move with this module, by name.
+        elsewhere: Parts of the model that do not move to other devices with this module, by name.
     """
 
     weight_sets: WeightSets
@@ -112,7 +112,8 @@ class DiffusionBackbone(nn.Module, ABC):
         """Refuse a scale of guidance that this model is not to be sampled with.
 
         Raises:
-            ConfigError: It is below 1, which pipelines take for none, and two predictions for less than none.
+            ConfigError: It is below 1, and two predictions are made: the prompt would have less effect than
+                without guidance.
         """
         if scale < 1 and not self.told_guidance:
             raise ConfigError(
@@ -212,7 +213,15 @@ class DiffusionBackbone(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class DenoisingPolicy:
-    """One step of denoising as a Gaussian: the denoiser's prediction, put through the sampler."""
+    """One step of denoising as a Gaussian: the sampler's step for the denoiser's prediction.
+
+    Attributes:
+        backbone: The diffusion model.
+        sampler: Turns predictions into steps.
+        cond: Encoded prompts of ``B`` images.
+        guidance: Scale of classifier-free guidance.
+        weights: Name of the weight set.
+    """
 
     backbone: DiffusionBackbone
     sampler: Sampler

@@ -96,7 +96,7 @@ class DiffusersBackbone(DiffusionBackbone):
                 which needs least memory within one prediction. Both recompute the decoding.
             compile: Compile the denoiser's blocks with torch.compile: slow at first, then faster.
             attention: ``sdpa`` is torch's fused attention, ``plain`` two products and a softmax; ``auto``
-                is ``sdpa``, but ``plain`` in bfloat16 on a CPU, where its backward pass takes half the time.
+                is ``sdpa``, but ``plain`` in bfloat16 on a CPU, where it trains faster.
             variant: Of the weight files of a folder or hub id, such as ``fp16``.
             config: For a single file: a folder in diffusers' format, or a hub id, with the configuration of
                 its family; null lets diffusers find it on the hub.

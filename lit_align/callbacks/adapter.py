@@ -1,4 +1,4 @@
-"""What a run hands on: the trained weights, for diffusers."""
+"""Export of the trained weights, for diffusers."""
 
 import json
 import shutil
@@ -16,8 +16,8 @@ from lit_align.methods import AlignmentModule
 class AdapterExport(Callback):
     """Writes the trained weights to ``adapter/``, for diffusers, after each validation and at the end.
 
-    An adapter's file says in its metadata of which run it is: the base model, how it was sampled, the method,
-    the images so far; a pipeline of a full fine-tuning says so in ``lit_align.json``.
+    The metadata of an adapter's file name its run: the base model, how it was sampled, the method, the number
+    of images so far. A pipeline of a full fine-tuning has the same in ``lit_align.json``.
     """
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -82,19 +82,19 @@ def _fault(path: Path, state: tuple[int, ...] | None) -> str | None:
 
 
 def write_whole(trainer: Trainer) -> None:
-    """Let the Trainer write and read its checkpoints so, unless it was given another way."""
+    """Let the Trainer write and read its checkpoints whole, unless it was given another plugin."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = WholeCheckpoints()
 
 
 def flush(trainer: Trainer) -> None:
-    """Put on disk what the curves have: what is in a checkpoint must not be missing there."""
+    """Flush the curves to disk: they must not lack what is in a checkpoint."""
     for logger in trainer.loggers:
         logger.save()
 
 
 def take_back(trainer: Trainer, path: Path) -> None:
-    """Take back weights and the optimizer's state; rates stay those of now, with every counter."""
+    """Restore weights and the optimizer's state; learning rates and counters stay as they are."""
     settings = [
         [{name: value for name, value in group.items() if name != "params"} for group in one.param_groups]
         for one in trainer.optimizers
@@ -166,7 +166,7 @@ class BatchCheckpoint(Checkpoint):
 
 
 def _make_again(trainer: Trainer) -> None:
-    """Go on in a folder that was deleted under the run: the state in memory is all that is left of it."""
+    """Make a run's folder anew if it was deleted: the state in memory is all that is left of the run."""
     folder = run_folder(trainer)
     if not writes(trainer) or folder.is_dir():
         return
@@ -209,9 +209,9 @@ class BestCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Pass over a validation without any score, which would be the best if it is the first.
+        """Pass over a validation without any score, which would count as the best if it is the first.
 
-        One whose weights were given up is passed over too: they are no longer there to be saved.
+        One whose weights the guard has discarded is passed over too: there is nothing to save.
         """
         flush(trainer)
         reward = trainer.callback_metrics.get("val/reward")
@@ -228,12 +228,12 @@ class BestCheckpoint(ModelCheckpoint):
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the best score also where the run's folder is now written differently, or was moved."""
+        """Keep the best score if the run's folder was moved, or is given by another path."""
 
         def here(path: str) -> str:
             return str(Path(self.dirpath or "") / Path(path).name) if path else path
 
-        self.current_score = state_dict["current_score"]  # Lightning saves it, and does not take it up
+        self.current_score = state_dict["current_score"]  # Lightning saves it, and does not restore it
         paths = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path")}
         scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": scores})

@@ -31,9 +31,9 @@ Numbered = tuple[Tensor, Tensor]
 class ImageDistance(Callback):
     """FID (Heusel et al. 2017) and KID (Binkowski et al. 2018) of a test's images, by torchmetrics.
 
-    Both are measured of the pretrained model too, and stand in ``test.json`` and the report. The features are
-    those of a model that you name, not of Inception: such values compare with each other, not with published
-    ones.
+    Both are also measured for the pretrained model; the values are in ``test.json`` and the report. The
+    features are those of a model that you name, not of Inception: compare such values with each other, not
+    with published ones.
 
     Args:
         folder: Images to compare with, at any depth; scaled and cropped to the size of the model's.
@@ -111,13 +111,13 @@ class ImageDistance(Callback):
 
 
 def in_order(parts: Sequence[Numbered]) -> Tensor:
-    """All features by the numbers of their images: KID draws subsets by place, whoever measured which."""
+    """All features in the order of their images, since KID draws subsets by position."""
     numbers, features = (torch.cat(part) for part in zip(*parts, strict=True))
     return features[numbers.argsort()]
 
 
 class _Given(nn.Module):
-    """Stands for the network of a metric whose features are there already."""
+    """Passes features through, in place of the network of a metric: they were computed before."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What callbacks share about what they write."""
+"""What callbacks share: whether this rank writes, and metrics as JSON."""
 
 import math
 
@@ -11,5 +11,5 @@ def writes(trainer: Trainer) -> bool:
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float | None]:
-    """JSON knows no NaN: what has no value is null."""
+    """Metrics for JSON, which has no NaN: what is not finite is None."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}

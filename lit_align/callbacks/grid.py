@@ -17,7 +17,7 @@ def uint8(images: Tensor) -> Tensor:
 
 
 def pixels(image: Tensor) -> np.ndarray:
-    """One image ``(3, H, W)``, uint8, with its colours last, as Pillow and TensorBoard take it."""
+    """One image ``(3, H, W)``, uint8, as ``(H, W, 3)`` for Pillow and TensorBoard."""
     return image.permute(1, 2, 0).numpy()
 
 

@@ -1,4 +1,4 @@
-"""The spread of the rewards, in TensorBoard."""
+"""Histograms of the rewards, in TensorBoard."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def tensorboards(trainer: Trainer) -> list[Any]:
 
 
 class RewardHistograms(Callback):
-    """Shows the spread of every reward in TensorBoard, of each rollout batch and of each validation."""
+    """Writes a histogram of every reward to TensorBoard, for each rollout batch and each validation."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int

@@ -42,7 +42,7 @@ class Shown:
 
 
 class ImageGrids(Callback):
-    """Shows images of the held-out prompts, before beside after: always the same prompts and noise.
+    """Shows images of the held-out prompts, before and after training, with the same prompts and noise.
 
     They go to TensorBoard, and as PNG files to ``images/``. Below each pair stand the prompt and the rewards.
     Where a policy does not start at the pretrained model, there is no image before.
@@ -122,7 +122,7 @@ class ImageGrids(Callback):
 
 
 def png(image: Image.Image) -> bytes:
-    """An image as a file; made in memory, since Pillow does not say why a disk did not take it."""
+    """An image as the bytes of a PNG file; in memory, since Pillow hides the error of a full disk."""
     file = io.BytesIO()
     image.save(file, "png")
     return file.getvalue()

@@ -60,7 +60,7 @@ class NewSettings(Callback):
 
 
 def _set_rate(group: dict[str, Any], rate: Any) -> None:
-    """A new learning rate; what a schedule has made of the old one, it makes of the new one."""
+    """Set a new learning rate; a schedule's factor on the old one applies to the new one."""
     old = group.get("initial_lr", group["lr"])
     scale = group["lr"] / old if old and rate is not None else 1.0
     group["lr"] = rate if scale == 1.0 else rate * scale
@@ -69,7 +69,7 @@ def _set_rate(group: dict[str, Any], rate: Any) -> None:
 
 
 def _tell_schedule(scheduler: Any) -> None:
-    """Give a schedule, and those it is made of, the rates of its optimizer."""
+    """Give a schedule, and the schedules that it contains, the rates of its optimizer."""
     for one in [scheduler, *getattr(scheduler, "_schedulers", [])]:
         one.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
         one._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]

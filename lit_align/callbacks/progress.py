@@ -56,7 +56,7 @@ class Clock:
         self._began[what] = time.monotonic()
 
     def stop(self, what: str) -> float:
-        """It ends; its seconds."""
+        """A batch or a validation ends; returns its seconds."""
         seconds = time.monotonic() - self._began[what]
         (self._batches if what == "batch" else self._validations).append(seconds)
         return seconds

@@ -1,4 +1,4 @@
-"""``report.html``: what a test found, with the images of the pretrained model beside the policy's."""
+"""``report.html``: the results of a test, with images of the pretrained model beside the policy's."""
 
 import io
 import json

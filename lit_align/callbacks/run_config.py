@@ -1,4 +1,4 @@
-"""What a run was asked to do: written to its folder, to TensorBoard, and into its checkpoints."""
+"""The configuration of a run: written to its folder, to TensorBoard, and into its checkpoints."""
 
 import json
 import math
@@ -39,7 +39,7 @@ class RunConfig(Callback):
         self._written = False
 
     def put(self, folder: Path) -> None:
-        """Write the configuration of a fit at once, so that a run is known that is killed while it loads."""
+        """Write the configuration of a fit at once, so that a run that is killed while it loads has one."""
         self.file = write_new(folder / "config.yaml", self.text).name
         self._written = True
 

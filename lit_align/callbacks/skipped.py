@@ -1,4 +1,4 @@
-"""What a run that is given up leaves: what it skipped, in a file that a person can read."""
+"""The file of a run that ended because of numbers that are not finite: what it skipped."""
 
 import json
 import math
@@ -32,7 +32,7 @@ class SkippedUpdates(Callback):
 
 
 def _told(value: Any) -> Any:
-    """Numbers that JSON does not know by their names."""
+    """Numbers that are not finite as text, since JSON has none."""
     if isinstance(value, dict):
         return {name: _told(one) for name, one in value.items()}
     if isinstance(value, list):

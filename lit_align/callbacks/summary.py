@@ -1,4 +1,4 @@
-"""What a run says of itself: where it trains and writes, and at its end how the held-out metrics changed."""
+"""The summary of a run: where it trains and writes, and at its end how the held-out metrics changed."""
 
 import csv
 import io
@@ -108,7 +108,7 @@ def _warn_if_not_measured(module: AlignmentModule, validates: bool, folder: Path
 
 
 def tested_split(trainer: Trainer) -> str:
-    """How the files of a test are called: another name for prompts that were used in training."""
+    """Name of the files of a test: ``test``, or ``test_train`` for prompts that were used in training."""
     seen = getattr(trainer.datamodule, "test_split", "test") == "train"  # type: ignore[attr-defined]
     return "test_train" if seen else "test"
 

@@ -1,4 +1,4 @@
-"""What a sweep over weights leaves: a table, a summary, the front as a plot, and images along it."""
+"""Files of a sweep over weights: a table, a summary, a plot of the front, and images along the weights."""
 
 import csv
 import io
@@ -141,7 +141,7 @@ def plot(front: Front) -> Image.Image | None:
 
 
 def _name_weights(axes: Any, front: Front, i: int, j: int) -> None:
-    """Write its weights beside each fused point, where that is not upon those of another."""
+    """Write its weights beside each fused point, where they do not cover those of another."""
     taken: list[np.ndarray] = []
     for one in front.methods().get(FUSED, []):
         x, y = front.means(one)[[i, j]].tolist()

@@ -29,7 +29,7 @@ TRAINED = "reward"
 """The weighted sum of rewards, as a validation names it."""
 
 UNKNOWN = 100
-"""Validations that a run without an end is taken to have."""
+"""Validations that are assumed for a run without a known end."""
 
 FEWEST = 8
 """Prompts below which a standard error is a guess, and nothing is certain."""
@@ -42,7 +42,7 @@ class Bound:
     Attributes:
         name: Of the metric.
         side: -1: it must not fall; 1: it must not rise; 0: neither.
-        slack: By how much it may all the same, in the metric's units.
+        slack: How far it may move without trouble, in the metric's units.
         level: Probability that a comparison of equals is called certain.
     """
 
@@ -91,7 +91,7 @@ def bounds(
     false_alarms: float,
     max_distance: float | None,
 ) -> list[Bound]:
-    """What is watched.
+    """How far each watched metric may move.
 
     Args:
         best: What the best validation measured, ``(N,)`` each.
@@ -158,7 +158,7 @@ def _mean(values: Tensor) -> float:
 
 
 def validations(trainer: Trainer) -> int:
-    """How many a fit has, beside the one before its first update."""
+    """Number of validations of a fit, without the one before its first update."""
     epochs, batches, each = trainer.max_epochs, trainer.num_training_batches, trainer.val_check_batch
     if epochs is None or epochs < 0 or math.isinf(batches):
         return UNKNOWN

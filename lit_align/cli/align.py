@@ -30,10 +30,10 @@ from lit_align.errors import ConfigError, built, tell
 from lit_align.rewards import Reward
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The one in C, where PyYAML has it: it takes a tenth of the time."""
+"""PyYAML's loader in C, if it has one: it takes a tenth of the time."""
 
 WRITTEN = (Advantages, CaptionedImages, PairSource, PromptSource, Reward)
-"""What people write classes of: a constructor that raises is one sentence."""
+"""Bases of classes that users write: what their constructors raise becomes one sentence."""
 
 
 class AlignCLI(LightningCLI):
@@ -199,7 +199,7 @@ class AlignCLI(LightningCLI):
         keep_metrics(self.trainer, goes_on.images if goes_on else None)
 
     def _accept(self) -> None:
-        """Tell the method what its user accepts."""
+        """Give the method the options ``accept_other_base`` and ``accept_other_data``."""
         config = self.config[self.subcommand]
         self.model.accept_other_base = config.accept_other_base
         self.model.accept_other_data = config.accept_other_data
@@ -221,7 +221,7 @@ class AlignCLI(LightningCLI):
 
 
 def _callbacks(trainer: Any) -> list[Callback]:
-    """What every run has beside its folder."""
+    """The callbacks of every run, without that of its folder."""
     callbacks = default_callbacks(checkpoints=trainer.enable_checkpointing is not False)[1:]
     if _has_bar(trainer) and not any(map(_is_bar, _names(trainer))):
         callbacks.insert(0, ProgressBar())  # it ends before anything else is printed
@@ -229,9 +229,9 @@ def _callbacks(trainer: Any) -> list[Callback]:
 
 
 def in_order(given: Sequence[Callback], ours: Sequence[Callback]) -> tuple[list[Callback], list[Callback]]:
-    """The user's callbacks and ours; one of the user's that is of a class of ours takes its place.
+    """The user's callbacks and ours; a user's callback of one of our classes replaces ours.
 
-    A callback of ours reads what those before it have written: the page of a test its result.
+    Their order matters: the report of a test, for example, reads the result that an earlier one has written.
     """
     placed = [next((one for one in given if isinstance(one, type(own))), own) for own in ours]
     return [one for one in given if one not in placed], placed

@@ -52,7 +52,7 @@ class DoctorCLI(AlignCLI):
         self.trainer_defaults["callbacks"] = [self.folder, self.trial]
 
     def after_instantiate_classes(self) -> None:
-        """Not what a run needs of its folder, which this one has not."""
+        """Skip what a run does with its folder: the doctor has none."""
         self._accept()
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -165,7 +165,7 @@ def _check_same_start(saved: Saved | None, world: int) -> None:
 
 
 def say(text: str) -> None:
-    """A line for people, whatever stands on the terminal's line."""
+    """Print a line for people, on a line of its own."""
     print(f"{chr(10) if sys.stderr.isatty() else ''}lit_align: {text}", file=sys.stderr, flush=True)
 
 

@@ -155,7 +155,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _told(error: Exception, command: Command) -> int | None:
-    """Tell in a sentence what went wrong; the exit code, or None where only a traceback helps.
+    """Print an error as a sentence; returns the exit code, or None where only a traceback helps.
 
     The first process speaks first. Where all have failed in the same way, its launcher ends the others while
     they wait, so that the user reads one message and not one from each.

@@ -1,4 +1,4 @@
-"""What of a configuration file says nothing, and is passed over."""
+"""Parts of a configuration file that have no content, and are left out."""
 
 from typing import Any
 

@@ -42,11 +42,11 @@ OF_OTHER_STAGES = ("test_prompts", "test_images_per_prompt", "test_split", "test
 
 @dataclass
 class Changes:
-    """What a configuration says otherwise than the checkpoint.
+    """Settings that differ between a configuration and a checkpoint.
 
     Attributes:
         weights: What is trained, and on what: with other values the checkpoint does not fit.
-        optimizer: Of the optimizer and its schedule, whose state is in the checkpoint.
+        optimizer: Those of the optimizer and its schedule, whose state is in the checkpoint.
         measurement: What decides the numbers of held-out images.
         other: Everything else.
     """
@@ -58,7 +58,7 @@ class Changes:
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the result, by dotted name.
+    """The settings that decide the result, by dotted name.
 
     Args:
         config: The configuration of a command, as nested mappings.
@@ -69,7 +69,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """What is different, by what it decides."""
+    """The settings that differ, sorted by what they decide."""
     found = Changes()
     for name in dict.fromkeys([*saved, *now]):
         old, new = saved.get(name), now.get(name)
@@ -99,7 +99,7 @@ def told(names: list[str], saved: Mapping[str, Any], now: Mapping[str, Any]) -> 
 
 
 def check(found: Changes, saved: Mapping[str, Any], now: Mapping[str, Any], stage: str) -> None:
-    """Refuse what cannot change between a checkpoint and the command that takes it.
+    """Refuse changes of settings that a checkpoint does not allow.
 
     Raises:
         ConfigError: With what to set back.

@@ -1,4 +1,4 @@
-"""Signals that end a process: it is given a few seconds to come to a good end, and never more.
+"""Signals that end a process: it gets a few seconds to end well, and never more.
 
 Python runs a signal's handler when the main thread is back in Python code, which may be never: a collective
 call waits for a process that is gone. A thread of its own therefore hears of the signal, tells the user, and
@@ -87,7 +87,7 @@ class Signals:
         self._thread.start()
 
     def install(self) -> None:
-        """Take the signals back from who has put himself before: the Trainer's own handler waits for ever."""
+        """Install our handlers again where another one was put: the Trainer's own waits for ever."""
         for signum in STOPPING if self.active else ():
             if self._earlier[signum] != signal.SIG_IGN:  # as a job in the background ignores Ctrl-C
                 signal.signal(signum, self._handle)
@@ -106,14 +106,14 @@ class Signals:
         self._pipe = None
 
     def leave(self, code: int) -> None:
-        """All is said: the process ends within the grace, whatever a library still waits for."""
+        """End the process within the grace, whatever a library still waits for."""
         self._told = True
         if self.first is None:
             self._code = code
         self._deadline = min(self._deadline, time.monotonic() + GRACE)
 
     def forked(self) -> None:
-        """A child has the parent's pipe, and no thread that listens: it begins anew if it wants to."""
+        """In a forked child, which has no listening thread: restore the earlier handlers."""
         if self._pipe is not None:
             signal.set_wakeup_fd(-1)
             for signum, handler in self._earlier.items():
@@ -129,7 +129,7 @@ class Signals:
             raise SystemExit(exit_code(self.first))
 
     def end_others(self) -> None:
-        """End the processes that this one has started: they are asked, and then made to."""
+        """End the processes that this one has started: by SIGTERM, and then by SIGKILL."""
         for process in self._others():
             process.terminate()
         until = time.monotonic() + GRACE
@@ -190,7 +190,7 @@ class Signals:
         return [process for process in self._processes if process.poll() is None]
 
     def _look_at_others(self) -> None:
-        """One that has failed is waited for no longer than a signal would allow."""
+        """Wait for a process that has failed no longer than after a signal."""
         self._others()
         failed = [process for process in self._processes if process.returncode]
         if failed and self.lost is None and self.first is None:

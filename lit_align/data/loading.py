@@ -28,7 +28,7 @@ class Rank:
 
     @classmethod
     def of(cls, trainer: Trainer | None) -> "Rank":
-        """The place of this process; the only one without a trainer."""
+        """The place of this process; without a trainer, that of a single process."""
         # Not the plain world size: ranks that hold shards of one replica must see the same data.
         place: dict[str, Any] | None = trainer.distributed_sampler_kwargs if trainer else None
         return cls(place["rank"], place["num_replicas"]) if place else cls()
@@ -57,11 +57,11 @@ class Rank:
 
 
 def check_resumed(settings: Mapping[str, int], state: Mapping[str, int]) -> None:
-    """Refuse a saved position that has another meaning.
+    """Refuse a saved position that was saved with other settings.
 
     Args:
         settings: What gives a position its meaning.
-        state: What was saved, with the settings of then.
+        state: What was saved, with the settings of that time.
 
     Raises:
         ConfigError: A setting has changed.

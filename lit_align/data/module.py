@@ -46,7 +46,7 @@ class AlignmentDataModule(LightningDataModule):
 
     @property
     def order_seed(self) -> int:
-        """Of the training order."""
+        """Seed of the training order."""
         return run_seed(self.seed)
 
     def shared(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Asked:
 
 
 def look(module: AlignmentModule, data: Any, asked: Asked) -> Iterator[Finding]:
-    """What is wrong with a configuration whose objects could be made.
+    """Findings in a configuration whose objects could be made, without a trial.
 
     Args:
         module: The method.

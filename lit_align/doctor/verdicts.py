@@ -1,4 +1,4 @@
-"""What a trial shows."""
+"""Findings from a trial."""
 
 import math
 from collections.abc import Iterator

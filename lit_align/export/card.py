@@ -128,7 +128,7 @@ def _described(value: Any) -> str | None:
 
 
 def _figures(run: Run, of: str) -> str:
-    """What was measured of these weights, and not of those of another moment, before and after."""
+    """The metrics before and after, if they were measured of these very weights."""
     tables, images = [], run.facts.get("images")
     if own := _own_figures(run):
         tables.append(_table("validation", images, own))
@@ -145,7 +145,7 @@ def _figures(run: Run, of: str) -> str:
 
 
 def _own_figures(run: Run) -> dict[str, Any]:
-    """What a checkpoint itself holds; nothing where its weights moved on after their newest validation."""
+    """The metrics in a checkpoint itself; none if its weights were updated after the newest validation."""
     progress = run.progress
     if (progress.get("measured_at") or {}).get("images") != progress.get("images") or not progress:
         return {}

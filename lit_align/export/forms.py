@@ -1,4 +1,4 @@
-"""The forms in which a model is handed on; each is read again by diffusers alone and compared."""
+"""The forms of an export; each is loaded again by diffusers alone, and compared with the live model."""
 
 import shutil
 from collections.abc import Sequence

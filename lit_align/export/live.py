@@ -25,7 +25,7 @@ IN_FLOAT32 = {"dtype": "float32", "compile": False, "checkpointing": "none", "of
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder says.
+    """What is known of a run from its folder.
 
     Attributes:
         folder: The run's.
@@ -89,7 +89,7 @@ class Live:
 
     @property
     def mixed(self) -> bool:
-        """Whether it is other than the model of one run."""
+        """Whether it is a mixture of several runs, or of one with a weight other than 1."""
         return [weight for _, weight in self.runs] != [1.0]
 
 

@@ -1,4 +1,4 @@
-"""The order of things in every method: sample, score, learn, log; and what a checkpoint holds."""
+"""The base of all methods: checks at the start, what is logged, and what a checkpoint holds."""
 
 import time
 from collections import deque
@@ -35,7 +35,7 @@ from lit_align.shapes.world import IMAGE_SIDE, untaught
 Item = TypeVar("Item")
 
 SECONDS_PER_FRAME = 0.1
-"""Between two drawings of a progress bar."""
+"""Seconds between two drawings of a progress bar."""
 
 
 class AlignmentModule(IdentifiedModule, OptimisedModule):
@@ -55,7 +55,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
     """Weight sets that move without being trained: a checkpoint holds them too."""
 
     goes_back: ClassVar[bool] = True
-    """Whether a run can go on from earlier weights: nothing else that it uses was made by later ones."""
+    """Whether the guard can restore earlier weights: not if the run keeps data that later weights made."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         # Copies: where no settings are given, all modules are given the same.
         self.optimisation = replace(optimisation)
         self.sampling = replace(sampling, seed=run_seed(sampling.seed))
-        _ = self.eval_sampler  # refused here
+        _ = self.eval_sampler  # built here, so that a wrong one is refused at the start
         self.images = self.reward_queries = 0
         self.collected: dict[str, Tensor] = {}
         self.baseline, self.latest, self.taken_back, self.prompt_groups = {}, {}, {}, torch.zeros(0)
@@ -103,9 +103,9 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         """Check what depends on the Trainer and the data.
 
         Raises:
-            ConfigError: The Trainer is one that methods do not know, or not for this model, the data has
-                pairs of images, or several tasks, and the method learns from prompts, or one task, or a
-                reward does not fit the model or the data.
+            ConfigError: The Trainer does not suit the method or the model, the data do not suit the method
+                (pairs of images, several tasks, loaders alone), or a reward does not suit the model or the
+                data.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         check_data(data, stage, type(self))
@@ -122,7 +122,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
                 self.bank_of(batch).check_columns(batch.columns)
 
     def on_train_start(self) -> None:
-        """Measure the pretrained model where that was not done, and look what callbacks wait for."""
+        """Measure the pretrained model if that was not done, and check the metrics that callbacks monitor."""
         # A run may go on at the end of an epoch, where callbacks look at what was logged before.
         self.trainer.callback_metrics.update(self._logged)
         self.check_optimizers()
@@ -131,7 +131,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         self.backbone.weight_sets.trained = True
 
     def _check_domain(self, prompts: list[str]) -> None:
-        """Tell of rewards, and of prompts, that do not fit the model."""
+        """Refuse rewards that cannot score the model's images; warn about prompts that it was not taught."""
         judged = self.backbone.is_shapes and self.backbone.size == (IMAGE_SIDE, IMAGE_SIDE)
         for bank in self.reward_banks:
             bank.check_model(judged, prompts)
@@ -227,7 +227,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
     # ---- ranks, files and checkpoints
 
     def track(self, items: Iterable[Item], total: int, description: str) -> Iterator[Item]:
-        """The items, with a bar where a person may be looking: the Trainer's own counts whole batches."""
+        """Yield the items, with a progress bar if the Trainer shows one: its own bar counts whole batches."""
         looking = self.trainer.is_global_zero and self.trainer.progress_bar_callback
         with Progress(transient=True, disable=not looking) as bar:
             task, drawn = bar.add_task(description, total=total), 0.0
@@ -267,7 +267,7 @@ class AlignmentModule(IdentifiedModule, OptimisedModule):
         checkpoint["identity"] = self._facts
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the counters.
+        """Restore the counters.
 
         Raises:
             ConfigError: The checkpoint is of another method, model or data set, or holds other trained

@@ -1,4 +1,4 @@
-"""What a checkpoint may hold: it is read with nothing in it executed, and so it must be written."""
+"""What a checkpoint may hold: only what can be read again without executing any code in it."""
 
 import io
 from pathlib import Path

@@ -26,6 +26,6 @@ def misfit(clip_range: float, elements: int) -> tuple[str, str] | None:
 
 
 def warn_of_misfit(clip_range: float | None, elements: int) -> None:
-    """Tell at the start of a run what :func:`misfit` finds."""
+    """Warn at the start of a run about what :func:`misfit` finds."""
     if clip_range is not None and (found := misfit(clip_range, elements)):
         rank_zero_warn("clip_range: " + "; ".join(found))

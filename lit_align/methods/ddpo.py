@@ -86,16 +86,16 @@ class DDPOModule(JointModule):
             inner_epochs: Passes over a rollout batch; each draws its own timesteps. 1 in ddpo-pytorch.
             timestep_fraction: Share of the stochastic steps, at random for each image, that is replayed. 1 in
                 ddpo-pytorch.
-            shared_timesteps: Instead of both: so many of the stochastic steps, at random and the same for all
-                images, each with an optimizer step of its own on the whole rollout batch; 5 of 50 in Zhang et
-                al. 2024 (arXiv 2401.12244). Then ``updates`` is 1 and ``timestep_fraction`` 1.
+            shared_timesteps: Instead of ``updates`` and ``timestep_fraction``, which must then be 1: this
+                number of stochastic steps, at random and the same for all images, each with an optimizer step
+                of its own on the whole rollout batch. 5 of 50 in Zhang et al. 2024 (arXiv 2401.12244).
             kl_weight: Weight of the KL of each step to the reference, DPOK's penalty, as a mean over latent
-                elements. Exact, where DPOK's code drops the factor of the schedule.
+                elements. The KL is exact; DPOK's code drops its factor of the schedule.
             kl_target: KL by which one rollout batch should move the policy, in nats per step; the learning
-                rate is scaled towards it, as far as the precision can tell. It falls with the square of a
-                task's weight, and of what a schedule or a guard has left of the rate. Interleaved tasks are
-                measured together. Own addition, after the adaptive penalty of PPO (Schulman et al. 2017,
-                section 4): the useful range of learning rates is narrow and moves during a run.
+                rate is scaled towards it, unless rounding hides the KL. A task's weight, a schedule and a
+                guard scale the rate too: the target is multiplied by the square of their factors. Interleaved
+                tasks are measured together. Own addition, after the adaptive penalty of PPO (Schulman et al.
+                2017, section 4): the useful range of learning rates is narrow and moves during a run.
             tasks: Instead of ``rewards`` and ``advantages``: several tasks by name, each with the prompts of
                 the same name in ``MultiTaskDataModule``. As in Zhang et al., one iteration takes each in
                 turn, and no two rewards are added up.
@@ -192,10 +192,10 @@ class DDPOModule(JointModule):
         return [Pairs(rows, step.expand(len(batch))) for step in self.stochastic_steps[chosen]]
 
     def _loss(self, rollouts: Rollouts, pairs: Pairs, size: int) -> tuple[Tensor, Metrics]:
-        """The part of some pairs in the mean loss of an update of ``size`` pairs."""
-        now, then, drawn = rollouts.step(pairs)
+        """What some pairs add to the mean loss of an update of ``size`` pairs."""
+        new, old, x_next = rollouts.step(pairs)
         # The mean over D: the convention of published clip ranges.
-        log_ratio = now.log_ratio(then, drawn) / drawn[0].numel()
+        log_ratio = new.log_ratio(old, x_next) / x_next[0].numel()
         advantages = rollouts.advantages[pairs.rows.to(self.device)]
         metrics: Metrics = {}
         if self.clip_range is None:
@@ -210,7 +210,7 @@ class DDPOModule(JointModule):
         if self.kl_weight:
             with torch.no_grad():
                 reference = rollouts.reference[pairs.rows](rollouts.states(pairs), pairs.steps)
-            penalty = now.kl(reference) / drawn[0].numel()
+            penalty = new.kl(reference) / x_next[0].numel()
             metrics["kl_penalty"] = penalty.detach()
             loss = loss + self.kl_weight * penalty
         loss = torch.where(rollouts.scored[pairs.rows.to(self.device)], loss, 0.0)
@@ -236,7 +236,7 @@ class DDPOModule(JointModule):
         assert rollouts.yardstick is not None, "made by collect"
         task = rollouts.batch.task
         ranks = self.gather((rollouts.yardstick.read(), bool(rollouts.advantages.any())))
-        kl, informative = torch.cat([one.kl for one, _ in ranks]).mean(), any(told for _, told in ranks)
+        kl, informative = torch.cat([one.kl for one, _ in ranks]).mean(), any(signal for _, signal in ranks)
         variances = torch.cat([one.variance for one, _ in ranks])
         error = (variances.sum().sqrt() / len(variances)).item()
         metrics = {of_task("kl", task): kl[None]}
@@ -252,13 +252,13 @@ class DDPOModule(JointModule):
     def _scale_step(self, task: str, kl: Tensor, target: float, error: float = 0.0) -> float:
         """The factor on the learning rate with which the next rollout batch should move by ``target``.
 
-        Within two standard errors of the KL it stays: noise must not push it, in neither direction.
+        It stays where the KL is within two standard errors of the aim: noise must not change it.
         """
         group = self.trainer.optimizers[0].param_groups[0]
         initial = group.get("initial_lr", group["lr"])
-        # What a weight, a schedule and a guard make of the step stays: the scale must not undo it.
-        wished = self.tasks[task].weight * (group["lr"] / initial if initial else 1.0) * self.rate_factor
-        aim = wished**2 * target
+        # A weight, a schedule and a guard scale the step on purpose: the target follows them.
+        factor = self.tasks[task].weight * (group["lr"] / initial if initial else 1.0) * self.rate_factor
+        aim = factor**2 * target
         if aim > 0 and 2 * error > max(aim, kl.item()):  # a KL that is far too large is not hidden
             rank_zero_warn(
                 f"kl_target: rounding hides a KL of {aim:g} nats a step (see train/kl_error), so the "
@@ -267,15 +267,15 @@ class DDPOModule(JointModule):
             )
         kl = torch.full_like(kl, aim).clamp(kl - 2 * error, kl + 2 * error) if error else kl
         # KL grows with the square of the step; bounded, since it is measured on few pairs.
-        wanted = (aim / kl.clamp(min=1e-12)).sqrt().clamp(0.5, 1.5).item()
-        self.step_scale[task] = min(max(self.step_scale[task] * wanted, 1e-3), 1e3)
+        change = (aim / kl.clamp(min=1e-12)).sqrt().clamp(0.5, 1.5).item()
+        self.step_scale[task] = min(max(self.step_scale[task] * change, 1e-3), 1e3)
         return self.step_scale[task]
 
 
 def _check_steps(sampler: Sampler, updates: int, fraction: float, shared: int | None) -> None:
     """Refuse a choice of steps that cannot be made."""
-    there = int(sampler.stochastic.sum())
-    if not there:
+    stochastic = int(sampler.stochastic.sum())
+    if not stochastic:
         raise ConfigError(f"sampler: DDPO needs noise in the steps, and {sampler.no_noise}")
     if fraction > 1:
         raise ConfigError(f"timestep_fraction: {fraction} is more than 1, all of the steps")
@@ -284,5 +284,7 @@ def _check_steps(sampler: Sampler, updates: int, fraction: float, shared: int | 
             f"shared_timesteps: every step has an update of its own, but updates is {updates} and "
             f"timestep_fraction {fraction}; set both to 1, or shared_timesteps to null"
         )
-    if shared is not None and shared > there:
-        raise ConfigError(f"shared_timesteps: {shared} is more than the {there} noisy steps of the sampler")
+    if shared is not None and shared > stochastic:
+        raise ConfigError(
+            f"shared_timesteps: {shared} is more than the {stochastic} noisy steps of the sampler"
+        )

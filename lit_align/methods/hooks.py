@@ -1,4 +1,4 @@
-"""The hooks at which a method of the user's may add something, and may not replace what every method does."""
+"""A user's method may add to the hooks of the base, and may not replace what every method does there."""
 
 import inspect
 from itertools import takewhile

@@ -120,7 +120,7 @@ class JointModule(AlignmentModule):
 
     @abstractmethod
     def learn(self, rollouts: Rollouts) -> Iterator[Metrics]:
-        """Learn from a rollout batch: one update, made by :meth:`optimise`, each time that it is resumed."""
+        """Learn from a rollout batch: yield the metrics after each update, so that tasks can alternate."""
 
     @abstractmethod
     def look_back(self, rollouts: Rollouts) -> Metrics:
@@ -241,7 +241,7 @@ class JointModule(AlignmentModule):
     # ---- updates
 
     def optimise(self, losses: Sequence[Loss], task: str) -> Metrics:
-        """One update on a task's losses, as large as its weight and its scale say."""
+        """One update on a task's losses, at a learning rate scaled by its ``step_scale`` and its weight."""
         extra = self.pretraining
         if extra is not None and extra.order == "every":
             losses = [*losses, *self._denoising_losses(extra, extra.weight)]

@@ -91,5 +91,5 @@ def logistic_loss(margin: Tensor) -> Tensor:
 
 
 def implicit_accuracy(margin: Tensor) -> Tensor:
-    """1 where a margin is positive, 0 where it is negative, and a half where policy and reference are one."""
+    """1 where a margin is positive, 0 where it is negative, a half where policy and reference are equal."""
     return 0.5 * (margin.detach().sign() + 1)

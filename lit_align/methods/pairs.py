@@ -53,7 +53,7 @@ class Noised:
         return Noised(self.latents[rows], self.noise[rows], self.t[rows], self.cond[rows])
 
     def __add__(self, other: "Noised") -> "Noised":
-        """Both, one after the other: one call of the denoiser for a pair."""
+        """Both, one after the other: one call of the denoiser for winners and losers."""
         cond = Conditioning.cat([self.cond, other.cond])
         latents, noise = torch.cat([self.latents, other.latents]), torch.cat([self.noise, other.noise])
         return Noised(latents, noise, torch.cat([self.t, other.t]), cond)
@@ -110,7 +110,7 @@ class PairModule(AlignmentModule, Generic[Prepared]):
 
     @abstractmethod
     def loss(self, prepared: Prepared, rows: Tensor) -> tuple[Tensor, Metrics]:
-        """The loss of each of some pairs, ``(N,)``, and what is worth a look."""
+        """The loss of each of some pairs, ``(N,)``, and metrics."""
 
     # ---- the pieces
 
@@ -136,7 +136,7 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         return self.backbone.clean_latents(images.to(self.device), OTHER_SIZE)
 
     def draws(self, index: Tensor) -> list[torch.Generator]:
-        """Where the timestep and the noise of each pair of this batch come from, whatever its rank."""
+        """Generators of the timestep and the noise of each pair of this batch, the same on any rank."""
         return [generator(self.seed, "noising", self.batches, i) for i in index.tolist()]
 
     def noise(self, draws: list[torch.Generator]) -> Tensor:
@@ -151,7 +151,7 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         return Noised(self.winners(batch), noise, t, cond), Noised(losers, other, t, cond)
 
     def errors(self, noised: Noised, weights: str = POLICY) -> Tensor:
-        """Prediction error of a weight set, ``(B,)``: a mean over elements, without a second prediction."""
+        """Prediction error of a weight set, ``(B,)``: a mean over elements, of single predictions."""
         schedule = self.sampler.schedule
         x = schedule.add_noise(noised.latents, noised.noise, noised.t)
         prediction = self.backbone.predict(x, noised.t, noised.cond, self.training_guidance, weights)
@@ -168,7 +168,9 @@ class PairModule(AlignmentModule, Generic[Prepared]):
             winner_reference, loser_reference = self.errors(both, reference).chunk(2)
         found = {"winner_error": winner, "loser_error": loser}
         found |= {"winner_shift": winner - winner_reference, "loser_shift": loser - loser_reference}
-        loss, metrics = judge(error_margin(winner, winner_reference, loser, loser_reference, beta))
+        loss, metrics = logistic_preference(
+            error_margin(winner, winner_reference, loser, loser_reference, beta)
+        )
         return loss, {name: values.detach() for name, values in found.items()} | metrics
 
     # ---- one batch
@@ -216,7 +218,7 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         self.sampling_seconds = 0.0
 
     def _part(self, prepared: Prepared, rows: Tensor, size: int) -> tuple[Tensor, Metrics]:
-        """The part of some pairs in the mean loss of the batch."""
+        """What some pairs add to the mean loss of the batch."""
         loss, metrics = self.loss(prepared, rows)
         return loss.sum() / size, metrics | {"loss": loss.detach()}
 
@@ -245,6 +247,6 @@ class PairModule(AlignmentModule, Generic[Prepared]):
         self.batches = checkpoint["progress"].get("batches", 0)
 
 
-def judge(margin: Tensor) -> tuple[Tensor, Metrics]:
-    """Logistic loss of margins ``(N,)``, and how often they have the right sign."""
+def logistic_preference(margin: Tensor) -> tuple[Tensor, Metrics]:
+    """Logistic loss of margins ``(N,)``, and as metrics the margins and whether they are positive."""
     return logistic_loss(margin), {"margin": margin.detach(), "accuracy": implicit_accuracy(margin)}

@@ -33,7 +33,7 @@ Convention = Literal["listing", "equations"]
 
 
 def predicted_reward(log_ratio: Tensor, convention: Convention = "listing") -> Tensor:
-    """The reward of a chain, over ``beta``, that a policy implies: its log-ratio to the reference.
+    """The reward over ``beta`` that a policy implies for a chain: its log-ratio to the reference.
 
     Args:
         log_ratio: Of each step, ``(N, B, S)``.
@@ -71,7 +71,7 @@ def reward_difference_loss(
     clip_range: float | None,
     convention: Convention = "listing",
 ) -> Tensor:
-    r"""Squared error of predicted reward differences, and the larger one of it with clipped steps.
+    r"""Squared error of predicted reward differences: the larger of the unclipped and the clipped one.
 
     .. math:: \max\big[(\Delta\hat r - \Delta r / \beta)^2, (\Delta\hat r^{clip} - \Delta r / \beta)^2\big]
 
@@ -89,11 +89,11 @@ def reward_difference_loss(
     Returns:
         Mean over the compared pairs of each prompt, ``(N,)``; 0 without any.
     """
-    wanted = torch.where(rewards.isfinite(), rewards, 0.0) / beta
+    target = torch.where(rewards.isfinite(), rewards, 0.0) / beta
 
     def errors(steps: Tensor) -> Tensor:
-        missing = predicted_reward(steps, convention) - wanted
-        return (missing[:, :, None] - missing[:, None, :]).square()
+        residual = predicted_reward(steps, convention) - target
+        return (residual[:, :, None] - residual[:, None, :]).square()
 
     loss = errors(log_ratio)
     if clip_range is not None:
@@ -105,10 +105,10 @@ def reward_difference_loss(
 class PRDPModule(AlignmentModule):
     """Regression of the policy's log-ratios on reward differences, for any reward, differentiable or not.
 
-    The loss couples all steps of all images of a prompt. Its gradient is taken in two passes: the first finds
-    all log-ratios without a graph, and from them what the loss asks of each; the second differentiates the
-    log-ratios of one micro-batch after the other, times that. The gradient is the same, and the memory that
-    of one micro-batch, however many images and steps there are.
+    The loss couples all steps of all images of a prompt. Its gradient is taken in two passes. The first
+    computes all log-ratios without a graph, and the derivative of the loss with respect to each. The second
+    differentiates the log-ratios times these derivatives, one micro-batch after another. The gradient is
+    that of the whole graph, and the memory that of one micro-batch.
     """
 
     def __init__(
@@ -217,9 +217,9 @@ class PRDPModule(AlignmentModule):
         before = replace(replay, policy=replace(replay.policy, weights=REFERENCE))
         pieces, kls = [], []
         for pairs in self._pairs(torch.arange(len(replay.policy.cond))).split(self.sampling.batch):
-            reference, then, drawn = before.step(pairs)
-            pieces.append(then.log_ratio(reference, drawn) / self.unit)
-            kls.append(then.kl(reference))
+            reference, old, x_next = before.step(pairs)
+            pieces.append(old.log_ratio(reference, x_next) / self.unit)
+            kls.append(old.kl(reference))
         steps = len(self.stochastic_steps)
         metrics = {"reference_kl": torch.cat(kls).view(-1, steps).sum(1)[replay.trajectory.finite]}
         return torch.cat(pieces).cpu().double().view(-1, steps), metrics
@@ -232,12 +232,12 @@ class PRDPModule(AlignmentModule):
             for prompts in torch.arange(len(rewards)).split(len(rewards) // self.updates):
                 pairs = self._pairs((prompts[:, None] * images + torch.arange(images)).flatten())
                 moved = self._moved(replay, pairs, on_policy).view_as(old[prompts])
-                wanted, metrics = self._regress(moved, old[prompts], rewards[prompts])
+                gradient, metrics = self._regress(moved, old[prompts], rewards[prompts])
                 if self.clip_range is not None:
                     clipped = (moved.abs() > self.clip_range).flatten()
                     metrics["clip_fraction"] = clipped[replay.trajectory.finite[pairs.rows]]
                 size = self.optimisation.micro_batch
-                micro = zip(pairs.split(size), wanted.flatten().split(size), strict=True)
+                micro = zip(pairs.split(size), gradient.flatten().split(size), strict=True)
                 losses = [partial(self._surrogate, replay, *part, on_policy) for part in micro]
                 measured += [metrics, self.update(losses)]
                 on_policy = False
@@ -250,8 +250,8 @@ class PRDPModule(AlignmentModule):
 
     def _log_ratio(self, replay: Replay, pairs: Pairs) -> Tensor:
         """Log-ratio of the policy now to the policy that sampled, ``(N,)``."""
-        now, then, drawn = replay.step(pairs)
-        return now.log_ratio(then, drawn) / self.unit
+        new, old, x_next = replay.step(pairs)
+        return new.log_ratio(old, x_next) / self.unit
 
     @torch.no_grad()
     def _moved(self, replay: Replay, pairs: Pairs, on_policy: bool) -> Tensor:
@@ -268,21 +268,21 @@ class PRDPModule(AlignmentModule):
             loss = reward_difference_loss(
                 log_ratio, old, rewards, self.beta, self.clip_range, self.convention
             )
-            (wanted,) = torch.autograd.grad(loss.mean(), log_ratio)
+            (gradient,) = torch.autograd.grad(loss.mean(), log_ratio)
         pairs = compared_pairs(rewards, self.convention).sum((1, 2))
         metrics = {"loss": loss.detach(), "compared_pairs": pairs}
-        return wanted, metrics
+        return gradient, metrics
 
     def _surrogate(
-        self, replay: Replay, pairs: Pairs, wanted: Tensor, on_policy: bool
+        self, replay: Replay, pairs: Pairs, gradient: Tensor, on_policy: bool
     ) -> tuple[Tensor, Metrics]:
-        """The second pass: a loss with the gradient that the loss has through some log-ratios."""
+        """The second pass: log-ratios times the derivatives of the loss, which have its gradient."""
         log_ratio = self._log_ratio(replay, pairs)
         metrics: Metrics = {}
         if on_policy:  # at the first update rounding alone
             deviation = log_ratio.detach().expm1().abs()
             metrics["ratio_deviation"] = deviation[replay.trajectory.finite[pairs.rows]]
-        return (wanted.to(log_ratio) * log_ratio).sum(), metrics
+        return (gradient.to(log_ratio) * log_ratio).sum(), metrics
 
     def _move(self, yardstick: Yardstick) -> Tensor:
         """How far the updates moved the policy, in nats a step; benchmarks time it by its name."""

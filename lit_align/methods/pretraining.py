@@ -37,8 +37,8 @@ class Pretraining:
         weight: With ``every`` the :math:`\beta` of the loss. In a step of its own, ``before`` or ``after``, a
             factor on its learning rate (one on the loss would be undone by Adam), which does little: Adam's
             momentum carries the gradient on into the tasks' updates at their full rate, and its second
-            moment remembers it. On Shapes this gradient is 10 to 300 times as large as the policy's, and
-            drowns it: there ``every`` is the better order.
+            moment remembers it. On Shapes this gradient is 10 to 300 times as large as the policy's: there
+            ``every`` is the better order.
         order: When: one step ``before`` or ``after`` the tasks of an iteration, or in ``every`` update,
             whose loss is then the sum of both.
 

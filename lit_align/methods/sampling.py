@@ -106,7 +106,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Samples:
-    """Images that were sampled for a batch, and how.
+    """Images that were sampled for a batch, and their chains.
 
     Attributes:
         trajectory: The chain of each image.
@@ -138,7 +138,7 @@ class SamplingModule(LightningModule):
 
     @property
     def seed(self) -> int:
-        """Of all noise: ``sampling.seed``."""
+        """The seed of all noise: ``sampling.seed``."""
         return run_seed(self.sampling.seed)
 
     @seed.setter
@@ -147,10 +147,10 @@ class SamplingModule(LightningModule):
 
     @property
     def training_guidance(self) -> float:
-        """The scale with which a prediction is trained for itself: 1, which is none.
+        """Guidance scale of losses on single predictions: 1, which is none.
 
-        Where the network is told the scale, it is that of sampling: with another one, a weight would be
-        trained in a place where no image is drawn.
+        A network that gets the scale as an input is trained with that of sampling, since its images are
+        drawn with no other.
         """
         return self.sampling.guidance if self.backbone.told_guidance else 1.0
 
@@ -198,12 +198,12 @@ class SamplingModule(LightningModule):
         return Samples(Trajectory(states, means, log_probs), torch.cat([c.images for c in chunks]))
 
     def score_ahead(self, images: Tensor, batch: Batch) -> None:
-        """Take note of images that will be scored, and of their rows of the batch."""
+        """Called with sampled images that will be scored, and their rows of the batch."""
 
     def draw_noise(
         self, index: Tensor, purpose: str, seed: int | None = None
     ) -> tuple[Tensor, list[torch.Generator]]:
-        """First states ``(B, C, H, W)`` of the images with these numbers, and where the rest comes from."""
+        """First states ``(B, C, H, W)`` of the images with these numbers, and generators for their steps."""
         draws = [generator(self.seed if seed is None else seed, purpose, i) for i in index.tolist()]
         return normal(self.backbone.latent_shape, draws).to(self.device), draws
 

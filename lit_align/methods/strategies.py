@@ -38,7 +38,7 @@ UNFIT: dict[type[Callback], str] = {
 
 
 def check_callbacks(kinds: Iterable[type]) -> None:
-    """Refuse callbacks that would change a run without a word, or break it in the middle.
+    """Refuse callbacks that would change a run silently, or break it in the middle.
 
     Raises:
         ConfigError: With why, and what to do instead.

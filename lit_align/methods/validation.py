@@ -127,7 +127,7 @@ class ValidatedModule(SamplingModule, SkippingModule):
         tested_groups: The prompt of each of its images.
         set_metrics: What callbacks measured of all images of a test together, by name: ``before`` and
             ``after``.
-        taken_back: What an earlier validation measured, if its weights have replaced those of the newest one.
+        taken_back: What an earlier validation measured, if the guard has restored its weights.
     """
 
     rewards: RewardBank
@@ -150,7 +150,7 @@ class ValidatedModule(SamplingModule, SkippingModule):
 
     @property
     def standing(self) -> dict[str, Tensor]:
-        """What was measured of the weights as they are."""
+        """What was measured of the present weights; after a rollback, of the restored ones."""
         return self.taken_back or self.latest
 
     @torch.no_grad()
@@ -203,9 +203,9 @@ class ValidatedModule(SamplingModule, SkippingModule):
     def _is_pretrained(self) -> bool:
         """Whether the policy of the newest validation, before any training, was the pretrained model.
 
-        It starts elsewhere from adapters, where some experts of several are loaded, and where another module
-        has trained its backbone. Roundings count only then: a fusion of untrained experts is the pretrained
-        model up to them.
+        It was not, if the run started from adapters or loaded experts, or if another module had trained this
+        backbone. Without these a distance above 0 is rounding: a fusion of untrained experts is the
+        pretrained model up to rounding.
         """
         distances = [self.latest[name] for name in DISTANCES if name in self.latest]
         sets = self.backbone.weight_sets

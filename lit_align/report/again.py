@@ -8,7 +8,7 @@ from lit_align.report.run import Run
 
 
 def commands(run: Run) -> list[str]:
-    """Those that make it again, as far as its folder says; with the newest configuration of its fit.
+    """The commands that repeat a run, as far as its folder says; with the newest configuration of its fit.
 
     A file of configuration names the checkpoint that its command took. That of a fit that went on is one of
     its own: from the beginning, it takes what the first configuration took.

@@ -1,4 +1,4 @@
-"""What several runs do not share of how they were measured, and what of them cannot stand side by side."""
+"""What was not measured alike in several runs, and which of their curves cannot be compared."""
 
 from collections.abc import Mapping, Sequence
 

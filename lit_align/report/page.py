@@ -56,7 +56,7 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def verdict(run: Run) -> list[str]:
-    """What the comparison says, in sentences: the reward, the truth, and what warns."""
+    """The result in sentences: the reward, the truth, and warnings."""
     metrics, said = run.metrics, []
     for name in ("reward", "truth"):
         if (found := metrics.get(name)) and "difference" in found:

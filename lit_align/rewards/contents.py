@@ -1,4 +1,4 @@
-"""What a reward computes with: other scores come of other weights, or of another program."""
+"""Hashes of what decides a reward's scores: its weights and its program."""
 
 import ast
 import inspect

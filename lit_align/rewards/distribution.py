@@ -64,14 +64,14 @@ class SetReward(Reward):
 
     @property
     def smallest(self) -> int:
-        """Images that a set must have for a score; one alone never says anything."""
+        """Images that a set must have for a score: at least two."""
         return max(2, self.DEFINED_FROM + (self.credit == "leave_one_out"))
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
-        """What the set's reward is made of: ``(B, F)`` float64, on the CPU.
+        """The features of which ``R`` takes the sum: ``(B, F)`` float64, on the CPU.
 
-        A row of NaN is an image that shows nothing of it.
+        A row of NaN is an image without the feature.
         """
 
     @abstractmethod
@@ -130,13 +130,13 @@ class SetReward(Reward):
 class StatisticalParity(SetReward):
     """Minus the distance of the shares of a classifier's classes among a prompt's images to wanted shares.
 
-    ``R(S) = -||p - u||_2``, the paper's statistical parity (section 3.2; that it is the root is inferred from
-    the word "norm"), or minus its square. With ``C`` classes and ``u = 1/C`` it lies between
-    ``-sqrt(1 - 1/C)`` and 0; but even images that are drawn with the wanted shares have ``E[SP^2] =
-    (1 - 1/C) / n``, so give ``n`` with any value of it, and compare with that floor. The square has, but for
-    the factor ``1 - 1/n``, the gradient of the square for infinitely many images; the root is biased. Both
-    for equal shares: sets of few images overshoot another target, ``E[SP^2]`` being least at ``p = (n u -
-    1/C) / (n - 1)`` (.73, .09, .09, .09 for .7, .1, .1, .1 and sixteen images).
+    ``R(S) = -||p - u||_2``, the paper's statistical parity (section 3.2; its word "norm" is taken as the
+    root), or minus its square. With ``C`` classes and ``u = 1/C`` it lies between ``-sqrt(1 - 1/C)`` and 0.
+    Images that are drawn with exactly the wanted shares still have ``E[SP^2] = (1 - 1/C) / n``: report ``n``
+    with every value, and compare with this floor. But for the factor ``1 - 1/n``, the square has the gradient
+    of the square for infinitely many images; the root is biased. Both hold for equal shares. With another
+    target, sets of few images overshoot it, since ``E[SP^2]`` is least at ``p = (n u - 1/C) / (n - 1)`` (.73,
+    .09, .09, .09 for .7, .1, .1, .1 and sixteen images).
 
     The paper's classifier, of four skin tones, was never released, so there is no default. The bundled one of
     Shapes names the colour of the objects, to find and remove the bias of prompts that leave it open.
@@ -152,9 +152,9 @@ class StatisticalParity(SetReward):
             a hub id. Safetensors only.
         target: Wanted share by label; uniform over the classes if not given. A label that is left out is
             wanted in no image.
-        ignore: Labels which say that there is nothing to classify.
-        min_confidence: An image of whose likeliest class the classifier is less sure than this has no class,
-            and so no score; our own rule (the paper's images without a person have no score either).
+        ignore: Labels that mean that there is nothing to classify.
+        min_confidence: An image has no class, and so no score, if the probability of its likeliest class is
+            below this; our own rule (the paper's images without a person have no score either).
         squared: Minus the square.
         credit: See :class:`SetReward`. The paper: ``shared``.
 

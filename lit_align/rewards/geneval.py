@@ -29,19 +29,19 @@ PLACES = ("left of", "right of", "above", "below")
 """The places of GenEval."""
 
 COLOUR_TEXTS = ("a photo of a {colour} {object}", "a photo of a {colour}-colored {object}")
-"""How CLIP is asked for the colour of an object; the third text is without it: GenEval's own."""
+"""How CLIP is asked for the colour of an object; a third text does not name it. GenEval's own."""
 
 COLOUR_ALONE = "a photo of a {colour} object"
 
 LARGEST_COUNT = 16
-"""Detections of a kind that count, the surest; as published, like the margin."""
+"""At most so many detections of a kind count, those of highest confidence; as published, like the margin."""
 
 MARGIN = 0.1
 """Share of the sizes of two objects by which their centres must differ for a position."""
 
 
 class GenEval(Reward):
-    """Mean over what a prompt asks for of how far the image shows it: 1 if all is there, and can be negative.
+    """How far the image shows what its prompt asks for: a mean of terms, 1 if all is there; can be negative.
 
     The data says what is asked for, in a column as in GenEval's ``*_metadata.jsonl``: a list of
     ``{class, count, color?, position?: [where, group]}``. Each entry gives these terms:
@@ -50,10 +50,10 @@ class GenEval(Reward):
     - of a colour ``1 - |count - found in that colour| / count``;
     - of a position 1, if all of the objects lie so to all of the entry with that number, else 0.
 
-    Where the number is wrong, the other term of an entry is 0. Departures from the published server: a
-    position that is missed is 0 there, and then 1 in a second term; a colour is read off the object's box,
-    not its mask; the detector is another. What a prompt excludes plays no part, as published: the number says
-    it already.
+    Where the number is wrong, the other term of an entry is 0. Departures from the published server: there a
+    missed position gives a term 0, and then a second term 1; here the colour is taken from the object's box,
+    not its mask; the detector is another. What a prompt excludes is not used, as published, since the number
+    says it already.
 
     Args:
         pretrained: The detector: a hub id, a folder, or ``"shapes"``; see :class:`ObjectPresence` for which.

@@ -116,9 +116,10 @@ class VLMJudge(ServedReward):
                 "answer to null and let the model write a number."
             )
         likely = [*words[0].get("top_logprobs", []), words[0]]
-        odds = {one["token"]: one["logprob"] for one in likely}
+        log_probs = {one["token"]: one["logprob"] for one in likely}
         # Some tokenizers write a word with the space before it.
-        return math.fsum(math.exp(logprob) for word, logprob in odds.items() if word.strip() == self.answer)
+        own = [log_prob for word, log_prob in log_probs.items() if word.strip() == self.answer]
+        return math.fsum(map(math.exp, own))
 
 
 def _choice(answer: Any) -> dict[str, Any]:

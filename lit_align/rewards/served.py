@@ -1,4 +1,4 @@
-"""Rewards that are computed elsewhere: in batches, beside the sampling, and each image once."""
+"""Rewards that a server computes: in batches, while images are sampled, and once for each image."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ class Asked:
         image: ``(3, H, W)`` on the CPU.
         prompt: Its prompt.
         columns: The data's columns that are sent, one entry each.
-        score: Where the score will be.
+        score: The future of its score.
     """
 
     image: Tensor
@@ -52,7 +52,7 @@ class ServedReward(Reward):
     sentence, ``nan`` leaves the images without a score, which methods count in ``unscored``, and warns.
 
     Attributes:
-        served_by: Changes with what the server computes the scores with; empty where it does not say.
+        served_by: A text of the server that changes with its weights, options and code; empty if it has none.
 
     Args:
         server: The server.
@@ -127,7 +127,7 @@ class ServedReward(Reward):
     def _futures(
         self, images: Tensor, prompts: list[str], columns: dict[str, list[Any]] | None
     ) -> list["Future[float]"]:
-        """The scores of images, which come; batches that are full are sent."""
+        """The futures of the images' scores; full batches are sent."""
         if self._process != os.getpid():  # forked: threads and connections are the other process's
             self._process, self.server = os.getpid(), self.server.renewed()
             self._abandon()

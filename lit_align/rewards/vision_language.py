@@ -1,4 +1,4 @@
-"""Any image-text-to-text model of transformers, asked about images: the next word's odds, or an answer."""
+"""Image-text-to-text models of transformers, asked about images: an answer, or a word's probability."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -44,7 +44,7 @@ class VisionLanguage(nn.Module):
 
     @torch.no_grad()
     def probabilities(self, images: Tensor, texts: Sequence[str], answers: Sequence[str]) -> Tensor:
-        """Probability ``(N,)`` that the model's answer begins with a word, of all that it could say.
+        """Probability ``(N,)`` that the model's answer begins with a word.
 
         Args:
             images: ``(N, 3, H, W)`` in [0, 1].
@@ -61,8 +61,8 @@ class VisionLanguage(nn.Module):
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-            odds = told.logits[0].float().softmax(dim=-1)
-            found.append(odds.gather(1, words[rows, None].to(odds.device))[:, 0])
+            likely = told.logits[0].float().softmax(dim=-1)
+            found.append(likely.gather(1, words[rows, None].to(likely.device))[:, 0])
         return torch.cat(found).to(images.device)
 
     @torch.no_grad()

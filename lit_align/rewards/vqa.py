@@ -74,9 +74,9 @@ class VQAScore(Reward):
             return scores
         texts, answers = zip(*(pair for row in dict.fromkeys(rows) for pair in asked[row]), strict=True)
         places = torch.tensor(rows, device=images.device)
-        odds = self.model.probabilities(images[places], texts, answers).log()
+        log_probs = self.model.probabilities(images[places], texts, answers).log()
         for row in dict.fromkeys(rows):
-            scores[row] = odds[places == row].mean().exp()
+            scores[row] = log_probs[places == row].mean().exp()
         return scores
 
     def check_columns(self, columns: Mapping[str, list[Any]]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from lit_align.errors import ConfigError
 from lit_align.gaussian import GaussianStep
 from lit_align.samplers.base import Sampler
-from lit_align.samplers.schedule import DiffusionSchedule, combine, look_up, spread
+from lit_align.samplers.schedule import DiffusionSchedule, broadcastable, combine, look_up
 
 
 class DDIM(Sampler):
@@ -88,4 +88,4 @@ class DDIM(Sampler):
         """See :meth:`Sampler.step`; the std is ``(1, 1, ...)``, or ``(B, 1, ...)`` for a tensor ``k``."""
         of_x, of_prediction = self._step_weights
         mean = combine((look_up(of_x, k), look_up(of_prediction, k)), x, prediction)
-        return GaussianStep(mean, spread(look_up(self._std, k), mean))
+        return GaussianStep(mean, broadcastable(look_up(self._std, k), mean))

@@ -182,7 +182,7 @@ OTHERS = {
     "LCM": "of a consistency model, whose steps are not DDIM's; give the model that it was distilled from",
     "TCD": "of a consistency model, whose steps are not DDIM's; give the model that it was distilled from",
 }
-"""What is said of schedulers whose names begin so."""
+"""Why schedulers are refused, by the beginning of their names."""
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -235,10 +235,10 @@ def combine(weights: tuple[Tensor, Tensor], x: Tensor, y: Tensor) -> Tensor:
     """``weights[0] x + weights[1] y`` in at least float32; a weight for all images, or one each, ``(B,)``."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     x, y = x.to(dtype), y.to(dtype)
-    return spread(weights[0], x) * x + spread(weights[1], x) * y
+    return broadcastable(weights[0], x) * x + broadcastable(weights[1], x) * y
 
 
-def spread(values: Tensor, like: Tensor) -> Tensor:
+def broadcastable(values: Tensor, like: Tensor) -> Tensor:
     """Values for all images, or one each, shaped to broadcast over ``like``, in its dtype and device."""
     if values.ndim == 0 and values.device.type == "cpu":
         # Filled rather than copied: no transfer that an accelerator would have to wait for.

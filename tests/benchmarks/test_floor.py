@@ -49,10 +49,8 @@ def test_alignprop_counts_attached_predictions_and_decodings_with_a_gradient(flo
     assert {kind: rows for (_, kind), rows in counted.items()} == expected
 
 
-SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("dpo", "sft")]
-
-
-@pytest.mark.parametrize("method", ["spin", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spin", "dpo", "sft"])
 def test_the_floor_counts_the_calls_on_pairs(method: str, floor: Floor):
     options = [f"--config={CONFIGS / method}.yaml", "--model.optimisation.micro_batch=2"]
     if method == "spin":

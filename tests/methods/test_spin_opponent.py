@@ -115,7 +115,7 @@ def test_an_interrupted_pool_goes_on_without_loss_or_duplicates(tiny, tmp_path, 
 
 @pytest.mark.parametrize(
     ("crash", "exact", "place"),
-    [(3, False, (1, 2)), (4, True, (2, 1))],
+    [(3, False, (1, 2)), pytest.param(4, True, (2, 1), marks=pytest.mark.slow)],
     ids=["at-the-start-of-the-second", "exact-in-the-second"],
 )
 def test_a_resumed_iteration_equals_the_uninterrupted_one_bit_for_bit(tiny, tmp_path, crash, exact, place):

@@ -3,6 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from transformers import ViTForImageClassification
@@ -51,6 +52,7 @@ def test_the_folder_is_a_transformers_model(tmp_path: Path) -> None:
     assert "colour right" in classifier_quality(tmp_path / "classifier", images, captions, 8, 0)
 
 
+@pytest.mark.slow
 def test_it_learns() -> None:
     torch.manual_seed(0)
     model = make_vit()

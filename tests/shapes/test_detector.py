@@ -147,6 +147,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_folder_is_a_transformers_model(made: Path) -> None:
     model = YolosForObjectDetection.from_pretrained(made / "detector")
     assert model.dtype == torch.float32
@@ -157,6 +158,7 @@ def test_the_folder_is_a_transformers_model(made: Path) -> None:
     assert "samples, count agrees" in detector_quality(made / "detector", images, captions, 4, 0)
 
 
+@pytest.mark.slow
 def test_a_further_round_begins_with_the_last_weights(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "detector", tmp_path / "detector")
     first = YolosForObjectDetection.from_pretrained(tmp_path / "detector").state_dict()

@@ -105,6 +105,7 @@ def test_the_transformer_begins_with_a_velocity_of_0() -> None:
     assert errors.mean() == pytest.approx(float(expected), rel=0.1)
 
 
+@pytest.mark.slow
 def test_an_interrupted_stage_goes_on_with_both_optimizers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,7 @@ def files(out: Path) -> list[Path]:
     return sorted((out / "pick").iterdir())
 
 
+@pytest.mark.slow
 def test_the_columns_are_those_of_pick_a_pic(out: Path) -> None:
     tables = [parquet.read_table(file) for file in files(out)]
     assert [len(table) for table in tables] == [12, 12, 6]
@@ -75,6 +76,7 @@ def test_the_columns_are_those_of_pick_a_pic(out: Path) -> None:
         assert table.column_names == list(CARD)
 
 
+@pytest.mark.slow
 def test_the_values_agree_with_each_other(out: Path) -> None:
     rows = pa.concat_tables([parquet.read_table(file) for file in files(out)]).to_pylist()
     assert [row["ranking_id"] for row in rows] == list(range(30))
@@ -89,6 +91,7 @@ def test_the_values_agree_with_each_other(out: Path) -> None:
     assert all(Image.open(io.BytesIO(jpg)).size == (64, 64) for jpg in images.values())
 
 
+@pytest.mark.slow
 def test_what_was_made_is_kept_and_the_rest_is_made_the_same(out: Path) -> None:
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files(out)}
     lost = files(out)[1]
@@ -101,6 +104,7 @@ def test_what_was_made_is_kept_and_the_rest_is_made_the_same(out: Path) -> None:
     assert kept == [file for file in files(out) if file != lost]
 
 
+@pytest.mark.slow
 def test_other_data_in_the_folder_is_refused(out: Path) -> None:
     with pytest.raises(ConfigError, match="another seed"):
         pick.make_pick(out, 30, 4, PIPELINE)

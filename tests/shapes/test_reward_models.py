@@ -103,6 +103,7 @@ def test_a_batch_counts_each_prompt_alike(out: Path) -> None:
     torch.testing.assert_close(loss, torch.stack(parts).mean().detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_preferences_are_learnt_and_the_folder_is_pickscores(taught: Path) -> None:
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     captions = ["a red circle", "two blue squares", "a cyan heart", "a star"]
@@ -117,6 +118,7 @@ def test_preferences_are_learnt_and_the_folder_is_pickscores(taught: Path) -> No
     assert reward.scale == pytest.approx(SCALE, rel=0.1)  # its own, which 4 steps hardly move
 
 
+@pytest.mark.slow
 def test_a_head_is_learnt_and_the_reward_reads_it(taught: Path) -> None:
     make_aesthetic(taught, Budget(minutes=5.0, steps=200), "32-true", 0)
     state = load_file(taught / "aesthetic" / "model.safetensors")

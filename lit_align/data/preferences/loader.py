@@ -232,7 +232,7 @@ class PairLoader:
         return decode(bytes(data), self.resolution)
 
     def _report(self, found: Found) -> Found:
-        """Say, once, what could not be read; every rank speaks of its own share."""
+        """Report, once, what could not be read; every rank reports its own share."""
         for row, reason in found.passed:
             if row not in self.unreadable:
                 self.unreadable[row] = reason

@@ -166,7 +166,7 @@ class MultiTaskDataModule(AlignmentDataModule):
                 if count:
                     rank_zero_warn(
                         f"the task {other} trains on {counted(count, f'{split} prompt')} of the task {name}, "
-                        "whose figures are then not of prompts that the run has never seen; take them out of "
+                        "whose metrics are then not of prompts that the run has never seen; take them out of "
                         f"data.tasks.{other}.source"
                     )
 

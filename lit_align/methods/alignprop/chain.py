@@ -35,7 +35,8 @@ def differentiable_rollout(
         attached: ``(T, B)`` bool, on the CPU.
         draws: Where the steps' noise comes from.
         reference: The denoiser of the reference, to measure KL on the attached steps.
-        one_shot: Return the clean states that the attached predictions imply (ReFL), one per image.
+        one_shot: Return the clean states that the attached predictions imply (ReFL), one per image, in place
+            of the ends of the chains.
         graphs: ``(T,)`` bool, the steps that get a graph, if they are more than those with an attached image.
 
     Returns:
@@ -45,7 +46,7 @@ def differentiable_rollout(
     x = jumped = noise
     kl = noise.new_zeros(len(noise))
     graphs = attached.any(1) if graphs is None else graphs
-    # After the last jump nothing is left to sample.
+    # A one-shot chain ends at the last attached step.
     steps = int(graphs.nonzero().max()) + 1 if one_shot else sampler.num_steps
     for k in range(steps):
         used, keep = bool(graphs[k]), attached[k].to(x.device)

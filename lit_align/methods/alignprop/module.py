@@ -92,7 +92,7 @@ class AlignPropModule(AlignmentModule):
             ceiling: Images above this total reward give no gradient. ReFL: 2 standard deviations above the
                 mean of ImageReward. Not with a target.
             coefficient: Factor on the loss, 0.01 in the released code. Adam hides it; the clip does not.
-            kl_weight: Weight of the KL to the reference, summed over the attached steps and a mean over
+            kl_weight: Weight of the KL to the reference, a sum over the attached steps and a mean over
                 latent elements; the coefficient does not scale it. Own addition (the paper stops early).
             optimisation: How the weights are updated. Released: AdamW, lr 1e-3, weight decay 0.1, LoRA of
                 rank 4, clip 5. ``micro_batch`` counts images, each with its copies if the truncation makes
@@ -166,7 +166,7 @@ class AlignPropModule(AlignmentModule):
         self.log_rollout_batch(scores, measured, work.sampling, time.perf_counter() - started)
 
     def _loss(self, work: RolloutBatch, rows: Tensor, graphs: Tensor) -> tuple[Tensor, Metrics]:
-        """The part of some images in the mean loss of the batch, with graphs of some steps.
+        """What some images add to the mean loss of the batch, with graphs of some steps.
 
         Its metrics include what the rewards report of these images.
         """
@@ -174,8 +174,8 @@ class AlignPropModule(AlignmentModule):
         batch = work.batch[rows]
         latents, kl = self.differentiable_sample(batch, work.cond[rows], work.attached[:, rows], graphs)
         images, ends = self.backbone.decode(latents), 1 + self.truncation.copies
-        scored = batch[torch.arange(len(batch)).repeat(ends)]
-        output = self.rewards(images, scored.prompts, scored.groups, scored.columns)
+        shown = batch[torch.arange(len(batch)).repeat(ends)]  # one row for each end of a chain
+        output = self.rewards(images, shown.prompts, shown.groups, shown.columns)
         metrics = {name: score[: len(batch)] for name, score in output.report.items()}
         work.sampling += time.perf_counter() - started
         self.remember(batch.index, batch.prompts, {name: metrics[name].cpu() for name in output.report})
@@ -195,7 +195,7 @@ class AlignPropModule(AlignmentModule):
         return total / len(work.batch), metrics
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """As every method; without a score on any rank there is no step, not even with momentum."""
+        """As in every method; if no image of any rank has a score, nothing moves, not even by momentum."""
         if not any(self.gather(self._scored)):
             optimizer.zero_grad()
         super().on_before_optimizer_step(optimizer)

@@ -50,7 +50,7 @@ class Window(Truncation, ABC):
 
 
 class NoTruncation(Window):
-    """The whole chain: exact, and in the paper the way to one image for all prompts within two epochs."""
+    """The whole chain: the exact gradient; in the paper it collapses to one image within two epochs."""
 
     def length(self, num_steps: int, draw: torch.Generator) -> int:
         return num_steps
@@ -122,7 +122,7 @@ class GaussianWindow(Window):
 
     Args:
         mean: 8 of 50 steps in the released code (branch trl_main: the first attached step is N(42, 5)).
-        std: 5 there.
+        std: 5 in the same code.
     """
 
     def __init__(self, mean: float = 8.0, std: float = 5.0) -> None:
@@ -132,7 +132,7 @@ class GaussianWindow(Window):
         self.std = std
 
     def length(self, num_steps: int, draw: torch.Generator) -> int:
-        _check("GaussianWindow's mean", self.mean, num_steps)  # so that a draw is soon inside
+        _check("GaussianWindow's mean", self.mean, num_steps)  # so that few draws are rejected
         while True:
             steps = math.ceil(self.mean + self.std * float(torch.randn((), generator=draw)))
             if 1 <= steps <= num_steps:
@@ -159,7 +159,7 @@ class OneShot(Truncation):
 
     Args:
         low: Latest step, counted from the end: 1 is the last.
-        high: Earliest step, counted so. ReFL: 1 to 10 of 40.
+        high: Earliest step, counted in the same way. ReFL: 1 to 10 of 40.
     """
 
     one_shot: ClassVar[bool] = True

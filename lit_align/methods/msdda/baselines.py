@@ -1,4 +1,4 @@
-"""What MSDDA is compared with: other ways to serve a mixed reward with the same model and the same noise."""
+"""The baselines of MSDDA: other policies for a mixed reward, with the same model and the same noise."""
 
 import math
 from abc import ABC, abstractmethod
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Baseline(ABC):
-    """One way to serve weights of the objectives.
+    """One way to make a policy for weights of the objectives.
 
     Attributes:
         name: In tables and plots; two of one class need names of their own.
@@ -36,7 +36,7 @@ class Baseline(ABC):
         """Add the weight sets that it needs, once, before anything is trained.
 
         Raises:
-            ConfigError: It cannot serve these experts or rewards.
+            ConfigError: It cannot use these experts or rewards.
         """
         del host
 
@@ -55,7 +55,7 @@ class Baseline(ABC):
 class Soup(Baseline):
     """Rewarded soup (Ramé et al. 2023, arXiv 2306.04488): the model with the weighted sum of the updates.
 
-    It goes as far with each as the fused policy does.
+    The updates have the exponents of the fused policy as weights.
     """
 
     name = "soup"
@@ -77,8 +77,8 @@ class Soup(Baseline):
 class FactorSoup(Baseline):
     """The soup of public code: the means of the adapters' factors, which is not linear in the updates.
 
-    It knows no KL strengths, and goes no further than the experts; where weights sum to less than 1, both
-    factors shrink, and the update by the square.
+    It does not use KL strengths. Where weights sum to less than 1, both factors shrink, and the update by the
+    square of the sum.
     """
 
     name = "soup of factors"
@@ -102,9 +102,10 @@ class FactorSoup(Baseline):
 class CoDe(Baseline):
     """Candidate search (CoDe, Singh et al. 2025, arXiv 2502.00968) with the pretrained model.
 
-    In every so many steps several next states are drawn, and the one goes on whose predicted clean image
-    scores best: the variant of Diffusion Blend's code, which looks one step ahead, with 20 candidates in
-    every 5th of 50 steps. A candidate without a score is never chosen where another has one.
+    In one of ``every`` steps several next states are drawn, and the chain goes on from the one whose
+    predicted clean image scores best. This is the variant of Diffusion Blend's code, which looks one step
+    ahead, with 20 candidates in every 5th of 50 steps. A candidate without a score is never chosen where
+    another has one.
 
     Args:
         candidates: Next states that are drawn.
@@ -139,7 +140,7 @@ class CoDe(Baseline):
 
 @dataclass(frozen=True)
 class SearchPolicy:
-    """The pretrained model's steps, in some of which the best of several next states goes on.
+    """The pretrained model's steps; in some of them the best of several next states is kept.
 
     Attributes:
         host: The method that it is compared with; gives the rewards.
@@ -185,12 +186,13 @@ class SearchPolicy:
 class RewardGradient(Baseline):
     """Reward-gradient guidance of the pretrained model, as in Diffusion Blend's code.
 
-    The mean of a step moves by ``lambda sigma^2`` times the weighted sum of the objectives' gradients at the
-    predicted clean image, each with its norm over channels set to 1 and divided by 0.1.
+    The mean of a step moves by ``lambda sigma^2 / temperature`` times the weighted sum of the objectives'
+    gradients with respect to the state, through the predicted clean image. Each gradient is divided by its
+    norm over channels.
 
     Args:
-        growth: ``lambda`` of step ``i`` is ``min(1, (1 + growth)^i - 1)``; 0.024 for 50 steps there.
-        temperature: 0.1 there, for 50 steps: with fewer each has more noise, and wants a higher one.
+        growth: ``lambda`` of step ``i`` is ``min(1, (1 + growth)^i - 1)``; 0.024 in that code, for 50 steps.
+        temperature: 0.1 in that code, for 50 steps. With fewer steps each has more noise: give a higher one.
         name: See :class:`Baseline`.
     """
 

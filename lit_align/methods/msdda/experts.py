@@ -28,7 +28,7 @@ from lit_align.rewards import RewardBank
 
 
 def centred(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Rewards minus the mean of the prompt's *other* images: a baseline that biases nothing.
+    """Rewards minus the mean of the prompt's *other* images: an unbiased baseline.
 
     Args:
         rewards: ``(B,)``; one that is not finite is no score, and gets 0.
@@ -52,10 +52,10 @@ def comparable(rewards: Tensor, groups: Tensor) -> Tensor:
 
 
 def step_loss(log_ratio: Tensor, kl: Tensor, advantages: Tensor, beta: float, max_ratio: float) -> Tensor:
-    r"""The step-level objective on samples of the reference: ``-w A + beta KL``, with ``w`` at most so large.
+    r"""The step-level objective on samples of the reference: ``-w A + beta KL`` with ``w = pi / pi_ref``.
 
-    Its minimum over all kernels is :math:`\pi_{ref} e^{r / \beta}`. The bound on ``w`` stops an increase that
-    pays only because few samples carry it; where ``A`` is negative there is none.
+    Its minimum over all kernels is :math:`\pi_{ref} e^{r / \beta}`. Where ``A`` is positive, ``w`` counts as
+    ``max_ratio`` at most, so that few samples cannot dominate an update.
 
     Args:
         log_ratio: ``log pi - log pi_ref`` of the state that the reference drew, in nats, ``(N,)``.
@@ -79,7 +79,7 @@ class Lesson(Replay):
         name: Of the expert.
         advantages: ``(B,)``, on the device.
         compared: ``(B,)`` bool, on the device: images with a score, and another one of their prompt to
-            compare it with. The KL of the others has no part either: ``beta`` would be larger than it is.
+            compare it with. The KL of the others is left out too, or it would weigh more than ``beta``.
     """
 
     name: str
@@ -109,7 +109,7 @@ class ExpertModule(AlignmentModule):
         optimisation: Optimisation,
         sampling: Sampling,
     ) -> None:
-        """Set up the method; what is not said here is documented where a method gives it a default.
+        """Set up the method; a method that gives an argument a default documents it in full.
 
         Args:
             backbone: The diffusion model, which gets a weight set for each objective. When all weight sets
@@ -228,16 +228,16 @@ class ExpertModule(AlignmentModule):
         return pooled(measured)
 
     def _loss(self, lessons: Sequence[Lesson], pairs: Pairs, size: int) -> tuple[Tensor, Metrics]:
-        """The part of some (image, step) pairs in the loss of an update of ``size`` pairs, over all experts.
+        """What some (image, step) pairs add to the loss of an update of ``size`` pairs, over all experts.
 
-        All in one: over several processes every backward pass must reach every trained weight.
+        One loss for all: with several processes every backward pass must reach every trained weight.
         """
         total, measured = torch.zeros((), device=self.device), []
         for lesson in lessons:
-            now, then, drawn = lesson.step(pairs)
-            kl, advantages = now.kl(then), lesson.advantages[pairs.rows.to(self.device)]
-            beta = self.expert_betas[lesson.name]
-            loss = step_loss(now.log_ratio(then, drawn), kl, advantages, beta, self.max_ratio)
+            expert, reference, x_next = lesson.step(pairs)  # the reference sampled the chains
+            kl, advantages = expert.kl(reference), lesson.advantages[pairs.rows.to(self.device)]
+            log_ratio, beta = expert.log_ratio(reference, x_next), self.expert_betas[lesson.name]
+            loss = step_loss(log_ratio, kl, advantages, beta, self.max_ratio)
             loss = torch.where(lesson.compared[pairs.rows.to(self.device)], loss, 0.0)
             own = chosen({"loss": loss.detach(), "kl": kl.detach()}, lesson.trajectory.finite[pairs.rows])
             measured += [own, {f"{metric}/{lesson.name}": values for metric, values in own.items()}]

@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
 def fusion_weights(
     weights: Mapping[str, float], beta: float, betas: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    r"""Exponents of the kernels in the fused one; what is missing to 1 goes to the reference.
+    r"""Exponents of the kernels in the fused one; the reference gets the rest to 1.
 
     With :math:`\pi_i \propto \pi_{ref} e^{r_i / \beta_i}` the optimum for :math:`\sum_i w_i r_i` at the KL
     strength :math:`\beta` is
@@ -52,7 +52,7 @@ def is_one_hot(weights: Mapping[str, float]) -> bool:
 
 @dataclass(frozen=True)
 class FusedPolicy:
-    """The precision-weighted product of several policies (equations 6 and 7); weights of 0 cost nothing.
+    """The precision-weighted product of several policies (equations 6 and 7); a weight of 0 costs nothing.
 
     Where all experts have one sampler, their stds agree, a step is linear in the prediction, and so the
     predictions are fused: one sampler step on the weighted mean of them.

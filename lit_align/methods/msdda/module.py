@@ -31,7 +31,7 @@ from lit_align.methods.msdda.fusion import (
 )
 from lit_align.methods.msdda.sweep import Front, Sweep
 from lit_align.methods.msdda.sweeping import Sweeping
-from lit_align.methods.msdda.weights import check_names, check_weights, whole
+from lit_align.methods.msdda.weights import check_names, check_weights, completed
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.sampling import BatchPolicy, Sampling
 from lit_align.randomness import generator
@@ -47,12 +47,12 @@ class MSDDAModule(ExpertModule):
     **Which step reward ``fit`` uses.** :math:`r_t(x_{t-1})` is the mean reward of the images that the
     *reference* makes from :math:`x_{t-1}`. Its samples are the rewards of the reference's own images, so
     one rollout batch serves all experts and all steps, with importance weights of one step. It is linear in
-    the reward and knows no expert, so the experts' optima fuse exactly to the optimum of the mixed step
-    reward: the theorem's premise holds, up to how far training gets and to what a shifted Gaussian can
-    follow of :math:`\pi_{ref} e^{r_t / \beta}`. The fused chain is *not* the optimum of the terminal reward
-    with a KL on the whole chain: the tilts of that problem are soft values,
-    :math:`\log E_{ref}\, e^{r / \beta}`, which do not add. Experts from elsewhere, such as DDPO's or DPOK's
-    (the paper's), are near neither: with them the fusion is a heuristic.
+    the reward and does not depend on the experts, so the experts' optima fuse exactly to the optimum of the
+    mixed step reward: the theorem's premise holds, as far as training converges and a shifted Gaussian can
+    represent :math:`\pi_{ref} e^{r_t / \beta}`. The fused chain is *not* the optimum of the terminal reward
+    with a KL on the whole chain: that problem has the soft values :math:`\log E_{ref}\, e^{r / \beta}`, which
+    do not add. Experts of other methods, such as DDPO's or DPOK's (the paper's), are trained for neither
+    problem: with them the fusion is a heuristic.
 
     **Own eta of experts.** The theorem has one reference kernel. It is exact for a common eta, where the
     fused mean is the weighted mean of means. Experts with samplers of their own (``samplers``) are a
@@ -91,7 +91,7 @@ class MSDDAModule(ExpertModule):
             experts: For each objective the folder of its expert (``adapter/`` of a run, or a pipeline of a
                 full fine-tuning), or null to train it with ``fit``.
             weights: Of the objectives; together at most 1, the rest is the reference's.
-            beta: KL strength of the experts, in units of the scaled reward per nat.
+            beta: KL strength of the experts, in units of the scaled reward per nat. The default is ours.
             betas: KL strengths of experts that were, or by ``fit`` will be, trained with another.
             target_beta: KL strength of the fused policy; ``beta`` if not given. Lower goes further from the
                 reference than any expert.
@@ -100,7 +100,7 @@ class MSDDAModule(ExpertModule):
                 fused policy: the cost of one model, not exact.
             sweep: Weights and baselines that ``test`` measures; null for none.
             joint: ``fit`` also trains one adapter on the mixed reward at each of these weights, at
-                ``target_beta``: what fusing saves, and the oracle of the sweep.
+                ``target_beta``: the training that fusing saves, and the oracle of the sweep.
             max_ratio: Bound on importance weights in ``fit``. Own choice.
             updates: Optimizer steps per pass over a rollout batch; each takes whole prompts.
             inner_epochs: Passes over a rollout batch. Its images are the reference's, and never grow stale.
@@ -120,7 +120,7 @@ class MSDDAModule(ExpertModule):
         for point in sweep.points if sweep else []:
             check_weights("sweep.points", point, experts)
         objectives = {name: {name: 1.0} for name, folder in experts.items() if folder is None}
-        mixed = {f"joint{i}": whole(point, experts) for i, point in enumerate(joint or [])}
+        mixed = {f"joint{i}": completed(point, experts) for i, point in enumerate(joint or [])}
         all_betas = dict.fromkeys(experts, beta) | (betas or {})
         super().__init__(
             backbone=backbone,
@@ -136,7 +136,7 @@ class MSDDAModule(ExpertModule):
             sampling=sampling,
         )
         self.experts = experts
-        self.weights = whole(weights, experts)
+        self.weights = completed(weights, experts)
         self.beta, self.target_beta = beta, target_beta or beta
         self.betas = all_betas
         self.samplers = {name: backbone.make_sampler(own) for name, own in (samplers or {}).items()}
@@ -186,11 +186,11 @@ class MSDDAModule(ExpertModule):
         return self.backbone.policy(sampler, cond, self.sampling.guidance, name)
 
     def exponents(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """The powers of the experts' kernels and of the reference's in the fused one."""
+        """The exponents of the experts' kernels and of the reference's in the fused kernel."""
         return fusion_weights(weights, self.target_beta, self.betas)
 
     def alone(self, weights: Mapping[str, float]) -> str | None:
-        """The expert which the fused policy is where all weight is on it, if it goes just as far."""
+        """The expert that equals the fused policy: all weight is on it, and its KL strength is the same."""
         if not (is_one_hot(weights) and is_one_hot(self.exponents(weights))):
             return None
         return next(name for name, weight in weights.items() if weight)
@@ -207,7 +207,7 @@ class MSDDAModule(ExpertModule):
         return found
 
     def step_stds(self) -> list[Tensor] | None:
-        """Those of the fused policy at the configured weights."""
+        """Stds of the steps of the fused policy at the configured weights."""
         return self.stds(self.exponents(self.weights))
 
     def _check_fusion(self, weights: Mapping[str, float]) -> None:
@@ -269,7 +269,7 @@ class MSDDAModule(ExpertModule):
         self._check_trained()
 
     def setup(self, stage: str) -> None:
-        """As for all experts; those with a sampler of their own cannot be trained.
+        """As in the base; experts with a sampler of their own cannot be trained.
 
         Raises:
             ConfigError: There is nothing to train, or it cannot be trained, or followed, like this.
@@ -289,8 +289,8 @@ class MSDDAModule(ExpertModule):
     def export(self, folder: Path | None) -> None:
         """Write each trained expert to ``folder/<name>``, and in ``folder`` the rewarded soup of all experts.
 
-        The soup is one adapter at the configured weights, linear in the updates and as far as the fused
-        policy goes, for programs that cannot fuse: an approximation of it.
+        The soup is one adapter at the configured weights, linear in the updates and scaled like the fused
+        policy: an approximation of it for programs that cannot fuse.
         """
         for name in self.trained:
             self.backbone.weight_sets.save(folder and folder / name, name)

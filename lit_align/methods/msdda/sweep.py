@@ -16,7 +16,7 @@ Weights = tuple[tuple[str, float], ...]
 """(objective, weight) pairs."""
 
 RESAMPLES = 200
-"""Of the prompts, for the error of a hypervolume."""
+"""Bootstrap resamples of the prompts, for the error of a hypervolume."""
 
 BASE, EXPERT, FUSED, RANDOM, JOINT = "base", "expert", "MSDDA", "one random expert", "joint training"
 
@@ -59,7 +59,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Point:
-    """One policy of a sweep: how it serves which weights. Hashable: images are collected by it.
+    """One policy of a sweep: a method at some weights. Hashable: measurements are collected by point.
 
     Attributes:
         method: ``base``, ``expert``, ``MSDDA`` (or ``one random expert``, where that is what is sampled),
@@ -92,12 +92,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Volume:
-    """A method's hypervolume; NaN for what cannot be said.
+    """A method's hypervolume; NaN where it is not defined.
 
     Attributes:
         value: In units of the base's standard deviations; the base alone is 1.
         error: Standard error of ``value``.
-        lead: What MSDDA's volume is above it.
+        lead: MSDDA's volume minus this one.
         lead_error: Standard error of ``lead``, on the same prompts.
     """
 
@@ -116,7 +116,7 @@ class Front:
         measured: All points, base first.
         scales: Of the objectives, by which rewards are multiplied in the mixed reward. Of a penalty it is
             negative: less of it is better, on the front and in volumes.
-        ends: Of each method the weights at which it is just an expert, and measured as such.
+        ends: For each method the weights at which it equals an expert, whose measurement is used.
         prompts: Of the images that are shown.
     """
 
@@ -132,7 +132,7 @@ class Front:
         return torch.stack([part[part.isfinite()].mean() for part in parts])
 
     def methods(self) -> dict[str, list[Measured]]:
-        """The points of each method, with those experts that it is at some weights."""
+        """The points of each method, and the experts that it equals at some weights."""
         found: dict[str, list[Measured]] = {}
         for one in self.measured:
             found.setdefault(one.point.method, []).append(one)
@@ -143,7 +143,7 @@ class Front:
         }
 
     def merits(self, means: Tensor) -> Tensor:
-        """Means ``(..., m)`` so that higher is better: those of penalties are turned round."""
+        """Means ``(..., m)`` so that higher is better: the sign of penalties is changed."""
         return means * means.new_tensor([math.copysign(1, self.scales[name]) for name in self.objectives])
 
     def reference(self) -> tuple[Tensor, Tensor]:
@@ -166,7 +166,7 @@ class Front:
         }
 
     def resampled_hypervolumes(self) -> dict[str, Tensor]:
-        """Those of prompts drawn again with replacement, ``(RESAMPLES,)`` for each method.
+        """Hypervolumes with prompts drawn again with replacement, ``(RESAMPLES,)`` for each method.
 
         All methods get the same draws, so the spread of a difference is that of a paired comparison (the
         bootstrap, Efron 1979, clustered by prompt). The reference point stays. NaN where some objective has
@@ -197,7 +197,7 @@ class Front:
         return torch.stack(means, dim=1)
 
     def volumes(self) -> dict[str, Volume]:
-        """Of each method the hypervolume and how sure it is."""
+        """The hypervolume of each method, with its standard error."""
         values, again = self.hypervolumes(), self.resampled_hypervolumes()
         fused, drawn = values.get(FUSED, math.nan), again.get(FUSED, torch.full((RESAMPLES,), math.nan))
         return {

@@ -34,7 +34,7 @@ PolicyFactory = Callable[[Batch, Conditioning], BatchPolicy]
 
 
 class Sweeping:
-    """Measures other weights than the configured ones, and other ways to serve them.
+    """Measures all points of a sweep during a test.
 
     Args:
         module: The method; one test of it.
@@ -90,7 +90,7 @@ class Sweeping:
         return Front(experts, measured, self.module.rewards.weights, self._points()[1], prompts)
 
     def _points(self) -> tuple[dict[Point, PolicyFactory], dict[str, list[Weights]]]:
-        """All policies of the sweep, in order; and of each method where it is an expert, sampled as such."""
+        """All policies of the sweep, in order; and by method the weights at which it equals an expert."""
         module = self.module
         grid = {tuple(weights.items()): weights for weights in self.sweep.weights(list(module.experts))}
         found: dict[Point, PolicyFactory] = {Point(BASE): partial(self._alone, REFERENCE)}
@@ -122,7 +122,7 @@ class Sweeping:
         return self.module.expert(name, cond)
 
     def _exponents_at(self, point: Point) -> dict[str, float]:
-        """Exponents of the kernels whose product is sampled at a point; empty where no product is."""
+        """Exponents of the kernels whose product is sampled at a point; empty if it is no product."""
         if point.method == EXPERT:
             return {name: weight for name, weight in point.weights if weight}
         return self.module.exponents(dict(point.weights)) if point.method in (FUSED, RANDOM) else {}

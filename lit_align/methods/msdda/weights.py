@@ -1,4 +1,4 @@
-"""Weights of several objectives: whole, on the simplex, and under names that fit together."""
+"""Weights of several objectives: completed, on the simplex, and under the names of the experts."""
 
 import re
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from lit_align.methods.msdda.fusion import TOLERANCE
 from lit_align.rewards import RewardBank
 
 
-def whole(weights: Mapping[str, float], experts: Mapping[str, object]) -> dict[str, float]:
-    """The weights with those that are 0, in the order of the experts."""
+def completed(weights: Mapping[str, float], experts: Mapping[str, object]) -> dict[str, float]:
+    """The weights of all experts, in their order: 0 for those that are not named."""
     return {name: weights.get(name, 0.0) for name in experts}
 
 

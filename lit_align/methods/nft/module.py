@@ -1,9 +1,9 @@
 """The module that trains on the forward process: sample, score, noise anew, learn.
 
 A rollout batch gives clean latents and advantages; its chains are not used. Each latent is noised anew, and
-the denoiser is taught on it as in pretraining: towards good images and away from bad ones. So any sampler
-will do, with noise in its steps or without, and no likelihood is needed. Shapes: ``B`` images, ``N`` (image,
-timestep) pairs.
+the denoiser is trained on it as in pretraining: towards good images and away from bad ones. So any sampler
+can draw the images, with noise in its steps or without, and no likelihood is needed. Shapes: ``B`` images,
+``N`` (image, timestep) pairs.
 """
 
 from collections.abc import Iterator
@@ -165,10 +165,10 @@ class NFTModule(JointModule):
         size = self.optimisation.micro_batch
         for (epoch, part), errors in zip(parts, [None, *behaviour], strict=True):
             micro = part.split(size)
-            then = [None] * len(micro) if errors is None else errors.split(size)
+            pieces = [None] * len(micro) if errors is None else errors.split(size)
             losses = [
-                partial(self._loss, rollouts, epoch, pairs, before, len(part.rows))
-                for pairs, before in zip(micro, then, strict=True)
+                partial(self._loss, rollouts, epoch, pairs, piece, len(part.rows))
+                for pairs, piece in zip(micro, pieces, strict=True)
             ]
             yield self.optimise(losses, rollouts.batch.task)
 
@@ -207,7 +207,7 @@ class NFTModule(JointModule):
     def _loss(
         self, rollouts: Rollouts, epoch: int, pairs: Pairs, behaviour: Tensor | None, size: int
     ) -> tuple[Tensor, Metrics]:
-        """The part of some pairs in the mean loss of an update of ``size`` pairs."""
+        """What some pairs add to the mean loss of an update of ``size`` pairs."""
         clean, noise, x, t = self._noised(rollouts, epoch, pairs)
         schedule = self.sampler.schedule
         prediction = self._predict(rollouts, pairs, x, t, POLICY)
@@ -239,7 +239,7 @@ class NFTModule(JointModule):
 
     @torch.no_grad()
     def _old(self, rollouts: Rollouts, pairs: Pairs, x: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
-        """Predictions of the old policy; the policy's own where the two are still one."""
+        """Predictions of the old policy; the policy's own while the two have the same weights."""
         first = self.trainer.global_step == self._began_at  # no task has moved the policy yet
         if first and (not self.batches or not self.old_policy.decay(self.batches - 1)):
             return prediction.detach()

@@ -51,7 +51,7 @@ def nft_loss(
     r"""DiffusionNFT's loss, ``(clip / beta) [r e(x0^+) + (1 - r) e(x0^-)]`` with :func:`normalised_error` e.
 
     ``r = 1/2 + A / (2 clip)`` is the probability that an image is a good one. At 1/2 (no advantage) the
-    gradient is exactly 0 where policy and old policy are one. Without the adaptive weight the optimum is the
+    gradient is exactly 0 where policy and old policy agree. Without the adaptive weight the optimum is the
     paper's theorem 3.2: ``old + (2 / beta) E[r | x_t] (x0^good - old)``.
 
     Args:
@@ -73,7 +73,7 @@ def nft_loss(
 
 
 def awm_log_prob(error: Tensor, sigma: Tensor, power: float) -> Tensor:
-    """What AWM puts in the place of a log-probability: ``-(sigma / p) [(e + 1e-10)^p - 1e-10^p]``.
+    """What AWM uses as a log-probability: ``-(sigma / p) [(e + 1e-10)^p - 1e-10^p]``.
 
     Args:
         error: Squared error of the policy's prediction, a mean over elements, ``(N,)``.
@@ -169,7 +169,7 @@ class AWM(ForwardObjective):
         clip_range: Of the ratio. The default is DDPO's, whose ratios are of means over elements too.
         power: See :func:`awm_log_prob`; .25 in the released configuration.
         old_weight: Weight of the squared distance to the moving average of the weights, beside that to the
-            reference; 1 in the released configuration. Without it training may collapse.
+            reference; 1 in the released configuration, the default is ours. Without it training may collapse.
 
     Raises:
         ConfigError: A value is not positive, or ``old_weight`` negative.
@@ -186,8 +186,8 @@ class AWM(ForwardObjective):
 
     def __call__(self, at: Matched, advantages: Tensor, clip: float) -> tuple[Tensor, Metrics]:
         error = denoising_error(at.prediction, at.target)
-        then = error.detach() if at.behaviour is None else at.behaviour
-        log_prob, behaviour = (awm_log_prob(e, at.sigma, self.power) for e in (error, then))
+        behaviour_error = error.detach() if at.behaviour is None else at.behaviour
+        log_prob, behaviour = (awm_log_prob(e, at.sigma, self.power) for e in (error, behaviour_error))
         # The released code divides advantages by their clip.
         loss = awm_loss(log_prob, behaviour, advantages / clip, self.clip_range)
         moved = (log_prob - behaviour).detach().expm1().abs()
@@ -207,10 +207,10 @@ class OldPolicy:
     ``hold`` is.
 
     Args:
-        flat: 0 in DiffusionNFT's configurations for GenEval and PickScore, 75 for OCR: updates there, of
-            which that one makes two a rollout batch.
-        rate: .001; .0075 for OCR.
-        hold: .5; .999 for OCR. AWM: .3. Below 1.
+        flat: 0 in DiffusionNFT's configurations for GenEval and PickScore; 75 for OCR, where it counts
+            updates, two in a rollout batch.
+        rate: .001 in the first two of these configurations; .0075 for OCR.
+        hold: .5 in the first two; .999 for OCR. AWM: .3. Below 1.
 
     Raises:
         ConfigError: A value is outside of its range.

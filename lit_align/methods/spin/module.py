@@ -1,9 +1,9 @@
 """SPIN-Diffusion: self-play against one's own past (Yuan et al. 2024, arXiv 2402.10210).
 
-A game of two players in iterations. The opponent is the model as it was when the iteration began; the main
-player learns to tell the images that people preferred from the opponent's images of the same prompts;
-what it has become is the next opponent. No loser is needed, and no reward. Shapes: ``B`` pairs, ``T`` steps,
-``D`` latent elements.
+A game of two players in iterations. The opponent is a copy of the model from the start of the iteration. The
+main player learns to tell images that people preferred from the opponent's images of the same prompts, and is
+the next opponent. No rejected images and no reward are needed. Shapes: ``B`` pairs, ``T`` steps, ``D`` latent
+elements.
 """
 
 import time
@@ -22,7 +22,7 @@ from lit_align.gaussian import Generators
 from lit_align.methods.metrics import Metrics
 from lit_align.methods.objectives import trajectory_margin
 from lit_align.methods.optimisation import Optimisation
-from lit_align.methods.pairs import Noised, judge
+from lit_align.methods.pairs import Noised, logistic_preference
 from lit_align.methods.sampling import Sampling
 from lit_align.methods.spin.opponent import OPPONENT, OpponentModule
 from lit_align.rewards import RewardBank
@@ -39,7 +39,7 @@ def forward_chain(sampler: Sampler, x0: Tensor, noise: Tensor, draws: Generators
     7). So every state has the marginal of the forward process.
 
     Args:
-        sampler: Whose steps; any eta.
+        sampler: Gives the steps; any eta.
         x0: Clean latents, ``(B, ...)``.
         noise: Standard normal, ``(B, ...)``.
         draws: Where the noise of the steps comes from.
@@ -75,7 +75,7 @@ class Chains:
 class SPINModule(OpponentModule[tuple[Noised, Noised] | Chains]):
     """Self-play finetuning on preferred images, all iterations in one fit."""
 
-    also_kept: ClassVar[tuple[str, ...]] = (OPPONENT,)  # to go on in the middle of an iteration
+    also_kept: ClassVar[tuple[str, ...]] = (OPPONENT,)  # to resume in the middle of an iteration
 
     goes_back: ClassVar[bool] = False  # the pool holds images of the opponent, which is a later policy
 
@@ -142,7 +142,7 @@ class SPINModule(OpponentModule[tuple[Noised, Noised] | Chains]):
         self.steps = _of_each("steps", steps, iterations)
         self.betas = _of_each("beta", beta, iterations)
         self.rates = None if lr is None else _of_each("lr", lr, iterations)
-        # The one in progress, from 1, and its updates so far.
+        # The iteration in progress, from 1, and its updates so far.
         self.iteration, self.done = 0, 0
         if exact and not self.sampler.stochastic.any():
             raise ConfigError(
@@ -164,11 +164,11 @@ class SPINModule(OpponentModule[tuple[Noised, Noised] | Chains]):
     # ---- iterations
 
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
-        """Begin the next iteration where the last one is over; in a resumed one, look for the pool."""
+        """Begin the next iteration when one is over; fill the pool where it is not there yet."""
         length = self.steps[self.iteration - 1] if self.iteration else 0
         if begins := self.done >= length and self.iteration < self.iterations:
             self._begin_iteration()
-        # Beyond the schedule, which happens where the Trainer has a minimum of epochs, batch by batch.
+        # After the last iteration (the Trainer has min_epochs) the pool is filled batch by batch.
         if begins or self.pool is None or self.done >= self.steps[self.iteration - 1]:
             started = time.perf_counter()
             with self.trainer.precision_plugin.forward_context(), torch.no_grad():
@@ -176,7 +176,7 @@ class SPINModule(OpponentModule[tuple[Noised, Noised] | Chains]):
             self.sampling_seconds = time.perf_counter() - started
 
     def _begin_iteration(self) -> None:
-        """The policy becomes its own opponent, and the optimizer forgets."""
+        """Copy the policy to the opponent, and make a new optimizer."""
         if self.iteration:
             self._drop_pool()
         self.iteration, self.done = self.iteration + 1, 0
@@ -193,7 +193,7 @@ class SPINModule(OpponentModule[tuple[Noised, Noised] | Chains]):
         return optimizer
 
     def configure_optimizers(self) -> Any:
-        """As every method, anew in each iteration.
+        """As in every method, anew in each iteration.
 
         Raises:
             ConfigError: The scheduler sets the learning rate itself, so that ``lr`` would do nothing.
@@ -217,7 +217,7 @@ class SPINModule(OpponentModule[tuple[Noised, Noised] | Chains]):
             self.trainer.should_stop = True
 
     def on_train_start(self) -> None:
-        """Say if the Trainer ends first. A fit resumed after its last update has nothing left to do."""
+        """Warn if the Trainer ends before the last iteration, or if all iterations are done already."""
         super().on_train_start()
         if (self.iteration, self.done) >= (self.iterations, self.steps[-1]):
             self.trainer.should_stop = True
@@ -270,7 +270,7 @@ class SPINModule(OpponentModule[tuple[Noised, Noised] | Chains]):
                 reference = opponent(before, k)
             ratios.append(policy(before, k).log_ratio(reference, after) / before[0].numel())
         winner, loser = torch.stack(ratios).chunk(2, dim=1)
-        loss, metrics = judge(trajectory_margin(winner, loser, beta))
+        loss, metrics = logistic_preference(trajectory_margin(winner, loser, beta))
         sums = {"winner_ratio": winner.detach().sum(0), "loser_ratio": loser.detach().sum(0)}
         return loss, sums | metrics
 

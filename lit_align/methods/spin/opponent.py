@@ -21,7 +21,7 @@ OPPONENT = "opponent"
 """The weight set of the policy as it was when the iteration began."""
 
 SHARD = 256
-"""Images of the opponent in a shard of the pool: what an interrupt may cost."""
+"""Images of the opponent in a shard of the pool: an interrupt loses at most so many."""
 
 Prepared = TypeVar("Prepared")
 
@@ -33,7 +33,7 @@ class OpponentModule(PairModule[Prepared], ABC):
         steps: Updates of each iteration.
         iteration: The one in progress, from 1; 0 before the first.
         done: Its updates so far.
-        exact: Keep whole chains, not their ends alone.
+        exact: Whether whole chains are kept, and not only their ends.
         opponent_guidance: Scale of guidance for the opponent's images.
         pool: What was drawn; None before the first update of a process.
     """

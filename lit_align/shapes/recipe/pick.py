@@ -5,8 +5,8 @@ Pick-a-Pic come from several models, an image is by one of five, with the shares
 sampled well, without guidance or in fewer steps, and the renderer, which stands for a stronger model, right
 or wrong in one fact. :mod:`~lit_align.shapes.recipe.preferences` says how pairs are judged.
 
-100,000 pairs need 66,700 images: about 1.2 CPU-hours (768 pairs took 33 s) and 190 MB (1.8 kB a pair of
-240). Everything is a pure function of the seed and the number of the prompt. A caption may be drawn again,
+100,000 pairs need 66,700 images: about 0.9 CPU-hours (21,000 pairs took 11 minutes) and 190 MB (1.8 kB a
+pair). Everything is a pure function of the seed and the number of the prompt. A caption may be drawn again,
 and prompts held out from reward models occur: who trains one must skip them.
 """
 

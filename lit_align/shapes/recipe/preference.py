@@ -95,7 +95,8 @@ def ask_panel(pairs: Pairs, seed: int) -> Pairs:
     """The same pairs, each judged by ``ANNOTATORS`` more people of the same taste; labels are their mean.
 
     One label of a pair is mostly chance where the images are nearly alike, and a small model learns the
-    chance: with 36,000 pairs it named 68 % of fresh labels after panels, 63 % after single labels.
+    chance: with 36,000 pairs the first edition's named 68 % of fresh labels after panels, 63 % after single
+    labels.
     """
     worth = [utility(*shown) for shown in zip(pairs.pixels, pairs.asked(), strict=True)]
     rng = counted_rng(seed, "panel")
@@ -124,10 +125,10 @@ class PreferenceStage(Stage):
     """All pairs of some prompts at a time, so that no image of a batch is looked at twice.
 
     Each prompt counts alike, however many pairs it has, as in the published training. Two departures from it,
-    because this CLIP is small and still learns. Fine-tuned on pairs alone it forgot facts faster than it
-    learnt taste (78 % of the pairs that differ in a fact before, 68 % after), so the contrastive loss goes on
-    beside. And the scale of the scores is learnt by itself, from 10: CLIP's own scale of 100 is made to
-    single out one caption of many, and on pairs it is far too sure.
+    because this CLIP is small and still learns. Fine-tuned on pairs alone the first edition's forgot facts
+    faster than it learnt taste (78 % of the pairs that differ in a fact before, 68 % after), so the
+    contrastive loss goes on beside. And the scale of the scores is learnt by itself, from 10: CLIP's own
+    scale of 100 is made to single out one caption of many, and on pairs it is far too sure.
     """
 
     def __init__(self, model: CLIPModel, pairs: Pairs, contrast: Contrast, seed: int, budget: Budget) -> None:

@@ -11,7 +11,7 @@ The annotator compares the world's ``utility`` of the images as stored:
 * else the image of utility u is preferred to that of v with probability ``sigmoid((u - v) / TEMPERATURE)``
   (Bradley and Terry, 1952).
 
-On 768 pairs that makes 13 % ties, and 82 % of the other labels agree with the utilities.
+On the 1,000 shipped pairs that makes 9 % ties, and 84 % of the other labels agree with the utilities.
 """
 
 import io

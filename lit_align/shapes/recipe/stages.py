@@ -73,7 +73,7 @@ class Recipe:
 
     Args:
         out: The folder.
-        minutes: Wall-clock budget of each trained stage; None takes the shipped weights'.
+        minutes: CPU-minutes of each trained stage; None takes the shipped weights'.
         steps: Budget of each trained stage in optimizer steps.
         num_images: Training images.
         num_latents: How many of them the denoiser sees.
