@@ -149,7 +149,11 @@ def test_the_loss_and_its_penalty_are_means_over_latent_elements(tiny, tmp_path)
     with torch.no_grad():
         now = rollouts.policy[at.rows](rollouts.states(at), at.steps)
     moved = (now.mean - rollouts.trajectory.means[at.steps, at.rows]) / now.std
-    torch.testing.assert_close(rollouts.yardstick.read().kl, moved.square().sum((1, 2, 3)) / 2)
+    nats = moved.square().sum((1, 2, 3)) / 2
+    torch.testing.assert_close(rollouts.yardstick.read().kl, nats)
+    # So is its estimate from a second place, here the same one.
+    same = rollouts.states(at), rollouts.trajectory.means[at.steps, at.rows]
+    torch.testing.assert_close(Yardstick(rollouts, at, 16, same).read().kl, nats)
 
 
 @pytest.mark.parametrize("lr", [1e-4, 1e-2])

@@ -37,10 +37,12 @@ class Small(rewards.HPSv3):
 
 
 class Brightness(nn.Module):
-    """Answers with the brightness of the image."""
+    """Answers with the brightness of the image, and more to a longer question."""
 
     def answers(self, images: Tensor, texts: list[str], max_new_tokens: int) -> list[str]:
-        return [f"Final Score: {level}" for level in images.double().mean(dim=(1, 2, 3)).tolist()]
+        levels = images.double().mean(dim=(1, 2, 3)).tolist()
+        told = zip(levels, texts, strict=True)
+        return [f"Final Score: {level + len(text) / 1000:.9f}" for level, text in told]
 
 
 class Writes(rewards.UnifiedReward):
