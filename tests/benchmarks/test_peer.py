@@ -212,6 +212,7 @@ def test_the_race_trains_on_our_rewards_and_never_on_held_out_prompts():
     assert found == {"truth": ("ShapesTruth", {}, 1.0), "clip": ("CLIPScore", {"pretrained": "shapes"}, 2.0)}
 
 
+@pytest.mark.slow
 def test_our_curve_is_the_held_out_reward_against_training_time_and_resumes(
     tiny: Path, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -168,7 +168,7 @@ CASES = {
 }
 
 
-LONG_CASES = ("awm",)
+LONG_CASES = ("awm", "sft")
 """Cases that share nearly all of their code with another one."""
 
 

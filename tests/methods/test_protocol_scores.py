@@ -242,6 +242,9 @@ LEARNERS = {
 """Of the methods that learn from one reward. What MSDDA's experts learn, and what is learnt from pairs, is in
 the files of these methods; a joint run's updates are DDPO's (see test_joint.py)."""
 
+ALIKE = ("awm", "ddpo, all weights", "prdp, all weights")
+"""Share nearly all of their code with another one."""
+
 
 @pytest.fixture(scope="module")
 def of_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -253,7 +256,7 @@ def of_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "awm")) for name in LEARNERS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in LEARNERS]
 )
 def test_learns_a_reward_past_a_threshold(
     name: str, tiny_attentive: Path, of_v: Path, tmp_path: Path

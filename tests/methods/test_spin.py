@@ -60,7 +60,7 @@ class Players(Recorder):
     ("model", "options"),
     [
         ("tiny_attentive", {"lr": 3e-3, "steps": 4}),
-        ("tiny", {"exact": True, "beta": 10.0, "lr": 1e-3, "steps": 8}),
+        pytest.param("tiny", {"exact": True, "beta": 10.0, "lr": 1e-3, "steps": 8}, marks=pytest.mark.slow),
     ],
     ids=["step", "exact"],
 )
