@@ -280,14 +280,13 @@ def test_who_waits_for_another_plan_can_be_interrupted(tmp_path, monkeypatch):
     assert not told
 
 
-def test_results_of_earlier_weights_are_rendered(tmp_path):
-    """They have no CPU seconds."""
-    older = load_plan(ROOT / "tests/benchmarks/plans/pinterest.yaml")
-    stored = sorted((ROOT / "tests/benchmarks/results/first_edition/pinterest").glob("*_seed*.json"))
+def test_tasks_side_by_side_are_rendered_from_what_is_stored(tmp_path):
+    large = load_plan(ROOT / "tests/benchmarks/plans/pinterest.yaml")
+    stored = sorted((ROOT / "tests/benchmarks/results/pinterest").glob("*_seed*.json"))
     results = [json.loads(path.read_text()) for path in stored]
-    text = markdown(older, results, {}, "plan.yaml")
-    assert all(f"| {config} |" in text for config in older.configs)
-    assert ("(wall time)" in text) == any("cpu_seconds" not in one for one in results)
-    plot_curves(older, results, tmp_path / "curves.png")
-    plot_frontier(older, results, tmp_path / "frontier.png", {})
+    text = markdown(large, results, {}, "plan.yaml")
+    assert all(f"| {result['config']} |" in text for result in results)
+    assert "| joint |" in text
+    plot_curves(large, results, tmp_path / "curves.png")
+    plot_frontier(large, results, tmp_path / "frontier.png", {})
     assert (tmp_path / "curves.png").exists()
