@@ -286,7 +286,7 @@ def test_tasks_side_by_side_are_rendered_from_what_is_stored(tmp_path):
     results = [json.loads(path.read_text()) for path in stored]
     text = markdown(large, results, {}, "plan.yaml")
     assert all(f"| {result['config']} |" in text for result in results)
-    assert "| joint |" in text
+    assert "## All tasks side by side" in text
     plot_curves(large, results, tmp_path / "curves.png")
     plot_frontier(large, results, tmp_path / "frontier.png", {})
     assert (tmp_path / "curves.png").exists()
