@@ -147,7 +147,8 @@ def small(line: str, work: Path) -> list[str]:
     files = [part for name in ("small.yaml", "smaller.yaml") for part in ("--config", name)]
     after = max(place for place, argument in enumerate(arguments) if argument == "--config") + 2
     arguments[after:after] = files  # before the options of the page, which win
-    folders = {"configs/backbone/sd15.yaml": "FOLDER", "configs/backbone/sd35.yaml": "FLOW"}
+    folders = {f"configs/backbone/{name}.yaml": "FOLDER" for name in ("sd15", "sd15_any")}
+    folders["configs/backbone/sd35.yaml"] = "FLOW"
     if found := [folder for overlay, folder in folders.items() if overlay in arguments]:
         # PickScore and the models are downloads; the tiny ones have their format and 16 pixels a side.
         arguments += [

@@ -62,11 +62,17 @@ class Given:
         return any(re.search(rf"\b{re.escape(path[-1])}\b", text) for text in mappings)
 
     def other_base(self, path: Sequence[str]) -> str | None:
-        """The configuration that the overlay with an option is for, if that is not among the files."""
+        """The configuration that the overlay with an option is for, if that is not among the files.
+
+        With the overlay that goes on other methods, if there is one: ``sd15_any.yaml`` beside ``sd15.yaml``.
+        """
         names = {Path(file.path).name for file in self.files}
-        overlays = (file for file in reversed(self.files) if file.line(path) is not None)
-        base = next((file.named_base() for file in overlays), None)
-        return base if base and Path(base).name not in names else None
+        overlay = next((file for file in reversed(self.files) if file.line(path) is not None), None)
+        base = overlay and overlay.named_base()
+        if not overlay or not base or Path(base).name in names:
+            return None
+        other = Path(overlay.path).with_stem(f"{Path(overlay.path).stem}_any")
+        return f"{base}; other methods take {other}" if other.is_file() else base
 
     def overruled(self) -> list[str]:
         """What to tell of options before a file that gives them another value, which wins."""

@@ -263,12 +263,23 @@ def test_a_misspelt_truncation_is_met_with_the_nearest(capsys):
     assert "did you mean LowVariance" in told(capsys, "fit", alignprop, "--model.truncation=LowVarianz")
 
 
-@pytest.mark.parametrize(("method", "overlay"), [("ddpo", "draft_k"), ("nft", "flow_grpo")])
-def test_an_overlay_for_another_configuration(method, overlay, capsys):
-    files = [ROOT / "configs" / f"{method}.yaml", ROOT / "configs" / "variant" / f"{overlay}.yaml"]
+@pytest.mark.parametrize(
+    ("method", "overlay", "other"),
+    [
+        ("ddpo", "variant/draft_k", "configs/alignprop.yaml"),
+        ("nft", "variant/flow_grpo", "configs/ddpo.yaml"),
+        (
+            "nft",
+            "backbone/sd15",
+            f"configs/ddpo.yaml; other methods take {ROOT / 'configs/backbone/sd15_any.yaml'}",
+        ),
+    ],
+)
+def test_an_overlay_for_another_configuration(method, overlay, other, capsys):
+    files = [ROOT / "configs" / f"{method}.yaml", ROOT / "configs" / f"{overlay}.yaml"]
     message = told(capsys, "fit", *(f"--config={file}" for file in files))
     assert f"{overlay}.yaml, line " in message
-    assert f"; this is an overlay for configs/{'ddpo' if method == 'nft' else 'alignprop'}.yaml" in message
+    assert message.endswith(f"; this is an overlay for {other}")
 
 
 def test_an_option_before_a_file_that_overrules_it_is_told(capsys):
