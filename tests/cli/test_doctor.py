@@ -460,6 +460,7 @@ def test_the_command_ends_with_1_and_a_line_for_each_finding(tiny, tmp_path, cap
     assert exited.value.code == 1
     told = capsys.readouterr().out
     assert "clip_range: model.clip_range: 1 is 256 nats" in told.replace("\n", " ")
+    assert told.count("256 nats") == 1  # the fit warns of it too
     assert "few_held_out: data.validation_prompts" in told
     assert list(tmp_path.iterdir()) == []
 
