@@ -267,6 +267,9 @@ def test_micro_batches_change_no_gradient_of_any_truncation(tiny, tmp_path, trun
         assert logged[0][name] == pytest.approx(logged[1][name], rel=1e-4)
     assert logged[0]["progress/images"] == 8
     assert logged[0]["progress/reward_queries"] == 8 * (1 + truncation.copies)
+    draws = [generator(aligned.seed, "truncation", i) for i in recorder.index[0]]  # one for each image
+    steps = sum(int(truncation.attached(STEPS, one).sum()) for one in draws)
+    assert logged[0]["train/attached_steps"] == steps / 8
 
 
 def test_mixed_precision_keeps_the_gradient_behind_a_prefix_without_one(tiny, tmp_path):
