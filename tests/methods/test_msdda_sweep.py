@@ -21,6 +21,7 @@ from lit_align.methods.msdda import CoDe, FactorSoup, RewardGradient, Soup, Swee
 from lit_align.methods.msdda.sweep import Measured
 from lit_align.randomness import generator
 from lit_align.rewards import Brightness, PairwiseDiversity, Redness, RewardBank
+from lit_align.samplers import DDIM
 from tests.methods.build import draw, make, prompts, randomise, trainer
 from tests.methods.test_msdda import BOTH, batch
 
@@ -138,6 +139,17 @@ def test_where_one_expert_has_another_strength_only_the_other_end_is_an_expert(t
         points = fused.front.methods()[method]
         assert len(points) == 3
         assert {one.point.weights for one in points} >= {bright, red}
+
+
+def test_the_kl_of_a_point_is_that_of_its_own_samplers(tiny, tmp_path):
+    samplers = {"red": partial(DDIM, num_steps=2, eta=0.5)}
+    fused = module(tiny, num_steps=2, samplers=samplers, sweep=Sweep(2, baselines=[]))
+    found, cond = swept(fused, tmp_path), fused.backbone.encode(of_test().prompts)
+    for method, weights in (("expert", (0.0, 1.0)), ("MSDDA", (0.5, 0.5))):
+        fused.weights = dict(zip(BOTH, weights, strict=True))
+        with torch.no_grad():
+            kl = fused.distance(of_test(), cond, draw(fused, of_test(), "test").trajectory)["kl"]
+        torch.testing.assert_close(found[method, weights].metrics["kl"], kl)
 
 
 def test_one_random_expert_is_called_so(tiny, tmp_path):
