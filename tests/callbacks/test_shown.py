@@ -134,7 +134,7 @@ def test_the_table_has_a_row_for_each_thing_that_was_measured(tmp_path, capsys):
     from lit_align.callbacks import RunFolder
 
     now = trainer(callbacks=[RunFolder(tmp_path)], state=SimpleNamespace(fn="fit"))
-    latest = measured(reward=torch.tensor([1.0, 2.0, 1.0, 4.0]), kl=torch.ones(4))
+    latest = measured(reward=torch.tensor([2.0, 3.0, 2.0, 3.0]), kl=torch.ones(4))
     module = SimpleNamespace(
         images=8,
         reward_queries=8,
@@ -150,9 +150,9 @@ def test_the_table_has_a_row_for_each_thing_that_was_measured(tmp_path, capsys):
     RunSummary().on_fit_end(now, module)
     rows = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "│" in line}
     assert list(rows) == ["reward", "reward/clip", "diversity", "truth", "kl"]
-    assert [cell.strip() for cell in rows["reward"].split("│")[2:4]] == ["1.5000", "2.0000"]
-    assert "+0.5000" in rows["reward"]
-    assert "75%" in rows["reward"]
+    # The images of a prompt are one witness.
+    cells = [cell.strip() for cell in rows["reward"].split("│")[2:6]]
+    assert cells == ["1.5000", "2.5000", "+1.0000 ± 1.0000", "75% ± 25%"]
     assert "%" not in rows["kl"]
     assert "%" not in rows["diversity"]
     assert "nan" not in "".join(rows.values())

@@ -14,6 +14,7 @@ from rich.progress import Progress
 
 from lit_align.backbones import REFERENCE, LoRA, StableDiffusionBackbone
 from lit_align.callbacks import SweepReport
+from lit_align.comparison import compare
 from lit_align.data import Batch
 from lit_align.errors import ConfigError
 from lit_align.methods import MSDDAModule
@@ -80,10 +81,15 @@ def test_a_sweep_measures_every_way_at_every_weight_on_the_same_noise(tiny, tmp_
     for method in ("CoDe", "reward gradient"):
         assert rows[method, 1.0]["gain"] > 0
         assert rows[method, 0.0]["gain"] > 0
-    after = found["MSDDA", grid[2]].metrics
-    gains = {name: after[f"reward/{name}"] - base[f"reward/{name}"] for name in BOTH}
-    difference = 0.2 * 10 * gains["bright"] + 0.8 * 30 * gains["red"]
-    assert rows["MSDDA", 0.2]["gain"] == pytest.approx(difference.mean().item(), abs=1e-5)
+    worths = [
+        0.2 * 10 * one["reward/bright"] + 0.8 * 30 * one["reward/red"]
+        for one in (base, found["soup", grid[2]].metrics, found["MSDDA", grid[2]].metrics)
+    ]
+    gain, lead = (compare(one, worths[2], found["base", ()].groups) for one in worths[:2])
+    assert rows["MSDDA", 0.2]["gain"] == pytest.approx(gain.difference, abs=1e-5)
+    assert rows["MSDDA", 0.2]["gain/se"] == pytest.approx(gain.standard_error, rel=1e-4)
+    assert rows["soup", 0.2]["lead"] == pytest.approx(lead.difference, abs=1e-5)
+    assert rows["soup", 0.2]["lead/se"] == pytest.approx(lead.standard_error, rel=1e-4)
     volumes = fused.front.hypervolumes()
     assert volumes["base"] == pytest.approx(1.0, abs=1e-5)
     assert volumes["MSDDA"] >= volumes["expert"]
