@@ -29,7 +29,16 @@ from lit_align.methods.nft import (
 from lit_align.randomness import generator
 from lit_align.replay import Pairs
 from lit_align.samplers.schedule import DiffusionSchedule
-from tests.methods.build import assert_close_gradients, fit, held_out, make, prompts, randomise, task_prompts
+from tests.methods.build import (
+    assert_close_gradients,
+    draw,
+    fit,
+    held_out,
+    make,
+    prompts,
+    randomise,
+    task_prompts,
+)
 from tests.methods.test_protocol import two_tasks
 
 N, SHAPE = 6, (3, 4, 4)
@@ -175,6 +184,10 @@ def test_the_loss_asks_all_policies_at_latents_that_are_noised_anew(
     module.collect = lambda batch: kept.append(collect(batch)) or kept[0]  # type: ignore[method-assign, func-returns-value]
     fit(module, tmp_path, data=prompts(2, 2))
     assert drift(module, OLD) == 0  # the first batch is followed by a copy
+    # The images are those of the policy, or of the old one, which at the start is the pretrained model.
+    sampled_with = REFERENCE if isinstance(objective, NFT) else POLICY
+    drawn = draw(module, kept[0].batch, "rollout", sampled_with).trajectory
+    torch.testing.assert_close(kept[0].trajectory.states, drawn.states)
     for parameter in module.backbone.weight_sets.parameters_of(OLD):
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))
     pairs = Pairs(torch.tensor([0, 1, 1, 3]), torch.tensor([1, 0, 2, 1]))
