@@ -109,11 +109,14 @@ def test_three_objectives_are_swept_on_a_triangle(tiny, tmp_path):
     bank = RewardBank(
         {"bright": Brightness(), "red": Redness(), "blue": Brightness()}, dict.fromkeys(names, 1.0)
     )
-    options = {"experts": dict.fromkeys(names), "weights": dict.fromkeys(names, 1 / 3), "num_steps": 2}
-    found = swept(
-        module(tiny, rewards=bank, sweep=Sweep(3, baselines=[]), **options), tmp_path, SweepReport()
-    )
+    options = {"experts": dict.fromkeys(names), "weights": dict.fromkeys(names, 1 / 3), "num_steps": 3}
+    options["eval_sampler"] = partial(DDIM, num_steps=2)
+    fused = module(tiny, rewards=bank, sweep=Sweep(3, baselines=[]), **options)
+    found = swept(fused, tmp_path, SweepReport())
     assert len(found) == 1 + 10
+    with fused.evaluating():
+        own = draw(fused, of_test(), "test", "blue").images
+    assert torch.equal(found["expert", (0.0, 0.0, 1.0)].images, own[::2])
     assert (tmp_path / "sweep" / "front.png").exists()
 
 
