@@ -416,6 +416,8 @@ def test_memory_is_counted_by_what_the_optimizer_and_a_micro_batch_take(tiny, tm
     assert blocks.activations < 0.7 * adam.activations
     count = sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert adam.weights - sgd.weights == 8 * count
+    there = sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
+    assert sgd.weights - there == 4 * count  # gradients
 
 
 def test_processes_are_counted_as_the_trainer_does():

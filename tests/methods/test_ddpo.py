@@ -21,6 +21,7 @@ from tests.methods.build import (
     assert_close_gradients,
     assert_same,
     bank,
+    draw,
     fit,
     held_out,
     make,
@@ -129,6 +130,8 @@ def test_the_loss_and_its_penalty_are_means_over_latent_elements(tiny, tmp_path)
     module.collect = lambda batch: kept.append(collect(batch)) or kept[0]
     fit(module, tmp_path, data=prompts(**FEW))
     pairs, (rollouts,) = Pairs(torch.tensor([0, 1, 3]), torch.tensor([0, 0, 1])), kept
+    drawn = draw(module, rollouts.batch, "rollout").trajectory
+    torch.testing.assert_close(rollouts.trajectory.states, drawn.states)
     loss, metrics = module._loss(rollouts, pairs, 3)
     terms, penalties, cond = [], [], module.backbone.encode(rollouts.batch.prompts)
     policy, reference = (module.backbone.policy(module.sampler, cond, 2.0, n) for n in (POLICY, REFERENCE))

@@ -240,10 +240,14 @@ def test_captioned_images_of_another_size_are_refused_before_anything_is_sampled
 
 @pytest.mark.parametrize("order", ["before", "after", "every"])
 def test_captioned_images_go_round_in_every_order(tiny: Path, tmp_path: Path, order: Order) -> None:
-    module, collected = make_ddpo(tiny, pretraining=extra(order), updates=2, num_steps=2), Collected()
+    asked, mixed_in = list[int](), extra(order)
+    caption = mixed_in.source.caption
+    mixed_in.source.caption = lambda row: asked.append(row) or caption(row)  # type: ignore[method-assign, func-returns-value]
+    module, collected = make_ddpo(tiny, pretraining=mixed_in, updates=2, num_steps=2), Collected()
     recorder = fit(module, tmp_path, 3, collected, data=prompts(**FEW))
     steps = 3 * (2 if order == "every" else 1)
     assert module.denoising_steps == steps
+    assert asked[1:] == extra().rows(module.seed, range(4 * steps))  # the first was looked at before the fit
     assert collected.sampled_at == {"before": [1, 4, 7], "after": [0, 3, 6], "every": [0, 2, 4]}[order]
     assert all(0 < metrics["train/denoising_loss"] < 10 for metrics in recorder.logged)
     rows = extra().rows(5, range(21))

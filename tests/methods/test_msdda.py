@@ -280,7 +280,8 @@ def test_what_fit_cannot_train_is_refused(tiny, tmp_path):
 
 
 def test_experts_that_were_never_trained_are_not_tested(tiny, tmp_path):
-    fused = module(tiny, num_steps=2, joint=[{"bright": 0.5, "red": 0.5}])
+    fused = module(tiny, num_steps=2, joint=[{"bright": 0.5, "red": 0.5}], target_beta=0.02)
+    assert fused.expert_betas == {"joint0": 0.02, "bright": 0.05, "red": 0.05}
     for run in (trainer(tmp_path, 1).test, trainer(tmp_path, 1).predict):
         with pytest.raises(ConfigError, match="bright, red, joint0 would be the pretrained model itself"):
             run(fused, prompts())
