@@ -182,6 +182,8 @@ def _facts(measured: Mapping[str, Any]) -> dict[str, str]:
         facts["size"] = " x ".join(map(str, size))
     if prompts := measured.get("prompts"):
         facts["prompts"] = str(prompts)
+    if columns := measured.get("columns"):
+        facts["columns of the prompts"] = str(columns)
     if rewards := measured.get("rewards"):
         trained = [f"{name} {kind}" for name, kind in sorted(rewards.items()) if " x " in kind]
         facts["trained rewards"] = ", ".join(trained) or "none"
