@@ -29,7 +29,7 @@ from lit_align.cli import main
 from lit_align.cli.align import AlignCLI
 from lit_align.methods import DDPOModule
 from lit_align.samplers import DDIM
-from lit_align.shapes import PIPELINE
+from lit_align.shapes import PICK, PIPELINE
 
 ROOT = Path(__file__).parents[1]
 DDPO = ROOT / "configs" / "ddpo.yaml"
@@ -340,6 +340,31 @@ def test_overlays_for_real_models_train_one_batch(method, overlays, model, reque
     assert {"train/reward/jpeg", "val/reward/jpeg"} <= set(
         scalars(Path("logs", method, "version_0")).Tags()["scalars"]
     )
+
+
+@pytest.mark.parametrize(
+    "method", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "spin"))]
+)
+def test_an_overlay_for_pairs_trains_one_batch(method, tiny):
+    """The pairs that ship, as files of Pick-a-Pic; the model and sizes are replaced."""
+    main(
+        [
+            "fit",
+            f"--config={ROOT}/configs/{method}.yaml",
+            f"--config={ROOT}/configs/backbone/sd15_pairs.yaml",
+            *SMALL_PAIRS,
+            "--trainer.max_epochs=1",
+            f"--data.source.path={PICK}",
+            "--data.resolution=16",
+            f"--model.backbone.pretrained={tiny}",
+            "--model.sampler.num_steps=3",
+            "--model.rewards.rewards={jpeg: {class_path: JPEGIncompressibility}}",
+            "--model.rewards.weights={jpeg: 1.0}",
+            *(["--model.beta=2000"] if method != "sft" else []),
+        ]
+    )
+    names = scalars(Path("logs", method, "version_0")).Tags()["scalars"]
+    assert {"train/loss", "val/reward/jpeg"} <= set(names)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])

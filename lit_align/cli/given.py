@@ -64,15 +64,19 @@ class Given:
     def other_base(self, path: Sequence[str]) -> str | None:
         """The configuration that the overlay with an option is for, if that is not among the files.
 
-        With the overlay that goes on other methods, if there is one: ``sd15_any.yaml`` beside ``sd15.yaml``.
+        With the overlay beside it that is for one of the files, if there is one, as ``sd15_any.yaml`` beside
+        ``sd15.yaml``.
         """
         names = {Path(file.path).name for file in self.files}
         overlay = next((file for file in reversed(self.files) if file.line(path) is not None), None)
         base = overlay and overlay.named_base()
         if not overlay or not base or Path(base).name in names:
             return None
-        other = Path(overlay.path).with_stem(f"{Path(overlay.path).stem}_any")
-        return f"{base}; other methods take {other}" if other.is_file() else base
+        for other in sorted(Path(overlay.path).parent.glob(f"{Path(overlay.path).stem}_*.yaml")):
+            meant = other.read_text(encoding="utf-8").partition("\n")[0]
+            if fits := [name for name in names if f"configs/{name}" in meant]:
+                return f"{base}; {fits[0]} takes {other}"
+        return base
 
     def overruled(self) -> list[str]:
         """What to tell of options before a file that gives them another value, which wins."""

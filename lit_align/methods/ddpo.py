@@ -20,13 +20,13 @@ from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError, check_not_negative, check_positive
-from lit_align.methods.clip_range import warn_of_misfit
 from lit_align.methods.joint import JointModule, Rollouts, TaskOrder
 from lit_align.methods.metrics import Metrics, chosen
 from lit_align.methods.objectives import clipped_surrogate as clipped_surrogate
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.pretraining import Pretraining
 from lit_align.methods.sampling import Sampling
+from lit_align.methods.scales import clip_range_misfit, warn_of
 from lit_align.methods.tasks import Task, make_tasks, of_task
 from lit_align.randomness import generator
 from lit_align.replay import Pairs, Yardstick, draw_few_pairs, draw_pairs, measured_one_in
@@ -156,7 +156,7 @@ class DDPOModule(JointModule):
         super().setup(stage)
         self.check_tasks(stage, self.updates)
         if stage == "fit":
-            warn_of_misfit(self.clip_range, prod(self.backbone.latent_shape))
+            warn_of("clip_range", clip_range_misfit(self.clip_range, prod(self.backbone.latent_shape)))
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """As for every method.

@@ -30,6 +30,7 @@ from lit_align.methods import (
     DPOModule,
     NFTModule,
     PRDPModule,
+    SFTModule,
     SPINModule,
 )
 from lit_align.methods.pretraining import Pretraining
@@ -194,6 +195,35 @@ def test_a_run_tells_of_a_clip_range_of_another_size_of_latent(method, options, 
         fit(module, tmp_path, 1, data=data())
     texts = [str(one.message) for one in found if str(one.message).startswith("clip_range")]
     assert texts == [] if told is None else f"it stops {told}; published runs have 1.6 nats" in texts[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "told"),
+    [
+        (DPOModule, {"beta": 2000.0 * 256 / 16384}, None),
+        (
+            DPOModule,
+            {"beta": 125.0 * 256 / 16384},
+            "hardly changes with the policy",
+        ),  # Shapes' on latents of 1.5
+        (DPOModule, {"beta": 5000.0}, "soon saturates"),
+        (SPINModule, {"beta": [30.0, 1.0]}, "hardly changes with the policy"),
+        (SPINModule, {"beta": 1.0, "exact": True}, None),  # a sum over steps
+        (SFTModule, {}, None),
+    ],
+)
+def test_a_run_and_the_doctor_tell_of_a_beta_of_another_size_of_latent(method, options, told, tiny, tmp_path):
+    module = make(method, tiny, **options)
+    assert prod(module.backbone.latent_shape) == 256
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, 1).fit(module, held := pairs())
+    texts = [str(one.message) for one in caught if str(one.message).startswith("beta: ")]
+    found = [f"{one.what}; {one.remedy}" for one in look(module, held, ASKED) if one.name == "beta"]
+    assert texts == [f"beta: {one}" for one in found]
+    assert (
+        texts == [] if told is None else f"{told}; published runs have about 0.12, which is 30.7" in texts[0]
+    )
 
 
 @pytest.mark.parametrize("case", LOOKS)
@@ -430,6 +460,7 @@ def test_the_command_ends_with_1_and_a_line_for_each_finding(tiny, tmp_path, cap
     assert exited.value.code == 1
     told = capsys.readouterr().out
     assert "clip_range: model.clip_range: 1 is 256 nats" in told.replace("\n", " ")
+    assert told.count("256 nats") == 1  # the fit warns of it too
     assert "few_held_out: data.validation_prompts" in told
     assert list(tmp_path.iterdir()) == []
 

@@ -15,6 +15,7 @@ from lit_align.rewards import Reward
 ROOT = Path(__file__).parents[2]
 DDPO = ROOT / "configs" / "ddpo.yaml"
 GUARD = "--trainer.callbacks+=lit_align.callbacks.Guard"
+BACKBONES = ROOT / "configs" / "backbone"
 REDNESS = ROOT / "configs" / "variant" / "redness.yaml"
 
 
@@ -268,11 +269,8 @@ def test_a_misspelt_truncation_is_met_with_the_nearest(capsys):
     [
         ("ddpo", "variant/draft_k", "configs/alignprop.yaml"),
         ("nft", "variant/flow_grpo", "configs/ddpo.yaml"),
-        (
-            "nft",
-            "backbone/sd15",
-            f"configs/ddpo.yaml; other methods take {ROOT / 'configs/backbone/sd15_any.yaml'}",
-        ),
+        ("nft", "backbone/sd15", f"configs/ddpo.yaml; nft.yaml takes {BACKBONES / 'sd15_any.yaml'}"),
+        ("dpo", "backbone/sd15", f"configs/ddpo.yaml; dpo.yaml takes {BACKBONES / 'sd15_pairs.yaml'}"),
     ],
 )
 def test_an_overlay_for_another_configuration(method, overlay, other, capsys):
@@ -280,6 +278,18 @@ def test_an_overlay_for_another_configuration(method, overlay, other, capsys):
     message = told(capsys, "fit", *(f"--config={file}" for file in files))
     assert f"{overlay}.yaml, line " in message
     assert message.endswith(f"; this is an overlay for {other}")
+
+
+def test_a_class_of_another_kind_is_met_with_those_that_fit(capsys):
+    ddpo, pairs = f"--config={DDPO}", f"--config={BACKBONES / 'sd15_pairs.yaml'}"
+    advantages = "DDIM is not possible here; it may be BatchAdvantages, GroupAdvantages, PerPromptAdvantages"
+    assert told(capsys, "fit", ddpo, "--model.advantages=DDIM").endswith(advantages)
+    message = told(capsys, "fit", ddpo, pairs)
+    assert "line 32: data.source: PickaPicFiles is not possible here; it may be " in message
+    assert "TextPrompts" in message
+    assert "PromptSource" not in message  # abstract
+    message = told(capsys, "fit", ddpo, "--data=TextPrompts")
+    assert message.endswith("TextPrompts is not possible here; it is a class of lit_align.data")
 
 
 def test_an_option_before_a_file_that_overrules_it_is_told(capsys):
