@@ -14,6 +14,7 @@ from lit_align.data import Batch
 from lit_align.gaussian import GaussianStep
 from lit_align.methods.sampling import BatchPolicy, SamplingModule
 from lit_align.methods.skipped import SkippingModule
+from lit_align.methods.strategies import forget_scores
 from lit_align.rewards import RewardBank, RewardOutput
 from lit_align.rollout import Trajectory
 from lit_align.samplers import Sampler
@@ -142,6 +143,8 @@ class ValidatedModule(SamplingModule, SkippingModule):
     set_metrics: dict[str, dict[str, float]]
     taken_back: dict[str, Tensor]
     _evaluated: list[dict[str, Tensor]]
+    _anew: bool = False
+    """Whether the coming validation is the first that measures otherwise than those before it."""
 
     @property
     def held_out(self) -> tuple[str, ...]:
@@ -180,6 +183,7 @@ class ValidatedModule(SamplingModule, SkippingModule):
         if self.images:
             self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
             self._measure_reference()
+            self._anew = True
             return
         self.trainer.validating = True
         self.trainer.fit_loop.epoch_loop.val_loop.run()
@@ -264,6 +268,9 @@ class ValidatedModule(SamplingModule, SkippingModule):
         if self.trainer.sanity_checking:  # some batches only, and measured again before the first update
             self._evaluated = []
             return
+        if self._anew:
+            forget_scores(self.trainer)
+        self._anew = False
         (self.latest, self.prompt_groups), self.taken_back = self._report("val"), {}
         self.measured_at = {"images": self.images, "reward_queries": self.reward_queries}
         if self.images:
