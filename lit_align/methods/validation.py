@@ -122,7 +122,8 @@ class ValidatedModule(SamplingModule, SkippingModule):
     Attributes:
         baseline: What was measured of the pretrained model, by name, ``(N,)`` each.
         latest: The same of the policy, in the newest validation.
-        measured_at: ``images`` and ``reward_queries`` of the run when that was measured.
+        measured_at: ``images`` and ``reward_queries`` of the run when that was measured; ``compared_since``
+            how many images validations are measured alike, if not since the first.
         prompt_groups: ``(N,)``, the prompt of each image.
         tested: What the newest test measured of the policy, and of the pretrained model as ``base/<name>``.
         tested_groups: The prompt of each of its images.
@@ -143,8 +144,7 @@ class ValidatedModule(SamplingModule, SkippingModule):
     set_metrics: dict[str, dict[str, float]]
     taken_back: dict[str, Tensor]
     _evaluated: list[dict[str, Tensor]]
-    _anew: bool = False
-    """Whether the coming validation is the first that measures otherwise than those before it."""
+    _anew: bool = False  # the coming validation measures otherwise than those before it
 
     @property
     def held_out(self) -> tuple[str, ...]:
@@ -183,7 +183,8 @@ class ValidatedModule(SamplingModule, SkippingModule):
         if self.images:
             self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
             self._measure_reference()
-            self._anew = True
+            now = {"images": self.images, "reward_queries": self.reward_queries}
+            self._anew, self.measured_at = True, now | {"compared_since": self.images}
             return
         self.trainer.validating = True
         self.trainer.fit_loop.epoch_loop.val_loop.run()
@@ -270,9 +271,10 @@ class ValidatedModule(SamplingModule, SkippingModule):
             return
         if self._anew:
             forget_scores(self.trainer)
-        self._anew = False
+            self._anew = False
         (self.latest, self.prompt_groups), self.taken_back = self._report("val"), {}
-        self.measured_at = {"images": self.images, "reward_queries": self.reward_queries}
+        now = {"images": self.images, "reward_queries": self.reward_queries}
+        self.measured_at = self.measured_at | now
         if self.images:
             return
         if self._is_pretrained():

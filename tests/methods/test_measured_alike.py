@@ -143,6 +143,7 @@ def test_a_run_that_measures_otherwise_goes_on_with_a_new_baseline(
     module, data = make(DDPOModule, tiny, eval_sampler=no_noise()), prompts(validation_prompts=3)
     with pytest.warns(UserWarning, match="measured with another eval_sampler .*, held_out 4 images"):
         fit(module, tmp_path, 1, data=data, ckpt_path=checkpoint, max_epochs=2, limit_val_batches=None)
+    assert module.measured_at == {"images": 8, "reward_queries": 8, "compared_since": 4}
     batch = held_out(module, data)
     with module.evaluating():
         images = draw(module, batch, weights=REFERENCE).images
