@@ -22,7 +22,7 @@ import lit_align.methods.alignprop
 import lit_align.methods.msdda
 import lit_align.rewards
 import lit_align.samplers
-from lit_align.cli.classes import unusable
+from lit_align.cli.classes import instead_of_a_class, unusable
 from lit_align.cli.given import Given, option_of
 
 ROOMS: tuple[ModuleType, ...] = (
@@ -61,6 +61,8 @@ KINDS = {
 
 def explain(error: BaseException, given: Given) -> str:
     """The parser's message, which quotes its types, as a sentence for a user."""
+    if told := instead_of_a_class(given):
+        return told
     text = _of_the_class_that_was_given(str(error))
     for pattern, tell in (
         (r"unrecognized arguments: (.*)", _unrecognised),

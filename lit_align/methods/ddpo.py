@@ -271,6 +271,11 @@ class DDPOModule(JointModule):
         self.step_scale[task] = min(max(self.step_scale[task] * change, 1e-3), 1e3)
         return self.step_scale[task]
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.kl_target is None:  # nothing would scale them back
+            self.step_scale = dict.fromkeys(self.tasks, 1.0)
+
 
 def _check_steps(sampler: Sampler, updates: int, fraction: float, shared: int | None) -> None:
     """Refuse a choice of steps that cannot be made."""

@@ -331,13 +331,17 @@ def test_a_trial_leaves_no_latents_where_the_run_would_keep_them(tiny, tmp_path)
     assert not (tmp_path / "latents").exists()
 
 
-def test_weights_out_of_reach_and_ratios_that_are_not_1_are_named(tiny, tmp_path):
+def test_weights_out_of_reach_and_ratios_that_are_not_1_are_named(tiny, tmp_path, monkeypatch):
     module = healthy(tiny)
     spare = torch.nn.Parameter(torch.ones(3))
     module.register_parameter("spare", spare)
     assert tried(module, tmp_path) == ["gradient_missing"]
     rough = Seen(metrics=[{"train/ratio_deviation": 0.1 * CLIP + 1e-6}], reached={"a"}, moved={"a"})
     assert [finding.name for finding in judge(module, rough)] == ["ratio_is_not_1"]
+    unused = Seen(trained=["policy.blocks.3.q.lora_A", "a"], reached={"a"}, moved={"a"})
+    assert [finding.name for finding in judge(module, unused)] == ["gradient_missing"]
+    monkeypatch.setattr(type(module.backbone), "unread", ("blocks.3.q",))
+    assert [*judge(module, unused)] == []
 
 
 def test_a_step_of_an_optimizer_that_chooses_its_rate_is_judged(tiny):

@@ -93,6 +93,18 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--data=PromptDataModul"], ["--data: no class", "did you mean PromptDataModule"]),
         (["--data.source=TextPrompt"], ["did you mean TextPrompts"]),
         (["--data.source=TextPrompts"], ["--data.source: TextPrompts needs path"]),
+        (
+            ["--data.source", "../my prompts.txt"],
+            [
+                "--data.source: ../my prompts.txt is a file",
+                "--data.source TextPrompts --data.source.path ../my p",
+            ],
+        ),
+        (
+            ["--data.validation_source=p.csv"],
+            ["give --data.validation_source CSVPrompts --data.validation_s"],
+        ),
+        (["--model.backbone=some/model"], ["give a model as --model.backbone.pretrained some/model"]),
         (["--trainer.logger=TensorboardLogger"], ["did you mean TensorBoardLogger?"]),
         (["--trainer.callbacks+=lit_align.callbacks.RunFolder"], ["RunFolder is for Python; on the command"]),
         (["--trainer.min_epochs=5"], ["trainer.min_epochs: 5 is more than max_epochs, ", "give at most 3"]),
@@ -190,6 +202,10 @@ def test_a_mistake_on_the_command_line(arguments, parts, capsys):
             ["line 3: data.image_per_prompt: PromptDataModule has no option", "images_per_prompt"],
         ),
         ("model:\n  init_args:\n    sampling: {guidance: [1, 2]}\n", ["line 3: model.sampling.guidance"]),
+        (
+            "data:\n  init_args:\n    source: p.txt\n",
+            ["line 3: data.source: p.txt is a file, and not the class"],
+        ),
         ("model:\n  backbone:\n    variant: no\n", ["variant: 'False' is not text", "put it in quotes"]),
         (
             "model:\n  init_args:\n    rewards:\n      init_args:\n        rewards: [CLIPScore]\n",
