@@ -27,7 +27,9 @@ def exported(kind: type[DiffusersBackbone], guidance: float, folder: Path, **opt
     """A model whose adapter and whole pipeline lie in ``folder``."""
     backbone = perturb(kind(**options))
     sampler = {"class_path": "DDIM", "init_args": {"num_steps": 3, "eta": 1.0, "noisy_steps": 2}}
-    model = {"backbone": {"init_args": options}, "sampler": sampler, "sampling": {"guidance": guidance}}
+    training = {"class_path": "DDIM", "init_args": {"num_steps": 5, "eta": 1.0}}
+    sampling = {"guidance": guidance, "eval_sampler": sampler}
+    model = {"backbone": {"init_args": options}, "sampler": training, "sampling": sampling}
     backbone.weight_sets.save(folder / "adapter")
     backbone.weight_sets.save_merged(folder / "pipeline", POLICY)
     run = Run(folder, folder / "adapter", {"model": {"init_args": model}})
