@@ -66,6 +66,7 @@ def test_the_bundled_model_is_found(tmp_path, monkeypatch):
     live = exported(StableDiffusionBackbone, 3.0, tmp_path, pretrained="shapes", size=32)
     check(live, tmp_path, monkeypatch, 3.0, guidance_scale=3.0)
     assert "astronaut" not in snippet(live, "adapter")  # it draws shapes
+    assert "eta=" not in snippet(live, "adapter")  # with which all steps would draw noise
 
 
 def test_so_is_the_bundled_flow_model_without_tokens_in_place_of_t5(tmp_path, monkeypatch):
