@@ -296,7 +296,7 @@ def test_a_search_goes_on_with_the_candidate_whose_clean_image_is_the_best(tiny)
             return super().forward(images, prompts)
 
     bank = RewardBank({"bright": Seen(), "red": Redness()}, {"bright": 10.0, "red": 30.0})
-    fused = module(tiny, rewards=bank)
+    fused = module(tiny, rewards=bank, seed=3)
     seen.clear()  # the bank tried it
     cond, noise = fused.backbone.encode(batch().prompts), fused.draw_noise(torch.arange(4), "test")[0]
     base = fused.expert(REFERENCE, cond)
