@@ -98,6 +98,8 @@ def test_one_hot_weights_draw_the_experts_images_bit_for_bit(tiny):
     before = {name: p.requires_grad for name, p in fused.named_parameters()}
     expert = draw(fused, batch(), "test", "red").images
     assert torch.equal(draw(fused, batch(), "test").images, expert)
+    scores = fused.score(expert, batch()).report
+    torch.testing.assert_close(scores["reward"], 30 * scores["reward/red"])
     fused.weights = {"bright": 0.5, "red": 0.5}
     assert (draw(fused, batch(), "test").images - expert).abs().max() > 1e-3
     assert (kl_of(fused) > 0).all()
