@@ -130,7 +130,9 @@ def test_a_task_of_weight_zero_is_only_monitored(tiny: Path, tmp_path: Path) -> 
         make_ddpo(tiny, tasks=one_task(weight=0.0))
 
 
-def test_a_weight_scales_the_step_of_its_task(tiny: Path, tmp_path: Path) -> None:
+def test_a_weight_scales_the_step_of_its_task(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     moved = []
     for weight in (1.0, 0.25):
         module = make_ddpo(tiny, tasks=one_task(weight=weight), num_steps=2)
@@ -138,6 +140,11 @@ def test_a_weight_scales_the_step_of_its_task(tiny: Path, tmp_path: Path) -> Non
         fit(module, tmp_path)
         moved.append(flat(trained(module)) - flat(before))
     torch.testing.assert_close(moved[1], 0.25 * moved[0], rtol=1e-3, atol=1e-7)
+    tasks = one_task() | {"b": Task(bank(Redness()), BatchAdvantages(), 0.25)}
+    module = make_ddpo(tiny, tasks=tasks)
+    module.step_scale["b"] = 2.0  # as by kl_target
+    monkeypatch.setattr(module, "update", lambda losses, scale: scale)
+    assert [module.optimise([], task) for task in ("a", "b")] == [1.0, 0.5]
 
 
 def test_shared_timesteps_are_one_update_each_on_all_images(tiny: Path, tmp_path: Path) -> None:
