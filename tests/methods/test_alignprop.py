@@ -264,7 +264,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_images_and_copies(tiny, options, s
 def test_micro_batches_change_no_gradient_of_any_truncation(tiny, tmp_path, truncation):
     found, logged = [], []
     for micro_batch in (64, 3):
-        aligned = module(tiny, truncation=truncation, micro_batch=micro_batch, kl_weight=0.1)
+        aligned = module(tiny, truncation=truncation, micro_batch=micro_batch, kl_weight=0.1, seed=3)
         randomise(aligned)
         recorder = fit(aligned, tmp_path, data=prompts(8, 1))
         found.append(recorder.gradients[0])

@@ -108,6 +108,10 @@ def test_each_pass_draws_its_steps_anew_and_an_update_has_whole_prompts(tiny):
     assert [part.rows.tolist() for part in first] == [[0, 0, 1, 1, 2, 2, 3, 3], [4, 4, 5, 5, 6, 6, 7, 7]]
     assert not torch.equal(first[0].steps, second[0].steps)
     assert torch.equal(first[0].steps, again[0].steps)
+    of_images = torch.cat([part.steps for part in first]).view(len(batch), -1)
+    assert len(of_images.unique(dim=0)) > 1  # each image has its own
+    module.seed += 1
+    assert not torch.equal(module._draw_updates(batch, 0)[0].steps, first[0].steps)
 
 
 # ---- how far a rollout batch goes

@@ -13,7 +13,8 @@ from PIL import Image
 from rich.progress import Progress
 
 from lit_align.backbones import REFERENCE, LoRA, StableDiffusionBackbone
-from lit_align.callbacks import SweepReport
+from lit_align.callbacks import SweepReport, image_grid
+from lit_align.callbacks.grid import uint8
 from lit_align.comparison import compare
 from lit_align.data import Batch
 from lit_align.errors import ConfigError
@@ -52,7 +53,14 @@ def mixed(fused: MSDDAModule, **weights: float) -> torch.Tensor:
 # ---- the sweep
 
 
-def test_a_sweep_measures_every_way_at_every_weight_on_the_same_noise(tiny, tmp_path):
+def test_a_sweep_measures_every_way_at_every_weight_on_the_same_noise(tiny, tmp_path, monkeypatch):
+    strip: dict[str, torch.Tensor] = {}
+
+    def kept(cells, captions, **options):
+        strip.update(zip(captions, (cell for (cell,) in cells), strict=True))
+        return image_grid(cells, captions, **options)
+
+    monkeypatch.setattr("lit_align.callbacks.sweep.image_grid", kept)
     baselines = [Soup(), FactorSoup(), CoDe(candidates=4, every=2), RewardGradient(growth=0.5)]
     sweep = Sweep(2, [{"bright": 0.2, "red": 0.8}], baselines, images=2)
     fused = module(tiny, sweep=sweep, joint=[{"bright": 0.5, "red": 0.5}])
@@ -95,6 +103,13 @@ def test_a_sweep_measures_every_way_at_every_weight_on_the_same_noise(tiny, tmp_
     assert volumes["MSDDA"] >= volumes["expert"]
     written = tmp_path / "sweep"
     assert {path.name for path in written.iterdir()} == {"sweep.csv", "sweep.json", "strip.png", "front.png"}
+    # A row for each prompt; of captions that all rows have, the last one's image was kept.
+    first, last = (f"base: {prompt}" for prompt in fused.front.prompts)
+    along = ["expert\nbright 1", "bright 0.5\nred 0.5", "bright 0.2\nred 0.8", "expert\nred 1"]
+    assert list(strip) == [first, *along, last]
+    assert torch.equal(strip[first], uint8(found["base", ()].images[0]))
+    for name, images in zip(along[2:], (found["MSDDA", grid[2]].images, own.images[::2]), strict=True):
+        assert torch.equal(strip[name], uint8(images[1]))
     summary = json.loads((written / "sweep.json").read_text())
     assert summary["hypervolume"] == volumes
     assert set(summary["hypervolume_error"]) == set(summary["hypervolume_lead"]) | {"MSDDA"} == set(volumes)
@@ -296,7 +311,7 @@ def test_a_search_goes_on_with_the_candidate_whose_clean_image_is_the_best(tiny)
             return super().forward(images, prompts)
 
     bank = RewardBank({"bright": Seen(), "red": Redness()}, {"bright": 10.0, "red": 30.0})
-    fused = module(tiny, rewards=bank)
+    fused = module(tiny, rewards=bank, seed=3)
     seen.clear()  # the bank tried it
     cond, noise = fused.backbone.encode(batch().prompts), fused.draw_noise(torch.arange(4), "test")[0]
     base = fused.expert(REFERENCE, cond)

@@ -179,7 +179,8 @@ def test_the_loss_asks_all_policies_at_latents_that_are_noised_anew(
 ) -> None:
     """By hand: of each image, step and pass the noise is another, and AWM's weight is the noise level."""
     normaliser = GroupAdvantages(clip=2.0)  # which counts as certainly good
-    module = make(NFTModule, tiny, advantages=normaliser, objective=objective, reference_weight=0.3, lr=0.0)
+    options: dict[str, Any] = {"advantages": normaliser, "objective": objective, "seed": 3}
+    module = make(NFTModule, tiny, **options, reference_weight=0.3, lr=0.0)
     trained, kept, collect = randomise(module), list[Rollouts](), module.collect
     module.collect = lambda batch: kept.append(collect(batch)) or kept[0]  # type: ignore[method-assign, func-returns-value]
     fit(module, tmp_path, data=prompts(2, 2))
@@ -224,6 +225,8 @@ def test_each_pass_draws_its_timesteps_anew(tiny: Any) -> None:
     (first,), (second,) = (module._draw_updates(rollouts, epoch) for epoch in (0, 1))
     assert torch.equal(first.rows, second.rows)
     assert not torch.equal(first.steps, second.steps)
+    module.seed += 1
+    assert not torch.equal(module._draw_updates(rollouts, 0)[0].steps, first.steps)
 
 
 def test_the_old_policy_follows_as_its_schedule_says(tiny: Any, tmp_path: Any) -> None:
