@@ -641,6 +641,7 @@ def test_validate_test_and_predict_of_a_trained_run(small, done, capsys):
         rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
         assert [row["index"] for row in rows] == list(range(4))
         assert {"file_name", "prompt", "seed", "reward", "reward/redness"} <= set(rows[0])
+        assert len({row["reward"] for row in rows}) == 4  # each image has its own
         assert all(Image.open(folder / row["file_name"]).size == (16, 16) for row in rows)
     assert [path.name for path in Path("logs/ddpo").iterdir()] == ["version_0"]
     stages = {

@@ -1,5 +1,6 @@
 """Reports: what they say, and that the page stands alone."""
 
+import base64
 import json
 import os
 import re
@@ -7,22 +8,26 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from lit_align.backbones import POLICY, REFERENCE
 from lit_align.callbacks import RunFolder, RunSummary, TestReport
+from lit_align.callbacks.grid import pixels, uint8
 from lit_align.cli.run import main
 from lit_align.comparison import high_frequency, saturation
+from lit_align.data import PromptDataModule
 from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule, NFTModule
 from lit_align.report import read_run, render
 from lit_align.report.chart import _ticks, chart
 from lit_align.report.curves import against, at, first_at, read_curves
 from lit_align.report.page import table, verdict
-from tests.methods.build import make, prompts, trainer
+from tests.methods.build import draw, make, prompts, randomise, trainer
 
 
 def metric(before: float, difference: float, error: float = 0.01, wins: float = 0.5) -> dict[str, float]:
@@ -117,10 +122,23 @@ def test_a_chart_holds_all_points_and_ticks_are_round():
 
 def test_the_verdict_says_what_is_clear_and_what_warns(tmp_path):
     signs = {"diversity": metric(0.2, -0.1), "saturation": metric(0.5, 0.01), "truth": metric(0.6, -0.2)}
-    said = verdict(read_run(run_folder(tmp_path / "a", [1, 2], [0, 1], **signs)))
+    signs["high_frequency"] = metric(0.03, 0.01, error=0.02)
+    run = read_run(run_folder(tmp_path / "a", [1, 2], [0, 1], **signs))
+    assert [list(row.values()) for row in table(run)[:2]] == [
+        ["reward", "1.0000", "1.5000", "+0.5000 ± 0.1000", "70% (66% to 74%)", "up"],
+        ["kl", "", "2.0000", "", "", ""],
+    ]
+    assert {row["name"]: row["style"] for row in table(run)[2:]} == {
+        "diversity": "clear",
+        "saturation": "",
+        "truth": "down",
+        "high_frequency": "",
+    }
+    said = verdict(run)
     assert said[0] == "reward +0.5000 ± 0.1000, better in 70% of the images"
     assert any(line.startswith("diversity -0.1000") for line in said)
     assert not any("saturation" in line for line in said)  # by 2 %, of which a page does not speak
+    assert not any("high_frequency" in line for line in said)  # by a third, within its error
     assert said[-1].startswith("the reward rises while the truth falls")
 
 
@@ -191,12 +209,21 @@ def test_the_command_compares_runs_and_leaves_their_numbers(tmp_path, monkeypatc
     assert "there is no folder logs/ddpo/version_9" in capsys.readouterr().err
 
 
+def moved(tiny: Path) -> DDPOModule:
+    module = make(DDPOModule, tiny, num_steps=2)
+    randomise(module)
+    return module
+
+
+def few() -> PromptDataModule:
+    return prompts(test_prompts=3, test_images_per_prompt=2)
+
+
 @pytest.fixture(scope="module")
 def tested(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a model that was tested twice, with prompts that are no clean HTML."""
     folder = tmp_path_factory.mktemp("tested")
-    module = make(DDPOModule, tiny, num_steps=2)
-    data = prompts(test_prompts=3, test_images_per_prompt=2)
+    module, data = moved(tiny), few()
     callbacks = [RunFolder(folder), RunSummary(), TestReport()]
     logger = CSVLogger(folder, name=None, version="")
     for _ in range(2):
@@ -218,13 +245,25 @@ def test_a_test_leaves_a_page_with_its_images(tested: Path):
     assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is loaded from elsewhere
 
 
-def test_the_images_of_a_page_have_their_own_scores(tested: Path):
-    shown = read_run(tested, tested / "test.json").shown
+def test_the_images_of_a_page_have_their_own_scores(tested: Path, tiny: Path):
+    run, data = read_run(tested, tested / "test.json"), few()
+    data.setup("test")
+    batch = next(iter(data.test_dataloader()))
+    images = [uint8(draw(moved(tiny), batch, "test", weights).images) for weights in (REFERENCE, POLICY)]
+    page = render([run])
+    sources = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    gains = [float(gain) for gain in re.findall(r'data-gain="([^"]+)"', page)]
     lines = (tested / "test.csv").read_text().splitlines()
     header = lines[0].split(",")
-    for number, one in enumerate(shown):
+    for number, one in enumerate(run.shown):
         row = dict(zip(header, lines[1 + 2 * number].split(","), strict=True))
-        assert one.scores["reward"] == (float(row["base/reward"]), float(row["reward"]))
+        scores = float(row["base/reward"]), float(row["reward"])
+        assert one.scores["reward"] == scores
+        assert gains[number] == scores[1] - scores[0]
+        assert not torch.equal(*(drawn[2 * number] for drawn in images))
+        for side, file in enumerate((one.before, one.after)):
+            assert np.array_equal(np.asarray(Image.open(file)), pixels(images[side][2 * number]))
+            assert base64.b64decode(sources[2 * number + side]) == file.read_bytes()
 
 
 def test_prompts_are_text_and_not_html(tested: Path):

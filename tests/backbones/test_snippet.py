@@ -27,7 +27,9 @@ def exported(kind: type[DiffusersBackbone], guidance: float, folder: Path, **opt
     """A model whose adapter and whole pipeline lie in ``folder``."""
     backbone = perturb(kind(**options))
     sampler = {"class_path": "DDIM", "init_args": {"num_steps": 3, "eta": 1.0, "noisy_steps": 2}}
-    model = {"backbone": {"init_args": options}, "sampler": sampler, "sampling": {"guidance": guidance}}
+    training = {"class_path": "DDIM", "init_args": {"num_steps": 5, "eta": 1.0}}
+    sampling = {"guidance": guidance, "eval_sampler": sampler}
+    model = {"backbone": {"init_args": options}, "sampler": training, "sampling": sampling}
     backbone.weight_sets.save(folder / "adapter")
     backbone.weight_sets.save_merged(folder / "pipeline", POLICY)
     run = Run(folder, folder / "adapter", {"model": {"init_args": model}})
@@ -64,6 +66,7 @@ def test_the_bundled_model_is_found(tmp_path, monkeypatch):
     live = exported(StableDiffusionBackbone, 3.0, tmp_path, pretrained="shapes", size=32)
     check(live, tmp_path, monkeypatch, 3.0, guidance_scale=3.0)
     assert "astronaut" not in snippet(live, "adapter")  # it draws shapes
+    assert "eta=" not in snippet(live, "adapter")  # with which all steps would draw noise
 
 
 def test_so_is_the_bundled_flow_model_without_tokens_in_place_of_t5(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_align.backbones import POLICY, REFERENCE, LoRA, StableDiffusionBackbone, StableDiffusionXLBackbone
+from lit_align.backbones.adapter_files import _strength
 from lit_align.errors import ConfigError
 from lit_align.identity import ADAPTER
 from lit_align.rollout import rollout
@@ -350,6 +353,20 @@ def test_adapters_of_other_programs_have_the_strength_that_they_say(
                 layer.lora_B[POLICY].weight.mul_(scale)
     torch.testing.assert_close(predict(given), predict(backbone), atol=1e-6, rtol=1e-6)
     assert (predict(given) - predict(given, REFERENCE)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "strength"),
+    [
+        ({}, 1.0),
+        ({"lora_alpha": 6.0}, 2.0),
+        ({"lora_alpha": 6.0, "alpha_pattern": {"to_q": 1.5}}, 0.5),
+        ({"lora_alpha": 6.0, "use_rslora": True}, 6 / math.sqrt(3)),
+        ({"r": 3}, 8 / 3),  # PEFT's default
+    ],
+)
+def test_the_strength_of_a_layer_is_that_of_its_settings(settings: dict[str, Any], strength: float):
+    assert _strength(settings, "mid_block.to_q", 3) == pytest.approx(strength)
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,23 @@ def test_after_a_warning_there_is_trouble_only_beyond_what_was_told(tmp_path):
     assert guard._changes(running, further, groups)[0].certain
 
 
+def test_its_options_decide_what_is_trouble(tmp_path):
+    running, wiggle = trainer(tmp_path, 1), 0.01 * torch.cos(torch.arange(40.0))
+    names = ("reward/truth", "diversity", "saturation", "high_frequency", "kl")
+    best = {name: torch.linspace(0, 1, 40) for name in names}
+    now = best | {"reward/truth": best["reward/truth"] - 0.002 + wiggle, "kl": 5 + wiggle}
+
+    def evidence(name: str, **options: float) -> float:
+        guard = Guard(**options)  # type: ignore[arg-type]
+        guard._rewards, guard._best = ["reward/truth"], best
+        changes = guard._changes(running, now, torch.arange(40))
+        return next(one.evidence for one in changes if one.name == name)
+
+    assert [evidence("kl", max_distance=limit) >= 1 for limit in (4.0, 6.0)] == [True, False]
+    assert evidence("kl") == 0
+    assert 0 < evidence("reward/truth", false_alarms=1e-3) < evidence("reward/truth", false_alarms=0.1)
+
+
 def test_a_run_in_trouble_stops_and_stays_stopped(tiny, tmp_path):
     guards = [Guard("stop"), BatchCheckpoint()]
     with pytest.warns(UserWarning, match="the run stops; its weights are in"):

@@ -11,8 +11,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import ImageFont
 from torch import Tensor
 
-from lit_align.callbacks import RewardHistograms, image_grid
+from lit_align.callbacks import ImageGrids, RewardHistograms, image_grid
 from lit_align.callbacks.grid import FONT_SIZE, GAP, MARGIN, shrink, uint8, wrap
+from lit_align.callbacks.images import Shown
 from lit_align.callbacks.progress import ProgressLines
 from lit_align.callbacks.summary import RunSummary, compared
 
@@ -37,6 +38,26 @@ def test_a_grid_has_the_images_beside_each_other_and_room_for_the_longest_captio
     bottom = MARGIN + 80 + 15 * lines
     below = grid.crop((160 + 2 * MARGIN + GAP, bottom - 15, grid.width, bottom))
     assert below.convert("L").getextrema()[0] < 128  # the last line is there
+
+
+def test_the_image_before_stands_left_of_the_one_after_with_the_scores_of_both(monkeypatch):
+    captions: list[str] = []
+
+    def told(cells: Any, texts: list[str], **options: Any) -> Any:
+        captions.extend(texts)
+        return image_grid(cells, texts, **options)
+
+    monkeypatch.setattr("lit_align.callbacks.images.image_grid", told)
+    red, blue = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    red[0], blue[2] = 255, 255
+    before, now = (
+        Shown([0], [""], ["a star"], [image], {"reward": [score]})
+        for image, score in ((red, 1.0), (blue, 2.0))
+    )
+    grid = ImageGrids(side=80)._grid(now, before)
+    assert grid.getpixel((MARGIN + 40, MARGIN + 40)) == (255, 0, 0)
+    assert grid.getpixel((MARGIN + GAP + 120, MARGIN + 40)) == (0, 0, 255)
+    assert captions == ["a star\nreward 1.00 -> 2.00"]
 
 
 def test_images_of_another_shape_keep_it():
@@ -113,7 +134,7 @@ def test_the_table_has_a_row_for_each_thing_that_was_measured(tmp_path, capsys):
     from lit_align.callbacks import RunFolder
 
     now = trainer(callbacks=[RunFolder(tmp_path)], state=SimpleNamespace(fn="fit"))
-    latest = measured(reward=torch.tensor([1.0, 2.0, 1.0, 4.0]), kl=torch.ones(4))
+    latest = measured(reward=torch.tensor([2.0, 3.0, 2.0, 3.0]), kl=torch.ones(4))
     module = SimpleNamespace(
         images=8,
         reward_queries=8,
@@ -129,8 +150,9 @@ def test_the_table_has_a_row_for_each_thing_that_was_measured(tmp_path, capsys):
     RunSummary().on_fit_end(now, module)
     rows = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "│" in line}
     assert list(rows) == ["reward", "reward/clip", "diversity", "truth", "kl"]
-    assert "+0.5000" in rows["reward"]
-    assert "75%" in rows["reward"]
+    # The images of a prompt are one witness.
+    cells = [cell.strip() for cell in rows["reward"].split("│")[2:6]]
+    assert cells == ["1.5000", "2.5000", "+1.0000 ± 1.0000", "75% ± 25%"]
     assert "%" not in rows["kl"]
     assert "%" not in rows["diversity"]
     assert "nan" not in "".join(rows.values())

@@ -10,6 +10,7 @@ import torch
 
 from lit_align.callbacks import BatchCheckpoint, RunFolder
 from lit_align.callbacks.summary import RunSummary
+from lit_align.comparison import compare
 from lit_align.methods import DDPOModule
 from tests.methods.build import Recorder, fit, make, prompts, trainer
 
@@ -52,10 +53,13 @@ def test_metrics_of_earlier_weights_say_so_after_a_resume_too(tiny, tmp_path):
 
 
 def test_metrics_of_the_pretrained_model_are_not_those_of_the_end(tiny, tmp_path):
-    _, told = run(tiny, tmp_path, check_val_every_n_epoch=2)
+    module, told = run(tiny, tmp_path, check_val_every_n_epoch=2)
     found = report(tmp_path)
     assert (found["images"], found["reward_queries"]) == (0, 0)
-    assert "mean" in found["metrics"]["reward"]
+    rewards = module.latest["reward"]
+    own, by_prompt = found["metrics"]["reward"], compare(0 * rewards, rewards, module.prompt_groups)
+    assert own["mean"] == pytest.approx(by_prompt.after)
+    assert own["standard_error"] == pytest.approx(by_prompt.standard_error)
     assert "the newest validation was after 0;" in told[0]
     last = tmp_path / "checkpoints" / "last.ckpt"
     run(tiny, tmp_path, check_val_every_n_epoch=2, ckpt_path=last)

@@ -21,7 +21,7 @@ from lit_align.advantages import GroupAdvantages
 from lit_align.cli import main
 from lit_align.cli.doctor import PACKAGE, _own, _processes, _warned
 from lit_align.doctor import Asked, Trial, judge, look
-from lit_align.doctor.memory import Memory
+from lit_align.doctor.memory import Memory, activations, capacity
 from lit_align.doctor.trial import BATCHES, Seen
 from lit_align.methods import (
     AlignmentModule,
@@ -420,6 +420,22 @@ def test_memory_is_counted_by_what_the_optimizer_and_a_micro_batch_take(tiny, tm
     assert blocks.activations < 0.7 * adam.activations
     count = sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert adam.weights - sgd.weights == 8 * count
+    there = sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
+    assert sgd.weights - there == 4 * count  # gradients
+    module.sampling.guidance = 3.0  # two predictions
+    assert activations(module) > 1.5 * sgd.activations
+
+
+def test_a_container_may_have_less_memory_than_its_machine(tmp_path, monkeypatch):
+    files = [tmp_path / name for name in ("max", "limit", "none")]
+    for file, limit in zip(files, ("max\n", "1000000\n"), strict=False):
+        file.write_text(limit)
+    monkeypatch.setattr("lit_align.doctor.memory.LIMITS", [str(file) for file in files])
+    assert capacity(torch.device("cpu")) == 1_000_000
+    files[1].unlink()
+    machine = capacity(torch.device("cpu"))
+    assert machine is not None
+    assert machine > 1_000_000
 
 
 def test_processes_are_counted_as_the_trainer_does():

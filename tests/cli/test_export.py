@@ -169,9 +169,10 @@ def test_figures_and_facts_are_of_the_weights_that_are_exported(runs: Path, tmp_
         assert f"| images | {images} |" in texts[name]
     report = json.loads((run / "validation.json").read_text())
     assert (report["images"], report["reward_queries"], report["complete"]) == (8, 8, True)
-    after = report["metrics"]["reward"]["after"]
+    own = report["metrics"]["reward"]
+    row = f"| reward | {own['before']:.4f} | {own['after']:.4f} | {own['difference']:+.4f} |"
     assert "validation, 8 images trained on, 4 pairs of images\n\n" in texts["then"]
-    assert f"| {after:.4f} |" in texts["then"]
+    assert row in texts["then"]
     assert texts["then"].count("| reward |") == 1
     assert "validation_00000008.png" in texts["then"]
     assert "guidance_scale=3.0" in texts["then"]

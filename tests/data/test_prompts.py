@@ -69,6 +69,8 @@ def test_prompts_of_other_sources_are_removed_from_training(caplog: pytest.LogCa
     assert texts(data._sets["train"]) == {f"prompt {n}" for n in range(10, 90)}
     assert "20 prompts removed" in caplog.text
     assert {p for b in data.val_dataloader() for p in b.prompts} == {f"prompt {n}" for n in range(90, 120)}
+    few = module(table(100), validation_source=table(30, start=90), validation_prompts=2, test_fraction=0.0)
+    assert texts(few._sets["train"]) == {f"prompt {n}" for n in range(90)}  # without those not in use too
 
 
 @pytest.mark.parametrize("stage", ["fit", "test"])

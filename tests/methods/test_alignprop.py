@@ -44,7 +44,7 @@ def begin_at(*first: int) -> Tensor:
 
 
 def small_batch(images: int = 3) -> Batch:
-    listed = [f"a star number {i}" for i in range(images)]
+    listed = [f"a star number {10**i}" for i in range(images)]
     return Batch(listed, torch.arange(images), index=torch.arange(images) + 7)
 
 
@@ -234,13 +234,20 @@ def test_one_shot_is_the_clean_state_that_a_late_step_implies(tiny):
 # ---- the loss and the update
 
 
+class OfThePrompt(Redness):
+    """How red an image is, times what its prompt has more than 14 letters."""
+
+    def forward(self, images, prompts, groups=None, columns=None):
+        return super().forward(images, prompts) * torch.tensor([len(prompt) - 14.0 for prompt in prompts])
+
+
 @pytest.mark.parametrize(
     ("options", "stands_still"),
     [
         ({}, False),
         ({"coefficient": 0.5, "target": -0.2}, False),
         ({"ceiling": -1.0}, True),
-        ({"ceiling": 1.0, "truncation": LowVariance(2)}, False),
+        ({"ceiling": 1.0, "truncation": LowVariance(2), "reward": OfThePrompt()}, False),
         ({"coefficient": 0.5, "kl_weight": 0.7}, False),
     ],
     ids=["reward", "target", "ceiling below all", "copies", "penalty"],
@@ -267,7 +274,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_images_and_copies(tiny, options, s
 def test_micro_batches_change_no_gradient_of_any_truncation(tiny, tmp_path, truncation):
     found, logged = [], []
     for micro_batch in (64, 3):
-        aligned = module(tiny, truncation=truncation, micro_batch=micro_batch, kl_weight=0.1)
+        aligned = module(tiny, truncation=truncation, micro_batch=micro_batch, kl_weight=0.1, seed=3)
         randomise(aligned)
         recorder = fit(aligned, tmp_path, data=prompts(8, 1))
         found.append(recorder.gradients[0])
@@ -277,6 +284,9 @@ def test_micro_batches_change_no_gradient_of_any_truncation(tiny, tmp_path, trun
         assert logged[0][name] == pytest.approx(logged[1][name], rel=1e-4)
     assert logged[0]["progress/images"] == 8
     assert logged[0]["progress/reward_queries"] == 8 * (1 + truncation.copies)
+    draws = [generator(aligned.seed, "truncation", i) for i in recorder.index[0]]  # one for each image
+    steps = sum(int(truncation.attached(STEPS, one).sum()) for one in draws)
+    assert logged[0]["train/attached_steps"] == steps / 8
 
 
 def test_mixed_precision_keeps_the_gradient_behind_a_prefix_without_one(tiny, tmp_path):

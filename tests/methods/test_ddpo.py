@@ -22,6 +22,7 @@ from tests.methods.build import (
     assert_close_gradients,
     assert_same,
     bank,
+    draw,
     fit,
     held_out,
     make,
@@ -107,6 +108,10 @@ def test_each_pass_draws_its_steps_anew_and_an_update_has_whole_prompts(tiny):
     assert [part.rows.tolist() for part in first] == [[0, 0, 1, 1, 2, 2, 3, 3], [4, 4, 5, 5, 6, 6, 7, 7]]
     assert not torch.equal(first[0].steps, second[0].steps)
     assert torch.equal(first[0].steps, again[0].steps)
+    of_images = torch.cat([part.steps for part in first]).view(len(batch), -1)
+    assert len(of_images.unique(dim=0)) > 1  # each image has its own
+    module.seed += 1
+    assert not torch.equal(module._draw_updates(batch, 0)[0].steps, first[0].steps)
 
 
 # ---- how far a rollout batch goes
@@ -130,6 +135,8 @@ def test_the_loss_and_its_penalty_are_means_over_latent_elements(tiny, tmp_path)
     module.collect = lambda batch: kept.append(collect(batch)) or kept[0]
     fit(module, tmp_path, data=prompts(**FEW))
     pairs, (rollouts,) = Pairs(torch.tensor([0, 1, 3]), torch.tensor([0, 0, 1])), kept
+    drawn = draw(module, rollouts.batch, "rollout").trajectory
+    torch.testing.assert_close(rollouts.trajectory.states, drawn.states)
     loss, metrics = module._loss(rollouts, pairs, 3)
     terms, penalties, cond = [], [], module.backbone.encode(rollouts.batch.prompts)
     policy, reference = (module.backbone.policy(module.sampler, cond, 2.0, n) for n in (POLICY, REFERENCE))

@@ -130,7 +130,9 @@ def test_a_task_of_weight_zero_is_only_monitored(tiny: Path, tmp_path: Path) -> 
         make_ddpo(tiny, tasks=one_task(weight=0.0))
 
 
-def test_a_weight_scales_the_step_of_its_task(tiny: Path, tmp_path: Path) -> None:
+def test_a_weight_scales_the_step_of_its_task(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     moved = []
     for weight in (1.0, 0.25):
         module = make_ddpo(tiny, tasks=one_task(weight=weight), num_steps=2)
@@ -138,6 +140,11 @@ def test_a_weight_scales_the_step_of_its_task(tiny: Path, tmp_path: Path) -> Non
         fit(module, tmp_path)
         moved.append(flat(trained(module)) - flat(before))
     torch.testing.assert_close(moved[1], 0.25 * moved[0], rtol=1e-3, atol=1e-7)
+    tasks = one_task() | {"b": Task(bank(Redness()), BatchAdvantages(), 0.25)}
+    module = make_ddpo(tiny, tasks=tasks)
+    module.step_scale["b"] = 2.0  # as by kl_target
+    monkeypatch.setattr(module, "update", lambda losses, scale: scale)
+    assert [module.optimise([], task) for task in ("a", "b")] == [1.0, 0.5]
 
 
 def test_shared_timesteps_are_one_update_each_on_all_images(tiny: Path, tmp_path: Path) -> None:
@@ -184,7 +191,7 @@ def test_without_a_signal_an_iteration_is_one_step_of_the_denoising_loss(tiny: P
     common: dict[str, Any] = {
         "optimizer": descent,
         "clip_norm": 1e9,
-        "seed": 0,
+        "seed": 3,
         "num_steps": 2,
         "micro_batch": 3,
     }
@@ -197,8 +204,8 @@ def test_without_a_signal_an_iteration_is_one_step_of_the_denoising_loss(tiny: P
     plain = make_ddpo(tiny, Still(), **common)
     before, backbone, schedule = trained(plain), plain.backbone, plain.sampler.schedule
     total = torch.zeros(())
-    for number, row in enumerate(extra().rows(0, range(4))):
-        draw = generator(0, "pretraining", number)
+    for number, row in enumerate(extra().rows(3, range(4))):
+        draw = generator(3, "pretraining", number)
         t = torch.randint(1000, (), generator=draw)[None]
         noise = torch.randn(backbone.latent_shape, generator=draw)[None]
         x = schedule.add_noise(backbone.latents(Greys().image(row)[None]), noise, t)
@@ -240,10 +247,14 @@ def test_captioned_images_of_another_size_are_refused_before_anything_is_sampled
 
 @pytest.mark.parametrize("order", ["before", "after", "every"])
 def test_captioned_images_go_round_in_every_order(tiny: Path, tmp_path: Path, order: Order) -> None:
-    module, collected = make_ddpo(tiny, pretraining=extra(order), updates=2, num_steps=2), Collected()
+    asked, mixed_in = list[int](), extra(order)
+    caption = mixed_in.source.caption
+    mixed_in.source.caption = lambda row: asked.append(row) or caption(row)  # type: ignore[method-assign, func-returns-value]
+    module, collected = make_ddpo(tiny, pretraining=mixed_in, updates=2, num_steps=2, seed=3), Collected()
     recorder = fit(module, tmp_path, 3, collected, data=prompts(**FEW))
     steps = 3 * (2 if order == "every" else 1)
     assert module.denoising_steps == steps
+    assert asked[1:] == extra().rows(module.seed, range(4 * steps))  # the first was looked at before the fit
     assert collected.sampled_at == {"before": [1, 4, 7], "after": [0, 3, 6], "every": [0, 2, 4]}[order]
     assert all(0 < metrics["train/denoising_loss"] < 10 for metrics in recorder.logged)
     rows = extra().rows(5, range(21))

@@ -15,9 +15,11 @@ from lit_align.backbones import POLICY, REFERENCE
 from lit_align.callbacks import BatchCheckpoint
 from lit_align.callbacks.images import ImageGrids
 from lit_align.callbacks.summary import RunSummary, read_report
-from lit_align.data import PromptDataModule, PromptSource
+from lit_align.comparison import diversity, high_frequency, saturation
+from lit_align.data import Batch, PromptDataModule, PromptSource
 from lit_align.methods import AlignmentModule, DDPOModule, MSDDAModule
 from lit_align.methods.tasks import Task
+from lit_align.methods.validation import measure
 from lit_align.rewards import Brightness, Redness, RewardBank, ShapesTruth
 from lit_align.samplers import DDIM
 from tests.methods import build
@@ -34,6 +36,15 @@ def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     randomise(module)
     module.export(folder)
     return folder
+
+
+def test_what_is_measured_of_images() -> None:
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    batch = Batch(list("aabb"), torch.tensor([3, 3, 5, 5]), index=torch.arange(4))
+    found = measure(images, bank()(images, batch.prompts), batch)
+    assert torch.equal(found["diversity"], diversity(images, batch.groups))
+    assert torch.equal(found["saturation"], saturation(images))
+    assert torch.equal(found["high_frequency"], high_frequency(images))
 
 
 def starts_elsewhere(tiny: Path, adapter: Path) -> dict[str, AlignmentModule]:

@@ -98,6 +98,8 @@ def test_one_hot_weights_draw_the_experts_images_bit_for_bit(tiny):
     before = {name: p.requires_grad for name, p in fused.named_parameters()}
     expert = draw(fused, batch(), "test", "red").images
     assert torch.equal(draw(fused, batch(), "test").images, expert)
+    scores = fused.score(expert, batch()).report
+    torch.testing.assert_close(scores["reward"], 30 * scores["reward/red"])
     fused.weights = {"bright": 0.5, "red": 0.5}
     assert (draw(fused, batch(), "test").images - expert).abs().max() > 1e-3
     assert (kl_of(fused) > 0).all()
@@ -157,6 +159,12 @@ def test_one_expert_per_step_draws_other_images_that_do_not_depend_on_the_batch(
     again = draw(fused, batch()[torch.tensor([2])], "test").images
     assert (images - draw(exact, batch(), "test").images).abs().max() > 1e-3
     torch.testing.assert_close(images[2:3], again, atol=1e-5, rtol=0)
+    # Which expert is followed when is drawn for each image and seed.
+    cond, choices = fused.backbone.encode(batch().prompts), []
+    for fused.seed in (0, 1):
+        choices.append(fused.policy(batch(), cond).choices)
+        assert len(choices[-1].unique(dim=1).T) > 1
+    assert not torch.equal(*choices)
 
 
 # ---- training
@@ -222,6 +230,9 @@ def test_each_pass_draws_its_steps_anew(tiny, monkeypatch):
     fused._learn([], batch())
     assert torch.equal(drawn[0].rows, drawn[1].rows)
     assert not torch.equal(drawn[0].steps, drawn[1].steps)
+    fused.seed += 1
+    fused._learn([], batch())
+    assert not torch.equal(drawn[0].steps, drawn[2].steps)
 
 
 def test_the_loss_is_the_sum_over_experts_with_scaled_rewards_and_their_own_strengths(tiny, tmp_path):
@@ -280,7 +291,8 @@ def test_what_fit_cannot_train_is_refused(tiny, tmp_path):
 
 
 def test_experts_that_were_never_trained_are_not_tested(tiny, tmp_path):
-    fused = module(tiny, num_steps=2, joint=[{"bright": 0.5, "red": 0.5}])
+    fused = module(tiny, num_steps=2, joint=[{"bright": 0.5, "red": 0.5}], target_beta=0.02)
+    assert fused.expert_betas == {"joint0": 0.02, "bright": 0.05, "red": 0.05}
     for run in (trainer(tmp_path, 1).test, trainer(tmp_path, 1).predict):
         with pytest.raises(ConfigError, match="bright, red, joint0 would be the pretrained model itself"):
             run(fused, prompts())

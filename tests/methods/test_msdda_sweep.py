@@ -13,7 +13,9 @@ from PIL import Image
 from rich.progress import Progress
 
 from lit_align.backbones import REFERENCE, LoRA, StableDiffusionBackbone
-from lit_align.callbacks import SweepReport
+from lit_align.callbacks import SweepReport, image_grid
+from lit_align.callbacks.grid import uint8
+from lit_align.comparison import compare
 from lit_align.data import Batch
 from lit_align.errors import ConfigError
 from lit_align.methods import MSDDAModule
@@ -21,6 +23,7 @@ from lit_align.methods.msdda import CoDe, FactorSoup, RewardGradient, Soup, Swee
 from lit_align.methods.msdda.sweep import Measured
 from lit_align.randomness import generator
 from lit_align.rewards import Brightness, PairwiseDiversity, Redness, RewardBank
+from lit_align.samplers import DDIM
 from tests.methods.build import draw, make, prompts, randomise, trainer
 from tests.methods.test_msdda import BOTH, batch
 
@@ -50,7 +53,14 @@ def mixed(fused: MSDDAModule, **weights: float) -> torch.Tensor:
 # ---- the sweep
 
 
-def test_a_sweep_measures_every_way_at_every_weight_on_the_same_noise(tiny, tmp_path):
+def test_a_sweep_measures_every_way_at_every_weight_on_the_same_noise(tiny, tmp_path, monkeypatch):
+    strip: dict[str, torch.Tensor] = {}
+
+    def kept(cells, captions, **options):
+        strip.update(zip(captions, (cell for (cell,) in cells), strict=True))
+        return image_grid(cells, captions, **options)
+
+    monkeypatch.setattr("lit_align.callbacks.sweep.image_grid", kept)
     baselines = [Soup(), FactorSoup(), CoDe(candidates=4, every=2), RewardGradient(growth=0.5)]
     sweep = Sweep(2, [{"bright": 0.2, "red": 0.8}], baselines, images=2)
     fused = module(tiny, sweep=sweep, joint=[{"bright": 0.5, "red": 0.5}])
@@ -79,15 +89,27 @@ def test_a_sweep_measures_every_way_at_every_weight_on_the_same_noise(tiny, tmp_
     for method in ("CoDe", "reward gradient"):
         assert rows[method, 1.0]["gain"] > 0
         assert rows[method, 0.0]["gain"] > 0
-    after = found["MSDDA", grid[2]].metrics
-    gains = {name: after[f"reward/{name}"] - base[f"reward/{name}"] for name in BOTH}
-    difference = 0.2 * 10 * gains["bright"] + 0.8 * 30 * gains["red"]
-    assert rows["MSDDA", 0.2]["gain"] == pytest.approx(difference.mean().item(), abs=1e-5)
+    worths = [
+        0.2 * 10 * one["reward/bright"] + 0.8 * 30 * one["reward/red"]
+        for one in (base, found["soup", grid[2]].metrics, found["MSDDA", grid[2]].metrics)
+    ]
+    gain, lead = (compare(one, worths[2], found["base", ()].groups) for one in worths[:2])
+    assert rows["MSDDA", 0.2]["gain"] == pytest.approx(gain.difference, abs=1e-5)
+    assert rows["MSDDA", 0.2]["gain/se"] == pytest.approx(gain.standard_error, rel=1e-4)
+    assert rows["soup", 0.2]["lead"] == pytest.approx(lead.difference, abs=1e-5)
+    assert rows["soup", 0.2]["lead/se"] == pytest.approx(lead.standard_error, rel=1e-4)
     volumes = fused.front.hypervolumes()
     assert volumes["base"] == pytest.approx(1.0, abs=1e-5)
     assert volumes["MSDDA"] >= volumes["expert"]
     written = tmp_path / "sweep"
     assert {path.name for path in written.iterdir()} == {"sweep.csv", "sweep.json", "strip.png", "front.png"}
+    # A row for each prompt; of captions that all rows have, the last one's image was kept.
+    first, last = (f"base: {prompt}" for prompt in fused.front.prompts)
+    along = ["expert\nbright 1", "bright 0.5\nred 0.5", "bright 0.2\nred 0.8", "expert\nred 1"]
+    assert list(strip) == [first, *along, last]
+    assert torch.equal(strip[first], uint8(found["base", ()].images[0]))
+    for name, images in zip(along[2:], (found["MSDDA", grid[2]].images, own.images[::2]), strict=True):
+        assert torch.equal(strip[name], uint8(images[1]))
     summary = json.loads((written / "sweep.json").read_text())
     assert summary["hypervolume"] == volumes
     assert set(summary["hypervolume_error"]) == set(summary["hypervolume_lead"]) | {"MSDDA"} == set(volumes)
@@ -102,11 +124,14 @@ def test_three_objectives_are_swept_on_a_triangle(tiny, tmp_path):
     bank = RewardBank(
         {"bright": Brightness(), "red": Redness(), "blue": Brightness()}, dict.fromkeys(names, 1.0)
     )
-    options = {"experts": dict.fromkeys(names), "weights": dict.fromkeys(names, 1 / 3), "num_steps": 2}
-    found = swept(
-        module(tiny, rewards=bank, sweep=Sweep(3, baselines=[]), **options), tmp_path, SweepReport()
-    )
+    options = {"experts": dict.fromkeys(names), "weights": dict.fromkeys(names, 1 / 3), "num_steps": 3}
+    options["eval_sampler"] = partial(DDIM, num_steps=2)
+    fused = module(tiny, rewards=bank, sweep=Sweep(3, baselines=[]), **options)
+    found = swept(fused, tmp_path, SweepReport())
     assert len(found) == 1 + 10
+    with fused.evaluating():
+        own = draw(fused, of_test(), "test", "blue").images
+    assert torch.equal(found["expert", (0.0, 0.0, 1.0)].images, own[::2])
     assert (tmp_path / "sweep" / "front.png").exists()
 
 
@@ -138,6 +163,17 @@ def test_where_one_expert_has_another_strength_only_the_other_end_is_an_expert(t
         points = fused.front.methods()[method]
         assert len(points) == 3
         assert {one.point.weights for one in points} >= {bright, red}
+
+
+def test_the_kl_of_a_point_is_that_of_its_own_samplers(tiny, tmp_path):
+    samplers = {"red": partial(DDIM, num_steps=2, eta=0.5)}
+    fused = module(tiny, num_steps=2, samplers=samplers, sweep=Sweep(2, baselines=[]))
+    found, cond = swept(fused, tmp_path), fused.backbone.encode(of_test().prompts)
+    for method, weights in (("expert", (0.0, 1.0)), ("MSDDA", (0.5, 0.5))):
+        fused.weights = dict(zip(BOTH, weights, strict=True))
+        with torch.no_grad():
+            kl = fused.distance(of_test(), cond, draw(fused, of_test(), "test").trajectory)["kl"]
+        torch.testing.assert_close(found[method, weights].metrics["kl"], kl)
 
 
 def test_one_random_expert_is_called_so(tiny, tmp_path):
@@ -275,7 +311,7 @@ def test_a_search_goes_on_with_the_candidate_whose_clean_image_is_the_best(tiny)
             return super().forward(images, prompts)
 
     bank = RewardBank({"bright": Seen(), "red": Redness()}, {"bright": 10.0, "red": 30.0})
-    fused = module(tiny, rewards=bank)
+    fused = module(tiny, rewards=bank, seed=3)
     seen.clear()  # the bank tried it
     cond, noise = fused.backbone.encode(batch().prompts), fused.draw_noise(torch.arange(4), "test")[0]
     base = fused.expert(REFERENCE, cond)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_align.advantages import GroupAdvantages
 from lit_align.backbones import POLICY, REFERENCE
 from lit_align.errors import ConfigError
 from lit_align.methods import NFTModule
@@ -28,7 +29,16 @@ from lit_align.methods.nft import (
 from lit_align.randomness import generator
 from lit_align.replay import Pairs
 from lit_align.samplers.schedule import DiffusionSchedule
-from tests.methods.build import assert_close_gradients, fit, held_out, make, prompts, randomise, task_prompts
+from tests.methods.build import (
+    assert_close_gradients,
+    draw,
+    fit,
+    held_out,
+    make,
+    prompts,
+    randomise,
+    task_prompts,
+)
 from tests.methods.test_protocol import two_tasks
 
 N, SHAPE = 6, (3, 4, 4)
@@ -168,11 +178,17 @@ def test_the_loss_asks_all_policies_at_latents_that_are_noised_anew(
     tiny: Any, tmp_path: Any, objective: ForwardObjective
 ) -> None:
     """By hand: of each image, step and pass the noise is another, and AWM's weight is the noise level."""
-    module = make(NFTModule, tiny, objective=objective, reference_weight=0.3, lr=0.0)
+    normaliser = GroupAdvantages(clip=2.0)  # which counts as certainly good
+    options: dict[str, Any] = {"advantages": normaliser, "objective": objective, "seed": 3}
+    module = make(NFTModule, tiny, **options, reference_weight=0.3, lr=0.0)
     trained, kept, collect = randomise(module), list[Rollouts](), module.collect
     module.collect = lambda batch: kept.append(collect(batch)) or kept[0]  # type: ignore[method-assign, func-returns-value]
     fit(module, tmp_path, data=prompts(2, 2))
     assert drift(module, OLD) == 0  # the first batch is followed by a copy
+    # The images are those of the policy, or of the old one, which at the start is the pretrained model.
+    sampled_with = REFERENCE if isinstance(objective, NFT) else POLICY
+    drawn = draw(module, kept[0].batch, "rollout", sampled_with).trajectory
+    torch.testing.assert_close(kept[0].trajectory.states, drawn.states)
     for parameter in module.backbone.weight_sets.parameters_of(OLD):
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))
     pairs = Pairs(torch.tensor([0, 1, 1, 3]), torch.tensor([1, 0, 2, 1]))
@@ -193,10 +209,10 @@ def test_the_loss_asks_all_policies_at_latents_that_are_noised_anew(
     now, old, before = (module.backbone.predict(x, t, cond, 1.0, name) for name in (POLICY, OLD, REFERENCE))
     if isinstance(objective, NFT):
         x0, x0_old = ((x - sigma * prediction) / alpha for prediction in (now, old.detach()))
-        expected = nft_loss(x0, x0_old, clean, advantages, 0.5, 5.0)
+        expected = nft_loss(x0, x0_old, clean, advantages, 0.5, 2.0)
     else:
         log_prob = awm_log_prob((now - noise).square().mean((1, 2, 3)), sigma.flatten(), 0.5)
-        expected = awm_loss(log_prob, log_prob.detach(), advantages / 5, 0.5)
+        expected = awm_loss(log_prob, log_prob.detach(), advantages / 2, 0.5)
         expected = expected + 0.2 * (now - old.detach()).square().mean((1, 2, 3))
     expected = (expected + 0.3 * (now - before.detach()).square().mean((1, 2, 3))).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6, check_dtype=False)
@@ -209,14 +225,17 @@ def test_each_pass_draws_its_timesteps_anew(tiny: Any) -> None:
     (first,), (second,) = (module._draw_updates(rollouts, epoch) for epoch in (0, 1))
     assert torch.equal(first.rows, second.rows)
     assert not torch.equal(first.steps, second.steps)
+    module.seed += 1
+    assert not torch.equal(module._draw_updates(rollouts, 0)[0].steps, first.steps)
 
 
 def test_the_old_policy_follows_as_its_schedule_says(tiny: Any, tmp_path: Any) -> None:
     module, _ = run(tiny, tmp_path, 2, lr=1e-2, old_policy=OldPolicy(flat=5))
     assert drift(module, OLD) == 0
-    module, logged = run(tiny, tmp_path, 2, lr=1e-2, old_policy=OldPolicy(0, 0.9, 0.9))
+    module, logged = run(tiny, tmp_path, 3, lr=1e-2, old_policy=OldPolicy(0, 0.9, 0.9))
     assert drift(module, OLD) > 0
-    assert logged[0]["train/old_distance"] == 0
+    # The first batch is followed by a copy; then the old policy falls behind, in a first update too.
+    assert [one["train/old_distance"] > 0 for one in logged] == [False, False, True]
     assert [OldPolicy(75, 0.0075, 0.999).decay(n) for n in (0, 75, 76, 10**6)] == [0, 0, 0.0075, 0.999]
 
 

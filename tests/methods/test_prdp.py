@@ -252,8 +252,10 @@ def two_passes(module: PRDPModule, replay: Replay, rewards: torch.Tensor, monkey
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
-@pytest.mark.parametrize(("micro_batch", "guidance"), [(1000, 1.0), (5, 3.0)])
-def test_two_passes_give_the_gradient_of_one(tiny_attentive, monkeypatch, convention, micro_batch, guidance):
+@pytest.mark.parametrize(("micro_batch", "guidance", "updates"), [(1000, 1.0, 1), (5, 3.0, 2)])
+def test_two_passes_give_the_gradient_of_one(
+    tiny_attentive, monkeypatch, convention, micro_batch, guidance, updates
+):
     scale = 1 if convention == "listing" else 256
     module = make(
         PRDPModule,
@@ -264,6 +266,7 @@ def test_two_passes_give_the_gradient_of_one(tiny_attentive, monkeypatch, conven
         micro_batch=micro_batch,
         guidance=guidance,
         noisy_steps=3,
+        updates=updates,
     ).double()
     replay, rewards = stored_chains(module)
     metrics = two_passes(module, replay, rewards, monkeypatch)
@@ -283,7 +286,8 @@ def test_two_passes_give_the_gradient_of_one(tiny_attentive, monkeypatch, conven
     now, old = (torch.stack([pair[i] for pair in log_ratios], -1).view(*rewards.shape, 3) for i in range(2))
     unit = 256 / scale
     loss = reward_difference_loss(now / unit, (old / unit).detach(), rewards, 1e-2, 1e-3 * scale, convention)
-    direct = torch.autograd.grad(loss.mean(), parameters)
+    # Each update takes the mean over prompts of its own, and the gradients of all are added up here.
+    direct = torch.autograd.grad(updates * loss.mean(), parameters)
     torch.testing.assert_close(metrics["loss"], loss.detach(), rtol=1e-6, atol=0)
     for one, other in zip(found, direct, strict=True):
         assert (one - other).abs().max() <= 1e-6 * other.abs().max()

@@ -42,7 +42,8 @@ def test_the_pool_holds_the_opponents_images_of_the_coming_pairs_alone(tiny, tmp
 
 
 def test_the_opponents_images_are_a_function_of_pair_and_iteration(tiny):
-    aligned, prompts = module(tiny, opponent_guidance=2.0), ["a star", "two red circles"]
+    assert module(tiny, guidance=3.0).opponent_guidance == 3.0  # if it is not given
+    aligned, prompts = module(tiny, opponent_guidance=2.0, seed=3), ["a star", "two red circles"]
     with torch.no_grad():
         aligned.iteration = 1
         first, alone = aligned._play([5, 9], prompts), aligned._play([9], prompts[1:])

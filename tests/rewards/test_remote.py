@@ -201,6 +201,7 @@ def told(answer: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
     [
         (lambda path, body: (500, {"error": "out of memory"}), r"status 500 \(out of memory\)"),
         (lambda path, body: (503, "<html>busy</html>"), "status 503"),
+        (lambda path, body: (429, {"error": "too many requests"}), r"status 429 \(too many requests\)"),
         (lambda path, body: {"scores": [1.0]}, "no list of 7 scores"),
         (lambda path, body: {"scores": [float("nan")] * 7}, "it sent NaN, which is not a number; null is"),
         (lambda path, body: {"scores": ["1"] * 7}, "scores that are not numbers"),
