@@ -45,6 +45,28 @@ def test_what_is_written_travels(capsys, monkeypatch):
     assert parsed(capsys)["init_args"]["eps"] == 1e-8
 
 
+def test_the_weights_of_another_reward_do_not_travel(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lit_align"])
+    for class_path in ("PickScore", "HPSv2"):
+        options = {"pretrained": "some/pick", "dtype": "bfloat16"} if class_path == "PickScore" else {}
+        reward = {"class_path": class_path} | ({"init_args": options} if options else {})
+        bank = {"rewards": {"init_args": {"rewards": {"liked": reward}, "weights": {"liked": 1.0}}}}
+        (tmp_path / f"{class_path}.yaml").write_text(yaml.safe_dump({"model": {"init_args": bank}}))
+    pick, option = ["--config", str(tmp_path / "PickScore.yaml")], "--model.rewards.rewards.liked"
+    for arguments, model in (
+        ([], "some/pick"),
+        ([f"{option}=HPSv2"], "xswu/HPSv2"),
+        (["--config", str(tmp_path / "HPSv2.yaml")], "xswu/HPSv2"),
+        ([f"{option}=HPSv2", f"{option}.pretrained=some/hps"], "some/hps"),
+        ([f"{option}.pretrained=shapes", f"{option}=CLIPScore"], "shapes"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", str(DDPO), *pick, *arguments, "--print_config"])
+        bank = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["rewards"]["init_args"]
+        made = bank["rewards"]["liked"]["init_args"]
+        assert (made["pretrained"], made.get("dtype", "bfloat16")) == (model, "bfloat16")
+
+
 def test_a_default_that_is_a_member_of_an_enumeration_is_written(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lit_align"])
     with pytest.raises(SystemExit):
