@@ -103,6 +103,26 @@ class Given:
                         )
         return told
 
+    def rescaled(self, lora: Any) -> str | None:
+        """What to tell of an adapter whose rank is not the one for which a file gives ``alpha``.
+
+        Args:
+            lora: The rank and ``alpha`` of the command; None without an adapter.
+        """
+        for file in reversed(self.files):
+            rank, alpha = (file.value_at(["model", "backbone", "lora", name]) for name in ("rank", "alpha"))
+            if rank is None or alpha is None:
+                continue
+            before, kept = _read(rank), _read(alpha)
+            if lora and kept and lora.alpha == kept and lora.rank != before:
+                return (
+                    f"lora.rank {lora.rank}: alpha stays {kept:g}, so updates are scaled by "
+                    f"{kept / lora.rank:g}, and not by {kept / before:g} as in {file.path}; to keep it give "
+                    f"--model.backbone.lora.alpha {kept / before * lora.rank:g}"
+                )
+            return None
+        return None
+
     def argument(self, option: str) -> str:
         """The argument as the user wrote it, of which the parser names the end."""
         names = [argument.partition("=")[0] for argument in self.arguments]
