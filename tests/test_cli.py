@@ -632,7 +632,11 @@ def test_validate_test_and_predict_of_a_trained_run(small, done, capsys):
     assert {name: (done / name).read_bytes() for name in kept} == kept
     assert json.loads((done / "test-2.json").read_text())["metrics"]["reward"]["num_pairs"] == 6
     assert (done / "test-2.csv").exists()
+    grid = done / "images" / "validation_00000008.png"
+    drawn = grid.read_bytes()
     main(["validate", *small, "--ckpt_path=last"])
+    assert grid.read_bytes() == drawn  # that of the fit
+    assert grid.with_stem("validation_00000008-2").exists()
     validated = json.loads((done / "validate.json").read_text())["metrics"]
     assert validated == json.loads((done / "validation.json").read_text())["metrics"]
     for number in ("", "-2"):

@@ -18,7 +18,7 @@ from lit_align.callbacks.files import finite, writes
 from lit_align.callbacks.grid import image_grid, pixels, shrink, uint8
 from lit_align.callbacks.histograms import tensorboards
 from lit_align.data import Batch
-from lit_align.files import new_folder, write, writing
+from lit_align.files import new_folder, unused, write, writing
 from lit_align.folder import run_folder
 
 
@@ -89,7 +89,8 @@ class ImageGrids(Callback):
         if before is not None and (before.index, before.prompts) != (now.index, now.prompts):
             before = None  # other prompts: there is nothing to compare
         grid = self._grid(now, None if before is now else before)
-        write(run_folder(trainer) / "images" / f"validation_{pl_module.images:08d}.png", png(grid))
+        path = run_folder(trainer) / "images" / f"validation_{pl_module.images:08d}.png"
+        write(path if trainer.state.fn == "fit" else unused(path), png(grid))
         for writer in tensorboards(trainer):
             writer.add_image("validation", np.asarray(grid), pl_module.images, dataformats="HWC")
 

@@ -87,6 +87,9 @@ class AlignCLI(LightningCLI):
         self.config = self._parsed(parser, args)
         config = self.config[self.config.subcommand]
         use_own_defaults(config, self.given)
+        backbone = (config.model.get("init_args") or {}).get("backbone") or {}
+        if told := self.given.rescaled((backbone.get("init_args") or {}).get("lora")):
+            rank_zero_warn(told)
         check_seed(config.seed_everything)
         self.auto = config.ckpt_path == AUTO
         if self.auto and self.config.subcommand != "fit":

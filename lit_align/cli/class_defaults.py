@@ -2,7 +2,7 @@
 
 The parser hands the values of the old class on to options of the same name. That is right for what a user
 wrote, such as a learning rate, and wrong for what is only the old class's default: AdamW's ``eps`` is a
-number, Adafactor's a pair.
+number, Adafactor's a pair. It is wrong for the weights of a reward too: those of PickScore load as HPS v2.
 """
 
 import inspect
@@ -17,6 +17,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_align.cli.given import Given
 from lit_align.errors import ConfigError
+from lit_align.pretrained import SHAPES
+from lit_align.rewards import Reward
 
 NOTHING = inspect.Parameter.empty
 
@@ -40,7 +42,7 @@ class Parser(LightningArgumentParser):
 
 
 def use_own_defaults(config: Any, given: Given) -> None:
-    """Set options that nobody wrote to the defaults of their class, where it replaced another one.
+    """Set options that nobody wrote for their class to its defaults, where it replaced another one.
 
     Args:
         config: Of a command, as the parser made it; changed in place.
@@ -52,9 +54,12 @@ def use_own_defaults(config: Any, given: Given) -> None:
     for path, class_path, options in _parts(config, ()):
         kind = resolve_name(class_path)
         replaced = given.classes(path) - {class_path.rpartition(".")[2]}
+        scores = isinstance(kind, type) and issubclass(kind, Reward)
         for name, value in list(options.items(branches=True, nested=False)):
             default, annotated = _declared(kind, name)
-            if replaced and _is_plain(default) and not given.wrote([*path, name]):
+            # The weights of another reward are not this one's; those of Shapes are a choice for all.
+            model = scores and name == "pretrained" and value != SHAPES
+            if replaced and _is_plain(default) and not given.wrote([*path, name], replaced if model else ()):
                 options[name] = default
             elif isinstance(default, tuple) and not annotated and isinstance(value, int | float | str):
                 raise ConfigError(

@@ -1,7 +1,7 @@
 """What the user wrote: the files and the arguments of a command, and where in them an option stands."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,15 @@ class Given:
         given = (file.class_at(written) for file in self.files for written in (path, first_edition(path)))
         return {name.rpartition(".")[2] for name in given if name}
 
-    def wrote(self, path: Sequence[str]) -> bool:
-        """Whether an option stands in a file or, alone or inside of a mapping, on the command line."""
-        if any(file.find(way) for file in self.files for way in (path, first_edition(path))):
+    def wrote(self, path: Sequence[str], but: Collection[str] = ()) -> bool:
+        """Whether an option stands in a file or, alone or inside of a mapping, on the command line.
+
+        Args:
+            path: The option.
+            but: Classes; what a file gives one of them does not count.
+        """
+        files = [f for f in self.files if (f.class_at(path[:-1]) or "").rpartition(".")[2] not in but]
+        if any(file.find(way) for file in files for way in (path, first_edition(path))):
             return True
         options = [option for argument in self.arguments if (option := option_of(argument))]
         if any(option[: len(path)] == list(path) for option in options):
@@ -96,6 +102,26 @@ class Given:
                             "put options after the files"
                         )
         return told
+
+    def rescaled(self, lora: Any) -> str | None:
+        """What to tell of an adapter whose rank is not the one for which a file gives ``alpha``.
+
+        Args:
+            lora: The rank and ``alpha`` of the command; None without an adapter.
+        """
+        for file in reversed(self.files):
+            rank, alpha = (file.value_at(["model", "backbone", "lora", name]) for name in ("rank", "alpha"))
+            if rank is None or alpha is None:
+                continue
+            before, kept = _read(rank), _read(alpha)
+            if lora and kept and lora.alpha == kept and lora.rank != before:
+                return (
+                    f"lora.rank {lora.rank}: alpha stays {kept:g}, so updates are scaled by "
+                    f"{kept / lora.rank:g}, and not by {kept / before:g} as in {file.path}; to keep it give "
+                    f"--model.backbone.lora.alpha {kept / before * lora.rank:g}"
+                )
+            return None
+        return None
 
     def argument(self, option: str) -> str:
         """The argument as the user wrote it, of which the parser names the end."""

@@ -27,10 +27,19 @@ def runs_of(config: Any) -> Path:
 
     Args:
         config: That of the subcommand.
+
+    Raises:
+        ConfigError: They are in two places.
     """
     method = config.model.class_path.rpartition(".")[2].removesuffix("Module").lower()
-    runs = Path(config.trainer.default_root_dir or "logs") / method
+    root = config.trainer.default_root_dir
+    runs = Path(root or "logs") / method
     if (logger := next(_numbering(config.trainer.logger), None)) is not None:
+        if root is not None and Path(root) != Path(logger.init_args.save_dir):
+            raise ConfigError(
+                f"trainer.default_root_dir: {root} would be passed over, since a run writes where its logger "
+                f"does, to {logger.init_args.save_dir}; give --trainer.logger.save_dir {root} in its place"
+            )
         runs = Path(logger.init_args.save_dir) / (logger.init_args.get("name") or "")
     check_local(runs)
     return runs

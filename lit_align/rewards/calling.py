@@ -145,4 +145,7 @@ def _tensor(returned: object) -> Tensor:
 def _kind(returned: object) -> str:
     if isinstance(returned, Mapping):
         return f"a dict ({', '.join(map(str, returned)) or 'empty'})"
-    return "None" if returned is None else f"a value of the type {type(returned).__name__}, not numbers"
+    inside = f" of {type(returned[0]).__name__}" if isinstance(returned, list | tuple) and returned else ""
+    return (
+        "None" if returned is None else f"a value of the type {type(returned).__name__}{inside}, not numbers"
+    )

@@ -63,6 +63,10 @@ def test_a_job_that_left_its_named_run_before_a_checkpoint_starts_it_anew(tmp_pa
     }
     trainer = {"logger": logger, "default_root_dir": None}
     config = dict_to_namespace({"model": {"class_path": "DDPOModule"}, "trainer": trainer})
+    config.trainer.default_root_dir = "elsewhere"
+    with pytest.raises(ConfigError, match=r"elsewhere would be passed over.*logger\.save_dir elsewhere"):
+        new_folder(config)
+    config.trainer.default_root_dir = None
     run = new_folder(config, again=True)
     with pytest.raises(ConfigError, match="is of another run"):
         new_folder(config, again=True)  # nothing says that a run began there

@@ -1,6 +1,8 @@
 """A class in another's place keeps what was written, and has its own defaults for the rest."""
 
+import re
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +11,7 @@ import pytest
 import yaml
 
 from lit_align.cli import main
-from lit_align.cli.align import _has_bar
+from lit_align.cli.align import AlignCLI, _has_bar
 
 DDPO = Path(__file__).parents[2] / "configs" / "ddpo.yaml"
 
@@ -43,6 +45,53 @@ def test_what_is_written_travels(capsys, monkeypatch):
     assert parsed(capsys, given)["init_args"]["eps"] == 1e-4
     assert parsed(capsys, "--model.optimisation.optimizer=torch.optim.Adadelta")["init_args"]["eps"] == 1e-6
     assert parsed(capsys)["init_args"]["eps"] == 1e-8
+
+
+def test_the_weights_of_another_reward_do_not_travel(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lit_align"])
+    for class_path in ("PickScore", "HPSv2"):
+        options = {"pretrained": "some/pick", "dtype": "bfloat16"} if class_path == "PickScore" else {}
+        reward = {"class_path": class_path} | ({"init_args": options} if options else {})
+        bank = {"rewards": {"init_args": {"rewards": {"liked": reward}, "weights": {"liked": 1.0}}}}
+        (tmp_path / f"{class_path}.yaml").write_text(yaml.safe_dump({"model": {"init_args": bank}}))
+    pick, option = ["--config", str(tmp_path / "PickScore.yaml")], "--model.rewards.rewards.liked"
+    for arguments, model in (
+        ([], "some/pick"),
+        ([f"{option}=HPSv2"], "xswu/HPSv2"),
+        (["--config", str(tmp_path / "HPSv2.yaml")], "xswu/HPSv2"),
+        ([f"{option}=HPSv2", f"{option}.pretrained=some/hps"], "some/hps"),
+        ([f"{option}.pretrained=shapes", f"{option}=CLIPScore"], "shapes"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", str(DDPO), *pick, *arguments, "--print_config"])
+        bank = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["rewards"]["init_args"]
+        made = bank["rewards"]["liked"]["init_args"]
+        assert (made["pretrained"], made.get("dtype", "bfloat16")) == (model, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["--model.backbone.lora.rank=4"],
+            "scaled by 16, and not by 4 as in .*shapes_flow.yaml.*lora.alpha 16$",
+        ),
+        (["--model.backbone.lora.rank=4", "--model.backbone.lora.alpha=16"], None),
+        (["--model.backbone.lora=null"], None),
+        ([], None),
+    ],
+)
+def test_a_rank_that_leaves_alpha_behind_is_told(arguments, told, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lit_align"])
+    monkeypatch.setattr(AlignCLI, "before_instantiate_classes", lambda self: sys.exit())
+    flow = DDPO.with_name("backbone") / "shapes_flow.yaml"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", str(DDPO), "--config", str(flow), *arguments])
+    said = [str(one.message) for one in caught if "alpha stays" in str(one.message)]
+    assert bool(said) == bool(told)
+    assert not told or re.search(told, said[0])
 
 
 def test_a_default_that_is_a_member_of_an_enumeration_is_written(capsys, monkeypatch):

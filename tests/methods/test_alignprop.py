@@ -17,7 +17,17 @@ from lit_align.methods.alignprop.module import RolloutBatch, reward_loss
 from lit_align.randomness import generator
 from lit_align.rewards import CLIPScore, JPEGCompressibility, Redness
 from lit_align.samplers import DDIM
-from tests.methods.build import assert_close_gradients, assert_same, draw, fit, flat, make, prompts, randomise
+from tests.methods.build import (
+    assert_close_gradients,
+    assert_same,
+    draw,
+    fit,
+    flat,
+    make,
+    prompts,
+    randomise,
+    trainer,
+)
 
 STEPS = 4
 
@@ -309,10 +319,17 @@ class OfTheGroup(Redness):
     scope = "group"
 
 
+def test_a_reward_of_several_images_is_refused_in_a_fit_and_measured_in_a_test(tiny, tmp_path):
+    aligned, data = module(tiny, OfTheGroup()), prompts(2, 2)
+    with pytest.raises(ConfigError, match="several images at once; take it out of the bank, and give it to"):
+        fit(aligned, tmp_path, data=data)
+    trainer(tmp_path, 1).test(aligned, data, verbose=False)
+    assert bool(aligned.tested["reward/trained"].isfinite().all())
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"reward": OfTheGroup()}, "several images"),
         ({"kl_weight": -0.1}, "kl_weight"),
         ({"kl_weight": 1.0, "eta": 0.0}, "eta"),
         ({"coefficient": 0.0}, "coefficient"),

@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
         lambda images: {"avg": levels(images)},
         r"a dict \(avg\); return one number per image",
     ),
-    "text": (lambda images: ["good", "bad"], "type list, not numbers"),
+    "text": (lambda images: ["good", "bad"], "type list of str, not numbers"),
     "complex": (lambda images: torch.complex(levels(images), levels(images)), "not numbers"),
     "a generator": (lambda images: (x for x in levels(images)), "type generator, not numbers"),
     "ragged": (lambda images: [[1.0], [1.0, 2.0]], "not numbers"),

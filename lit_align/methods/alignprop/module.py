@@ -134,9 +134,12 @@ class AlignPropModule(AlignmentModule):
         """Check what depends on the Trainer and the data.
 
         Raises:
-            ConfigError: A trained reward is in float16, and the Trainer does not scale gradients.
+            ConfigError: A reward looks at several images, or a trained one is in float16, and the Trainer
+                does not scale gradients.
         """
         super().setup(stage)
+        if stage == "fit":
+            _check_scopes(self.rewards)
         for name in self.rewards.trained if stage == "fit" else ():
             weights = self.rewards.rewards[name].parameters()
             check_scaled(self.trainer, weights, f"rewards.init_args.rewards.{name}.init_args.dtype")
@@ -239,8 +242,11 @@ def _check_rewards(rewards: RewardBank) -> None:
             f"rewards: AlignProp differentiates the reward, and {names} has no gradient; take it out of "
             "rewards.init_args.weights, so that it is only monitored, or train on it with DDPOModule"
         )
+
+
+def _check_scopes(rewards: RewardBank) -> None:
     if names := ", ".join(name for name, reward in rewards.rewards.items() if reward.scope != "sample"):
         raise ConfigError(
             f"rewards: AlignProp scores images in micro-batches, and {names} looks at several images at "
-            "once; take it out of the bank"
+            "once; take it out of the bank, and give it to the test"
         )
