@@ -338,6 +338,7 @@ def test_the_kl_is_measured_on_a_share_of_the_trained_pairs(images, trained, one
     few = draw_few_pairs(index, firsts, steps, trained, one_in, 0, 1)
     assert few.rows.tolist() == [row for row in range(0, len(index), images) for _ in range(drawn)]
     assert all(len(set(part.tolist())) == drawn for part in few.steps.split(drawn))
+    assert set(few.steps.tolist()) <= set(steps.tolist())
     half = slice(2 * images, None)
     rank = draw_few_pairs(index[half], firsts[half], steps, trained, one_in, 0, 1)
     assert rank.steps.tolist() == few.steps[2 * drawn :].tolist()
