@@ -87,7 +87,7 @@ ALLOWED = {
 ROOMS = {
     "base",
     "checkpoints",
-    "clip_range",
+    "scales",
     "held_out",
     "hooks",
     "skipped",

@@ -29,7 +29,7 @@ from lit_align.cli import main
 from lit_align.cli.align import AlignCLI
 from lit_align.methods import DDPOModule
 from lit_align.samplers import DDIM
-from lit_align.shapes import PIPELINE
+from lit_align.shapes import PICK, PIPELINE
 
 ROOT = Path(__file__).parents[1]
 DDPO = ROOT / "configs" / "ddpo.yaml"
@@ -305,33 +305,76 @@ def test_help_comes_at_once_and_names_every_command():
 
 
 @pytest.mark.parametrize(
-    ("overlays", "model"),
+    ("method", "overlays", "model"),
     [
-        (["sd15"], "tiny"),
-        (["sd15", "sd21"], "tiny_v"),
-        pytest.param(["sdxl"], "tiny_xl", marks=pytest.mark.slow),  # the next has it too
-        (["sdxl", "sdxl_turbo"], "tiny_xl"),
-        (["sdxl", "sdxl_lightning"], "single_xl"),
+        ("ddpo", ["sd15"], "tiny"),
+        ("ddpo", ["sd15", "sd21"], "tiny_v"),
+        pytest.param("ddpo", ["sdxl"], "tiny_xl", marks=pytest.mark.slow),  # the next has it too
+        ("ddpo", ["sdxl", "sdxl_turbo"], "tiny_xl"),
+        ("ddpo", ["sdxl", "sdxl_lightning"], "single_xl"),
+        ("nft", ["sd15_any"], "tiny"),
+        pytest.param("nft", ["sdxl_any"], "tiny_xl", marks=pytest.mark.slow),
+        pytest.param("prdp", ["sd15_any"], "tiny", marks=pytest.mark.slow),
+        pytest.param("prdp", ["sdxl_any"], "tiny_xl", marks=pytest.mark.slow),
+        pytest.param("alignprop", ["sd15_any"], "tiny", marks=pytest.mark.slow),
+        pytest.param("alignprop", ["sdxl_any"], "tiny_xl", marks=pytest.mark.slow),
     ],
 )
-def test_overlays_for_real_models_train_one_batch(overlays, model, request, tmp_path):
+def test_overlays_for_real_models_train_one_batch(method, overlays, model, request, tmp_path):
     """Only the pretrained models, the data and sizes are replaced."""
     (tmp_path / "prompts.txt").write_text("\n".join(f"a star number {i}" for i in range(200)))
+    reward = "SoftJPEGCompressibility" if method == "alignprop" else "JPEGIncompressibility"
     arguments = [
-        f"--config={DDPO}",
+        f"--config={ROOT}/configs/{method}.yaml",
         *(f"--config={ROOT}/configs/backbone/{name}.yaml" for name in overlays),
         *SMALL,
         "--trainer.max_epochs=1",
         f"--model.backbone.pretrained={request.getfixturevalue(model)}",
         "--model.sampler.num_steps=3",
         *([f"--model.backbone.config={request.getfixturevalue('tiny_xl')}"] if "single" in model else []),
-        "--model.rewards.rewards={jpeg: {class_path: JPEGIncompressibility}}",
+        f"--model.rewards.rewards={{jpeg: {{class_path: {reward}}}}}",
         "--model.rewards.weights={jpeg: 1.0}",
+        *(["--model.updates=1"] if method in ("ddpo", "prdp") else OWN[method]),
     ]
-    main(["fit", *arguments, "--model.updates=1"])
+    main(["fit", *arguments])
     assert {"train/reward/jpeg", "val/reward/jpeg"} <= set(
-        scalars(Path("logs/ddpo/version_0")).Tags()["scalars"]
+        scalars(Path("logs", method, "version_0")).Tags()["scalars"]
     )
+
+
+@pytest.mark.parametrize(
+    "method", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "spin"))]
+)
+def test_an_overlay_for_pairs_trains_one_batch(method, tiny):
+    """The pairs that ship, as files of Pick-a-Pic; the model and sizes are replaced."""
+    main(
+        [
+            "fit",
+            f"--config={ROOT}/configs/{method}.yaml",
+            f"--config={ROOT}/configs/backbone/sd15_pairs.yaml",
+            *SMALL_PAIRS,
+            "--trainer.max_epochs=1",
+            f"--data.source.path={PICK}",
+            "--data.resolution=16",
+            f"--model.backbone.pretrained={tiny}",
+            "--model.sampler.num_steps=3",
+            "--model.rewards.rewards={jpeg: {class_path: JPEGIncompressibility}}",
+            "--model.rewards.weights={jpeg: 1.0}",
+            *(["--model.beta=2000"] if method != "sft" else []),
+        ]
+    )
+    names = scalars(Path("logs", method, "version_0")).Tags()["scalars"]
+    assert {"train/loss", "val/reward/jpeg"} <= set(names)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_the_overlay_for_any_method_is_that_of_ddpo_without_its_own_values(name):
+    def given(file, part):
+        return yaml.safe_load((ROOT / f"configs/backbone/{file}.yaml").read_text())[part]["init_args"]
+
+    own = {"advantages", "clip_range", "kl_target", "updates", "timestep_fraction"}
+    assert given(f"{name}_any", "model") == {k: v for k, v in given(name, "model").items() if k not in own}
+    assert given(f"{name}_any", "data") == {"source": given(name, "data")["source"]}
 
 
 def test_full_fine_tuning_leaves_a_pipeline(small, tiny):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lit_align.cli import main
+from lit_align.shapes import PICK
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -60,6 +61,7 @@ SMALLER = {
     "alignprop": "data: {init_args: {prompts_per_batch: 2}}\n"
     f"model: {{init_args: {{{STEPS}, truncation: {{init_args: {{high: 3}}}}}}}}",
     "spin": "data: {init_args: {pairs_per_batch: 2}}\nmodel: {init_args: {steps: 1, iterations: 1}}",
+    "dpo": "data: {init_args: {pairs_per_batch: 2}}",
     "my_method": PROMPTS,
 }
 """What makes the configurations small, by the name of the first file."""
@@ -147,7 +149,8 @@ def small(line: str, work: Path) -> list[str]:
     files = [part for name in ("small.yaml", "smaller.yaml") for part in ("--config", name)]
     after = max(place for place, argument in enumerate(arguments) if argument == "--config") + 2
     arguments[after:after] = files  # before the options of the page, which win
-    folders = {"configs/backbone/sd15.yaml": "FOLDER", "configs/backbone/sd35.yaml": "FLOW"}
+    folders = {f"configs/backbone/{name}.yaml": "FOLDER" for name in ("sd15", "sd15_any")}
+    folders["configs/backbone/sd35.yaml"] = "FLOW"
     if found := [folder for overlay, folder in folders.items() if overlay in arguments]:
         # PickScore and the models are downloads; the tiny ones have their format and 16 pixels a side.
         arguments += [
@@ -160,6 +163,10 @@ def small(line: str, work: Path) -> list[str]:
         arguments += ["--model.backbone.size", size, "--model.sampler.num_steps", "2"]
         if found == ["FLOW"]:
             arguments += ["--model.sampler.noisy_steps", "1"]
+    if "configs/backbone/sd15_pairs.yaml" in arguments:
+        arguments += ["--config", "configs/variant/compressibility.yaml", "--data.source.path", str(PICK)]
+        arguments += ["--model.backbone.pretrained", "FOLDER", "--data.resolution", "16"]
+        arguments += ["--model.sampler.num_steps", "2"]
     if "configs/backbone/sdxl.yaml" in arguments:
         arguments += ["--config", "configs/variant/compressibility.yaml"]
         arguments += ["--model.backbone.pretrained", "FOLDER_XL", "--model.sampler.num_steps", "2"]

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -78,6 +79,18 @@ def test_curves_are_read_from_events_and_tables_and_the_newest_point_of_a_step_c
     (tmp_path / "metrics.csv").write_text("step,epoch,val/reward,val/kl\n0,0,1.5,\n64,,2.5,0.25\n")
     assert read_curves(tmp_path) == {"val/reward": [(0, 1.5), (64, 2.5)], "val/kl": [(64, 0.25)]}
     assert read_curves(tmp_path / "nothing") == {}
+
+
+def test_a_run_that_went_on_with_another_logger_has_the_curves_of_both(tmp_path):
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step, value in ((0, 1.0), (64, 2.0), (96, 9.0)):  # the run goes on from 64
+            writer.add_scalar("val/reward", value, step)
+    (events,) = tmp_path.iterdir()
+    (tmp_path / "metrics.csv").write_text("step,epoch,val/reward\n96,,3.0\n128,,4.0\n")
+    os.utime(events, (1, 1))
+    assert read_curves(tmp_path) == {"val/reward": [(0, 1.0), (64, 2.0), (96, 3.0), (128, 4.0)]}
+    os.utime(tmp_path / "metrics.csv", (0, 0))
+    assert read_curves(tmp_path) == {"val/reward": [(0, 1.0), (64, 2.0), (96, 9.0), (128, 4.0)]}
 
 
 def test_runs_are_compared_at_equal_images_and_equal_distance():

@@ -117,6 +117,22 @@ def test_a_single_reward_of_another_class_has_a_chart_for_each_run(tmp_path):
     assert any(line.startswith("reward/truth: ShapesTruth (") for line in differences(read))
 
 
+def test_curves_of_a_run_that_went_on_with_another_measurement_begin_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [compared(tmp_path, "one"), compared(tmp_path, "two")]
+    said = json.loads((runs[1] / "validation.json").read_text()) | {"compared_since": 64}
+    (runs[1] / "validation.json").write_text(json.dumps(said))
+    main(["report", *map(str, runs)])
+    found = json.loads((tmp_path / "report.json").read_text())
+    (told,) = found["differences"]
+    assert told.endswith(
+        "two: its curves begin after 64 images; held-out images were measured otherwise before"
+    )
+    assert [x for x, _ in read_run(runs[1]).curves["val/reward"]] == [128]
+    main(["report", str(runs[1])])
+    assert told in html.unescape((runs[1] / "report.html").read_text())
+
+
 def test_a_run_whose_images_never_had_a_score_is_compared_by_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [compared(tmp_path, "one"), run_folder(tmp_path / "two", [math.nan] * 3, [0.0, 1.0, 4.0])]

@@ -104,6 +104,11 @@ class DiffusionBackbone(nn.Module, ABC):
         return False
 
     @property
+    def unread(self) -> tuple[str, ...]:
+        """Layers of the denoiser whose output it does not use, so that they get no gradient; by name."""
+        return ()
+
+    @property
     def told_guidance(self) -> bool:
         """Whether the scale of guidance is an input of the network, which then predicts once."""
         return False

@@ -57,6 +57,12 @@ class StableDiffusion3Backbone(TransformerBackbone):
         velocity: Tensor = network(x, timestep=t, return_dict=False, **cond)[0]
         return velocity
 
+    @property
+    def unread(self) -> tuple[str, ...]:
+        # The last block has no output for the prompt, and so none for its queries.
+        last = f"transformer_blocks.{len(self.blocks(self.network)) - 1}.attn"
+        return f"{last}.add_q_proj", f"{last}.norm_added_q"
+
     @classmethod
     def adapted(cls, network: Any) -> list[str]:
         # Of the image's attention and the prompt's, as in diffusers' train_dreambooth_lora_sd3.py.

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
-from lit_align.errors import ConfigError
+from lit_align.errors import ConfigError, tell
 
 
 class NewSettings(Callback):
@@ -51,6 +51,10 @@ class NewSettings(Callback):
         if "lr" in self.optimizer:
             for config in trainer.lr_scheduler_configs:
                 _tell_schedule(config.scheduler)
+            if (factor := getattr(pl_module, "rate_factor", 1.0)) != 1:
+                tell(
+                    f"a guard has lowered the rate of this run: steps are made with {factor:g} of the new one"
+                )
         if self.measurement:
             pl_module.forget_baseline()
 

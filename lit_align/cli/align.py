@@ -120,7 +120,8 @@ class AlignCLI(LightningCLI):
             text = self._dump(config)
         elif self.subcommand != "fit":
             rank_zero_warn(
-                "no --ckpt_path: this is the pretrained model; --ckpt_path last uses the newest run"
+                "no --ckpt_path: this is the pretrained model, with the adapters or experts that the "
+                "configuration names, if any; --ckpt_path last uses the newest run"
             )
         self.run_config = RunConfig(text, now)
         extra: list[Callback] = [self.run_config, Preemption(self.command, self.saved)]

@@ -4,7 +4,43 @@ import difflib
 import importlib
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from lit_align.cli.given import Given, option_of
+from lit_align.data.prompts.sources import TABLES
+
+READERS = {".txt": "TextPrompts", **TABLES}
+PAIR_READERS = {".csv": "FolderPairs", ".jsonl": "FolderPairs", ".json": "PreferenceFiles"} | {
+    ".parquet": "PreferenceFiles",
+    ".tar": "WebDatasetPairs",
+}
+"""What reads the files of a source, by their endings."""
+
+
+def instead_of_a_class(given: Given) -> str | None:
+    """What to tell of a file, or of a model, where what reads it is asked for; None if there is none."""
+    following = [*given.arguments[1:], ""]
+    written = [
+        (option_of(argument), argument.partition("=")[2] or value)
+        for argument, value in zip(given.arguments, following, strict=True)
+    ]
+    written += [
+        (path, value) for file in given.files for path in file.paths() if (value := file.value_at(path))
+    ]
+    pairs = "PickaPicDataModule" in given.classes(["data"])
+    for path, value in written:
+        option, place = ".".join(path), given.place(path, value)
+        if path == ["model", "backbone"] and ("/" in value or Path(value).exists()):
+            return f"{place}: {value} is no class; give a model as --model.backbone.pretrained {value}"
+        if path[:1] == ["data"] and path[-1].endswith("source"):
+            readers = PAIR_READERS if pairs and path[-1] == "source" else READERS
+            if reader := readers.get(Path(value).suffix.lower()):
+                return (
+                    f"{place}: {value} is a file, and not the class that reads it; give --{option} {reader} "
+                    f"--{option}.path {value}"
+                )
+    return None
 
 
 def unusable(value: str) -> tuple[str, str] | None:

@@ -71,8 +71,9 @@ class DoctorCLI(AlignCLI):
                 if self.sharded:  # over more devices than that of the trial
                     self.trial.seen.memory = None
                 findings += judge(self.model, self.trial.seen)
-        # The trial is short on purpose.
-        findings += [_warned(text) for text in _own(told) if not text.startswith("the Trainer ends after")]
+        # The trial is short on purpose; and what was found at a look is not told again.
+        known = ("the Trainer ends after", *(finding.what for finding in findings))
+        findings += [_warned(text) for text in _own(told) if not any(one in text for one in known)]
         self._temporary.cleanup()
         for finding in dict.fromkeys(findings):
             show(str(finding))
@@ -122,4 +123,4 @@ def _warned(text: str) -> Finding:
 
 def _halves(text: str) -> tuple[str, str]:
     what, _, remedy = text.partition("; ")
-    return what, remedy or "see the documentation"
+    return what, remedy

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pkgutil import resolve_name
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import lightning.pytorch.callbacks
 import lightning.pytorch.loggers
@@ -22,7 +22,7 @@ import lit_align.methods.alignprop
 import lit_align.methods.msdda
 import lit_align.rewards
 import lit_align.samplers
-from lit_align.cli.classes import unusable
+from lit_align.cli.classes import instead_of_a_class, unusable
 from lit_align.cli.given import Given, option_of
 
 ROOMS: tuple[ModuleType, ...] = (
@@ -61,6 +61,8 @@ KINDS = {
 
 def explain(error: BaseException, given: Given) -> str:
     """The parser's message, which quotes its types, as a sentence for a user."""
+    if told := instead_of_a_class(given):
+        return told
     text = _of_the_class_that_was_given(str(error))
     for pattern, tell in (
         (r"unrecognized arguments: (.*)", _unrecognised),
@@ -236,12 +238,31 @@ def _wrong_value(text: str, found: re.Match[str], given: Given) -> str:
     names = [name for room in ROOMS for name in vars(room) if name[0].isupper()]
     short = [name for name in names if value and name.lower() == f"{value.lower()}logger"]
     if named and (not kinds or value is None or value[:1].isupper() or "." in value or short):
-        meant = _did_you_mean(next(iter(short), named[-1].rpartition(".")[2]), names)
+        name, fitting = named[-1].rpartition(".")[2], _fitting(text)
+        if name in names and name not in fitting:
+            return f"{place}: {name} is not possible here; " + (
+                f"it may be {', '.join(fitting)}" if fitting else f"it is a class of {_room(name)}"
+            )
+        meant = _did_you_mean(next(iter(short), name), fitting or names)
         return f"{place}: no class {named[-1]} is known{meant or '; give its import path'}"
     if kinds:
         quotes = "; put it in quotes: YAML reads no, off, 1 and the like as values" if "text" in kinds else ""
         return f"{place}: {value!r} is not {' or '.join(kinds)}{quotes}"
     return f"{place}: {value!r} cannot be used here"
+
+
+def _fitting(text: str) -> list[str]:
+    """The known classes that the refused option may be; none where it is not an argument of a class."""
+    owners, keys = re.findall(r"given class_path '([\w.]+)'", text), re.findall(r'Parser key "(\w+)"', text)
+    hint = get_type_hints(resolve_name(owners[-1]).__init__).get(keys[-1]) if owners and keys else None
+    kinds = tuple(kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and kind is not str)
+    known = [one for room in ROOMS for one in vars(room).values() if isinstance(one, type)]
+    fitting = [one for one in known if kinds and issubclass(one, kinds) and one not in kinds]
+    return list(dict.fromkeys(one.__name__ for one in fitting if not inspect.isabstract(one)))
+
+
+def _room(name: str) -> str:
+    return next(room.__name__ for room in ROOMS if name in vars(room))
 
 
 def _value(text: str, named: Sequence[str]) -> str | None:

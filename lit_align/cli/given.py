@@ -62,11 +62,21 @@ class Given:
         return any(re.search(rf"\b{re.escape(path[-1])}\b", text) for text in mappings)
 
     def other_base(self, path: Sequence[str]) -> str | None:
-        """The configuration that the overlay with an option is for, if that is not among the files."""
+        """The configuration that the overlay with an option is for, if that is not among the files.
+
+        With the overlay beside it that is for one of the files, if there is one, as ``sd15_any.yaml`` beside
+        ``sd15.yaml``.
+        """
         names = {Path(file.path).name for file in self.files}
-        overlays = (file for file in reversed(self.files) if file.line(path) is not None)
-        base = next((file.named_base() for file in overlays), None)
-        return base if base and Path(base).name not in names else None
+        overlay = next((file for file in reversed(self.files) if file.line(path) is not None), None)
+        base = overlay and overlay.named_base()
+        if not overlay or not base or Path(base).name in names:
+            return None
+        for other in sorted(Path(overlay.path).parent.glob(f"{Path(overlay.path).stem}_*.yaml")):
+            meant = other.read_text(encoding="utf-8").partition("\n")[0]
+            if fits := [name for name in names if f"configs/{name}" in meant]:
+                return f"{base}; {fits[0]} takes {other}"
+        return base
 
     def overruled(self) -> list[str]:
         """What to tell of options before a file that gives them another value, which wins."""

@@ -54,6 +54,8 @@ def pairs_command(arguments: Sequence[str]) -> None:
         ConfigError: Something that was given cannot work, or there are no pairs.
     """
     options = parser().parse_args(arguments)
+    if not options.margin >= 0:
+        raise ConfigError(f"--margin {options.margin:g}: equal scores would make pairs; give 0 or more")
     out: Path = options.out or options.images / "pairs.jsonl"
     if not options.images.resolve().is_relative_to(out.parent.resolve()):
         raise ConfigError(
@@ -120,7 +122,7 @@ def _scored(
     scores: list[list[float]] = []
     for part in _batches(prompts, batch):
         rows = [row for one in part for row in one]
-        images = torch.stack([_image(folder / row["file_name"]) for row in rows])
+        images = _alike(folder, [row["file_name"] for row in rows])
         groups = torch.tensor([number for number, one in enumerate(part) for _ in one])
         names = dict.fromkeys(name for row in rows for name in row)
         columns = {name: [row.get(name) for row in rows] for name in names if name != "prompt"}
@@ -141,6 +143,20 @@ def _batches(prompts: Sequence[list[Row]], batch: int) -> Iterator[list[list[Row
             part = []
         part.append(rows)
     yield part
+
+
+def _alike(folder: Path, names: Sequence[str]) -> Tensor:
+    """The images of these names as one tensor.
+
+    Raises:
+        ConfigError: They are of several sizes.
+    """
+    images = [_image(folder / name) for name in names]
+    sizes = {f"{i.shape[2]} x {i.shape[1]}": name for name, i in zip(names, images, strict=True)}
+    if len(sizes) > 1:
+        told = ", ".join(f"{name} has {size} pixels" for size, name in sizes.items())
+        raise ConfigError(f"images of several sizes are not scored together ({told}); make them of one size")
+    return torch.stack(images)
 
 
 def _image(path: Path) -> Tensor:

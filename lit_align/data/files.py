@@ -160,6 +160,9 @@ def read_delimited(path: str, ending: str, texts: list[str], delimiter: str, quo
     try:
         table = pa.csv.read_csv(io.BytesIO(data), whole, parse, convert)
     except pa.ArrowException as error:
+        if found := re.search(r"(Expected \d+ columns, got \d+): (.*)", first_line(error)):
+            remedy = "put quotes around prompts that hold a comma" if quoted else "give all rows as many"
+            raise ConfigError(f"{file} is not {form} ({found[1]} in {found[2]!r}): {remedy}") from error
         raise unreadable(file, form, first_line(error)) from error
     (name, *others) = table.column_names
     if not others and (used := next((one for one in DELIMITERS if one != delimiter and one in name), None)):

@@ -11,7 +11,7 @@ class Finding:
         name: Of the kind, such as ``reward_constant``.
         where: The option that decides it.
         what: The fault, with the value.
-        remedy: What to do.
+        remedy: What to do; empty where the fault says it.
     """
 
     name: str
@@ -20,4 +20,4 @@ class Finding:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.where}: {self.what}; {self.remedy}"
+        return f"{self.name}: {self.where}: {self.what}" + (f"; {self.remedy}" if self.remedy else "")

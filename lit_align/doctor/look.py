@@ -17,8 +17,9 @@ from lit_align.data.loading import Rank
 from lit_align.doctor.finding import Finding
 from lit_align.errors import ConfigError
 from lit_align.methods import AlignmentModule, DDPOModule, NFTModule, PRDPModule, SPINModule
-from lit_align.methods.clip_range import misfit
 from lit_align.methods.joint import JointModule
+from lit_align.methods.pairs import PairModule
+from lit_align.methods.scales import clip_range_misfit, strength_misfit
 from lit_align.methods.tasks import check_task, check_updates
 
 FEW_IN_AN_UPDATE = 16
@@ -67,7 +68,7 @@ def look(module: AlignmentModule, data: Any, asked: Asked) -> Iterator[Finding]:
     """
     yield from _sizes(module, data)
     yield from _ranks(module, data, asked.processes)
-    yield from _clip_range(module)
+    yield from _scales(module)
     yield from _held_out(module, data, asked)
     yield from _length(module, data, asked)
     yield from _room(module, asked)
@@ -130,13 +131,15 @@ def _refused(check: Callable[[], None]) -> Iterator[Finding]:
         yield Finding("processes", "trainer.devices", what, remedy or "change it")
 
 
-def _clip_range(module: AlignmentModule) -> Iterator[Finding]:
-    clip = getattr(module, "clip_range", None)
-    if clip is None or not isinstance(module, DDPOModule | PRDPModule):
-        return
-    elements = module.unit if isinstance(module, PRDPModule) else prod(module.backbone.latent_shape)
-    if found := misfit(clip, elements):
-        yield Finding("clip_range", "model.clip_range", *found)
+def _scales(module: AlignmentModule) -> Iterator[Finding]:
+    elements = prod(module.backbone.latent_shape)
+    if isinstance(module, DDPOModule | PRDPModule):
+        unit = module.unit if isinstance(module, PRDPModule) else elements
+        if found := clip_range_misfit(module.clip_range, unit):
+            yield Finding("clip_range", "model.clip_range", *found)
+    for beta in dict.fromkeys(module.strengths) if isinstance(module, PairModule) else ():
+        if found := strength_misfit(beta, elements):
+            yield Finding("beta", "model.beta", *found)
 
 
 def _held_out(module: AlignmentModule, data: Any, asked: Asked) -> Iterator[Finding]:

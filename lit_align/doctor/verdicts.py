@@ -1,7 +1,7 @@
 """Findings from a trial."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -31,7 +31,7 @@ def judge(module: AlignmentModule, seen: Seen) -> Iterator[Finding]:
     for bank in module.reward_banks:
         yield from _scores(bank, seen)
         yield from _ranges(bank, seen)
-    yield from _gradients(seen)
+    yield from _gradients(seen, module.backbone.unread)
     yield from _steps(module, seen)
     yield from _ceiling(seen)
     if seen.memory is not None:
@@ -122,7 +122,10 @@ def _within(values: Tensor, images: int) -> float:
     return float(values.square().mean().sqrt())
 
 
-def _gradients(seen: Seen) -> Iterator[Finding]:
+def _gradients(seen: Seen, layers: Sequence[str]) -> Iterator[Finding]:
+    def unread(name: str) -> bool:
+        return any(f".{layer}." in name for layer in layers)
+
     if seen.foreign:
         yield Finding(
             "gradient_elsewhere",
@@ -151,7 +154,7 @@ def _gradients(seen: Seen) -> Iterator[Finding]:
             "two updates change no weight",
             "the learning rate is 0, or the schedule begins at 0",
         )
-    elif missing := [name for name in seen.trained if name not in seen.reached]:
+    elif missing := [name for name in seen.trained if name not in seen.reached and not unread(name)]:
         yield Finding(
             "gradient_missing",
             "model.backbone.lora.target_modules",

@@ -20,13 +20,13 @@ from lit_align.backbones import DiffusionBackbone
 from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch
 from lit_align.errors import ConfigError, check_not_negative, check_positive
-from lit_align.methods.clip_range import warn_of_misfit
 from lit_align.methods.joint import JointModule, Rollouts, TaskOrder
 from lit_align.methods.metrics import Metrics, chosen
 from lit_align.methods.objectives import clipped_surrogate as clipped_surrogate
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.pretraining import Pretraining
 from lit_align.methods.sampling import Sampling
+from lit_align.methods.scales import clip_range_misfit, warn_of
 from lit_align.methods.tasks import Task, make_tasks, of_task
 from lit_align.randomness import generator
 from lit_align.replay import Pairs, Yardstick, draw_few_pairs, draw_pairs, measured_one_in
@@ -156,7 +156,7 @@ class DDPOModule(JointModule):
         super().setup(stage)
         self.check_tasks(stage, self.updates)
         if stage == "fit":
-            warn_of_misfit(self.clip_range, prod(self.backbone.latent_shape))
+            warn_of("clip_range", clip_range_misfit(self.clip_range, prod(self.backbone.latent_shape)))
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """As for every method.
@@ -270,6 +270,11 @@ class DDPOModule(JointModule):
         change = (aim / kl.clamp(min=1e-12)).sqrt().clamp(0.5, 1.5).item()
         self.step_scale[task] = min(max(self.step_scale[task] * change, 1e-3), 1e3)
         return self.step_scale[task]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.kl_target is None:  # nothing would scale them back
+            self.step_scale = dict.fromkeys(self.tasks, 1.0)
 
 
 def _check_steps(sampler: Sampler, updates: int, fraction: float, shared: int | None) -> None:

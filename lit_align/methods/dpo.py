@@ -54,7 +54,7 @@ class DPOModule(PairModule[tuple[Noised, Noised]]):
             sampling=sampling,
         )
         check_positive({"beta": beta})
-        self.beta = beta
+        self.beta, self.strengths = beta, [beta]
         self.shared_noise = shared_noise
 
     def setup(self, stage: str) -> None:

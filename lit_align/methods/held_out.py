@@ -1,6 +1,7 @@
 """Which data a method can have, and which prompts are held out."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -79,8 +80,8 @@ def first_batches(data: Any, stage: str) -> list[Batch]:
     return list(found.values())
 
 
-def validated_images(data: Any, limit: float) -> list[tuple[int, str]]:
-    """The number and the prompt of each image that this rank validates.
+def validated_images(data: Any, limit: float) -> list[tuple[int, str, str]]:
+    """The number, the prompt and the columns of each image that this rank validates.
 
     Args:
         data: A data module of this package; of others, and without one, nothing is known.
@@ -91,10 +92,19 @@ def validated_images(data: Any, limit: float) -> list[tuple[int, str]]:
     batches = data.val_dataloader()
     count = limit if isinstance(limit, int) else int(len(batches) * limit)
     return [
-        (number, prompt)
+        (int(batch.index[row]), prompt, columns_text({name: v[row] for name, v in batch.columns.items()}))
         for batch in islice(batches, count)
-        for number, prompt in zip(batch.index.tolist(), batch.prompts, strict=True)
+        for row, prompt in enumerate(batch.prompts)
     ]
+
+
+def columns_text(columns: Mapping[str, Any]) -> str:
+    """The data's columns of an image, as a text that is the same in every run; empty where there are none."""
+
+    def plain(value: object) -> str:
+        return type(value).__name__ if type(value).__repr__ is object.__repr__ else str(value)
+
+    return json.dumps(columns, sort_keys=True, default=plain) if columns else ""
 
 
 def _batches(data: Any, stage: str) -> Iterable[Batch]:

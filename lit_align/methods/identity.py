@@ -10,7 +10,7 @@ from lit_align.data import MultiTaskDataModule, PairSource, PickaPicDataModule, 
 from lit_align.data.prompts.tasks import JointFixedLoader
 from lit_align.errors import ConfigError, tell
 from lit_align.identity import differences, text_hash, versions, weights_hash
-from lit_align.methods.held_out import KNOWN, validated_images
+from lit_align.methods.held_out import KNOWN, columns_text, validated_images
 from lit_align.methods.sampling import SamplingModule
 from lit_align.methods.validation import ValidatedModule
 from lit_align.rewards import FunctionReward, RewardBank
@@ -25,7 +25,7 @@ BASE = ("base", "others", "files")
 
 MEASURED = (
     *("sampler", "eval_sampler", "guidance", "seed", "size"),
-    *("rewards", "reward_contents", "weights", "held_out"),
+    *("rewards", "reward_contents", "weights", "held_out", "columns"),
 )
 """The facts that decide what is measured of held-out images, besides the model and the data."""
 
@@ -75,8 +75,10 @@ def measurement_of(module: SamplingModule, banks: Sequence[RewardBank], split: s
     if loader is None:
         loader = data.test_dataloader() if split.startswith("test") else data.val_dataloader()
     parts = loader.loaders.values() if isinstance(loader, JointFixedLoader) else [loader]
-    texts = [part.prompts.prompt(int(row)) for part in parts for row in part.rows]
-    return facts | {"prompts": f"{len(texts)} prompts {text_hash(texts)}"}
+    rows = [(part.prompts, int(row)) for part in parts for row in part.rows]
+    columns = [columns_text(prompts.source.columns(row)) for prompts, row in rows]
+    facts["prompts"] = f"{len(rows)} prompts {text_hash(prompts.prompt(row) for prompts, row in rows)}"
+    return facts | ({"columns": text_hash(columns)} if any(columns) else {})
 
 
 def _sampler(sampler: Sampler) -> dict[str, Any]:
@@ -109,14 +111,17 @@ def rewards_of(
     return {f"{task}/{name}" if task else name: said for name, said in found.items()}
 
 
-def validated(images: Iterable[tuple[int, str]]) -> str | None:
-    """How many images are validated, and a hash of their prompts; None where that is not known.
+def validated(images: Iterable[tuple[int, str, str]]) -> dict[str, str | None]:
+    """How many images are validated, and a hash of their prompts and one of their columns, if they have any.
 
     Args:
-        images: The number and the prompt of each, of all ranks in any order.
+        images: The number, the prompt and the columns of each, of all ranks in any order; none where that is
+            not known.
     """
-    prompts = dict(sorted(images))
-    return f"{len(prompts)} images {text_hash(prompts.values())}" if prompts else None
+    found = sorted(images)
+    prompts, columns = [prompt for _, prompt, _ in found], [text for *_, text in found]
+    said = f"{len(found)} images {text_hash(prompts)}" if found else None
+    return {"held_out": said} | ({"columns": text_hash(columns)} if any(columns) else {})
 
 
 def _data(data: Any) -> dict[str, str]:
@@ -249,7 +254,7 @@ class IdentifiedModule(ValidatedModule):
         check_files(self.backbone.weight_sets.stamps, self._facts, self.accept_other_base)
         if stage in ("fit", "validate"):
             own = validated_images(data, self.trainer.limit_val_batches)  # type: ignore[attr-defined]
-            self._facts["held_out"] = validated(image for rank in self.gather(own) for image in rank)
+            self._facts |= validated(image for rank in self.gather(own) for image in rank)
             self.compare_measurement()
 
     def check_identity(self, saved: Mapping[str, Any], fit: bool) -> None:

@@ -6,8 +6,10 @@ Shapes: ``B`` pairs (or images), ``D`` latent elements.
 import hashlib
 import time
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -25,6 +27,7 @@ from lit_align.methods.metrics import Metrics, pooled
 from lit_align.methods.objectives import denoising_error, error_margin, implicit_accuracy, logistic_loss
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.sampling import Sampling
+from lit_align.methods.scales import strength_misfit, warn_of
 from lit_align.randomness import generator, normal
 from lit_align.rewards import RewardBank
 
@@ -71,6 +74,9 @@ class PairModule(AlignmentModule, Generic[Prepared]):
     """
 
     learns_from_pairs: ClassVar[bool] = True
+
+    strengths: Sequence[float] = ()
+    """Every ``beta`` of the differences of errors in the loss; none where the loss has no such."""
 
     @property
     def held_out(self) -> tuple[str, ...]:
@@ -191,6 +197,8 @@ class PairModule(AlignmentModule, Generic[Prepared]):
                 "has none; use PickaPicDataModule"
             )
         self.backbone.check_size(height_and_width(data.resolution), OTHER_SIZE)
+        for beta in dict.fromkeys(self.strengths):
+            warn_of("beta", strength_misfit(beta, prod(self.backbone.latent_shape)))
         dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]
         if data.latent_cache is not None and not dry:
             self._latents = LatentCache(Path(data.latent_cache), self._latent_key(data))

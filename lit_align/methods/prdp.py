@@ -20,10 +20,10 @@ from lit_align.backbones.base import SamplerFactory
 from lit_align.data import Batch, PromptDataModule
 from lit_align.errors import ConfigError, check_positive
 from lit_align.methods.base import AlignmentModule
-from lit_align.methods.clip_range import warn_of_misfit
 from lit_align.methods.metrics import Metrics, pooled
 from lit_align.methods.optimisation import Optimisation
 from lit_align.methods.sampling import Sampling
+from lit_align.methods.scales import clip_range_misfit, warn_of
 from lit_align.methods.tasks import check_compared, check_rewards, check_updates
 from lit_align.replay import Pairs, Replay, Yardstick, draw_few_pairs, measured_one_in
 from lit_align.rewards import RewardBank
@@ -185,7 +185,7 @@ class PRDPModule(AlignmentModule):
         check_compared(data, "PRDP")
         check_updates(data, self.updates, self.trainer.world_size)
         check_rewards(self.rewards, data, self.trainer.world_size, "PRDP", "group")
-        warn_of_misfit(self.clip_range, self.unit)
+        warn_of("clip_range", clip_range_misfit(self.clip_range, self.unit))
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Sample images and score them, then regress on the stored chains."""

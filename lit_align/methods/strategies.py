@@ -173,6 +173,19 @@ def check_train_monitors(trainer: Trainer, logged: Collection[str]) -> None:
             )
 
 
+def forget_scores(trainer: Trainer) -> None:
+    """Let callbacks that wait for a better validation begin anew: what they have seen cannot be compared."""
+    for one in trainer.callbacks:  # type: ignore[attr-defined]
+        if not str(getattr(one, "monitor", None) or "").startswith("val/"):
+            continue
+        if isinstance(one, EarlyStopping):
+            worst = torch.tensor(torch.inf)
+            one.wait_count, one.best_score = 0, worst if one.monitor_op == torch.lt else -worst
+        if isinstance(one, ModelCheckpoint):
+            one.best_k_models, one.best_model_path, one.kth_best_model_path = {}, "", ""
+            one.best_model_score = one.current_score = None
+
+
 def _monitors(trainer: Trainer, kind: str, there: Collection[str]) -> Iterable[tuple[Callback, str]]:
     """The callbacks that wait for a metric of a kind that is not there, and its name."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

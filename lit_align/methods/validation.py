@@ -14,6 +14,7 @@ from lit_align.data import Batch
 from lit_align.gaussian import GaussianStep
 from lit_align.methods.sampling import BatchPolicy, SamplingModule
 from lit_align.methods.skipped import SkippingModule
+from lit_align.methods.strategies import forget_scores
 from lit_align.rewards import RewardBank, RewardOutput
 from lit_align.rollout import Trajectory
 from lit_align.samplers import Sampler
@@ -121,7 +122,8 @@ class ValidatedModule(SamplingModule, SkippingModule):
     Attributes:
         baseline: What was measured of the pretrained model, by name, ``(N,)`` each.
         latest: The same of the policy, in the newest validation.
-        measured_at: ``images`` and ``reward_queries`` of the run when that was measured.
+        measured_at: ``images`` and ``reward_queries`` of the run when that was measured; ``compared_since``
+            how many images validations are measured alike, if not since the first.
         prompt_groups: ``(N,)``, the prompt of each image.
         tested: What the newest test measured of the policy, and of the pretrained model as ``base/<name>``.
         tested_groups: The prompt of each of its images.
@@ -142,6 +144,7 @@ class ValidatedModule(SamplingModule, SkippingModule):
     set_metrics: dict[str, dict[str, float]]
     taken_back: dict[str, Tensor]
     _evaluated: list[dict[str, Tensor]]
+    _anew: bool = False  # the coming validation measures otherwise than those before it
 
     @property
     def held_out(self) -> tuple[str, ...]:
@@ -180,6 +183,8 @@ class ValidatedModule(SamplingModule, SkippingModule):
         if self.images:
             self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
             self._measure_reference()
+            now = {"images": self.images, "reward_queries": self.reward_queries}
+            self._anew, self.measured_at = True, now | {"compared_since": self.images}
             return
         self.trainer.validating = True
         self.trainer.fit_loop.epoch_loop.val_loop.run()
@@ -264,8 +269,12 @@ class ValidatedModule(SamplingModule, SkippingModule):
         if self.trainer.sanity_checking:  # some batches only, and measured again before the first update
             self._evaluated = []
             return
+        if self._anew:
+            forget_scores(self.trainer)
+            self._anew = False
         (self.latest, self.prompt_groups), self.taken_back = self._report("val"), {}
-        self.measured_at = {"images": self.images, "reward_queries": self.reward_queries}
+        now = {"images": self.images, "reward_queries": self.reward_queries}
+        self.measured_at = self.measured_at | now
         if self.images:
             return
         if self._is_pretrained():

@@ -6,10 +6,18 @@ from lit_align.report.run import Run, names_of
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
-    """A line for each thing that differs; of the curves, where the tests do not have the same difference."""
-    if len(runs) < 2:
-        return []
+    """A line for each thing that differs; of the curves, where the tests do not have the same difference.
+
+    And for each run whose held-out images were measured otherwise before.
+    """
     names = names_of(runs)
+    begun = [
+        f"{name}: its curves begin after {run.since} images; held-out images were measured otherwise before"
+        for name, run in zip(names, runs, strict=True)
+        if run.since
+    ]
+    if len(runs) < 2:
+        return begun
     tables = _differing(
         names,
         [{"split": run.split, "measured images": str(run.count)} | run.measured for run in runs],
@@ -21,7 +29,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
         if not run.measured
     ]
     more = [f"{fact} of the curves: {told}" for fact, told in curves.items() if tables.get(fact) != told]
-    return [f"{fact}: {told}" for fact, told in tables.items()] + more + unknown
+    return [f"{fact}: {told}" for fact, told in tables.items()] + more + begun + unknown
 
 
 def incomparable(runs: Sequence[Run]) -> set[str]:

@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
@@ -12,22 +12,41 @@ from lit_align.files import read_rows
 Curves = dict[str, list[tuple[float, float]]]
 """By tag: the number of images and the value, in order."""
 
+Logged = tuple[str, float, float]
+"""A tag, the number of images, and the value."""
+
 
 def read_curves(folder: Path) -> Curves:
-    """The curves of a run; of a step that was logged twice, the newest value."""
+    """The curves of a run, which may have gone on with another logger.
+
+    Of a step that was logged twice, the newest value, and that of the files that were written last.
+    """
+    table, events = [folder / "metrics.csv"], [*folder.glob("events.out.tfevents.*")]
+    written = {
+        read: max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+        for read, files in ((_of_table, table), (_of_events, events))
+    }
     points: dict[str, dict[float, float]] = {}
+    for read in sorted(written, key=written.__getitem__):
+        for tag, step, value in read(folder):
+            points.setdefault(tag, {})[step] = value
+    curves = {tag: sorted(values.items()) for tag, values in points.items()}
+    return {tag: [(x, y) for x, y in curve if math.isfinite(y)] for tag, curve in curves.items()}
+
+
+def _of_table(folder: Path) -> Iterator[Logged]:
+    for row in read_rows(folder / "metrics.csv"):
+        for tag, value in row.items():
+            if tag not in ("step", "epoch") and value and row.get("step"):
+                yield tag, float(row["step"]), float(value)
+
+
+def _of_events(folder: Path) -> Iterator[Logged]:
     if any(folder.glob("events.out.tfevents.*")):
         events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}, purge_orphaned_data=True)
         events.Reload()
         for tag in events.Tags()["scalars"]:
-            points[tag] = {float(event.step): event.value for event in events.Scalars(tag)}
-    if not points:
-        for row in read_rows(folder / "metrics.csv"):
-            for tag, value in row.items():
-                if tag not in ("step", "epoch") and value and row.get("step"):
-                    points.setdefault(tag, {})[float(row["step"])] = float(value)
-    curves = {tag: sorted(values.items()) for tag, values in points.items()}
-    return {tag: [(x, y) for x, y in curve if math.isfinite(y)] for tag, curve in curves.items()}
+            yield from ((tag, float(event.step), event.value) for event in events.Scalars(tag))
 
 
 def at(curve: Sequence[tuple[float, float]], x: float) -> float | None:

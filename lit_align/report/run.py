@@ -44,6 +44,7 @@ class Run:
         split: ``test`` or ``validation``.
         measured: What decides the numbers of the result, by name, as texts.
         validated: The same of the newest point of its curves.
+        since: Images after which its curves begin; before, held-out images were measured otherwise.
         shown: Images that were kept of the test.
         curves: By tag.
     """
@@ -57,6 +58,7 @@ class Run:
     split: str
     measured: dict[str, str] = field(default_factory=dict)
     validated: dict[str, str] = field(default_factory=dict)
+    since: int = 0
     shown: list[Shown] = field(default_factory=list)
     curves: Curves = field(default_factory=dict)
 
@@ -132,8 +134,10 @@ def _read_run(folder: Path, result: Path) -> Run:
     found = _read(result)
     measured = _measured(found)
     config = folder / Path(str(found.get("config"))).name
+    since, curves = 0, read_curves(folder)
     try:
-        validated = _measured(_read(folder / "validation.json"))
+        validation = _read(folder / "validation.json")
+        validated, since = _measured(validation), int(validation.get("compared_since") or 0)
     except ConfigError:  # there is none: what a test says but for its prompts, which are its own
         validated = {name: fact for name, fact in measured.items() if name != "prompts"}
     return Run(
@@ -146,9 +150,17 @@ def _read_run(folder: Path, result: Path) -> Run:
         split=found["split"],
         measured=_facts(measured),
         validated=_facts(validated),
+        since=since,
         shown=_shown(result),
-        curves=read_curves(folder),
+        curves={
+            tag: [point for point in curve if _alike(tag, point, since)] for tag, curve in curves.items()
+        },
     )
+
+
+def _alike(tag: str, point: tuple[float, float], since: int) -> bool:
+    """Whether a point of a curve is measured as the newest one is."""
+    return not since or not tag.startswith("val/") or point[0] > since
 
 
 def _read(result: Path) -> dict[str, Any]:
@@ -182,6 +194,8 @@ def _facts(measured: Mapping[str, Any]) -> dict[str, str]:
         facts["size"] = " x ".join(map(str, size))
     if prompts := measured.get("prompts"):
         facts["prompts"] = str(prompts)
+    if columns := measured.get("columns"):
+        facts["columns of the prompts"] = str(columns)
     if rewards := measured.get("rewards"):
         trained = [f"{name} {kind}" for name, kind in sorted(rewards.items()) if " x " in kind]
         facts["trained rewards"] = ", ".join(trained) or "none"

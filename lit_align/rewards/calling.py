@@ -27,13 +27,19 @@ def accepted(
     ``groups``, ``columns``, or one column of the data; ``**columns`` takes all columns.
 
     Raises:
-        ConfigError: A parameter without a default is none of these.
+        ConfigError: A parameter without a default is none of these, or one stands where the prompts do.
     """
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except ValueError:  # some built-in functions have no signature
         return (images, prompts), {}
     positions = sum(parameter.kind in BY_POSITION for parameter in parameters)
+    second = parameters[1].name if positions > 1 else ""
+    if second in ("groups", "columns", *(columns or ())) and second not in ("images", "prompts"):
+        raise ConfigError(
+            f"{title(function)} takes '{second}' as its second argument, which are the prompts; take "
+            f"(images, prompts, {second})."
+        )
     if any(parameter.kind is ALL_POSITIONS for parameter in parameters):
         positions = max(positions, 2)
     known = {"images": images, "prompts": prompts, "groups": groups, "columns": columns}

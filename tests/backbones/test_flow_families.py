@@ -27,7 +27,7 @@ from lit_align.backbones import (
 from lit_align.backbones.transformer import TransformerBackbone, pack, unpack
 from lit_align.errors import ConfigError
 from lit_align.samplers import FlowSDE
-from tests.backbones.conftest import PROMPTS, draw_in_diffusers, latents
+from tests.backbones.conftest import PROMPTS, draw_in_diffusers, latents, perturb, predict
 
 CLASSES: dict[str, type[TransformerBackbone]] = {
     "sd3": StableDiffusion3Backbone,
@@ -209,11 +209,16 @@ LAYERS = {
 @pytest.mark.parametrize("model", LAYERS)
 def test_the_layers_of_adapters_are_the_familys(model: str, flow_folder: Folder) -> None:
     targets, among = LAYERS[model]
-    backbone = CLASSES[model](str(flow_folder(model)), size=16)
+    backbone = CLASSES[model](str(flow_folder(model)), size=32)
     assert set(backbone.adapted(backbone.network)) == targets
     adapted = {name.rpartition(".lora_A")[0] for name, _ in backbone.named_parameters() if ".lora_A" in name}
     assert all(any(name.endswith(target) for target in targets) for name in adapted)
     assert all(any(name.endswith(layer) for name in adapted) for layer in among)
+    predict(perturb(backbone)).square().sum().backward()
+    trained = {name: weight for name, weight in backbone.named_parameters() if weight.requires_grad}
+    still = {name for name, weight in trained.items() if weight.grad is None or not weight.grad.any()}
+    assert still == {name for name in trained if any(f".{layer}." in name for layer in backbone.unread)}
+    assert bool(still) == (model == "sd3")
     few = CLASSES[model](str(flow_folder(model)), size=16, lora=LoRA(2, target_modules=["to_q"]))
     names = {name for name, _ in few.named_parameters() if ".lora_A" in name}
     assert names

@@ -41,7 +41,7 @@ def trainer(optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None) -> 
 
 
 @pytest.mark.parametrize("name", ["none", "lambda", "linear", "sequence"])
-def test_a_new_rate_goes_on_as_if_it_had_been_there_from_the_start(name):
+def test_a_new_rate_goes_on_as_if_it_had_been_there_from_the_start(name, caplog):
     expected = rates(*made(0.5, name), 6)[2:]
     old = made(1.0, name)
     rates(*old, 2)
@@ -51,7 +51,8 @@ def test_a_new_rate_goes_on_as_if_it_had_been_there_from_the_start(name):
     optimizer.load_state_dict(old[0].state_dict())  # as the Trainer does
     if scheduler is not None:
         scheduler.load_state_dict(old[1].state_dict())
-    callback.on_train_start(trainer(optimizer, scheduler), None)
+    callback.on_train_start(trainer(optimizer, scheduler), SimpleNamespace(rate_factor=0.25))
+    assert "steps are made with 0.25 of the new one" in caplog.text
     assert rates(optimizer, scheduler, 4) == pytest.approx(expected)
 
 

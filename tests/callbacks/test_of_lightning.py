@@ -8,12 +8,13 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Stochast
 from lit_align.callbacks import BatchCheckpoint, RunSummary
 from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
+from lit_align.rewards import Brightness, RewardBank
 from tests.methods.build import fit, make, prompts
 
 
-def run(tiny: Path, folder: Path, *callbacks, **options):
+def run(tiny: Path, folder: Path, *callbacks, rewards=None, **options):
     """A fit of two rollout batches an epoch, with validations; its module."""
-    module = make(DDPOModule, tiny, num_steps=2)
+    module = make(DDPOModule, tiny, num_steps=2, rewards=rewards)
     options = {"limit_val_batches": None, "max_epochs": 4} | options
     data = prompts(2, 2, validation_prompts=2)
     fit(module, folder, 2, *callbacks, BatchCheckpoint(), data=data, **options)
@@ -29,6 +30,23 @@ def test_a_run_that_was_stopped_early_stays_stopped_when_it_goes_on(tiny, tmp_pa
         last = tmp_path / monitor / "checkpoints" / "last.ckpt"
         second = run(tiny, tmp_path / monitor, EarlyStopping(**stops), ckpt_path=last)
         assert second.images == first.images
+
+
+def test_validations_that_measure_otherwise_are_compared_with_none_before(tiny, tmp_path):
+    def callbacks():
+        kept = ModelCheckpoint(tmp_path / "kept", "kept_{step}", monitor="val/reward", mode="max")
+        return EarlyStopping("val/reward", mode="max", patience=1), kept
+
+    first = run(tiny, tmp_path, *callbacks(), max_epochs=1)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    darker = RewardBank({"trained": Brightness()}, {"trained": 0.1})
+    stopping, kept = callbacks()
+    with pytest.warns(UserWarning, match="measured with another rewards"):
+        second = run(tiny, tmp_path, stopping, kept, rewards=darker, max_epochs=2, ckpt_path=last)
+    assert second.images == 2 * first.images
+    assert stopping.wait_count == 0
+    assert float(stopping.best_score) == pytest.approx(float(second.latest["reward"].mean()))
+    assert float(kept.best_model_score) == pytest.approx(float(stopping.best_score))
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from lit_align.methods import (
     DPOModule,
     NFTModule,
     PRDPModule,
+    SFTModule,
     SPINModule,
 )
 from lit_align.methods.pretraining import Pretraining
@@ -196,6 +197,35 @@ def test_a_run_tells_of_a_clip_range_of_another_size_of_latent(method, options, 
     assert texts == [] if told is None else f"it stops {told}; published runs have 1.6 nats" in texts[0]
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "told"),
+    [
+        (DPOModule, {"beta": 2000.0 * 256 / 16384}, None),
+        (
+            DPOModule,
+            {"beta": 125.0 * 256 / 16384},
+            "hardly changes with the policy",
+        ),  # Shapes' on latents of 1.5
+        (DPOModule, {"beta": 5000.0}, "soon saturates"),
+        (SPINModule, {"beta": [30.0, 1.0]}, "hardly changes with the policy"),
+        (SPINModule, {"beta": 1.0, "exact": True}, None),  # a sum over steps
+        (SFTModule, {}, None),
+    ],
+)
+def test_a_run_and_the_doctor_tell_of_a_beta_of_another_size_of_latent(method, options, told, tiny, tmp_path):
+    module = make(method, tiny, **options)
+    assert prod(module.backbone.latent_shape) == 256
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, 1).fit(module, held := pairs())
+    texts = [str(one.message) for one in caught if str(one.message).startswith("beta: ")]
+    found = [f"{one.what}; {one.remedy}" for one in look(module, held, ASKED) if one.name == "beta"]
+    assert texts == [f"beta: {one}" for one in found]
+    assert (
+        texts == [] if told is None else f"{told}; published runs have about 0.12, which is 30.7" in texts[0]
+    )
+
+
 @pytest.mark.parametrize("case", LOOKS)
 def test_what_can_be_seen_is_named(case: str, tiny: Path):
     name, built = LOOKS[case]
@@ -301,13 +331,17 @@ def test_a_trial_leaves_no_latents_where_the_run_would_keep_them(tiny, tmp_path)
     assert not (tmp_path / "latents").exists()
 
 
-def test_weights_out_of_reach_and_ratios_that_are_not_1_are_named(tiny, tmp_path):
+def test_weights_out_of_reach_and_ratios_that_are_not_1_are_named(tiny, tmp_path, monkeypatch):
     module = healthy(tiny)
     spare = torch.nn.Parameter(torch.ones(3))
     module.register_parameter("spare", spare)
     assert tried(module, tmp_path) == ["gradient_missing"]
     rough = Seen(metrics=[{"train/ratio_deviation": 0.1 * CLIP + 1e-6}], reached={"a"}, moved={"a"})
     assert [finding.name for finding in judge(module, rough)] == ["ratio_is_not_1"]
+    unused = Seen(trained=["policy.blocks.3.q.lora_A", "a"], reached={"a"}, moved={"a"})
+    assert [finding.name for finding in judge(module, unused)] == ["gradient_missing"]
+    monkeypatch.setattr(type(module.backbone), "unread", ("blocks.3.q",))
+    assert [*judge(module, unused)] == []
 
 
 def test_a_step_of_an_optimizer_that_chooses_its_rate_is_judged(tiny):
@@ -446,6 +480,7 @@ def test_the_command_ends_with_1_and_a_line_for_each_finding(tiny, tmp_path, cap
     assert exited.value.code == 1
     told = capsys.readouterr().out
     assert "clip_range: model.clip_range: 1 is 256 nats" in told.replace("\n", " ")
+    assert told.count("256 nats") == 1  # the fit warns of it too
     assert "few_held_out: data.validation_prompts" in told
     assert list(tmp_path.iterdir()) == []
 

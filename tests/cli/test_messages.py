@@ -15,6 +15,7 @@ from lit_align.rewards import Reward
 ROOT = Path(__file__).parents[2]
 DDPO = ROOT / "configs" / "ddpo.yaml"
 GUARD = "--trainer.callbacks+=lit_align.callbacks.Guard"
+BACKBONES = ROOT / "configs" / "backbone"
 REDNESS = ROOT / "configs" / "variant" / "redness.yaml"
 
 
@@ -92,6 +93,18 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--data=PromptDataModul"], ["--data: no class", "did you mean PromptDataModule"]),
         (["--data.source=TextPrompt"], ["did you mean TextPrompts"]),
         (["--data.source=TextPrompts"], ["--data.source: TextPrompts needs path"]),
+        (
+            ["--data.source", "../my prompts.txt"],
+            [
+                "--data.source: ../my prompts.txt is a file",
+                "--data.source TextPrompts --data.source.path ../my p",
+            ],
+        ),
+        (
+            ["--data.validation_source=p.csv"],
+            ["give --data.validation_source CSVPrompts --data.validation_s"],
+        ),
+        (["--model.backbone=some/model"], ["give a model as --model.backbone.pretrained some/model"]),
         (["--trainer.logger=TensorboardLogger"], ["did you mean TensorBoardLogger?"]),
         (["--trainer.callbacks+=lit_align.callbacks.RunFolder"], ["RunFolder is for Python; on the command"]),
         (["--trainer.min_epochs=5"], ["trainer.min_epochs: 5 is more than max_epochs, ", "give at most 3"]),
@@ -189,6 +202,10 @@ def test_a_mistake_on_the_command_line(arguments, parts, capsys):
             ["line 3: data.image_per_prompt: PromptDataModule has no option", "images_per_prompt"],
         ),
         ("model:\n  init_args:\n    sampling: {guidance: [1, 2]}\n", ["line 3: model.sampling.guidance"]),
+        (
+            "data:\n  init_args:\n    source: p.txt\n",
+            ["line 3: data.source: p.txt is a file, and not the class"],
+        ),
         ("model:\n  backbone:\n    variant: no\n", ["variant: 'False' is not text", "put it in quotes"]),
         (
             "model:\n  init_args:\n    rewards:\n      init_args:\n        rewards: [CLIPScore]\n",
@@ -263,12 +280,32 @@ def test_a_misspelt_truncation_is_met_with_the_nearest(capsys):
     assert "did you mean LowVariance" in told(capsys, "fit", alignprop, "--model.truncation=LowVarianz")
 
 
-@pytest.mark.parametrize(("method", "overlay"), [("ddpo", "draft_k"), ("nft", "flow_grpo")])
-def test_an_overlay_for_another_configuration(method, overlay, capsys):
-    files = [ROOT / "configs" / f"{method}.yaml", ROOT / "configs" / "variant" / f"{overlay}.yaml"]
+@pytest.mark.parametrize(
+    ("method", "overlay", "other"),
+    [
+        ("ddpo", "variant/draft_k", "configs/alignprop.yaml"),
+        ("nft", "variant/flow_grpo", "configs/ddpo.yaml"),
+        ("nft", "backbone/sd15", f"configs/ddpo.yaml; nft.yaml takes {BACKBONES / 'sd15_any.yaml'}"),
+        ("dpo", "backbone/sd15", f"configs/ddpo.yaml; dpo.yaml takes {BACKBONES / 'sd15_pairs.yaml'}"),
+    ],
+)
+def test_an_overlay_for_another_configuration(method, overlay, other, capsys):
+    files = [ROOT / "configs" / f"{method}.yaml", ROOT / "configs" / f"{overlay}.yaml"]
     message = told(capsys, "fit", *(f"--config={file}" for file in files))
     assert f"{overlay}.yaml, line " in message
-    assert f"; this is an overlay for configs/{'ddpo' if method == 'nft' else 'alignprop'}.yaml" in message
+    assert message.endswith(f"; this is an overlay for {other}")
+
+
+def test_a_class_of_another_kind_is_met_with_those_that_fit(capsys):
+    ddpo, pairs = f"--config={DDPO}", f"--config={BACKBONES / 'sd15_pairs.yaml'}"
+    advantages = "DDIM is not possible here; it may be BatchAdvantages, GroupAdvantages, PerPromptAdvantages"
+    assert told(capsys, "fit", ddpo, "--model.advantages=DDIM").endswith(advantages)
+    message = told(capsys, "fit", ddpo, pairs)
+    assert "line 32: data.source: PickaPicFiles is not possible here; it may be " in message
+    assert "TextPrompts" in message
+    assert "PromptSource" not in message  # abstract
+    message = told(capsys, "fit", ddpo, "--data=TextPrompts")
+    assert message.endswith("TextPrompts is not possible here; it is a class of lit_align.data")
 
 
 def test_an_option_before_a_file_that_overrules_it_is_told(capsys):

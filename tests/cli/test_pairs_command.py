@@ -192,6 +192,12 @@ def test_the_commands_of_the_page_make_pairs_that_train(
         ("no reward", [], "has no reward; give a bank under --rewards"),
         ("broken", [], "a line has no file_name and prompt"),
         ("no image", ["--rewards", "bank.yaml"], "000003.png cannot be read"),
+        (
+            "another size",
+            ["--rewards", "bank.yaml"],
+            r"several sizes .*000003.png has 16 x 24 pix.*; make them",
+        ),
+        ("", ["--margin=-1"], "equal scores would make pairs; give 0 or more"),
         ("", ["--rewards", "nothing.yaml"], "--rewards nothing.yaml: there is no such file"),
     ],
 )
@@ -210,6 +216,8 @@ def test_what_cannot_work(
         file.write_text('{"prompt": "x"}\n')
     elif change == "no image":
         (folder / "000003.png").unlink()
+    elif change == "another size":
+        Image.new("RGB", (16, 24)).save(folder / "000003.png")
     with pytest.raises(ConfigError, match=said):
         pairs_command([str(folder), *arguments])
 

@@ -368,6 +368,13 @@ class Own(PairSource):
         return cast(bytes, self.stored if side else jpeg(0))
 
 
+def test_a_source_with_other_images_has_another_cache() -> None:
+    """A source that a user wrote says nothing of its images: prompts and labels are those of any round."""
+    assert Own(image=jpeg(1)).fingerprint() == Own(image=jpeg(1)).fingerprint()
+    assert Own(image=jpeg(1)).fingerprint() != Own(image=jpeg(2)).fingerprint()
+    assert Own(image=None).fingerprint()  # which is refused when its turn comes
+
+
 def test_what_a_source_returns_is_understood_or_refused() -> None:
     whole = {"validation_fraction": 0.0, "test_fraction": 0.0, "pairs_per_batch": 4}
     for label in (True, "0", np.float32(1)):

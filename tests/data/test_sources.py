@@ -3,6 +3,7 @@
 import csv
 import json
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,15 @@ def test_lines_that_may_be_remarks_are_told(folder: Path) -> None:
     path = write(folder / "p.txt", "# animals\na cat\n#2 pencil\n")
     with pytest.warns(UserWarning, match=r"2 lines of .*p\.txt with a # at the start, .*reads as prompts"):
         assert len(TextPrompts(path)) == 3
+
+
+@pytest.mark.parametrize("text", ["1. a cat\n2. a dog\n", "- a cat\n- a dog\n", '"a cat",\n"a dog"\n'])
+def test_lines_of_a_list_are_told(text: str, folder: Path) -> None:
+    with pytest.warns(UserWarning, match="are those of a list, such as .*a cat.*delete what does not belong"):
+        TextPrompts(write(folder / "p.txt", text))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TextPrompts(write(folder / "q.txt", '3 cats\n"STOP" on a wall\n1. a cat\n'))
 
 
 def test_a_table_among_texts_and_files_that_are_missing_are_told(folder: Path) -> None:
@@ -251,6 +261,17 @@ def parted(folder: Path) -> str:
         (
             lambda d: TextPrompts(write(d / "p.txt", '[{"prompt": "a"}]')),
             ["begins with JSON", "JSONPrompts"],
+        ),
+        (lambda d: TextPrompts(write(d / "p.txt", '["a", "b"]')), ["begins with JSON", "JSONPrompts"]),
+        (lambda d: TextPrompts(write(d / "p.txt", '[\n"a",\n"b"]')), ["begins with JSON", "JSONPrompts"]),
+        (lambda d: JSONPrompts(write(d / "p.json", '{"prompt": ["a", "b"]}')), ["give each prompt a row"]),
+        (
+            lambda d: CSVPrompts(write(d / "p.csv", "a cat\na dog\n")),
+            ["first line of", "has no column 'prompt'"],
+        ),
+        (
+            lambda d: CSVPrompts(write(d / "p.csv", "prompt,level\na cat, red,1\n")),
+            ["Expected 2 columns, got 3 in 'a cat, red,1'", "put quotes around prompts that hold a comma"],
         ),
         (lambda d: TextPrompts("https://a.b/p.txt"), ["https://a.b/p.txt is an address: download"]),
         (lambda d: TextPrompts(write(d / "p.JSONL", '{"prompt": "a"}\n')), ["give JSONLPrompts"]),

@@ -11,6 +11,7 @@ import torch
 from lit_align.advantages import Advantages, BatchAdvantages
 from lit_align.backbones import POLICY, REFERENCE
 from lit_align.backbones.base import rounds_float32
+from lit_align.callbacks import BatchCheckpoint
 from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
 from lit_align.methods.ddpo import clipped_surrogate, score_function_loss
@@ -257,6 +258,19 @@ def test_noise_of_the_kl_moves_the_rate_in_no_direction(tiny, tmp_path):
                 warnings.simplefilter("error")
                 scale = module._scale_step("", torch.tensor(kl), 1e-2, error)
         assert scale == pytest.approx(factor)
+
+
+def test_without_its_target_the_rate_is_the_configured_one_again(tiny, tmp_path):
+    few = {"data": prompts(**FEW), "limit_val_batches": 0}
+    module = make(DDPOModule, tiny, kl_target=1e-3, num_steps=2)
+    fit(module, tmp_path, 1, BatchCheckpoint(), **few)
+    assert module.step_scale[""] != 1
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    for target in (1e-3, None):
+        again = make(DDPOModule, tiny, kl_target=target, num_steps=2)
+        recorder = fit(again, tmp_path, 1, ckpt_path=checkpoint, max_epochs=2, **few)
+        scale = 1.0 if target is None else module.step_scale[""]
+        assert recorder.logged[-1]["train/lr"] == pytest.approx(1e-3 * scale)
 
 
 @pytest.mark.parametrize("broken", ["advantages", "chains"])

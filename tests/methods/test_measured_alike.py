@@ -1,5 +1,6 @@
 """Held-out images are compared with what was measured alike, and of the pretrained model."""
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,7 @@ def test_a_run_that_measures_otherwise_goes_on_with_a_new_baseline(
     module, data = make(DDPOModule, tiny, eval_sampler=no_noise()), prompts(validation_prompts=3)
     with pytest.warns(UserWarning, match="measured with another eval_sampler .*, held_out 4 images"):
         fit(module, tmp_path, 1, data=data, ckpt_path=checkpoint, max_epochs=2, limit_val_batches=None)
+    assert module.measured_at == {"images": 8, "reward_queries": 8, "compared_since": 4}
     batch = held_out(module, data)
     with module.evaluating():
         images = draw(module, batch, weights=REFERENCE).images
@@ -210,14 +212,17 @@ def test_what_a_module_has_validated_is_compared_with_nothing_else(tiny: Path, t
 class Some(PromptSource):
     """Prompts that are given."""
 
-    def __init__(self, *texts: str) -> None:
-        self.texts = texts
+    def __init__(self, *texts: str, wanted: object = None) -> None:
+        self.texts, self.wanted = texts, wanted
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def prompt(self, row: int) -> str:
         return self.texts[row]
+
+    def columns(self, row: int) -> dict[str, Any]:
+        return {} if self.wanted is None else {"wanted": self.wanted, "other": object()}
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -231,6 +236,20 @@ def test_prompts_of_a_test_that_leave_the_validation_make_it_another_one(
     fit(module, tmp_path, 1, data=data, ckpt_path=checkpoint, max_epochs=2, limit_val_batches=None)
     old = torch.load(checkpoint, weights_only=True)["progress"]["baseline"]["reward"]
     assert torch.equal(module.baseline["reward"], old) != shared
+
+
+def test_other_columns_of_the_same_prompts_are_another_measurement(tiny: Path, tmp_path: Path) -> None:
+    """A target in the data that was corrected: rewards of the same images are then other numbers."""
+    module, said = make(DDPOModule, tiny), []
+    for wanted in (2, 2, 3):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            validate(module, tmp_path, None, prompts(validation_source=Some("a", "b", wanted=wanted)))
+        told = any("measured with another columns" in str(one.message) for one in caught)
+        said.append((told, module.identity()["columns"], module.measurement("validate")["columns"]))
+    assert [told for told, *_ in said] == [False, False, True]
+    assert said[0][1] == said[1][1] != said[2][1]
+    assert said[0][2] == said[1][2] != said[2][2]
 
 
 def test_other_weights_of_objectives_are_another_reward(tiny: Path, tmp_path: Path) -> None:

@@ -365,6 +365,15 @@ def test_the_first_batch_decides_where_a_column_is_needed(images: Tensor) -> Non
     assert made(images, PROMPTS, None, {"worth": [1, 2, 3]}).total.tolist() == [1.0, 2.0, 3.0]
 
 
+def test_a_column_in_the_place_of_the_prompts_is_not_taken_for_them(images: Tensor) -> None:
+    made = bank(lambda images, worth: [float(len(one)) for one in worth])
+    made(images, PROMPTS, None, {"other": [1, 2, 3]})  # whatever the prompts are called
+    with pytest.raises(ConfigError, match=r"takes 'worth' as its second arg.*\(images, prompts, worth\)"):
+        made.check_columns({"worth": ["x", "y", "z"]})
+    with pytest.raises(ConfigError, match="takes 'columns' as its second argument"):
+        bank(lambda images, columns: levels(images))
+
+
 def test_a_reward_for_large_images_is_tried_with_large_ones() -> None:
     sides: list[int] = []
 

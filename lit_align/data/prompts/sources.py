@@ -17,6 +17,7 @@ animals       ship with the package                                       ``Anim
 """
 
 import json
+import re
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -49,6 +50,9 @@ TABLES = {
     ".parquet": "ParquetPrompts",
 }
 """Endings of files that are no text with a prompt a line, and the sources that read them."""
+
+LISTED = re.compile(r'\s*(?:\d+[.)]|[-*•])\s|\s*"[^"]*",?\s*$')
+"""A line with a number or a bullet before the prompt, or in quotes."""
 
 JSON = FileForm("one JSON list of texts or of objects that are alike", ".json", "json", UTF8)
 
@@ -126,7 +130,8 @@ class TablePrompts(PromptSource):
             )
             kind = pa.large_string()
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise ConfigError(f"column '{column}' of {name} holds {kind}, not text: name the prompts' column")
+            remedy = "give each prompt a row" if pa.types.is_list(kind) else "name the prompts' column"
+            raise ConfigError(f"column '{column}' of {name} holds {kind}, not text: {remedy}")
         self._prompts = table.column(column)
         check_lengths(self._prompts, name)
         others = names if keep is None else keep
@@ -184,12 +189,19 @@ class TextPrompts(TablePrompts):
                 )
         table, files = TEXT.read(path)
         super().__init__(table, "text", path, files=files)
-        if self.prompt(0).lstrip("[ ").startswith('{"'):
+        start = self.prompt(0).strip()
+        if start == "[" or start.startswith('["') or start.lstrip("[ ").startswith('{"'):
             raise ConfigError(
                 f"{path} begins with JSON, and TextPrompts would read each line as a prompt: give "
                 "JSONLPrompts as the source, or JSONPrompts where the file is one list"
             )
-        if "\t" in self.prompt(0).strip():
+        first = self.prompts(range(min(3, len(self))))
+        if len(first) > 1 and all(map(LISTED.match, first)):
+            rank_zero_warn(
+                f"the lines of {path} are those of a list, such as {first[0]!r}, and TextPrompts takes a "
+                "whole line as the prompt: delete what does not belong to it"
+            )
+        if "\t" in start:
             rank_zero_warn(
                 f"the first line of {path} has a tab, which TextPrompts takes as part of the prompt: if the "
                 "file is a table, name it *.tsv, and give TSVPrompts as the source"
@@ -212,6 +224,7 @@ class CSVPrompts(TablePrompts):
 
     def __init__(self, path: str, column: str = "prompt", texts: list[str] | None = None) -> None:
         table = read_delimited(path, ".csv", [column, *(texts or ())], delimiter=",", quoted=True)
+        check_columns(table.column_names, [column], f"the first line of {path}")
         super().__init__(table, column, path)
 
 
@@ -227,6 +240,7 @@ class TSVPrompts(TablePrompts):
 
     def __init__(self, path: str, column: str = "prompt") -> None:
         table = read_delimited(path, ".tsv", [column], delimiter="\t", quoted=False)
+        check_columns(table.column_names, [column], f"the first line of {path}")
         super().__init__(table, column, path)
 
 

@@ -154,7 +154,7 @@ class SPINModule(OpponentModule[tuple[Noised, Noised] | Chains]):
                 "of this rule do in first order only; set sampler.init_args.rule to precise, or exact to "
                 "false"
             )
-        self.exact = exact
+        self.exact, self.strengths = exact, [] if exact else self.betas
         self.shared_noise = shared_noise
         self.opponent_guidance = sampling.guidance if opponent_guidance is None else opponent_guidance
         backbone.check_guidance(self.opponent_guidance, "opponent_guidance")
