@@ -121,8 +121,13 @@ def test_without_any_score_the_weights_stay(name: str, tiny: Path, tmp_path: Pat
 @pytest.mark.parametrize("name", METHODS)
 def test_images_without_a_score_are_counted(name: str, tiny: Path, tmp_path: Path) -> None:
     module = half_scored(name, tiny)
-    trainer(tmp_path, 1, limit_val_batches=None).validate(module, data_for(module), verbose=False)
+    validating = trainer(tmp_path, 1, limit_val_batches=None)
+    validating.validate(module, data_for(module), verbose=False)
     missing = module.latest["reward"].isnan()
+    # The best checkpoint is chosen by the mean of the others.
+    assert float(validating.callback_metrics["val/reward"]) == pytest.approx(
+        float(module.latest["reward"].nanmean())
+    )
     assert 0 < missing.sum() < len(missing)
     assert torch.equal(module.latest["unscored"], missing.float())
 
