@@ -251,7 +251,7 @@ def test_a_mistake_on_the_command_line(arguments, parts, capsys):
             ["line 1: YAML does not read 'on' as a name; put it into quotes"],
         ),
     ],
-    ids=range(28),
+    ids=range(29),
 )
 def test_a_mistake_in_a_file(text, parts, capsys):
     Path("mine.yaml").write_text(text)
