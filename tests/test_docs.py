@@ -199,7 +199,8 @@ def test_a_command_of_the_pages_runs(line: str, work: Path, runs: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("line", TWO)
 def test_a_command_on_two_processes_runs(line: str, work: Path):
-    subprocess.run([sys.executable, "-m", "lit_align", *small(line, work)], check=True, timeout=600)
+    shared = ["--data.validation_prompts", "2"]  # one for each process
+    subprocess.run([sys.executable, "-m", "lit_align", *small(line, work), *shared], check=True, timeout=600)
 
 
 def test_the_script_of_the_page_on_configurations_runs(work: Path):
