@@ -20,10 +20,9 @@ PAIR_READERS = {".csv": "FolderPairs", ".jsonl": "FolderPairs", ".json": "Prefer
 
 def instead_of_a_class(given: Given) -> str | None:
     """What to tell of a file, or of a model, where what reads it is asked for; None if there is none."""
-    following = [*given.arguments[1:], ""]
     written = [
         (option_of(argument), argument.partition("=")[2] or value)
-        for argument, value in zip(given.arguments, following, strict=True)
+        for argument, value in zip(given.arguments, [*given.arguments[1:], ""], strict=False)
     ]
     written += [
         (path, value) for file in given.files for path in file.paths() if (value := file.value_at(path))
