@@ -125,6 +125,8 @@ def test_clip_bounds_the_advantages() -> None:
     assert BatchAdvantages(clip=100.0)(rewards, groups, prompts)[0].item() == pytest.approx(63**0.5)
     assert BatchAdvantages()(rewards, groups, prompts)[0].item() == 5
     assert (-BatchAdvantages(clip=2.0)(-rewards, groups, prompts))[0].item() == 2
+    for make in (GroupAdvantages, PerPromptAdvantages):
+        assert make(clip=2.0)(rewards, groups, prompts)[0].item() == 2
 
 
 def test_a_normaliser_says_whose_mean_it_takes_away() -> None:

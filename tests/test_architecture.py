@@ -77,6 +77,7 @@ ALLOWED = {
         "callbacks",
         "files",
         "folder",
+        "pretrained",
         "report",
     },
     "__main__": {"cli"},

@@ -660,12 +660,12 @@ def test_validate_test_and_predict_of_a_trained_run(small, done, capsys):
 
 
 def test_columns_that_the_table_of_predict_has_itself_are_told(small, done):
-    Path("p.csv").write_text("prompt,seed,style\na red circle,7,ink\n")
+    Path("p.csv").write_text("prompt,seed,style\na red circle,7,ink\na blue star,8,oil\n")
     source = ["--data.predict_source=CSVPrompts", "--data.predict_source.path=p.csv"]
     with pytest.warns(UserWarning, match=r"metadata.jsonl has its own seed, so these columns"):
         main(["predict", *small, "--ckpt_path=last", *source])
-    row = json.loads((done / "predictions" / "metadata.jsonl").read_text().splitlines()[0])
-    assert (row["seed"], row["style"]) == (0, "ink")
+    rows = [json.loads(line) for line in (done / "predictions" / "metadata.jsonl").read_text().splitlines()]
+    assert [(row["seed"], row["style"]) for row in rows] == [(0, "ink")] * 2 + [(0, "oil")] * 2
 
 
 # ---- one folder

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import re
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def instead_of_a_class(given: Given) -> str | None:
     """What to tell of a file, or of a model, where what reads it is asked for; None if there is none."""
     written = [
         (option_of(argument), argument.partition("=")[2] or value)
-        for argument, value in zip(given.arguments, [*given.arguments[1:], ""], strict=False)
+        for argument, value in zip_longest(given.arguments, given.arguments[1:], fillvalue="")
     ]
     written += [
         (path, value) for file in given.files for path in file.paths() if (value := file.value_at(path))

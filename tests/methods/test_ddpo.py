@@ -13,6 +13,7 @@ from lit_align.backbones import POLICY, REFERENCE
 from lit_align.backbones.base import rounds_float32
 from lit_align.callbacks import BatchCheckpoint
 from lit_align.errors import ConfigError
+from lit_align.gaussian import GaussianStep
 from lit_align.methods import DDPOModule
 from lit_align.methods.ddpo import clipped_surrogate, score_function_loss
 from lit_align.methods.tasks import Task
@@ -156,12 +157,22 @@ def test_the_loss_and_its_penalty_are_means_over_latent_elements(tiny, tmp_path)
     at = rollouts.yardstick.pairs
     with torch.no_grad():
         now = rollouts.policy[at.rows](rollouts.states(at), at.steps)
-    moved = (now.mean - rollouts.trajectory.means[at.steps, at.rows]) / now.std
+    chains = rollouts.trajectory
+    means, after = chains.means[at.steps, at.rows], chains.states[at.steps + 1, at.rows]
+    moved = (now.mean - means) / now.std
     nats = moved.square().sum((1, 2, 3)) / 2
     torch.testing.assert_close(rollouts.yardstick.read().kl, nats)
     # So is its estimate from a second place, here the same one.
-    same = rollouts.states(at), rollouts.trajectory.means[at.steps, at.rows]
+    same = rollouts.states(at), means
     torch.testing.assert_close(Yardstick(rollouts, at, 16, same).read().kl, nats)
+    # The loss is clipped where the policy has moved.
+    loss, metrics = module._loss(rollouts, at, len(at.rows))
+    ratio = ((now.log_prob(after) - GaussianStep(means, now.std).log_prob(after)) / 256).exp()
+    clipped, own = metrics["clip_fraction"].bool(), rollouts.advantages[at.rows]
+    assert clipped.any()
+    assert torch.equal(clipped, (ratio - 1).abs() > 0.1)
+    terms = torch.maximum(-own * ratio, -own * ratio.clamp(0.9, 1.1)) + 0.7 * metrics["kl_penalty"]
+    torch.testing.assert_close(loss.detach(), terms.mean(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("lr", [1e-4, 1e-2])
@@ -352,6 +363,7 @@ def test_the_kl_is_measured_on_a_share_of_the_trained_pairs(images, trained, one
     few = draw_few_pairs(index, firsts, steps, trained, one_in, 0, 1)
     assert few.rows.tolist() == [row for row in range(0, len(index), images) for _ in range(drawn)]
     assert all(len(set(part.tolist())) == drawn for part in few.steps.split(drawn))
+    assert set(few.steps.tolist()) <= set(steps.tolist())
     half = slice(2 * images, None)
     rank = draw_few_pairs(index[half], firsts[half], steps, trained, one_in, 0, 1)
     assert rank.steps.tolist() == few.steps[2 * drawn :].tolist()

@@ -47,8 +47,9 @@ def test_equals_the_released_loss_of_diffusion_dpo(tiny):
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
     source = pairs()
     source.setup("fit")
+    batch = next(iter(source.train_dataloader()))
     with torch.no_grad():
-        winners, losers = prepared = module.prepare(next(iter(source.train_dataloader())))
+        winners, losers = prepared = module.prepare(batch)
         loss, _ = module.loss(prepared, torch.arange(BATCH))
         assert torch.equal(winners.noise, losers.noise)
         assert not torch.equal(winners.latents, losers.latents)
@@ -61,6 +62,10 @@ def test_equals_the_released_loss_of_diffusion_dpo(tiny):
     model_w, reference_w, model_l, reference_l = sides
     inside = -0.5 * 5000.0 * ((model_w - model_l) - (reference_w - reference_l))
     torch.testing.assert_close(loss, -logsigmoid(inside), rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        winners, losers = make(DPOModule, tiny, shared_noise=False).prepare(batch)
+    assert torch.equal(winners.t, losers.t)
+    assert not torch.equal(winners.noise, losers.noise)
 
 
 def test_finetuning_lowers_the_error_on_winners(tiny_attentive, tmp_path):

@@ -101,6 +101,14 @@ def checkpoint(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_images_that_are_shown_have_their_own_scores(checkpoint: Path) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    shown, measured = content["callbacks"]["ImageGrids"], content["progress"]["baseline"]
+    assert shown["index"] == [0, 2]  # the first of each prompt
+    for name, scores in shown["scores"].items():
+        assert scores == measured[name][shown["index"]].tolist()
+
+
 def validate(
     module: AlignmentModule,
     folder: Path,

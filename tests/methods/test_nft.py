@@ -192,7 +192,9 @@ def test_the_loss_asks_all_policies_at_latents_that_are_noised_anew(
     for parameter in module.backbone.weight_sets.parameters_of(OLD):
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))
     pairs = Pairs(torch.tensor([0, 1, 1, 3]), torch.tensor([1, 0, 2, 1]))
-    loss, _ = module._loss(kept[0], 1, pairs, None, 4)
+    # Errors of the policy that sampled, from which AWM has moved in both directions.
+    errors = None if isinstance(objective, NFT) else torch.tensor([0.5, 2.0, 0.5, 2.0])
+    loss, _ = module._loss(kept[0], 1, pairs, errors, 4)
 
     index, advantages = kept[0].batch.index[pairs.rows].tolist(), kept[0].advantages[pairs.rows]
     clean = kept[0].trajectory.states[-1, pairs.rows]
@@ -212,7 +214,8 @@ def test_the_loss_asks_all_policies_at_latents_that_are_noised_anew(
         expected = nft_loss(x0, x0_old, clean, advantages, 0.5, 2.0)
     else:
         log_prob = awm_log_prob((now - noise).square().mean((1, 2, 3)), sigma.flatten(), 0.5)
-        expected = awm_loss(log_prob, log_prob.detach(), advantages / 2, 0.5)
+        behaviour = awm_log_prob(errors, sigma.flatten(), 0.5)
+        expected = awm_loss(log_prob, behaviour, advantages / 2, 0.5)
         expected = expected + 0.2 * (now - old.detach()).square().mean((1, 2, 3))
     expected = (expected + 0.3 * (now - before.detach()).square().mean((1, 2, 3))).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6, check_dtype=False)

@@ -325,6 +325,13 @@ def test_the_graph_is_that_of_one_micro_batch_whatever_the_images_and_steps(tiny
     assert max(peaks) < 1.01 * min(peaks)
 
 
+def test_images_are_replayed_at_the_steps_with_noise_wherever_these_are(tiny):
+    module = make(PRDPModule, tiny)
+    module.stochastic_steps = torch.tensor([1, 3])
+    pairs = module._pairs(torch.tensor([0, 2]))
+    assert (pairs.rows.tolist(), pairs.steps.tolist()) == ([0, 0, 2, 2], [1, 3, 1, 3])
+
+
 def test_a_batch_is_logged_and_its_first_update_is_on_policy(tiny, tmp_path):
     metrics = fit(make(PRDPModule, tiny, noisy_steps=3, updates=2), tmp_path).logged[0]
     assert metrics.get("train/ratio_deviation", 0.0) < 1e-4  # 1 % of the clip range

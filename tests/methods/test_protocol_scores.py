@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_align.advantages import GroupAdvantages
 from lit_align.backbones import POLICY, REFERENCE, LoRA, StableDiffusionBackbone
 from lit_align.errors import ConfigError
+from lit_align.gaussian import GaussianStep
 from lit_align.methods import (
     AlignmentModule,
     AlignPropModule,
@@ -28,7 +29,9 @@ from lit_align.methods import (
 from lit_align.methods.alignprop import NoTruncation
 from lit_align.methods.nft import AWM
 from lit_align.methods.tasks import Task
+from lit_align.methods.validation import kl_to_reference
 from lit_align.rewards import Brightness, Redness, RewardBank
+from lit_align.rollout import Trajectory
 from tests.methods.build import (
     Unscored,
     assert_close_gradients,
@@ -118,8 +121,13 @@ def test_without_any_score_the_weights_stay(name: str, tiny: Path, tmp_path: Pat
 @pytest.mark.parametrize("name", METHODS)
 def test_images_without_a_score_are_counted(name: str, tiny: Path, tmp_path: Path) -> None:
     module = half_scored(name, tiny)
-    trainer(tmp_path, 1, limit_val_batches=None).validate(module, data_for(module), verbose=False)
+    validating = trainer(tmp_path, 1, limit_val_batches=None)
+    validating.validate(module, data_for(module), verbose=False)
     missing = module.latest["reward"].isnan()
+    # The best checkpoint is chosen by the mean of the others.
+    assert float(validating.callback_metrics["val/reward"]) == pytest.approx(
+        float(module.latest["reward"].nanmean())
+    )
     assert 0 < missing.sum() < len(missing)
     assert torch.equal(module.latest["unscored"], missing.float())
 
@@ -198,6 +206,25 @@ def test_the_drift_is_the_distance_of_predictions_and_the_kl_asks_only_where_the
     asked = Asked(monkeypatch)
     assert "drift" not in validated(noisy, tmp_path)
     assert asked.calls == {POLICY: 6, REFERENCE: 2}
+
+
+class Shifted:
+    """The mean of step ``k`` is ``k`` away, with a std of 1."""
+
+    def __call__(self, x: Tensor, k: int) -> GaussianStep:
+        return GaussianStep(x + k, torch.ones(1))
+
+    def __getitem__(self, rows: Tensor) -> "Shifted":
+        return self
+
+
+def test_the_kl_is_that_of_the_steps_with_noise_wherever_these_are() -> None:
+    still = torch.zeros(4, 5, 2)
+    chains, noisy = Trajectory(still, still[1:], still[1:, :, 0]), torch.tensor([False, True, True])
+    assert kl_to_reference(Shifted(), chains, noisy, 2).tolist() == [2 * (1 + 4) / 2] * 5
+    stds = [torch.tensor([std]) for std in (9.0, 1.0, 2.0)]
+    expected = 2 * (1 / 2 + (4 + 4) / 2 - 1 / 2 - math.log(2))
+    assert kl_to_reference(Shifted(), chains, noisy, 2, stds).tolist() == pytest.approx([expected] * 5)
 
 
 # ---- learning
