@@ -108,8 +108,8 @@ def loading(pretrained: str) -> Iterator[None]:
             remedy = (
                 f"it is no folder in {Path.cwd()}, so the hub was asked: check the path, or the id and the "
                 "network, and for a gated model accept its licence on its page and log in (hf auth "
-                f"login); without a network, download it elsewhere and give the folder (hf download "
-                f"{pretrained} --local-dir FOLDER)"
+                f"login); without a network, download it elsewhere (hf download {pretrained} --local-dir "
+                "FOLDER) and give the folder"
             )
         raise ConfigError(f"pretrained: cannot load {pretrained!r} ({reason}); {remedy}.") from error
 

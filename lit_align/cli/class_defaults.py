@@ -17,8 +17,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_align.cli.given import Given
 from lit_align.errors import ConfigError
+from lit_align.pretrained import SHAPES
 from lit_align.rewards import Reward
-from lit_align.rewards.base import domain_of
 
 NOTHING = inspect.Parameter.empty
 
@@ -58,7 +58,7 @@ def use_own_defaults(config: Any, given: Given) -> None:
         for name, value in list(options.items(branches=True, nested=False)):
             default, annotated = _declared(kind, name)
             # The weights of another reward are not this one's; those of Shapes are a choice for all.
-            model = scores and name == "pretrained" and domain_of(value) is None
+            model = scores and name == "pretrained" and value != SHAPES
             if replaced and _is_plain(default) and not given.wrote([*path, name], replaced if model else ()):
                 options[name] = default
             elif isinstance(default, tuple) and not annotated and isinstance(value, int | float | str):
