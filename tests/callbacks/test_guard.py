@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,6 +127,9 @@ def test_after_a_warning_there_is_trouble_only_beyond_what_was_told(tmp_path):
     guard._acted = fallen
     assert not guard._changes(running, fallen, groups)[0].certain
     assert guard._changes(running, further, groups)[0].certain
+    # A new best validation is compared with from then on, whatever was told before.
+    guard._keep(trainer(tmp_path, 1, fast_dev_run=True), SimpleNamespace(latest=best, images=8))
+    assert guard._changes(running, fallen, groups)[0].certain
 
 
 def test_its_options_decide_what_is_trouble(tmp_path):

@@ -151,6 +151,9 @@ def test_only_the_bad_side_and_only_beyond_the_slack():
     assert all(changed(bound(side=0), before, moved, groups).certain for moved in (fallen, risen))
     assert not changed(bound(slack=0.21), before, fallen, groups).evidence
     assert changed(bound(slack=0.15), before, fallen, groups).certain
+    assert 0 < changed(bound(slack=0.199), before, fallen, groups).evidence < 1  # by less than its error
+    either, one = (changed(bound(side=side), before, fallen, groups).evidence for side in (0, -1))
+    assert either < one  # of two sides chance has two
 
 
 def test_what_was_not_measured_is_no_evidence():

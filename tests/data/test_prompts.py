@@ -194,6 +194,12 @@ def test_columns_reach_every_image_of_their_prompt() -> None:
     assert [f"prompt {number}" for number in batch.columns["number"]] == batch.prompts
 
 
+def test_columns_that_are_not_kept_stay_behind() -> None:
+    rows = pa.table({"prompt": ["a"], "style": ["ink"], "image": [b"large"]})
+    kept = [TablePrompts(rows, "prompt", keep=keep).columns(0) for keep in (["style"], [], None)]
+    assert kept == [{"style": "ink"}, {}, {"style": "ink", "image": b"large"}]
+
+
 class Own(PromptSource):
     """As a user may write one."""
 

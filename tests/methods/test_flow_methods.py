@@ -24,7 +24,16 @@ from lit_align.methods import (
     SPINModule,
 )
 from lit_align.samplers import DDIM, FlowSDE
-from tests.methods.build import assert_close_gradients, assert_same, data_for, fit, make, randomise, trained
+from tests.methods.build import (
+    assert_close_gradients,
+    assert_same,
+    data_for,
+    fit,
+    make,
+    randomise,
+    trained,
+    trainer,
+)
 from tests.methods.recorders import Killed, Recorder
 
 MODELS = ("sd3", "sd3_without_t5", "flux", "schnell", "klein", "z_image")
@@ -123,7 +132,9 @@ def test_evaluation_may_have_a_sampler_of_its_own(flow_folder: Callable[[str], P
     assert recorder.logged[-1]["train/kl"] > 0
     assert module.sampler.num_steps == 3
     assert module.generate(["a star"], seed=1).shape == (1, 3, 16, 32)
-    assert steps[-1] == ("predict", 5)
+    trainer(tmp_path, 1, limit_predict_batches=1).predict(module, data(module))
+    trainer(tmp_path, 1, limit_test_batches=1).test(module, data(module), verbose=False)
+    assert steps[4:] == [("predict", 5)] * 2 + [("test", 5)] * 2
 
 
 def test_experts_with_samplers_of_their_own_are_not_given_another(flow_folder: Callable[[str], Path]) -> None:

@@ -39,6 +39,12 @@ def test_the_pool_holds_the_opponents_images_of_the_coming_pairs_alone(tiny, tmp
         assert shard.get_slice("samples").get_shape() == [2 * BATCH, *aligned.backbone.latent_shape]
         held = shard.get_tensor("index").tolist()
     assert sorted(held) == sorted(row for rows in recorder.index[3:] for row in rows)
+    hashes = [aligned._opponent_hash()]  # another seed, and other pairs, have another pool
+    aligned.seed += 1
+    hashes.append(aligned._opponent_hash())
+    aligned.trainer.datamodule.source.label = lambda row: 1.0
+    hashes.append(aligned._opponent_hash())
+    assert len(set(hashes)) == 3
 
 
 def test_the_opponents_images_are_a_function_of_pair_and_iteration(tiny):
