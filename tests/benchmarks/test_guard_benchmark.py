@@ -65,6 +65,7 @@ def test_a_small_cell_is_run_once(tmp_path: Path):
 
     def launch(arguments: list[str], log: Path, keep: int) -> Ended:
         calls.append(arguments)
+        log.write_text("a line\nguard: another\n")  # what a process of its own would have printed
         here = [a.replace("--config=configs", f"--config={ROOT}/configs") for a in arguments]
         return in_process(here, log, keep)
 
@@ -79,4 +80,5 @@ def test_a_small_cell_is_run_once(tmp_path: Path):
     result = json.loads(result_path(cell, tmp_path / "out").read_text())
     assert [images for images, _ in result["curves"]["val/truth"]] == [0, 4, 8]
     assert result["acted"] is None
+    assert result["told"] == ["guard: another"]
     assert "guard/evidence/saturation" in result["curves"]
