@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lit_align.cli.checkpoint import checkpoints_of
 from lit_align.errors import ConfigError, tell
@@ -27,18 +27,15 @@ def runs_of(config: Any) -> Path:
 
     Args:
         config: That of the subcommand.
-
-    Raises:
-        ConfigError: They are in two places.
     """
     method = config.model.class_path.rpartition(".")[2].removesuffix("Module").lower()
     root = config.trainer.default_root_dir
     runs = Path(root or "logs") / method
     if (logger := next(_numbering(config.trainer.logger), None)) is not None:
         if root is not None and Path(root) != Path(logger.init_args.save_dir):
-            raise ConfigError(
-                f"trainer.default_root_dir: {root} would be passed over, since a run writes where its logger "
-                f"does, to {logger.init_args.save_dir}; give --trainer.logger.save_dir {root} in its place"
+            rank_zero_warn(
+                f"trainer.default_root_dir: {root} is passed over, since a run writes where its logger does, "
+                f"to {logger.init_args.save_dir}; give --trainer.logger.save_dir {root} in its place"
             )
         runs = Path(logger.init_args.save_dir) / (logger.init_args.get("name") or "")
     check_local(runs)

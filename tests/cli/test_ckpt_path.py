@@ -13,7 +13,7 @@ from jsonargparse import dict_to_namespace
 
 from lit_align.cli.checkpoint import find, newest, read
 from lit_align.cli.going_on import going_on
-from lit_align.cli.loggers import new_folder
+from lit_align.cli.loggers import new_folder, runs_of
 from lit_align.cli.settings import Changes, changes, check
 from lit_align.errors import ConfigError
 from lit_align.identity import STAMP
@@ -64,8 +64,8 @@ def test_a_job_that_left_its_named_run_before_a_checkpoint_starts_it_anew(tmp_pa
     trainer = {"logger": logger, "default_root_dir": None}
     config = dict_to_namespace({"model": {"class_path": "DDPOModule"}, "trainer": trainer})
     config.trainer.default_root_dir = "elsewhere"
-    with pytest.raises(ConfigError, match=r"elsewhere would be passed over.*logger\.save_dir elsewhere"):
-        new_folder(config)
+    with pytest.warns(UserWarning, match=r"elsewhere is passed over.*logger\.save_dir elsewhere"):
+        assert runs_of(config) == tmp_path / "a"
     config.trainer.default_root_dir = None
     run = new_folder(config, again=True)
     with pytest.raises(ConfigError, match="is of another run"):
