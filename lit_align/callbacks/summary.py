@@ -163,13 +163,12 @@ def _write(path: Path, module: AlignmentModule, split: str, **more: bool) -> Pat
     else:
         metrics = {name: _mean(comparison) for name, comparison in _means(module, split).items()}
     tested = split.startswith("test")
-    now = {"images": module.images, "reward_queries": module.reward_queries}
     result = {
         "split": split,
         "run": module.identity(),
         "measured": module.measurement(split),
         "shapes_weights": WEIGHTS_HASH,
-        **(now if tested else module.measured_at),
+        **(module.position if tested else module.measured_at),
         "metrics": metrics | (module.set_metrics if tested else {}),
     }
     # A fit that was interrupted has several files, and must leave what one leaves that was not.

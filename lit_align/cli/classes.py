@@ -4,10 +4,10 @@ import difflib
 import importlib
 import re
 from collections.abc import Iterator
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from lit_align.cli.config_files import options_in
 from lit_align.cli.given import Given, option_of
 from lit_align.data.prompts.sources import TABLES
 
@@ -21,10 +21,7 @@ PAIR_READERS = {".csv": "FolderPairs", ".jsonl": "FolderPairs", ".json": "Prefer
 
 def instead_of_a_class(given: Given) -> str | None:
     """What to tell of a file, or of a model, where what reads it is asked for; None if there is none."""
-    written = [
-        (option_of(argument), argument.partition("=")[2] or value)
-        for argument, value in zip_longest(given.arguments, given.arguments[1:], fillvalue="")
-    ]
+    written = [(option_of(option), value or "") for option, value in options_in(given.arguments)]
     written += [
         (path, value) for file in given.files for path in file.paths() if (value := file.value_at(path))
     ]

@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -88,14 +88,17 @@ class ConfigFile:
         return named[1] if named else None
 
 
-def values_of(arguments: Sequence[str], *options: str) -> list[str]:
-    """What the command line gives for an option, which may have several names, each time that it stands."""
-    found = []
+def options_in(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Every argument as an option, with its value: after ``=``, or the next argument, if there is one."""
     for argument, following in zip_longest(arguments, arguments[1:]):
         option, equals, value = argument.partition("=")
-        if option in options and (equals or following is not None):
-            found.append(value if equals else following)
-    return found
+        yield option, value if equals else following
+
+
+def values_of(arguments: Sequence[str], *options: str) -> list[str]:
+    """What the command line gives for an option, which may have several names, each time that it stands."""
+    given = options_in(arguments)
+    return [value for option, value in given if option in options and value is not None]
 
 
 def given_files(arguments: Sequence[str]) -> list[str]:

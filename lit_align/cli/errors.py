@@ -235,13 +235,13 @@ def _wrong_value(text: str, found: re.Match[str], given: Given) -> str:
         return f"{place}: {value!r} is not possible{meant}"
     if value is not None and (fault := unusable(str(value))):
         return f"{given.place(given.naming(fault[0]) or path, fault[0])}: {fault[1]}"
-    names = [name for room in ROOMS for name in vars(room) if name[0].isupper()]
+    names = {name: room for room in reversed(ROOMS) for name in vars(room) if name[0].isupper()}
     short = [name for name in names if value and name.lower() == f"{value.lower()}logger"]
     if named and (not kinds or value is None or value[:1].isupper() or "." in value or short):
         name, fitting = named[-1].rpartition(".")[2], _fitting(text)
         if name in names and name not in fitting:
             return f"{place}: {name} is not possible here; " + (
-                f"it may be {', '.join(fitting)}" if fitting else f"it is a class of {_room(name)}"
+                f"it may be {', '.join(fitting)}" if fitting else f"it is a class of {names[name].__name__}"
             )
         meant = _did_you_mean(next(iter(short), name), fitting or names)
         return f"{place}: no class {named[-1]} is known{meant or '; give its import path'}"
@@ -259,10 +259,6 @@ def _fitting(text: str) -> list[str]:
     known = [one for room in ROOMS for one in vars(room).values() if isinstance(one, type)]
     fitting = [one for one in known if kinds and issubclass(one, kinds) and one not in kinds]
     return list(dict.fromkeys(one.__name__ for one in fitting if not inspect.isabstract(one)))
-
-
-def _room(name: str) -> str:
-    return next(room.__name__ for room in ROOMS if name in vars(room))
 
 
 def _value(text: str, named: Sequence[str]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lit_align.cli.config_files import ConfigFile
+from lit_align.cli.config_files import ConfigFile, options_in
 from lit_align.cli.renamed import first_edition
 
 
@@ -87,11 +87,9 @@ class Given:
     def overruled(self) -> list[str]:
         """What to tell of options before a file that gives them another value, which wins."""
         told, before = list[str](), list[tuple[str, str]]()
-        for argument, following in zip(self.arguments, [*self.arguments[1:], ""], strict=True):
-            option, equals, value = argument.partition("=")
-            value = value if equals else following
+        for option, value in options_in(self.arguments):
             if option not in ("--config", "-c"):
-                before += [(option, value)] if option_of(option) and not option.endswith("+") else []
+                before += [(option, value or "")] if option_of(option) and not option.endswith("+") else []
                 continue
             for file in (file for file in self.files if file.path == value):
                 for earlier, wanted in before:

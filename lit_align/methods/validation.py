@@ -122,13 +122,12 @@ class ValidatedModule(SamplingModule, SkippingModule):
     Attributes:
         baseline: What was measured of the pretrained model, by name, ``(N,)`` each.
         latest: The same of the policy, in the newest validation.
-        measured_at: ``images`` and ``reward_queries`` of the run when that was measured; ``compared_since``
-            how many images validations are measured alike, if not since the first.
+        measured_at: The :attr:`position` at which that was measured; and ``compared_since``, after how many
+            images validations are measured as now, where earlier ones were measured otherwise.
         prompt_groups: ``(N,)``, the prompt of each image.
         tested: What the newest test measured of the policy, and of the pretrained model as ``base/<name>``.
         tested_groups: The prompt of each of its images.
-        set_metrics: What callbacks measured of all images of a test together, by name: ``before`` and
-            ``after``.
+        set_metrics: What callbacks measured of all images of a test, by name: ``before`` and ``after``.
         taken_back: What an earlier validation measured, if the guard has restored its weights.
     """
 
@@ -144,7 +143,6 @@ class ValidatedModule(SamplingModule, SkippingModule):
     set_metrics: dict[str, dict[str, float]]
     taken_back: dict[str, Tensor]
     _evaluated: list[dict[str, Tensor]]
-    _anew: bool = False  # the coming validation measures otherwise than those before it
 
     @property
     def held_out(self) -> tuple[str, ...]:
@@ -172,6 +170,11 @@ class ValidatedModule(SamplingModule, SkippingModule):
         """The rewards that score a batch; several tasks have a bank each."""
         return self.rewards
 
+    @property
+    def position(self) -> dict[str, int]:
+        """How far the run is: images sampled, and scores that were asked for."""
+        return {"images": self.images, "reward_queries": self.reward_queries}
+
     def forget_baseline(self) -> None:
         """Drop what was measured before: the pretrained model is measured anew when training starts."""
         self.baseline, self.latest, self.taken_back = {}, {}, {}
@@ -183,8 +186,7 @@ class ValidatedModule(SamplingModule, SkippingModule):
         if self.images:
             self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
             self._measure_reference()
-            now = {"images": self.images, "reward_queries": self.reward_queries}
-            self._anew, self.measured_at = True, now | {"compared_since": self.images}
+            self.measured_at = self.position | {"compared_since": self.images}
             return
         self.trainer.validating = True
         self.trainer.fit_loop.epoch_loop.val_loop.run()
@@ -269,12 +271,10 @@ class ValidatedModule(SamplingModule, SkippingModule):
         if self.trainer.sanity_checking:  # some batches only, and measured again before the first update
             self._evaluated = []
             return
-        if self._anew:
-            forget_scores(self.trainer)
-            self._anew = False
+        if self.measured_at and self.measured_at["images"] == self.measured_at.get("compared_since"):
+            forget_scores(self.trainer)  # the first validation that measures otherwise
         (self.latest, self.prompt_groups), self.taken_back = self._report("val"), {}
-        now = {"images": self.images, "reward_queries": self.reward_queries}
-        self.measured_at = self.measured_at | now
+        self.measured_at = self.measured_at | self.position
         if self.images:
             return
         if self._is_pretrained():

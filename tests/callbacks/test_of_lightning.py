@@ -1,5 +1,6 @@
 """Callbacks of Lightning in a run: those that work, and those that cannot."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from lit_align.errors import ConfigError
 from lit_align.methods import DDPOModule
 from lit_align.rewards import Brightness, RewardBank
 from tests.methods.build import fit, make, prompts
+from tests.methods.recorders import Killed, Recorder
 
 
 def run(tiny: Path, folder: Path, *callbacks, rewards=None, **options):
@@ -32,7 +34,10 @@ def test_a_run_that_was_stopped_early_stays_stopped_when_it_goes_on(tiny, tmp_pa
         assert second.images == first.images
 
 
-def test_validations_that_measure_otherwise_are_compared_with_none_before(tiny, tmp_path):
+@pytest.mark.parametrize("killed", [False, True])
+def test_validations_that_measure_otherwise_are_compared_with_none_before(killed, tiny, tmp_path):
+    """Also where the run that changed them ends before the first of them."""
+
     def callbacks():
         kept = ModelCheckpoint(tmp_path / "kept", "kept_{step}", monitor="val/reward", mode="max")
         return EarlyStopping("val/reward", mode="max", patience=1), kept
@@ -41,7 +46,11 @@ def test_validations_that_measure_otherwise_are_compared_with_none_before(tiny, 
     last = tmp_path / "checkpoints" / "last.ckpt"
     darker = RewardBank({"trained": Brightness()}, {"trained": 0.1})
     stopping, kept = callbacks()
-    with pytest.warns(UserWarning, match="measured with another rewards"):
+    if killed:
+        ends = Recorder(crash=2)
+        with pytest.warns(UserWarning, match="measured with another rewards"), pytest.raises(Killed):
+            run(tiny, tmp_path, *callbacks(), rewards=darker, max_epochs=2, ckpt_path=last, recorder=ends)
+    with nullcontext() if killed else pytest.warns(UserWarning, match="measured with another rewards"):
         second = run(tiny, tmp_path, stopping, kept, rewards=darker, max_epochs=2, ckpt_path=last)
     assert second.images == 2 * first.images
     assert stopping.wait_count == 0

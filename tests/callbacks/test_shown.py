@@ -137,7 +137,7 @@ def test_the_table_has_a_row_for_each_thing_that_was_measured(tmp_path, capsys):
     latest = measured(reward=torch.tensor([2.0, 3.0, 2.0, 3.0]), kl=torch.ones(4))
     module = SimpleNamespace(
         images=8,
-        reward_queries=8,
+        position={"images": 8, "reward_queries": 8},
         measured_at={"images": 8, "reward_queries": 8},
         identity=dict,
         measurement=lambda split: {},
