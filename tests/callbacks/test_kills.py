@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
@@ -120,6 +121,8 @@ def killed(patch: Callable[[], None], *arguments: str) -> None:
         finally:
             os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    # TensorBoard orders event files by the second in which they begin, and then by process.
+    time.sleep(1 - time.time() % 1)
 
 
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
